@@ -1,0 +1,48 @@
+"""Errors a user can mend. Each carries its documented exit code and is printed as plain lines."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base of all mistakes a user can mend; `str(error)` is complete, one problem a line."""
+
+    exit_code = 2
+
+
+class UsageError(UserError):
+    """A flag, its value, or a combination of flags is wrong."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data file or data set is missing or broken; the message names file:line."""
+
+    exit_code = 3
+
+
+class MachineError(UserError):
+    """The environment, the device or a model folder is not able to do what was asked."""
+
+    exit_code = 4
+
+
+class DivergedError(UserError):
+    """Loss, gradients or weights stopped being finite; nothing was saved after that."""
+
+    exit_code = 5
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged or cannot be written."""
+
+    exit_code = 6
+
+
+def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
+    """One line: the unknown `name`, its nearest match if any, and all `choices`."""
+    import difflib
+
+    nearest = difflib.get_close_matches(name, choices, n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown {kind} {name!r}.{hint} Choices: {', '.join(choices)}"
