@@ -1,0 +1,228 @@
+"""Every flag of `run_glue.py`: its default, unit, range and choices, and how flags go together.
+
+To add a flag, add one line to a group. `command_line` turns argv and config files into `Arguments`;
+`find_problems` holds what one flag alone cannot know. Names are those of Hugging Face's
+TrainingArguments and run_glue.py wherever the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
+from pathlib import PurePath
+from typing import Any
+
+from bert_glue.errors import UsageError, did_you_mean
+from bert_glue.tasks import GlueTask, get_task, own_task
+
+DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_KINDS = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = (), **extra: Any) -> Any:
+    """One command-line flag.
+
+    Args:
+        default: None means "not given".
+        text: help with the unit, e.g. "optimizer steps".
+        range: accepted numbers, e.g. "[0, 1)" or "-1 or [1, inf)"; shown in the help as it stands.
+        choices: accepted texts, all of them.
+        extra: `many=True` takes several choices, kept as one comma-separated text;
+            `pattern` is a regular expression for the text; `secret=True` is never printed.
+    """
+    return field(default=default, metadata={"text": text, "range": range, "choices": choices, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Model"""
+
+    model_name_or_path: str | None = flag(
+        None, "folder or hub name of the model (required, but for --sample)"
+    )
+    config_name: str | None = flag(None, "config of another model than --model_name_or_path")
+    tokenizer_name: str | None = flag(None, "tokenizer of another model than --model_name_or_path")
+    cache_dir: str | None = flag(None, "folder for downloads; default: that of the hub (HF_HOME)")
+    model_revision: str = flag("main", "branch, tag or commit of a hub model")
+    use_fast_tokenizer: bool = flag(True, "tokenizer written in Rust")
+    token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)
+    trust_remote_code: bool = flag(False, "run Python code that comes with a hub model")
+    ignore_mismatched_sizes: bool = flag(False, "new random weights where a stored shape differs")
+    allow_pickle_weights: bool = flag(
+        False, "read pytorch_model.bin, which may run code; else safetensors only"
+    )
+    hidden_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
+    attention_probs_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Data"""
+
+    task_name: str | None = flag(
+        None, "GLUE task; its data comes from the hub unless one of the next is given"
+    )
+    data_path: str | None = flag(
+        None, "folder with train/ validation/ test/, or the original GLUE TSV folder"
+    )
+    sample: bool = flag(False, "generated sample data (not GLUE) and a tiny BERT made on the spot")
+    dataset_name: str | None = flag(None, "another data set of the hub")
+    dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
+    train_file: str | None = flag(None, "own training data: csv, tsv, json, jsonl or parquet")
+    validation_file: str | None = flag(None, "own evaluation data, same formats")
+    test_file: str | None = flag(None, "own data to predict, same formats")
+    max_seq_length: int = flag(128, "tokens, with [CLS] and [SEP]; longer texts are cut", "[3, inf)")
+    padding: str = flag(
+        "auto",
+        "packed: none at all; longest: to the batch's longest; auto: packed where the model can",
+        choices=("auto", "packed", "longest", "max_length"),
+    )
+    pad_to_max_length: bool = flag(False, "the same as --padding max_length")
+    max_train_samples: int | None = flag(None, "first rows only; default: all", "[1, inf)")
+    max_eval_samples: int | None = flag(None, "first rows only, of each evaluation split", "[1, inf)")
+    max_predict_samples: int | None = flag(None, "first rows only, of each test split", "[1, inf)")
+    overwrite_cache: bool = flag(False, "tokenize again although the cache fits")
+    preprocessing_num_workers: int | None = flag(
+        None, "threads for tokenizing; default: all cores", "[1, inf)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """Run"""
+
+    do_train: bool = flag(False, "fine-tune")
+    do_eval: bool = flag(False, "evaluate on the validation splits")
+    do_predict: bool = flag(False, "write predictions of the test splits")
+    output_dir: str | None = flag(None, "folder for the model, checkpoints and results (required)")
+    seed: int = flag(42, "of weights, dropout and, without --data_seed, order", "[0, 4294967295]")
+    data_seed: int | None = flag(None, "of the order of samples; default: --seed", "[0, 4294967295]")
+    resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or auto for the newest sound one")
+    report_to: str = flag(
+        "none",
+        "trackers, several allowed",
+        choices=("none", "all", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"),
+        many=True,
+    )
+    run_name: str | None = flag(None, "name shown by trackers")
+    disable_tqdm: bool = flag(False, "no progress bar")
+    logging_steps: int = flag(500, "optimizer steps between log lines", "[1, inf)")
+    logging_first_step: bool = flag(False, "log the first step too")
+    log_level: str = flag(
+        "info", "least level shown", choices=("debug", "info", "warning", "error", "critical")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments:
+    """Training"""
+
+    per_device_train_batch_size: int = flag(8, "samples per device and forward pass", "[1, inf)")
+    per_device_eval_batch_size: int = flag(8, "samples per device and forward pass", "[1, inf)")
+    gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", "[1, inf)")
+    learning_rate: float = flag(5e-5, "peak, per optimizer step", "[0, inf)")
+    weight_decay: float = flag(0.0, "decoupled; not for biases and LayerNorm", "[0, inf)")
+    adam_beta1: float = flag(0.9, "decay of the mean gradient", "[0, 1)")
+    adam_beta2: float = flag(0.999, "decay of the mean squared gradient", "[0, 1)")
+    adam_epsilon: float = flag(1e-8, "added to the denominator", "(0, inf)")
+    max_grad_norm: float = flag(1.0, "L2 norm gradients are clipped to; 0: no clipping", "[0, inf)")
+    num_train_epochs: float = flag(3.0, "passes over the training data, may be a fraction", "(0, inf)")
+    max_steps: int = flag(-1, "optimizer steps, instead of --num_train_epochs; -1: off", "-1 or [1, inf)")
+    lr_scheduler_type: str = flag(
+        "linear",
+        "learning rate after warm-up",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    warmup_steps: float = flag(0.0, "optimizer steps; below 1: share of all steps", "[0, inf)")
+    label_smoothing_factor: float = flag(0.0, "probability spread over the other classes", "[0, 1)")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, about 1.3x the time")
+    optim: str = flag(
+        "adamw_torch_fused",
+        "optimizer; where it is not available the nearest is used and named",
+        choices=(
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_apex_fused_npu",
+            "adamw_torch_npu_fused",
+            "adamw_apex_fused",
+            "adamw_hf",
+            "adafactor",
+            "lamb",
+        ),
+    )
+    strict_optim: bool = flag(False, "refuse instead of using the nearest optimizer")
+    train_sampling_strategy: str = flag("random", "order of samples", choices=("random", "group_by_length"))
+    dataloader_drop_last: bool = flag(False, "drop the last, smaller training batch of an epoch")
+    dataloader_num_workers: int = flag(0, "accepted; batches are assembled in this process", "[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArguments:
+    """Evaluation and checkpoints while training"""
+
+    eval_strategy: str = flag("no", "when to evaluate", choices=("no", "steps", "epoch"))
+    eval_steps: int | None = flag(None, "optimizer steps; default: --logging_steps", "[1, inf)")
+    save_strategy: str = flag("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
+    save_steps: int = flag(500, "optimizer steps", "[1, inf)")
+    save_total_limit: int | None = flag(None, "checkpoints kept; default: all", "[1, inf)")
+    load_best_model_at_end: bool = flag(False, "end with the best checkpoint instead of the last")
+    metric_for_best_model: str | None = flag(None, "a metric of the task, or loss; default: its headline")
+    greater_is_better: bool | None = flag(None, "default: true, but for loss")
+    early_stopping_patience: int | None = flag(None, "evaluations without a gain; default: off", "[1, inf)")
+    early_stopping_threshold: float = flag(0.0, "least gain that counts, in the metric's unit", "[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionArguments:
+    """Precision"""
+
+    fp16: bool = flag(False, "half precision as set by --fp16_opt_level")
+    bf16: bool = flag(False, "bfloat16 as set by --fp16_opt_level")
+    fp16_opt_level: str = flag(
+        "O1",
+        "O0: fp32; O1: autocast; O2: low-precision model, fp32 masters; O3: all low precision",
+        choices=("O0", "O1", "O2", "O3"),
+    )
+    loss_scale: str = flag("1024.0", "a positive number, or dynamic")
+    use_combine_grad: bool = flag(False, "gradients as views of one flat buffer, fused clip")
+    amp_backend: str = flag("auto", "who does mixed precision", choices=("auto", "native", "apex"))
+    fallback_precision: str = flag(
+        "none",
+        "where the device cannot train as asked, none: stop; fp32: train in fp32 and say so",
+        choices=("none", "fp32"),
+    )
+    tf32: bool | None = flag(None, "TensorFloat-32 products; default: the device's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceArguments:
+    """Device and ranks"""
+
+    device: str = flag("auto", "auto, an index, a name, or name:index", pattern=r"[a-z]+(:[0-9]+)?|[0-9]+")
+    use_cpu: bool = flag(False, "train on the host although a device is there")
+    torch_compile: bool = flag(False, "compile the model; the first steps are slow")
+    cuda_graph: bool = flag(False, "capture the training step as a device graph")
+    ddp_timeout: int = flag(1800, "seconds a rank waits for the others", "[1, inf)")
+    ddp_backend: str | None = flag(None, "default: the device's own", choices=("hccl", "nccl", "gloo"))
+    skip_steps: int = flag(0, "first optimizer steps left out of samples/s", "[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(
+    DeviceArguments,
+    PrecisionArguments,
+    EvaluationArguments,
+    TrainingArguments,
+    RunArguments,
+    DataArguments,
+    ModelArguments,
+):
+    """All settings of one run, flat: `arguments.learning_rate`.
+
+    Building one by hand checks nothing; `command_line.parse` does. `notices` are lines for the user
+    about flags that were renamed or have no effect here.
+    """
+
+    notices: tuple[str, ...] = ()
