@@ -1,0 +1,189 @@
+"""Attention over the sequences of a packed batch: one function a device, chosen by `attend`.
+
+Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, heads, dim]`. Either every
+token asks (`queries == tokens`), or only each sequence's first token does (`queries == sequences`): the
+last layer of a classifier needs no more. A new device is one more function and its entry in
+`ATTENTION`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from bert_glue.layout import LengthGroup, PackedLayout
+from bert_glue.noise import Noise
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """softmax(q k' / sqrt(dim)) v, group by group, with a hand-written backward.
+
+    By hand because torch's CPU kernel with dropout falls back to a chain of a dozen autograd nodes a
+    call, and a batch of 32 sequences makes 5 to 8 calls a layer.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, first_only, drop, noise, site):
+        scale = 1.0 / math.sqrt(query.shape[-1])
+        saved, blocks = [], []
+        for number, group in enumerate(layout.groups):
+            rows = _query_rows(group, first_only)
+            q, k, v = _block(query, rows), _block(key, group.index), _block(value, group.index)
+            probabilities = _softmax_block(q, k, group, scale)
+            keep = None
+            if noise is not None and drop > 0.0:
+                keep = noise.keep(tuple(probabilities.shape), drop, site * 4096 + number)
+            dropped = probabilities if keep is None else keep.to(q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+            blocks.append((dropped @ v).transpose(1, 2).flatten(0, 1))
+            saved += [q, k, v, probabilities, keep]
+        ctx.save_for_backward(*saved)
+        ctx.layout, ctx.first_only, ctx.scale, ctx.drop = layout, first_only, scale, drop
+        ctx.tokens = key.shape[0]
+        return torch.cat(blocks)[layout.row_of_sequence if first_only else layout.cell_of_token]
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout, first_only = ctx.layout, ctx.first_only
+        dq_blocks, dk_blocks, dv_blocks = [], [], []
+        for number, group in enumerate(layout.groups):
+            q, k, v, probabilities, keep = ctx.saved_tensors[5 * number : 5 * number + 5]
+            g = _block(grad, _query_rows(group, first_only))
+            if group.padding is not None and not first_only:
+                g.transpose(1, 2)[group.padding] = 0.0
+            dp = g @ v.transpose(-1, -2)
+            if keep is None:
+                dropped = probabilities
+            else:
+                kept = keep.to(q.dtype).mul_(1 / (1 - ctx.drop))
+                dropped, dp = probabilities * kept, dp.mul_(kept)
+            dv_blocks.append(_rows(dropped.transpose(-1, -2) @ g))
+            ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype).mul_(ctx.scale)
+            dq_blocks.append(_rows(ds @ k))
+            dk_blocks.append(_rows(ds.transpose(-1, -2) @ q))
+        of_token = layout.cell_of_token
+        dq = torch.cat(dq_blocks)[layout.row_of_sequence if first_only else of_token]
+        return dq, torch.cat(dk_blocks)[of_token], torch.cat(dv_blocks)[of_token], *([None] * 5)
+
+
+def _query_rows(group: LengthGroup, first_only: bool) -> torch.Tensor:
+    return group.sequences[:, None] if first_only else group.index
+
+
+def _block(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`[n, heads, dim]` -> `[sequences, heads, length, dim]`, contiguous for the batched product."""
+    return x[rows].transpose(1, 2).contiguous()
+
+
+def _rows(block: torch.Tensor) -> torch.Tensor:
+    """`[sequences, heads, length, dim]` -> `[sequences * length, heads, dim]`."""
+    return block.transpose(1, 2).flatten(0, 1)
+
+
+def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: float) -> torch.Tensor:
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if group.padding is not None:
+        scores.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1)
+
+
+def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """CPU: sequences of similar length share one batched product."""
+    return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site)
+
+
+def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """Any device: pad to the longest inside attention only, through torch's fused kernel.
+
+    Taken where no kernel knows sequence borders, or where that kernel has no dropout.
+    """
+    device, longest = key.device, layout.longest
+    starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
+    lengths = torch.tensor(layout.all_lengths)[:, None]
+    columns = torch.arange(longest)[None, :]
+    is_real = columns < lengths
+    index = torch.where(is_real, starts + columns, starts).to(device, non_blocking=True)
+    mask = is_real.to(device, non_blocking=True)[:, None, None, :]
+    sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
+    q, k, v = (
+        x[rows].transpose(1, 2)
+        for x, rows in ((query, sequences if first_only else index), (key, index), (value, index))
+    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if noise else 0.0)
+    out = out.transpose(1, 2)
+    return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
+
+
+def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """CUDA: torch's variable-length kernel; half precision and no attention dropout only."""
+    if query.dtype == torch.float32 or (noise is not None and drop > 0.0):
+        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+    from torch.nn.attention.varlen import varlen_attn
+
+    count = len(layout.all_lengths)
+    k_borders = torch.tensor(layout.cu_seq_lens, dtype=torch.int32).to(query.device, non_blocking=True)
+    q_borders = torch.arange(count + 1, dtype=torch.int32, device=query.device) if first_only else k_borders
+    return varlen_attn(
+        query, key, value, q_borders, k_borders, 1 if first_only else layout.longest, layout.longest
+    )
+
+
+def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """NPU: fused attention in TND layout; cumulative lengths are host integers, so nothing waits.
+
+    TND needs a training call and Atlas A2 or later; elsewhere the padded form is used.
+    Source: torch_npu 2.13 `npu_fusion_attention`.
+    """
+    from bert_glue.device import has_packed_npu_attention
+
+    if not has_packed_npu_attention():
+        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+    import torch_npu
+
+    ends = layout.cu_seq_lens[1:]
+    return torch_npu.npu_fusion_attention(
+        query,
+        key,
+        value,
+        query.shape[1],
+        "TND",
+        scale=1.0 / math.sqrt(query.shape[-1]),
+        keep_prob=1.0 - (drop if noise is not None else 0.0),
+        actual_seq_qlen=tuple(range(1, len(ends) + 1)) if first_only else ends,
+        actual_seq_kvlen=ends,
+    )[0]
+
+
+ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
+    "cpu": grouped_attention,
+    "cuda": varlen_attention,
+    "npu": fusion_attention,
+}
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    first_only: bool,
+    drop: float,
+    noise: Noise | None,
+    site: int,
+) -> torch.Tensor:
+    """Attention within each sequence of the packed batch.
+
+    Args:
+        query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
+        key, value: `[tokens, heads, dim]`.
+        first_only: only first tokens ask.
+        drop: dropout of attention probabilities, in [0, 1), applied where `noise` is given.
+        site: address of this dropout within the model.
+
+    Returns:
+        The shape of `query`.
+    """
+    function = ATTENTION.get(query.device.type, padded_attention)
+    return function(query, key, value, layout, first_only, drop, noise, site)

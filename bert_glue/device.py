@@ -1,0 +1,215 @@
+"""The only room that names npu, cuda and cpu: which device runs, what it can do, how to wait for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from bert_glue.errors import MachineError, UsageError, did_you_mean
+
+KINDS = ("npu", "cuda", "cpu")
+_BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+_FIXES = {
+    "npu": "install torch_npu of torch's own version (2.13.0 with 2.13.0) and source CANN's set_env.sh",
+    "cuda": "install a CUDA build of torch and check `nvidia-smi`",
+    "cpu": "",
+}
+
+
+def _torch_npu():
+    """torch_npu, or None where it is not installed; a broken installation is explained.
+
+    Raises:
+        MachineError: torch_npu is there and cannot be imported.
+    """
+    try:
+        import torch_npu
+    except ModuleNotFoundError as error:
+        if error.name == "torch_npu":
+            return None
+        raise MachineError(f"torch_npu cannot be imported: {error}; {_FIXES['npu']}") from error
+    except Exception as error:  # a wrong torch/torch_npu/CANN triple fails in many ways
+        raise MachineError(f"torch_npu cannot be imported: {error}; {_FIXES['npu']}") from error
+    return torch_npu
+
+
+def _module(kind: str):
+    """`torch.npu` or `torch.cuda`; None for the CPU or where the device's package is absent."""
+    if kind == "npu" and _torch_npu() is None:
+        return None
+    return getattr(torch, kind, None) if kind != "cpu" else None
+
+
+def is_available(kind: str) -> bool:
+    """True if at least one device of `kind` can be used now."""
+    module = _module(kind)
+    return kind == "cpu" or bool(module is not None and module.is_available())
+
+
+@dataclass(frozen=True)
+class Device:
+    """One resolved device of this process.
+
+    Args:
+        kind: npu, cuda or cpu.
+        index: device number on this host, 0 for a CPU.
+    """
+
+    kind: str
+    index: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """As torch names it."""
+        return torch.device(self.kind) if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def is_host(self) -> bool:
+        """True if tensors live in host memory and every operation has ended when its call returns."""
+        return self.kind == "cpu"
+
+    @property
+    def collective_backend(self) -> str:
+        """torch.distributed's backend for this kind of device."""
+        return _BACKENDS[self.kind]
+
+    @property
+    def name(self) -> str:
+        """Model name of the device, e.g. for result files; simulated devices are named so."""
+        if self.is_host:
+            return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        name = _module(self.kind).get_device_name(self.index)
+        return f"simulated {name}" if self.is_simulated else name
+
+    @property
+    def is_simulated(self) -> bool:
+        """True on the simulated NPU of the tests, which proves calls and flow, never kernels or speed."""
+        return self.kind == "npu" and bool(getattr(_torch_npu(), "is_simulated", False))
+
+    def activate(self) -> None:
+        """Make this the process's current device, with the settings it trains best with."""
+        if self.is_host:
+            _keep_freed_pages()
+            return
+        _module(self.kind).set_device(self.index)
+        if self.kind == "npu" and not self.is_simulated:
+            # Kernels compiled ahead of time; just-in-time ones are rebuilt for every new shape.
+            torch.npu.set_compile_mode(jit_compile=False)
+
+    def synchronize(self) -> None:
+        """Wait until all work given to the device has ended; read no clock before."""
+        if not self.is_host:
+            _module(self.kind).synchronize()
+
+    def peak_memory(self) -> int:
+        """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
+        if self.is_host:
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(_module(self.kind).max_memory_allocated())
+
+    def random_state(self) -> torch.Tensor | None:
+        """State of the device's own generator, `[bytes]` uint8 on the host; None on a CPU."""
+        return None if self.is_host else _module(self.kind).get_rng_state().cpu()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Give the device's generator the state of `random_state`."""
+        if not self.is_host:
+            _module(self.kind).set_rng_state(state)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """True if the device computes in `dtype` natively, so that training in it makes sense."""
+        if dtype == torch.float32:
+            return True
+        if self.is_host:
+            return _cpu_supports(dtype)
+        if dtype == torch.bfloat16:
+            return bool(_module(self.kind).is_bf16_supported())
+        return True
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction-set names as /proc/cpuinfo spells them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
+    except OSError:
+        return frozenset()
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def _cpu_supports(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return True  # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better
+    return bool(_cpu_flags() & {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"})
+
+
+def _keep_freed_pages() -> None:
+    """Tell glibc to reuse freed blocks: by default each large tensor is new, zeroed pages every time.
+
+    Costs nothing but memory the process had already used; 10 to 30 % of a CPU training step.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, 1 << 34 if ctypes.sizeof(ctypes.c_long) < 4 else (1 << 31) - 1)
+
+
+def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -> Device:
+    """The device that `--device` means on this machine.
+
+    Args:
+        requested: auto, a kind, kind:index, or an index of the best kind here.
+        local_rank: rank on this host; chooses the index where none is given.
+
+    Raises:
+        UsageError: no such kind.
+        MachineError: the kind, or that index, is not here; the message has the fix.
+    """
+    if use_cpu:
+        return Device("cpu")
+    kind, _, index = requested.partition(":")
+    if kind.isdigit():
+        kind, index = "auto", kind
+    if kind != "auto" and kind not in KINDS:
+        raise UsageError(f"--device: {did_you_mean('device', kind, ['auto', *KINDS])}")
+    if kind == "auto":
+        kind = next(k for k in KINDS if is_available(k))
+    elif not is_available(kind):
+        here = ", ".join(k for k in KINDS if is_available(k))
+        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {here}); {_FIXES[kind]}")
+    if kind == "cpu":
+        return Device("cpu")
+    number, count = int(index) if index else local_rank, _module(kind).device_count()
+    if number >= count:
+        raise MachineError(f"--device {requested}: {kind} device {number} is not here; there are {count}")
+    return Device(kind, number)
+
+
+@cache
+def has_packed_npu_attention() -> bool:
+    """True if npu_fusion_attention takes the TND layout here (Atlas A2 and later, or simulated).
+
+    Asked of the device by a two-token call, because the chip's name does not tell the installed CANN.
+    """
+    torch_npu = _torch_npu()
+    if torch_npu is None or not hasattr(torch_npu, "npu_fusion_attention"):
+        return False
+    probe = torch.zeros(2, 1, 16, dtype=torch.float16, device="npu")
+    try:
+        torch_npu.npu_fusion_attention(
+            probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
+        )
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""Where each sequence of a packed batch lies, as host numbers, and how attention groups them.
+
+A packed batch lays its sequences end to end, `[1, tokens]`, in the order of the samples. Borders stay on
+the host (`cu_seq_lens`), so that no kernel launch has to wait for a device-to-host copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+# A group may pad its shorter sequences by this share of its longest before it is split: below it the
+# padded products cost less than the launches of another group (measured on 2 CPU cores).
+_SHORTEST_IN_GROUP = 0.75
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """Sequences of similar length, addressed as a padded block.
+
+    Args:
+        index: token position of each cell, `[sequences, longest]` int64; padding repeats the first token.
+        sequences: which sequences of the batch these are, `[sequences]` int64.
+        padding: True where a cell is padding, `[sequences, longest]` bool; None if there is none.
+    """
+
+    index: torch.Tensor
+    sequences: torch.Tensor
+    padding: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Borders of the sequences of one packed batch.
+
+    Args:
+        lengths: tokens of each sequence (host), all >= 1.
+        tail: tokens of filler after the last sequence, present where token counts are rounded to a
+            bucket; they form one sequence of their own that nothing reads.
+    """
+
+    lengths: tuple[int, ...]
+    tail: int = 0
+
+    @cached_property
+    def all_lengths(self) -> tuple[int, ...]:
+        """Lengths with the filler as a last sequence."""
+        return (*self.lengths, self.tail) if self.tail else self.lengths
+
+    @cached_property
+    def cu_seq_lens(self) -> tuple[int, ...]:
+        """Cumulative lengths with the leading 0, on the host."""
+        return (0, *np.cumsum(self.all_lengths).tolist())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, filler included."""
+        return self.cu_seq_lens[-1]
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that belong to samples."""
+        return self.tokens - self.tail
+
+    @property
+    def longest(self) -> int:
+        """Longest sequence, filler included."""
+        return max(self.all_lengths)
+
+    @cached_property
+    def first_tokens(self) -> torch.Tensor:
+        """Position of each sample's first token, `[batch]` int64, on the host."""
+        return torch.tensor(self.cu_seq_lens[: len(self.lengths)])
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Position of each token in its own sequence, `[tokens]` int64."""
+        starts = np.repeat(self.cu_seq_lens[:-1], self.all_lengths)
+        return np.arange(self.tokens) - starts
+
+    @cached_property
+    def groups(self) -> tuple[LengthGroup, ...]:
+        """Sequences by similar length, longest first."""
+        order = sorted(range(len(self.all_lengths)), key=lambda i: -self.all_lengths[i])
+        groups, begin = [], 0
+        for end in range(1, len(order) + 1):
+            longest = self.all_lengths[order[begin]]
+            if end == len(order) or self.all_lengths[order[end]] < _SHORTEST_IN_GROUP * longest:
+                groups.append(self._group(order[begin:end]))
+                begin = end
+        return tuple(groups)
+
+    def _group(self, members: list[int]) -> LengthGroup:
+        lengths = np.array([self.all_lengths[i] for i in members])[:, None]
+        starts = np.array([self.cu_seq_lens[i] for i in members])[:, None]
+        columns = np.arange(lengths.max())[None, :]
+        is_padding = columns >= lengths
+        index = starts + np.where(is_padding, 0, columns)
+        padding = torch.from_numpy(is_padding) if is_padding.any() else None
+        return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
+
+    @cached_property
+    def cell_of_token(self) -> torch.Tensor:
+        """Where each token lies in the groups' blocks laid end to end, `[tokens]` int64."""
+        cells = torch.cat([group.index.flatten() for group in self.groups])
+        is_real = torch.cat(
+            [
+                torch.ones(group.index.numel(), dtype=torch.bool)
+                if group.padding is None
+                else ~group.padding.flatten()
+                for group in self.groups
+            ]
+        )
+        where = torch.empty(self.tokens, dtype=torch.int64)
+        where[cells[is_real]] = torch.arange(cells.numel())[is_real]
+        return where
+
+    @cached_property
+    def row_of_sequence(self) -> torch.Tensor:
+        """Where each sequence lies in the groups' rows laid end to end, `[sequences]` int64."""
+        rows = torch.cat([group.sequences for group in self.groups])
+        where = torch.empty_like(rows)
+        where[rows] = torch.arange(rows.numel())
+        return where

@@ -1,0 +1,228 @@
+"""From `--model_name_or_path` to a module that maps batches to logits, and back to a folder.
+
+The folder written works with transformers (`pipeline("text-classification")` included), whichever
+path the model was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bert_glue.arguments import Arguments
+from bert_glue.errors import MachineError
+from bert_glue.families import FAMILIES, why_not_packed
+from bert_glue.packed import PackedClassifier
+from bert_glue.tasks import GlueTask
+from bert_glue.text_tokens import TextTokenizer
+from bert_glue.weights import (
+    check_not_lfs_pointer,
+    initialise,
+    load_packed,
+    packed_tensors,
+    read_tensors,
+    weight_files,
+)
+
+
+class PaddedClassifier(nn.Module):
+    """transformers' own classifier behind the interface of the packed one; its dropout is torch's."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, noise=None, **inputs: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
+        return self.stock(**inputs).logits
+
+
+@dataclass
+class LoadedModel:
+    """A classifier with all that belongs to it.
+
+    Args:
+        module: PackedClassifier or PaddedClassifier; called with a batch's inputs.
+        tokenizer: of the same folder.
+        config: config.json with this task's labels.
+        is_packed: which of the two.
+        why_padded: reason of a padded run, for the log; "" if packed.
+        notes: lines for the log (head started anew, labels reordered).
+    """
+
+    module: nn.Module
+    tokenizer: TextTokenizer
+    config: dict
+    is_packed: bool
+    why_padded: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def position_limit(self) -> int:
+        """Longest sequence the position table allows, tokens."""
+        positions = self.config.get("max_position_embeddings", 1 << 30)
+        offset = self.module.shape.position_offset if self.is_packed else 0
+        return positions - offset
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights under transformers' names, on the host."""
+        if self.is_packed:
+            return packed_tensors(self.module, FAMILIES[self.config["model_type"]])
+        return {name: value.detach().cpu() for name, value in self.module.stock.state_dict().items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        if self.is_packed:
+            load_packed(self.module, FAMILIES[self.config["model_type"]], tensors, resize_head=False)
+        else:
+            self.module.stock.load_state_dict(tensors)
+
+    def save(self, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files into `folder`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors or self.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(folder)
+
+
+def model_folder(name: str, args: Arguments) -> Path:
+    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
+
+    Raises:
+        MachineError: neither a folder nor to be had from the hub; the message says what to do.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise MachineError(f"--model_name_or_path {name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors", *(["pytorch_model*.bin"] if args.allow_pickle_weights else [])]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=args.model_revision,
+                cache_dir=args.cache_dir,
+                token=args.token,
+                allow_patterns=patterns,
+                etag_timeout=5,
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MachineError(
+            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({first_line}); "
+            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
+            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
+        ) from error
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        MachineError: missing, a Git-LFS pointer, or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MachineError(f"{folder} has no config.json")
+    check_not_lfs_pointer(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+    except ValueError as error:
+        raise MachineError(f"{path} is not JSON: {error}") from error
+
+
+def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
+    """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32."""
+    folder = model_folder(args.model_name_or_path, args)
+    config_folder = model_folder(args.config_name, args) if args.config_name else folder
+    tokenizer_folder = model_folder(args.tokenizer_name, args) if args.tokenizer_name else folder
+    config = read_config(config_folder)
+    for flag in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if getattr(args, flag) is not None:
+            config[flag] = getattr(args, flag)
+    stored_labels = _stored_labels(config)
+    config = _with_labels(config, task)
+    reason = why_not_packed(config)
+    if reason is None and args.padding not in ("auto", "packed"):
+        reason = f"--padding {args.padding}"
+    elif reason is not None and args.padding == "packed":
+        raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
+    family = FAMILIES.get(config.get("model_type", ""))
+    tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
+    if reason is not None:
+        return LoadedModel(_stock(folder, config, args), tokenizer, config, False, reason)
+    config["architectures"] = [family.architecture]
+    module = PackedClassifier(family.shape(config, task.num_labels), args.gradient_checkpointing)
+    initialise(module, config.get("initializer_range", 0.02))
+    tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
+    fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
+    model = LoadedModel(module, tokenizer, config, True)
+    if fresh:
+        model.notes.append(f"started anew, not in the checkpoint: {', '.join(fresh)}")
+    else:
+        model.notes += _reorder_head(module.head_output, stored_labels, task)
+    return model
+
+
+def _stored_labels(config: dict) -> list[str]:
+    """Label names a checkpoint brings, in class order; [] where they are only LABEL_n."""
+    named = config.get("id2label") or {}
+    labels = [named[key] for key in sorted(named, key=int)]
+    return [] if any(str(label).startswith("LABEL_") for label in labels) else labels
+
+
+def _with_labels(config: dict, task: GlueTask) -> dict:
+    kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
+    labels = task.labels or ("score",)
+    kept["id2label"] = {str(number): label for number, label in enumerate(labels)}
+    kept["label2id"] = {label: number for number, label in enumerate(labels)}
+    kept["problem_type"] = "regression" if task.is_regression else "single_label_classification"
+    kept["finetuning_task"] = task.name
+    return kept
+
+
+@torch.no_grad()
+def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[str]:
+    """Permute a stored head's outputs to the task's label order, by name."""
+    wanted, have = list(task.labels), [label.lower() for label in stored]
+    if not stored or have == wanted or task.is_regression:
+        return []
+    if sorted(have) != sorted(wanted):
+        return [f"the checkpoint's labels {stored} are not the task's {wanted}; used in their stored order"]
+    order = [have.index(label) for label in wanted]
+    head.weight.copy_(head.weight[order])
+    head.bias.copy_(head.bias[order])
+    return [f"the checkpoint's labels {stored} were reordered by name to {wanted}"]
+
+
+def _stock(folder: Path, config: dict, args: Arguments) -> PaddedClassifier:
+    """transformers' own module, for padded runs and for encoders that cannot be packed."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    weight_files(folder, args.allow_pickle_weights)
+    try:
+        settings = AutoConfig.for_model(**config)
+        stock = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=settings,
+            trust_remote_code=args.trust_remote_code,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            use_safetensors=None if args.allow_pickle_weights else True,
+            dtype=torch.float32,
+        )
+    except Exception as error:
+        raise MachineError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
+    if args.gradient_checkpointing:
+        stock.gradient_checkpointing_enable()
+    return PaddedClassifier(stock)

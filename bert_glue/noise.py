@@ -1,0 +1,79 @@
+"""Dropout whose masks depend only on (seed, rank, step, site): repeatable, and cheap on a CPU.
+
+torch's CPU dropout draws one Bernoulli number after another on one thread, about 12 ns each on the
+machines we measured: as much as the matrix product beside it. Here 16-bit draws of numpy's SFC64
+are compared with a threshold, 8 to 10 times faster. A mask is a function of its address and not of
+what was drawn before, so that a resumed run, and the second forward of gradient checkpointing, see
+the same masks. Other devices use their own kernels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+_LEVELS = 1 << 16
+
+
+class Noise:
+    """Source of keep-masks of one rank.
+
+    Args:
+        seed: run seed, >= 0.
+        rank: rank of this process, >= 0; ranks draw different masks.
+    """
+
+    def __init__(self, seed: int, rank: int = 0):
+        self.seed, self.rank, self.step = seed, rank, 0
+
+    def begin(self, step: int) -> None:
+        """Say which forward of the run comes next (micro-batches counted from 0)."""
+        self.step = step
+
+    def keep(self, shape: tuple[int, ...], drop: float, site: int) -> torch.Tensor:
+        """Mask of `shape`, bool, True with probability `1 - drop` to the nearest 1/65536.
+
+        Args:
+            drop: probability in [0, 1).
+            site: address of the dropout within the model.
+        """
+        count = int(np.prod(shape))
+        bits = np.random.SFC64([self.seed, self.rank, self.step, site]).random_raw(-(-count // 4))
+        draws = torch.from_numpy(bits.view(np.int16))[:count]
+        return (draws >= round(drop * _LEVELS) - _LEVELS // 2).view(shape)
+
+
+class _CpuDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep, scale, residual):
+        ctx.scale = scale
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(keep)
+        kept = keep.to(x.dtype)
+        if residual is None:
+            return kept.mul_(x).mul_(scale)
+        return torch.addcmul(residual, x, kept, value=scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (keep,) = ctx.saved_tensors
+        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None, None, grad if ctx.has_residual else None
+
+
+def dropout(
+    x: torch.Tensor, drop: float, noise: Noise | None, site: int, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`residual + dropout(x)`, any shape; the identity where `noise` is None or `drop` is 0.
+
+    Args:
+        drop: probability in [0, 1].
+        noise: masks of this rank, None in evaluation.
+        site: address of this dropout within the model.
+    """
+    if noise is None or drop == 0.0:
+        return x if residual is None else x + residual
+    if x.is_cpu and drop < 1.0:
+        return _CpuDropout.apply(x, noise.keep(tuple(x.shape), drop, site), 1.0 / (1.0 - drop), residual)
+    dropped = F.dropout(x, drop, training=True)
+    return dropped if residual is None else dropped + residual

@@ -1,0 +1,201 @@
+"""Texts to token ids with the tokenizer that comes with a model, cached by content.
+
+`tokenizer.json` (or BERT's `vocab.txt`) is read by the `tokenizers` library itself; importing
+transformers' tokenizer classes costs seconds and is kept for models that ship neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bert_glue.errors import DataError, MachineError
+from bert_glue.sources import Split
+from bert_glue.weights import check_not_lfs_pointer
+
+_FORMAT = "1"
+_ARRAYS = ("ids", "borders", "second_at")
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The token ids of one split, flat.
+
+    Args:
+        ids: `[tokens]` int32, the sequences end to end, special tokens included.
+        borders: `[rows + 1]` int64, where each sequence begins; the last entry is `tokens`.
+        second_at: `[rows]` int32, where within each sequence token type 1 begins.
+    """
+
+    ids: np.ndarray
+    borders: np.ndarray
+    second_at: np.ndarray
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.second_at)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, `[rows]` int64."""
+        return np.diff(self.borders)
+
+
+class TextTokenizer:
+    """A model's tokenizer.
+
+    Args:
+        folder: model folder.
+        uses_types: False for families whose token types are all 0.
+    """
+
+    def __init__(self, folder: Path, uses_types: bool = True, trust_remote_code: bool = False):
+        self.folder, self.uses_types = folder, uses_types
+        self.backend = _backend(folder, trust_remote_code)
+        self.backend.no_padding()
+        self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    def encode(self, split: Split, max_length: int) -> TokenTable:
+        """Tokenize one split; pairs longer than `max_length` tokens are cut, longest text first."""
+        if self.backend.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
+            raise DataError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
+        self.backend.enable_truncation(max_length, strategy="longest_first")
+        rows = list(zip(*split.texts, strict=True)) if len(split.texts) == 2 else list(split.texts[0])
+        encoded = self.backend.encode_batch(rows)
+        lengths = np.fromiter((len(e.ids) for e in encoded), np.int64, len(encoded))
+        ids = np.fromiter((i for e in encoded for i in e.ids), np.int32, int(lengths.sum()))
+        second = lengths.astype(np.int32)
+        if self.uses_types:
+            counts = (len(e.type_ids) - sum(e.type_ids) for e in encoded)
+            second = np.fromiter(counts, np.int32, len(encoded))
+        return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json beside the model's other tokenizer files, copied as they are."""
+        import shutil
+
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        self.backend.no_truncation()
+        self.backend.save(str(folder / "tokenizer.json"))
+
+
+def _backend(folder: Path, trust_remote_code: bool):
+    """The Rust tokenizer of a model folder."""
+    from tokenizers import BertWordPieceTokenizer, Tokenizer
+
+    for name in ("tokenizer.json", "vocab.txt"):
+        if (folder / name).is_file():
+            check_not_lfs_pointer(folder / name)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if (folder / "vocab.txt").is_file() and model_type in ("bert", "electra", "distilbert"):
+            settings = folder / "tokenizer_config.json"
+            options = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            # A cased vocabulary without settings is not lower-cased, whatever transformers' default is.
+            lower = options.get("do_lower_case", not _has_case(folder))
+            return BertWordPieceTokenizer(
+                str(folder / "vocab.txt"),
+                lowercase=lower,
+                strip_accents=options.get("strip_accents"),
+                handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+            )._tokenizer
+    except Exception as error:  # the Rust library raises bare Exception
+        raise MachineError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    return _transformers_backend(folder, trust_remote_code)
+
+
+def _has_case(folder: Path) -> bool:
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    return any(word[:1].isascii() and word[:1].isupper() for word in words)
+
+
+def _transformers_backend(folder: Path, trust_remote_code: bool):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return tokenizer.backend_tokenizer
+    except Exception as error:
+        raise MachineError(
+            f"{folder} has no tokenizer.json and transformers cannot build a fast tokenizer: {error}"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where tokenised splits are kept: $BERT_GLUE_CACHE, else $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("BERT_GLUE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "bert_glue"
+
+
+def tokenize(
+    tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False
+) -> tuple[TokenTable, str]:
+    """The tokens of a split, from the cache where the same texts were tokenized the same way before.
+
+    Returns:
+        The table, memory-mapped where it comes from the cache, and how it was had: "cached", "made", or
+        "made (not cached: reason)".
+    """
+    folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length)
+    if not refresh and (table := _read(folder)) is not None:
+        return table, "cached"
+    table = tokenizer.encode(split, max_length)
+    try:
+        _write(folder, table)
+    except OSError as error:
+        return table, f"made (not cached: {error.strerror or error})"
+    return table, "made"
+
+
+def _key(tokenizer: TextTokenizer, split: Split, max_length: int) -> str:
+    digest = hashlib.sha256(
+        f"{_FORMAT}|{tokenizer.fingerprint}|{tokenizer.uses_types}|{max_length}|{len(split)}".encode()
+    )
+    for column in split.texts:
+        # Lengths first: without them two columns could trade characters and keep the hash.
+        digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
+        digest.update("".join(column).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:40]
+
+
+def _read(folder: Path) -> TokenTable | None:
+    """A cached table, or None where it is absent or not what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name in _ARRAYS:
+            if _hash(folder / f"{name}.npy") != manifest[name]:
+                return None
+        return TokenTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _write(folder: Path, table: TokenTable) -> None:
+    """Publish a table in one rename, so that no other job ever reads half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+        inside = Path(making) / "table"
+        inside.mkdir()
+        for name in _ARRAYS:
+            np.save(inside / f"{name}.npy", getattr(table, name))
+        manifest = {name: _hash(inside / f"{name}.npy") for name in _ARRAYS}
+        (inside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(making) / "stale")
+        inside.rename(folder)
