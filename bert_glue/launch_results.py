@@ -1,0 +1,146 @@
+"""What a launcher asks of python: a task's published epochs, and the final lines of a finished run.
+
+    python -m bert_glue.launch_results task MRPC                  -> "mrpc 5"
+    python -m bert_glue.launch_results report OUTPUT --case acc   -> final lines, <CaseName>.log
+
+The lines and the log's keys are those that the harnesses of Ascend ModelZoo read, so their names stay
+although some are odd ("images/sec"). Every figure comes from `all_results.json`; one that was not
+measured is `null` with the reason, never 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path, PurePath
+from typing import Any
+
+from bert_glue.errors import MachineError, UsageError, UserError, did_you_mean
+from bert_glue.tasks import TASKS, TRAINABLE
+
+SAMPLE_NOTE = "sample data, not GLUE"
+
+
+def published_epochs(name: str) -> tuple[str, int]:
+    """The canonical name of a task and the epochs of its published one-device run.
+
+    Raises:
+        UsageError: not a task with training data.
+    """
+    if name.lower() not in TRAINABLE:
+        known = did_you_mean("task", name.lower(), list(TRAINABLE))
+        raise UsageError(f"--TASK: {known if name else 'missing. Choices: ' + ', '.join(TRAINABLE)}")
+    task = TASKS[name.lower()]
+    return task.name, task.published[1].epochs  # row 1 of a task: 1p Ascend NPU
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """`all_results.json` of a run.
+
+    Raises:
+        MachineError: there is none, or it is not a JSON object.
+    """
+    file = output_dir / "all_results.json"
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{file}: no results to report ({error})") from error
+    if not isinstance(results, dict):
+        raise MachineError(f"{file}: not a JSON object")
+    return results
+
+
+def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not measured") -> str:
+    """A number as text, or `null (reason)` with the reason stored beside it or `absent`."""
+    value = results.get(key)
+    if isinstance(value, int | float):
+        return f"{value:.{digits}f}"
+    return f"null ({results.get(f'{key}_reason') or absent})"
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    """The headline metric in [-1, 1], whatever its name."""
+    key = f"eval_{results.get('headline_metric')}"
+    return figure(results, key, 4, "undefined" if key in results else "this run did not evaluate")
+
+
+def final_lines(results: dict[str, Any]) -> list[str]:
+    """The last lines of a launcher's output."""
+    speed = figure(results, "train_samples_per_second", 3)
+    note = f" ({SAMPLE_NOTE})" if results.get("sample_data") else ""
+    return [
+        f"Final Performance samples/sec : {speed}{note}",
+        f"Final Performance images/sec : {speed}{note}",
+        f"Final Train Accuracy : {accuracy(results)}{note}",
+        f"E2E Training Duration sec : {figure(results, 'e2e_runtime', 1)}{note}",
+    ]
+
+
+def step_milliseconds(results: dict[str, Any]) -> str:
+    """Mean time of a step, ms: what ModelZoo's harness calls TrainingTime."""
+    speed = results.get("train_samples_per_second")
+    if not speed:
+        return figure(results, "train_samples_per_second", 2)
+    return f"{results['per_device_train_batch_size'] * results['world_size'] * 1000 / speed:.2f}"
+
+
+def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
+    """Keys and values of `<CaseName>.log`."""
+    network = PurePath(results.get("model_name_or_path") or "unnamed").name
+    batch, ranks = results["per_device_train_batch_size"], results["world_size"]
+    log = {
+        "Network": network,
+        "RankSize": str(ranks),
+        "BatchSize": str(batch),
+        "DeviceType": str(results.get("device")),
+        "CaseName": f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}",
+        "ActualFPS": figure(results, "train_samples_per_second", 3),
+        "TrainingTime": step_milliseconds(results),
+        "ActualLoss": figure(results, "train_loss", 6),
+        "E2ETrainingTime": figure(results, "e2e_runtime", 1),
+        "TrainAccuracy": accuracy(results),
+    }
+    if results.get("sample_data"):
+        log["DataSource"] = SAMPLE_NOTE
+    return log
+
+
+def report(output_dir: Path, case: str) -> None:
+    """Write `<CaseName>.log` into the folder of a finished run and print the final lines.
+
+    Raises:
+        MachineError: the results are missing, or lack a key every run has.
+    """
+    results = read_results(output_dir)
+    try:
+        log = case_log(results, case)
+    except KeyError as error:
+        raise MachineError(f"{output_dir}: all_results.json has no {error}") from error
+    text = "".join(f"{key} = {value}\n" for key, value in log.items())
+    (output_dir / f"{log['CaseName']}.log").write_text(text, encoding="utf-8")
+    print("\n".join(final_lines(results)))
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of one call from a launcher."""
+    parser = argparse.ArgumentParser(prog="launch_results")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("task").add_argument("name")
+    of_report = commands.add_parser("report")
+    of_report.add_argument("output_dir", type=Path)
+    of_report.add_argument("--case", choices=("acc", "perf"), required=True)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "task":
+            print(*published_epochs(arguments.name))
+        else:
+            report(arguments.output_dir, arguments.case)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

