@@ -1,0 +1,205 @@
+"""GLUE metrics on scikit-learn and scipy, named as in the `glue` metric of Hugging Face.
+
+A value that does not exist is None, never NaN, and `Scores.reasons` says why. scikit-learn and
+scipy are imported when the first score is computed: 2 s that training and `--help` do not pay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+
+from bert_glue.errors import DataError, DivergedError
+from bert_glue.tasks import GlueTask
+
+COMBINED = "combined_score"
+
+
+class Scores(dict[str, float | None]):
+    """Metric name -> value (0..1, correlations -1..1), or None where there is no value.
+
+    Attributes:
+        reasons: metric name -> why its value is None, or why a value should not be trusted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
+    def put(self, metric: str, value: float | None, reason: str = "") -> None:
+        """Adds one value; a `reason` is kept only where there is one."""
+        self[metric] = value
+        if reason:
+            self.reasons[metric] = reason
+
+
+def _accuracy(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(references, predictions)), ""
+
+
+def _f1(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    from sklearn.metrics import f1_score
+
+    # Class 1 is the positive one in MRPC and QQP; scikit-learn gives 0.0 where F1 is undefined.
+    value = float(f1_score(references, predictions, pos_label=1, zero_division=0.0))
+    return value, "" if (predictions == 1).any() else "no row was predicted positive: F1 counts as 0"
+
+
+def _matthews(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings():
+        # A single class in both is said in our reason, not in a warning about confusion matrices.
+        warnings.filterwarnings("ignore", message="A single label was found", category=UserWarning)
+        value = float(matthews_corrcoef(references, predictions))
+    for name, column in (("predictions", predictions), ("references", references)):
+        if _is_constant(column):
+            return value, f"all {name} are class {column[0]}: Matthews counts as 0"
+    return value, ""
+
+
+def _pearson(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, references)
+
+
+def _spearman(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
+
+
+def _correlation(
+    function: Callable, predictions: np.ndarray, references: np.ndarray
+) -> tuple[float | None, str]:
+    """A scipy correlation, with its degenerate cases named instead of NaN and warnings."""
+    if len(predictions) < 2:
+        return None, "one row has no correlation"
+    for name, column in (("predictions", predictions), ("references", references)):
+        if _is_constant(column):
+            return None, f"all {name} are {column[0]:g}: a constant has no correlation"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = float(function(predictions, references).statistic)
+    if not np.isfinite(value):
+        return None, "values too large or too close to each other for a correlation"
+    # scipy still gives a number for nearly constant input, but says that it is rounding noise.
+    return value, str(caught[0].message) if caught else ""
+
+
+def _is_constant(column: np.ndarray) -> bool:
+    return bool((column == column[0]).all())
+
+
+_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float | None, str]]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": _pearson,
+    "spearmanr": _spearman,
+}
+
+
+def compute_metrics(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> Scores:
+    """All metrics of the task, and their mean as `combined_score` where there are several.
+
+    Args:
+        predictions: class ids `[rows]`, or scores `[rows]` (`[rows, 1]` too) for regression.
+        references: the labels, same rows and kind.
+
+    Returns:
+        Values in 0..1 (correlations -1..1), equal to scikit-learn's and scipy's; None with a reason
+        for no rows, constant scores or a single row. F1 without a positive prediction and Matthews
+        with one class are 0.0 as in scikit-learn, with a reason.
+
+    Raises:
+        DivergedError: a prediction is NaN or infinite.
+        DataError: references are unlabelled (-1), not finite, or no class of the task.
+        ValueError: shapes differ, or class ids are fractions or out of range.
+    """
+    predictions, references = _checked(task, predictions, references)
+    scores = Scores()
+    for metric in task.metrics:
+        if len(references):
+            scores.put(metric, *_METRICS[metric](predictions, references))
+        else:
+            scores.put(metric, None, "no rows to score")
+    if len(task.metrics) > 1:
+        _combine(scores)
+    return scores
+
+
+def _combine(scores: Scores) -> None:
+    """Adds the mean of all values; a mean of fewer values than usual would mislead."""
+    missing = [metric for metric, value in scores.items() if value is None]
+    if missing:
+        scores.put(COMBINED, None, f"no value for {', '.join(missing)}")
+    else:
+        scores.put(COMBINED, float(np.mean(list(scores.values()))))
+
+
+def _checked(
+    task: GlueTask, predictions: np.ndarray, references: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both as `[rows]`, int64 or (regression) float64; float32 sums would differ from scipy's."""
+    predictions, references = np.asarray(predictions), np.asarray(references)
+    if task.is_regression:
+        predictions = predictions.reshape(-1) if predictions.shape[1:] == (1,) else predictions
+    if predictions.ndim != 1 or predictions.shape != references.shape:
+        raise ValueError(
+            f"predictions {predictions.shape} and references {references.shape}: want [rows] each"
+        )
+    predictions, references = predictions.astype(np.float64), references.astype(np.float64)
+    bad = int((~np.isfinite(predictions)).sum())
+    if bad:
+        raise DivergedError(f"{bad} of {len(predictions)} predictions are NaN or infinite")
+    if not np.isfinite(references).all():
+        raise DataError(f"{task.name}: labels are NaN or infinite")
+    if task.is_regression:
+        return predictions, references
+    return _class_ids(task, predictions, ValueError, "predictions"), _class_ids(
+        task, references, DataError, "labels (-1: unlabelled)"
+    )
+
+
+def _class_ids(task: GlueTask, column: np.ndarray, error: type[Exception], what: str) -> np.ndarray:
+    ids = column.astype(np.int64)
+    wrong = np.flatnonzero((ids != column) | (ids < 0) | (ids >= task.num_labels))
+    if len(wrong):
+        raise error(
+            f"{task.name}: {len(wrong)} {what} are not a class id in 0..{task.num_labels - 1}, "
+            f"the first in row {wrong[0]}: {column[wrong[0]]:g}"
+        )
+    return ids
+
+
+def majority_baseline(task: GlueTask, references: np.ndarray) -> float | None:
+    """The headline metric of always predicting the most frequent class; a tie takes the lower id.
+
+    Returns:
+        0..1, or None for regression (no correlation with a constant) and for no rows.
+    """
+    references = np.asarray(references)
+    if task.is_regression or not len(references):
+        return None
+    majority = np.full(len(references), np.bincount(references.astype(np.int64)).argmax())
+    return compute_metrics(task, majority, references)[task.headline]
+
+
+def standard_error(task: GlueTask, accuracy: float | None, rows: int) -> float | None:
+    """Binomial standard error of an accuracy, in points (x100).
+
+    Args:
+        accuracy: 0..1, measured on `rows` rows.
+
+    Returns:
+        None where the task has no accuracy, or there is none: the other metrics are no rates.
+    """
+    if "accuracy" not in task.metrics or accuracy is None or rows < 1:
+        return None
+    return 100 * (accuracy * (1 - accuracy) / rows) ** 0.5
