@@ -30,7 +30,7 @@ base_python() {
 }
 
 setup_python() {
-  local name missing status venv=$ROOT/.venv
+  local name missing="" status venv=$ROOT/.venv
   if [[ -n ${BERT_GLUE_PYTHON:-} ]]; then
     missing=$(lacks "$BERT_GLUE_PYTHON" "$@") || fail 4 "BERT_GLUE_PYTHON lacks ${missing:-a working python}"
     PYTHON=$BERT_GLUE_PYTHON
@@ -63,7 +63,7 @@ except BlockingIOError:
 except OSError as error:
     print(f"setup: no file locks here ({error}); do not start two launches now", file=sys.stderr)
 PYTHON
-  is_ready "$venv" "$@" || install "$venv" "$@"
+  is_ready "$venv" "$@" || install "$venv" "${missing:-a Python >= 3.11}" "$@"
   exec {lock}>&-
 }
 
@@ -73,13 +73,14 @@ is_ready() { # is_ready <venv> <requirements file>...
   [[ ! -e $venv/.installing ]] && lacks "$venv/bin/python" "$@" >/dev/null
 }
 
-install() { # install <venv> <requirements file>...; the caller holds the lock
-  local venv=$1 missing file
+install() { # install <venv> <what python3 lacks> <requirements file>...; the caller holds the lock
+  local venv=$1 missing=$2 file
   local -a files=()
-  shift
-  missing=$(lacks "$venv/bin/python" "$@" || true)
+  shift 2
   for file in "$@"; do files+=(-r "$ROOT/$file"); done
-  echo "setup: installing ${missing:-the pinned requirements} into .venv (once; 2 to 10 minutes)" >&2
+  # What .venv itself lacks is the better reason where there is one already.
+  [[ ! -x $venv/bin/python ]] || missing=$(lacks "$venv/bin/python" "$@" || true)
+  echo "setup: python3 lacks ${missing:-whole packages}; installing into .venv (once; 2 to 10 minutes)" >&2
   # The file stays if we are killed, and tells the next launch that pip may have left half a package.
   if "$venv/bin/python" -c '' 2>/dev/null; then
     [[ ! -e $venv/.installing ]] || (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.requirements_check --mend "$venv")

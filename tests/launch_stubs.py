@@ -1,0 +1,117 @@
+"""Stubs for the launchers: a copy of the repository, a run_glue.py and a python that do as they are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "requirements_check")
+
+# Records how it was called, then does what STUB_* says.
+STUB_RUN_GLUE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+argv = sys.argv[1:]
+output = Path(argv[argv.index("--output_dir") + 1])
+def note(name, text):
+    (output / name).write_text(text)
+for number in (signal.SIGINT, signal.SIGTERM):
+    def stop(number, frame):
+        note("got_signal", str(number)); print("saved a checkpoint")
+        sys.exit(int(os.environ.get("STUB_STOP", 0)))
+    signal.signal(number, stop)
+note("called.json", json.dumps({"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}))
+print("to stdout"); print("to stderr", file=sys.stderr)
+if "STUB_ORPHAN" in os.environ:
+    note("orphan", str(subprocess.Popen(["sleep", "60"]).pid))
+if "STUB_SLEEP" in os.environ:
+    note("sleeping", ""); time.sleep(float(os.environ["STUB_SLEEP"]))
+if "STUB_EXIT" in os.environ:
+    sys.exit(int(os.environ["STUB_EXIT"]))
+results = {"task_name": argv[argv.index("--task_name") + 1], "model_name_or_path": "x/bert-stub",
+    "device": "cpu",
+    "train_samples_per_second": 200.0, "train_loss": 0.25, "train_runtime": 10.0, "e2e_runtime": 61.04,
+    "eval_f1": 0.9029, "headline_metric": "f1", "world_size": 1, "per_device_train_batch_size": 32,
+    "sample_data": "--sample" in argv}
+results.update(json.loads(os.environ.get("STUB_RESULTS", "{}")))
+note("all_results.json", json.dumps(results))
+"""
+
+# A python without the requirements. Everything but these three calls is the real one's business.
+FAKE_PYTHON = """#!/bin/bash
+case "$*" in
+  *requirements_check\\ --mend*) ;;
+  *requirements_check*) echo "torch, datasets"; exit "${FAKE_LACKS:-1}" ;;
+  *"-m venv"*)
+    mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/venv_python" "${@: -1}/bin/python" && exit ;;
+esac
+exec REAL "$@"
+"""
+FAKE_VENV_PYTHON = """#!/bin/bash
+venv=$(dirname "$0")/..
+case "$*" in
+  *requirements_check*) [[ -e $venv/installed ]] && exit; echo torch; exit 1 ;;
+  "-m pip --version" | "-m ensurepip") exit ;;
+  *"-m pip install"*)
+    echo "$*" >>"$PIP_CALLS"
+    sleep "${FAKE_PIP_SLEEP:-0}"
+    [[ -z ${FAKE_PIP_FAILS:-} ]] || { echo "No matching distribution for torch"; exit 1; }
+    touch "$venv/installed"; exit ;;
+esac
+exec REAL "$@"
+"""
+
+
+def write_script(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text.replace("REAL", sys.executable), encoding="utf-8")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
+def copy_repository(tmp_path: Path) -> Path:
+    """A copy of what launchers need, in a folder with a blank in its name; run_glue.py is the stub."""
+    root = tmp_path / "a clone"
+    shutil.copytree(REPOSITORY / "test", root / "test", ignore=shutil.ignore_patterns("output"))
+    (root / "bert_glue").mkdir()
+    for name in _PLAIN_MODULES:
+        shutil.copy(REPOSITORY / "bert_glue" / f"{name}.py", root / "bert_glue")
+    for file in REPOSITORY.glob("requirements*.txt"):
+        shutil.copy(file, root)
+    (root / "run_glue.py").write_text(STUB_RUN_GLUE, encoding="utf-8")
+    return root
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "BERT_GLUE_PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", **settings}
+
+
+def launch(
+    repo: Path, *flags: str, launcher: str = "train_full_1p.sh", **settings: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(repo / "test" / launcher), *flags],
+        env=clean_environment(**settings),
+        cwd=repo.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def called(repo: Path, output: str = "test/output/mrpc/1p") -> dict:
+    return json.loads((repo / output / "called.json").read_text())
+
+
+def wait_for(file: Path, seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < until, f"no {file} within {seconds} s"
+        time.sleep(0.02)

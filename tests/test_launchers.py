@@ -1,0 +1,320 @@
+"""The launchers as black boxes: what run_glue.py gets, what comes back, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from launch_stubs import (
+    REPOSITORY,
+    called,
+    clean_environment,
+    copy_repository,
+    launch,
+    wait_for,
+    write_script,
+)
+
+from bert_glue import launch_results
+from bert_glue.tasks import TRAINABLE
+
+FINAL = (
+    "Final Performance samples/sec : ",
+    "Final Performance images/sec : ",
+    "Final Train Accuracy : ",
+    "E2E Training Duration sec : ",
+)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    return copy_repository(tmp_path)
+
+
+def value_of(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+# What a launcher hands to run_glue.py
+
+
+def test_published_recipe(repo: Path) -> None:
+    done = launch(repo, "--TASK=MRPC")
+    assert done.returncode == 0, done.stderr
+    argv = called(repo)["argv"]
+    expected = {
+        "--task_name": "mrpc",
+        "--model_name_or_path": "google-bert/bert-large-cased",
+        "--num_train_epochs": "5",
+        "--learning_rate": "2e-5",
+        "--per_device_train_batch_size": "32",
+        "--max_seq_length": "128",
+        "--fp16_opt_level": "O2",
+        "--loss_scale": "1024.0",
+        "--fallback_precision": "fp32",
+        "--optim": "adamw_apex_fused_npu",
+        "--skip_steps": "5",
+    }
+    assert {flag: value_of(argv, flag) for flag in expected} == expected
+    assert {"--do_train", "--do_eval", "--fp16", "--use_combine_grad", "--dataloader_drop_last"} <= set(argv)
+
+
+def test_every_flag_of_the_launchers_is_one_of_run_glue(repo: Path) -> None:
+    from dataclasses import fields
+
+    from bert_glue.arguments import Arguments
+
+    known = {f"--{field.name}" for field in fields(Arguments)}
+    for launcher in ("train_full_1p.sh", "train_performance_1p.sh"):
+        launch(repo, "--TASK=mrpc", "--sample", "--device=cpu", launcher=launcher)
+        assert {flag for flag in called(repo)["argv"] if flag.startswith("--")} <= known
+
+
+def test_sample_leaves_model_rate_and_epochs_to_run_glue(repo: Path) -> None:
+    assert launch(repo, "--TASK=mrpc", "--sample").returncode == 0
+    argv = called(repo)["argv"]
+    assert "--sample" in argv
+    assert not {"--learning_rate", "--num_train_epochs", "--model_name_or_path"} & set(argv)
+    launch(repo, "--TASK=mrpc", "--sample", "--train_epochs=2", "--model=my model")
+    argv = called(repo)["argv"]
+    assert (value_of(argv, "--num_train_epochs"), value_of(argv, "--model_name_or_path")) == ("2", "my model")
+
+
+def test_flags_with_blanks_both_spellings_and_a_rest(repo: Path) -> None:
+    data = repo.parent / "my data"
+    data.mkdir()
+    done = launch(
+        repo, "--TASK", "stsb", "--data_path", "my data", "--output_dir=out put", "--batch_size", "8",
+        "--device=cpu", "--", "--run_name", "a b", "--seed=7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    argv = json.loads((repo.parent / "out put" / "called.json").read_text())["argv"]
+    assert argv[-3:] == ["--run_name", "a b", "--seed=7"]
+    assert value_of(argv, "--data_path") == "my data"
+    assert value_of(argv, "--per_device_train_batch_size") == "8"
+    assert value_of(argv, "--num_train_epochs") == "3"
+    assert (repo.parent / "out put" / "train_cpu.log").is_file()
+
+
+def test_a_model_folder_in_the_root_goes_before_the_hub(repo: Path) -> None:
+    (repo / "bert-large-cased").mkdir()
+    launch(repo, "--TASK=rte")
+    argv = called(repo, "test/output/rte/1p")["argv"]
+    assert value_of(argv, "--model_name_or_path") == str(repo / "bert-large-cased")
+
+
+def test_performance_launcher_trains_one_epoch_and_saves_nothing(repo: Path) -> None:
+    done = launch(repo, "--TASK=mrpc", launcher="train_performance_1p.sh", STUB_RESULTS='{"eval_f1": null}')
+    argv = called(repo)["argv"]
+    assert "--do_eval" not in argv
+    assert (value_of(argv, "--num_train_epochs"), value_of(argv, "--save_strategy")) == ("1", "no")
+    assert (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_perf.log").is_file(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--sample"], 2, "--TASK: missing. Choices: cola, sst2, mrpc"),
+        (["--TASK=mrcp"], 2, "Did you mean mrpc?"),
+        (["--TASK=ax"], 2, "unknown task"),
+        (["--task=mrpc"], 2, "Did you mean --TASK?"),
+        (["--TASK=mrpc", "--epochs=2"], 2, "Did you mean --train_epochs?"),
+        (["mrpc"], 2, "unknown flag mrpc"),
+        (["--TASK"], 2, "--TASK needs a value"),
+        (["--TASK=mrpc", "--model="], 2, "--model needs a value"),
+        (["--TASK=mrpc", "--sample=yes"], 2, "--sample takes no value"),
+        (["--TASK=mrpc", "--batch_size=0"], 2, "--batch_size: 0"),
+        (["--TASK=mrpc", "--train_epochs=many"], 2, "--train_epochs: many"),
+        (["--TASK=mrpc", "--", "--output_dir=x"], 2, "--output_dir goes before --"),
+        (["--TASK=mrpc", "--data_path=nowhere"], 3, "there is no folder nowhere"),
+    ],
+)
+def test_usage_errors_are_one_line_before_anything_is_set_up(
+    repo: Path, flags: list[str], code: int, says: str
+) -> None:
+    done = launch(repo, *flags)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert not (repo / "test" / "output").exists()
+
+
+def test_help(repo: Path) -> None:
+    done = launch(repo, "--help")
+    assert done.returncode == 0
+    assert "--train_epochs=N" in done.stdout
+
+
+# What comes back
+
+
+def test_final_lines_and_case_log(repo: Path) -> None:
+    done = launch(repo, "--TASK=mrpc")
+    values = ("200.000", "200.000", "0.9029", "61.0")
+    assert done.stdout.splitlines()[-4:] == [name + value for name, value in zip(FINAL, values, strict=True)]
+    log = (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+    assert log.splitlines() == [
+        "Network = bert-stub",
+        "RankSize = 1",
+        "BatchSize = 32",
+        "DeviceType = cpu",
+        "CaseName = Bert_bert-stub_mrpc_bs32_1p_acc",
+        "ActualFPS = 200.000",
+        "TrainingTime = 160.00",
+        "ActualLoss = 0.250000",
+        "E2ETrainingTime = 61.0",
+        "TrainAccuracy = 0.9029",
+    ]
+
+
+def test_a_figure_that_was_not_measured_is_null_with_its_reason(repo: Path) -> None:
+    results = {
+        "train_samples_per_second": None,
+        "train_samples_per_second_reason": "3 steps, 5 skipped",
+        "eval_f1": None,
+    }
+    done = launch(repo, "--TASK=mrpc", STUB_RESULTS=json.dumps(results))
+    lines = done.stdout.splitlines()[-4:]
+    assert lines[0] == FINAL[0] + "null (3 steps, 5 skipped)"
+    assert lines[2] == FINAL[2] + "null (undefined)"
+    log = (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+    assert "ActualFPS = null (3 steps, 5 skipped)\nTrainingTime = null (3 steps, 5 skipped)\n" in log
+
+
+def test_sample_results_are_labelled(repo: Path) -> None:
+    done = launch(repo, "--TASK=mrpc", "--sample")
+    assert all(line.endswith(" (sample data, not GLUE)") for line in done.stdout.splitlines()[-4:])
+    assert "not GLUE" in (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+
+
+def test_output_goes_to_the_screen_and_the_log_and_the_last_log_is_kept(repo: Path) -> None:
+    launch(repo, "--TASK=mrpc", STUB_EXIT="5")
+    done = launch(repo, "--TASK=mrpc")
+    assert "to stdout" in done.stdout and "to stderr" not in done.stdout
+    assert "to stderr" in done.stderr
+    folder = repo / "test/output/mrpc/1p"
+    assert sorted((folder / "train_0.log").read_text().splitlines()) == ["to stderr", "to stdout"]
+    assert "to stdout" in (folder / "train_0.log.previous").read_text()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 6, 7])
+def test_exit_code_is_passed_on_and_no_old_result_is_reported(repo: Path, code: int) -> None:
+    assert launch(repo, "--TASK=mrpc").returncode == 0
+    done = launch(repo, "--TASK=mrpc", STUB_EXIT=str(code))
+    assert done.returncode == code
+    assert "Final" not in done.stdout
+    assert f"exit code {code}" in done.stderr.splitlines()[-1]
+
+
+def test_results_that_are_not_json_are_an_error(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = repo.parent / "out"
+    folder.mkdir()
+    assert launch_results.main(["report", str(folder), "--case", "acc"]) == 4
+    (folder / "all_results.json").write_text('{"task_name"')
+    assert launch_results.main(["report", str(folder), "--case", "acc"]) == 4
+    (folder / "all_results.json").write_text("{}")
+    assert launch_results.main(["report", str(folder), "--case", "acc"]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all("all_results.json" in line for line in lines)
+
+
+def test_published_epochs() -> None:
+    epochs = dict(launch_results.published_epochs(name) for name in TRAINABLE)
+    table = {"cola": 3, "sst2": 3, "mrpc": 5, "stsb": 3, "qqp": 3, "mnli": 3, "qnli": 3, "rte": 5, "wnli": 1}
+    assert epochs == table  # 1p column of the ModelZoo page
+
+
+# Signals
+
+
+def start_and_signal(repo: Path, number: int, **settings: str) -> tuple[int, Path]:
+    """Exit code of a launcher that got a signal while run_glue.py slept, and its output folder."""
+    folder = repo / "test/output/mrpc/1p"
+    child = subprocess.Popen(
+        ["bash", str(repo / "test/train_full_1p.sh"), "--TASK=mrpc"],
+        env=clean_environment(STUB_SLEEP="30", **settings),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(folder / "sleeping")
+        child.send_signal(number)
+        return child.wait(timeout=15), folder
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_reach_python_and_its_last_words_are_logged(repo: Path, number: int, code: int) -> None:
+    returned, folder = start_and_signal(repo, number)
+    assert returned == code
+    assert (folder / "got_signal").read_text() == str(int(number))
+    assert "saved a checkpoint" in (folder / "train_0.log").read_text()
+
+
+def test_a_failed_checkpoint_after_a_signal_is_told(repo: Path) -> None:
+    assert start_and_signal(repo, signal.SIGTERM, STUB_STOP="6")[0] == 6
+
+
+def test_nothing_is_left_running(repo: Path) -> None:
+    done = launch(repo, "--TASK=mrpc", STUB_ORPHAN="1", STUB_EXIT="7")
+    assert done.returncode == 7
+    orphan = Path("/proc") / (repo / "test/output/mrpc/1p/orphan").read_text()
+    state = (orphan / "stat").read_text().rsplit(")", 1)[1].split()[0] if orphan.exists() else "gone"
+    assert state in ("gone", "Z")
+
+
+# The test launcher
+
+
+def python_for_tests(repo: Path, status_of_ruff: int = 0) -> tuple[dict[str, str], Path]:
+    """Settings with a python that only writes down calls of ruff and pytest, and the file it writes."""
+    python, calls = repo.parent / "tools/python", repo.parent / "calls"
+    script = [
+        "#!/bin/bash",
+        'case "$*" in',
+        "  *requirements_check*) ;;",
+        f'  "-m ruff"*) echo "$*" >>"{calls}"; exit {status_of_ruff} ;;',
+        f'  "-m pytest"*) echo "$*" >>"{calls}" ;;',
+        '  *) exec REAL "$@" ;;',
+        "esac",
+    ]
+    write_script(python, "\n".join(script))
+    return {"BERT_GLUE_PYTHON": str(python)}, calls
+
+
+def test_the_gate_lints_then_runs_pytest_with_the_flags(repo: Path) -> None:
+    settings, calls = python_for_tests(repo)
+    (repo / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci/run", repo / ".ci/run")
+    command = ["bash", str(repo / ".ci/run"), "-k", "x"]
+    subprocess.run(command, env=clean_environment(**settings), check=True, timeout=60)
+    lint, style, tests = calls.read_text().splitlines()
+    assert (lint, style) == ("-m ruff check .", "-m ruff format --check .")
+    assert "-m not slow" in tests and tests.endswith("-k x")
+
+
+def test_full_means_slow_tests_too(repo: Path) -> None:
+    settings, calls = python_for_tests(repo)
+    assert launch(repo, "--full", launcher="run_tests.sh", **settings).returncode == 0
+    assert "not slow" not in calls.read_text()
+
+
+def test_a_lint_error_fails_the_gate(repo: Path) -> None:
+    settings, calls = python_for_tests(repo, status_of_ruff=1)
+    assert launch(repo, launcher="run_tests.sh", **settings).returncode == 1
+    assert "pytest" not in calls.read_text()
+
+
+def test_launchers_are_settings_and_one_call() -> None:
+    for file in (REPOSITORY / "test").glob("train_*.sh"):
+        lines = file.read_text().splitlines()
+        assert len(lines) <= 30, file.name
+        assert lines[-1] == 'launch "$@"'
+        assert os.access(file, os.X_OK)
