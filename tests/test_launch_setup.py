@@ -62,7 +62,7 @@ def test_missing_requirements_are_installed_once(repo: Path, bare: Path) -> None
 
 
 def test_two_launches_at_once_install_once(repo: Path, bare: Path) -> None:
-    environment = clean_environment(**bare_settings(repo, bare, FAKE_PIP_SLEEP="1"))
+    environment = clean_environment(**bare_settings(repo, bare, FAKE_PIP_SLEEP="2"))
     children = [
         subprocess.Popen(
             ["bash", str(repo / "test/train_full_1p.sh"), "--TASK=mrpc", f"--output_dir={repo}/out{number}"],
