@@ -78,9 +78,13 @@ install() { # install <venv> <what python3 lacks> <requirements file>...; the ca
   local -a files=()
   shift 2
   for file in "$@"; do files+=(-r "$ROOT/$file"); done
-  # What .venv itself lacks is the better reason where there is one already.
-  [[ ! -x $venv/bin/python ]] || missing=$(lacks "$venv/bin/python" "$@" || true)
-  echo "setup: python3 lacks ${missing:-whole packages}; installing into .venv (once; 2 to 10 minutes)" >&2
+  missing="python3 lacks $missing"
+  if [[ -e $venv/.installing ]]; then
+    missing="an installation was cut off"
+  elif [[ -x $venv/bin/python ]]; then
+    missing=".venv lacks $(lacks "$venv/bin/python" "$@" || true)"
+  fi
+  echo "setup: $missing; installing into .venv (once; 2 to 10 minutes)" >&2
   # The file stays if we are killed, and tells the next launch that pip may have left half a package.
   if "$venv/bin/python" -c '' 2>/dev/null; then
     [[ ! -e $venv/.installing ]] || (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.requirements_check --mend "$venv")

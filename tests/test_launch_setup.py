@@ -98,6 +98,7 @@ def test_an_interrupted_installation_is_completed(repo: Path, bare: Path) -> Non
     (repo / ".venv/installed").touch()  # the metadata may look complete
     done = launch(repo, "--TASK=mrpc", **bare_settings(repo, bare))
     assert done.returncode == 0, done.stderr
+    assert "an installation was cut off" in done.stderr
     assert len(pip_calls(repo)) == 2
     assert whole.exists() and not half.exists()
 
