@@ -1,0 +1,222 @@
+"""Data sets of the hub and data sets saved by `datasets`, as tables.
+
+Importing `datasets` takes one to two seconds, so it happens inside the functions. Offline it retries
+for 24 s and then names neither the hub nor a way out: the hub is probed first, within seconds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import DataError
+from bert_glue.table_files import from_arrow
+from bert_glue.tables import Table
+
+GLUE_NAME = "nyu-mll/glue"
+# The commit that holds <config>/train-00000-of-00001.parquet; pinned so that the rows a run was measured
+# on do not change under it.
+GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+PROBE_SECONDS = 3.0
+# Answers of a proxy that has no way to the hub; anything else comes from the hub itself.
+_GATEWAY_STATUS = (407, 502, 503, 504)
+_WAYS_OUT = (
+    "use --data_path FOLDER (GLUE's TSV files, or a saved data set), --sample (generated data), "
+    "HF_ENDPOINT=<address of a mirror>, or HF_HUB_OFFLINE=1 and HF_HOME with a cache filled elsewhere"
+)
+
+
+class _Probe(threading.Thread):
+    """Asks the hub for its front page; `reason` says afterwards why it is not reachable, or None.
+
+    A daemon thread, because name resolution cannot be given a time limit.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(daemon=True)
+        self.endpoint = endpoint
+        self.deadline = time.monotonic() + PROBE_SECONDS
+        self.reason: str | None = f"no answer within {PROBE_SECONDS:g} s"
+
+    def run(self) -> None:
+        """Any answer will do. urllib honours the proxy variables and SSL_CERT_FILE, as the hub's client."""
+        request = urllib.request.Request(self.endpoint, method="HEAD", headers={"User-Agent": "bert-glue"})
+        try:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            self.reason = None
+        except urllib.error.HTTPError as error:
+            self.reason = f"HTTP {error.code} {error.reason}" if error.code in _GATEWAY_STATUS else None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.reason = str(getattr(error, "reason", error)) or type(error).__name__
+
+    def wait(self) -> str | None:
+        """The reason why the hub is not reachable, at the latest when the time is up; None if it is."""
+        self.join(max(0.0, self.deadline - time.monotonic()))
+        return self.reason
+
+
+def _start_probe() -> _Probe | None:
+    """A running probe; None where the user asked for offline mode."""
+    from huggingface_hub import constants
+
+    asked = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if constants.HF_HUB_OFFLINE or asked:
+        return None
+    probe = _Probe(constants.ENDPOINT)
+    probe.start()
+    return probe
+
+
+@contextmanager
+def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
+    """Sets both libraries' offline switch, and no bars or warnings about it, for one call.
+
+    The switches are read at import from the environment, so setting the environment now is too late.
+    The download counter is off: it would call an address outside a mirror's network. Bars that were
+    switched off stay off, as both libraries are quiet for the same reason from then on.
+    """
+    import datasets
+    import huggingface_hub
+
+    settings = (
+        (datasets.config, "HF_HUB_OFFLINE", is_offline),
+        (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline),
+    )
+    before = [(room, name, getattr(room, name)) for room, name, _ in settings]
+    verbosity = datasets.logging.get_verbosity()
+    for room, name, value in settings:
+        setattr(room, name, value)
+    datasets.logging.set_verbosity_error()
+    if is_quiet:
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for room, name, value in before:
+            setattr(room, name, value)
+        datasets.logging.set_verbosity(verbosity)
+
+
+def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> Any:
+    """A `datasets.DatasetDict` from the hub or its cache.
+
+    The name is looked up on the hub even where a local folder has it.
+
+    Args:
+        revision: full commit the data must be of, also when it comes from the cache; None: newest.
+        args: `cache_dir`, `token` and `disable_tqdm` are read.
+
+    Raises:
+        DataError: not reachable (within 5 s) and not cached, not found, refused, or another revision.
+    """
+    probe = _start_probe()
+    import datasets  # meanwhile the probe runs
+
+    reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
+    try:
+        with _hub_mode(reason is not None, args.disable_tqdm or not sys.stderr.isatty()):
+            found = datasets.load_dataset(
+                # hf:// keeps a local folder of that name out of it
+                f"hf://datasets/{name}",
+                config,
+                revision=revision,
+                cache_dir=args.cache_dir,
+                token=args.token,
+            )
+    except Exception as error:  # the libraries below raise some thirty types; all end here as one line
+        raise DataError(_refusal(name, config, revision, reason, error, args)) from error
+    for split, dataset in found.items():
+        cached = revision_of(dataset)
+        if revision and cached and cached != revision:
+            raise DataError(
+                f"{name} {config} {split}: the cache holds revision {cached}, not the pinned {revision}, "
+                f"and the hub did not give that one ({reason or 'it is reachable'}); {_WAYS_OUT}"
+            )
+    return found
+
+
+def _refusal(
+    name: str, config: str | None, revision: str | None, reason: str | None, error: Exception, args: Any
+) -> str:
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    what = " ".join(filter(None, (f"{name}@{revision}" if revision else name, config)))
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason is None:
+        text = f"{what}: the hub {constants.ENDPOINT} did not give it: {first}"
+    else:
+        cache = args.cache_dir or settings.HF_DATASETS_CACHE
+        text = f"{what}: the hub {constants.ENDPOINT} is not used ({reason}) and {cache} has no copy"
+    shadowed = f"\nfor the local folder {name} write --dataset_name ./{name}" if Path(name).is_dir() else ""
+    return f"{text}\n{_WAYS_OUT}{shadowed}"
+
+
+def open_folder(folder: str, config: str | None, args: Any) -> Any:
+    """A `datasets.DatasetDict` from a local folder of data files.
+
+    Raises:
+        DataError: `datasets` cannot read it.
+    """
+    import datasets
+
+    try:
+        with _hub_mode(True, args.disable_tqdm or not sys.stderr.isatty()):
+            return datasets.load_dataset(folder, config, cache_dir=args.cache_dir)
+    except Exception as error:
+        raise DataError(
+            f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
+def revision_of(dataset: Any) -> str | None:
+    """The commit a `datasets.Dataset` was made from, as its cache folder is named; None if unknown."""
+    for file in dataset.cache_files:
+        folder = Path(file["filename"]).parent.name
+        if re.fullmatch(r"[0-9a-f]{40}", folder):
+            return folder
+    return None
+
+
+def to_table(dataset: Any, origin: str) -> Table:
+    """A `datasets.Dataset` as a table, with the names of its ClassLabel columns.
+
+    Raises:
+        DataError: no rows.
+    """
+    table = from_arrow(dataset.with_format("arrow")[:], origin)
+    names = {
+        name: tuple(feature.names)
+        for name, feature in dataset.features.items()
+        if getattr(feature, "_type", "") == "ClassLabel"
+    }
+    return replace(table, class_names=names)
+
+
+def load_saved(folder: Path) -> Table:
+    """One data set as `Dataset.save_to_disk` left it.
+
+    Raises:
+        DataError: damaged, or no rows.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{folder}: cannot be read as a saved data set: {first}") from error
+    return to_table(dataset, str(folder))

@@ -1,0 +1,197 @@
+"""Reads csv, tsv, json, jsonl and parquet files into columns that still know their line numbers.
+
+Not pandas and not the csv reader of `datasets`: those turn the text `NA` into a missing value, merge
+rows at a stray quote, skip broken lines and name no line in their errors. Here every row of the file
+becomes a row of the table, or the file is refused with file:line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import DataError
+from bert_glue.json_rows import read_json
+from bert_glue.tables import Problems, Table, build_table, check_header, read_text
+
+
+def read_table(path: Path) -> Table:
+    """Reads a data file by its suffix; every value is a str in csv and tsv.
+
+    Raises:
+        DataError: unknown suffix, unreadable, or broken anywhere; names file:line.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; choices: {', '.join(_READERS)}")
+    return reader(path)
+
+
+def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -> None:
+    if fields in ([], [""]):
+        problems.add(place, "the line is empty")
+    else:
+        problems.add(
+            place,
+            f"{len(fields)} columns where {width} are expected: a separator too many or too few, "
+            "or a line break inside a text",
+        )
+
+
+def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None = None) -> Table:
+    """Reads tab-separated lines as GLUE has them: no quoting at all, a quote is a character.
+
+    Lines end at LF or CRLF, never at other Unicode line separators, which occur inside texts. Texts
+    with tabs or line breaks cannot be stored so: csv or json can. 400,000 rows take about a second.
+
+    Args:
+        header: the first line has names; otherwise columns are 0-based positions.
+        only: columns to keep (GLUE files carry parse trees of ten times the text); default: all.
+
+    Raises:
+        DataError: not a text file, a line with another number of columns, no rows, a doubled name.
+    """
+    # Blank lines at the very end are no rows; anywhere else they are an error.
+    lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    first = lines[0].split("\t")
+    width = len(first)
+    names: Sequence = first if header else range(width)
+    if header:
+        check_header(f"{path}:1", first)
+    if only is not None and not set(only) <= set(names):
+        only = None  # a column is missing: the error that follows shall list those that are there
+    kept = [at for at, name in enumerate(names) if only is None or name in only]
+    columns: list[list[str]] = [[] for _ in kept]
+    problems = Problems(str(path))
+    for number in range(int(header), len(lines)):
+        fields = lines[number].split("\t")
+        if len(fields) != width:
+            _add_ragged(problems, f"{path}:{number + 1}", fields, width)
+            continue
+        for column, at in zip(columns, kept, strict=True):
+            column.append(fields[at])
+    problems.raise_any()
+    places = range(int(header) + 1, len(lines) + 1)
+    return build_table(str(path), [names[at] for at in kept], columns, places)
+
+
+def header_of(path: Path) -> list[str]:
+    """Column names of a tsv file (its first line), read without the rest; [] if unreadable."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+        return first.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n").split("\t")
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _csv_records(path: Path, text: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line the record starts at, fields); a quoted field may span lines."""
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, refuses long documents
+    # newline="\n": Python would otherwise end records at a lone CR, which is a character here.
+    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        # Where a closing quote is missing the reader only notices at the end of the file.
+        problems.add(f"{path}:{start}", f"broken csv in the row that starts here: {error}")
+
+
+def read_csv(path: Path) -> Table:
+    """Reads comma-separated rows with RFC 4180 quoting; the first row has the names.
+
+    Raises:
+        DataError: not a text file, broken quoting, a ragged row, no rows, a doubled name.
+    """
+    problems = Problems(str(path))
+    records = _csv_records(path, read_text(path).rstrip("\r\n"), problems)
+    names = next(records, (1, []))[1]
+    problems.raise_any()
+    check_header(f"{path}:1", names)
+    rows: list[list[str]] = []
+    places: list[int] = []
+    for line, fields in records:
+        if len(fields) != len(names):
+            _add_ragged(problems, f"{path}:{line}", fields, len(names))
+        else:
+            rows.append(fields)
+            places.append(line)
+    problems.raise_any()
+    return build_table(str(path), names, [list(column) for column in zip(*rows, strict=True)], places)
+
+
+def read_parquet(path: Path) -> Table:
+    """Reads a parquet file, with the class names `datasets` stores in its metadata.
+
+    Raises:
+        DataError: not a parquet file, damaged, or no rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Not read_table(path): it would take folder names such as `a=b` for columns.
+        table = pyarrow.parquet.ParquetFile(path).read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    return from_arrow(table, str(path))
+
+
+def from_arrow(table: Any, origin: str) -> Table:
+    """A `pyarrow.Table` as a Table of Python values.
+
+    Raises:
+        DataError: doubled column names, no rows, or text that is not UTF-8.
+    """
+    names = table.column_names
+    check_header(origin, names)
+    columns = [_arrow_values(table.column(name), name, origin) for name in names]
+    built = build_table(origin, names, columns, range(1, table.num_rows + 1), "row")
+    return replace(built, class_names=_class_names(table.schema.metadata or {}))
+
+
+def _arrow_values(column: Any, name: str, origin: str) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        row = next(at for at, value in enumerate(column, 1) if not _is_readable(value))
+        raise DataError(f"{origin} row {row}: column {name!r} is not UTF-8") from None
+
+
+def _is_readable(value: Any) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Names of integer classes from the schema metadata key `huggingface` (datasets' format)."""
+    described = json.loads(metadata.get(b"huggingface", b"{}"))
+    features = described.get("info", {}).get("features", {})
+    return {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+_READERS = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".parquet": read_parquet,
+}
+DATA_SUFFIXES = tuple(_READERS)

@@ -1,0 +1,139 @@
+"""Columns that know where each row stands, and the list of problems a broken file is refused with."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bert_glue.errors import DataError
+
+SHOWN_PROBLEMS = 5
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class Problems:
+    """Collects what is wrong with one file, to tell the user at once.
+
+    Args:
+        origin: file path or data set, for the line that counts what is not shown.
+    """
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, place: str, text: str) -> None:
+        """Notes a problem at `place` ("file:line"); only the first five keep their text."""
+        self.count += 1
+        if self.count <= SHOWN_PROBLEMS:
+            self.lines.append(f"{place}: {text}")
+
+    def raise_any(self) -> None:
+        """Raises DataError if there was a problem: the first five, and how many more."""
+        if self.count > SHOWN_PROBLEMS:
+            self.lines.append(f"{self.origin}: {self.count - SHOWN_PROBLEMS} more problems like these")
+        if self.count:
+            raise DataError("\n".join(self.lines))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length and where each row stands.
+
+    Args:
+        origin: file path or data set name.
+        columns: name (or 0-based position, in a file without header) -> values, one a row.
+        places: 1-based line or row number of each row.
+        unit: "line": places are lines of the file; "row": rows of a file without lines.
+        class_names: column -> names of its integer classes, where the file itself has them.
+    """
+
+    origin: str
+    columns: dict[Any, list]
+    places: Sequence[int]
+    unit: str = "line"
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def where(self, row: int) -> str:
+        """Place of 0-based `row` for an error message: "file:12" or "file row 12"."""
+        gap = ":" if self.unit == "line" else " row "
+        return f"{self.origin}{gap}{self.places[row]}"
+
+    def column(self, name: str | int) -> list:
+        """Values of one column.
+
+        Raises:
+            DataError: there is no such column; the message has the choices.
+        """
+        if name not in self.columns:
+            place = f"{self.origin}:1" if self.unit == "line" else self.origin
+            raise DataError(f"{place}: no column {name!r}; columns: {', '.join(map(str, self.columns))}")
+        return self.columns[name]
+
+    def renamed(self, names: dict[Any, str]) -> Table:
+        """A table of the columns in `names` only, under their new names.
+
+        Raises:
+            DataError: one of them is missing.
+        """
+        return replace(self, columns={new: self.column(old) for old, new in names.items()})
+
+
+def check_header(origin: str, names: Sequence[str]) -> None:
+    """Raises DataError where two columns have the same name: one would silently hide the other."""
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise DataError(f"{origin}: column name more than once: {', '.join(map(repr, doubled))}")
+
+
+def build_table(
+    origin: str, names: Sequence, columns: list[list], places: Sequence[int], unit: str = "line"
+) -> Table:
+    """A Table; raises DataError if it would have no rows."""
+    if not places:
+        raise DataError(f"{origin}: has no rows")
+    return Table(origin, dict(zip(names, columns, strict=True)), places, unit)
+
+
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 file, without byte order mark, line ends untouched.
+
+    Raises:
+        DataError: cannot be read, empty, UTF-16, not UTF-8, NUL bytes, or a Git-LFS pointer.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}:1: is UTF-16; save it as UTF-8")
+    if raw.startswith(_LFS_POINTER):
+        raise DataError(f"{path}:1: is a Git-LFS pointer, not the data; run git lfs pull")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if not raw.strip():
+        raise DataError(f"{path}: is empty")
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        line = raw.count(b"\n", 0, nul) + 1
+        raise DataError(f"{path}:{line}: has a NUL byte; a text file in UTF-8 is needed")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        _raise_undecodable(path, raw)
+
+
+def _raise_undecodable(path: Path, raw: bytes) -> NoReturn:
+    problems = Problems(str(path))
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            problems.add(f"{path}:{number}", f"not UTF-8 (byte 0x{line[error.start]:02x}); save it as UTF-8")
+    problems.raise_any()
