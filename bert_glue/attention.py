@@ -125,9 +125,7 @@ def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -
     count = len(layout.all_lengths)
     k_borders = torch.tensor(layout.cu_seq_lens, dtype=torch.int32).to(query.device, non_blocking=True)
     q_borders = torch.arange(count + 1, dtype=torch.int32, device=query.device) if first_only else k_borders
-    return varlen_attn(
-        query, key, value, q_borders, k_borders, 1 if first_only else layout.longest, layout.longest
-    )
+    return varlen_attn(query, key, value, q_borders, k_borders, 1 if first_only else layout.longest, layout.longest)
 
 
 def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:

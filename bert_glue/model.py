@@ -104,7 +104,12 @@ def model_folder(name: str, args: Arguments) -> Path:
         raise MachineError(f"--model_name_or_path {name}: no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.safetensors", *(["pytorch_model*.bin"] if args.allow_pickle_weights else [])]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.safetensors",
+        *(["pytorch_model*.bin"] if args.allow_pickle_weights else []),
+    ]
     try:
         return Path(
             snapshot_download(

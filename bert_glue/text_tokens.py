@@ -80,7 +80,13 @@ class TextTokenizer:
         """Write tokenizer.json beside the model's other tokenizer files, copied as they are."""
         import shutil
 
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"):
+        for name in (
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "vocab.txt",
+            "vocab.json",
+            "merges.txt",
+        ):
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
         self.backend.no_truncation()
@@ -138,9 +144,7 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(base) / "bert_glue"
 
 
-def tokenize(
-    tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False
-) -> tuple[TokenTable, str]:
+def tokenize(tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False) -> tuple[TokenTable, str]:
     """The tokens of a split, from the cache where the same texts were tokenized the same way before.
 
     Returns:

@@ -1,0 +1,101 @@
+"""Exact evaluation and prediction: every sample once, over any number of ranks, in the data's order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bert_glue.batching import Assembler, TokenSplit, ahead, evaluation_batches
+from bert_glue.device import Device
+from bert_glue.errors import DivergedError
+from bert_glue.precision import Precision
+from bert_glue.ranks import Ranks
+from bert_glue.tasks import GlueTask
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs a module over splits.
+
+    Args:
+        module: classifier; put into evaluation mode while it runs.
+        assemble: rows to batches.
+        batch_size: samples per rank and forward pass.
+    """
+
+    module: torch.nn.Module
+    assemble: Assembler
+    batch_size: int
+    ranks: Ranks
+    precision: Precision
+
+    @torch.no_grad()
+    def logits(self, split: TokenSplit) -> np.ndarray:
+        """Logits of all rows, `[rows, labels]` float32, on every rank."""
+        self.module.eval()
+        ranks = self.ranks
+        rows = list(evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size))
+        batches = (self.assemble(split, members) for members in rows)
+        outputs = []
+        with self.precision.autocast():
+            for batch in batches if ranks.device.is_host else ahead(batches):
+                outputs.append(self.module(**batch.inputs).float())
+        own = torch.cat(outputs).cpu().numpy() if outputs else None
+        gathered = ranks.gather((np.concatenate(rows) if rows else None, own))
+        parts = [(members, values) for members, values in gathered if members is not None]
+        result = np.empty((len(split), parts[0][1].shape[1]), np.float32)
+        for members, values in parts:
+            result[members] = values
+        return result
+
+
+def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
+    """Class ids `[rows]` int64, or scores `[rows]` float32."""
+    if not task.is_regression:
+        return logits.argmax(1)
+    return logits[:, 0]
+
+
+def mean_loss(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Cross-entropy, or squared error for regression, averaged over `[rows]`."""
+    x = logits.astype(np.float64)
+    if task.is_regression:
+        return float(np.mean((x[:, 0] - labels) ** 2))
+    top = x.max(1, keepdims=True)
+    log_sum = np.log(np.exp(x - top).sum(1)) + top[:, 0]
+    return float(np.mean(log_sum - x[np.arange(len(x)), labels]))
+
+
+def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]) -> dict[str, float | str | None]:
+    """`eval_*` results of every labelled split of a task, MNLI's two under distinct keys.
+
+    Raises:
+        DivergedError: logits are not finite.
+    """
+    from bert_glue.metrics import compute_metrics
+
+    results: dict[str, float | str | None] = {}
+    for name, suffix, _ in task.evaluation:
+        if name not in splits:
+            continue
+        split = splits[name]
+        device: Device = evaluator.ranks.device
+        device.synchronize()
+        begin = time.perf_counter()
+        logits = evaluator.logits(split)
+        device.synchronize()
+        seconds = time.perf_counter() - begin
+        if not np.isfinite(logits).all():
+            raise DivergedError(f"logits on {name} are not finite (NaN or Inf): the weights have diverged")
+        scores = compute_metrics(task, predictions_of(task, logits), split.labels)
+        results[f"eval_loss{suffix}"] = mean_loss(task, logits, split.labels)
+        results |= {f"eval_{key}{suffix}": value for key, value in scores.items()}
+        results |= {f"eval_{key}{suffix}_reason": text for key, text in scores.reasons.items()}
+        results[f"eval_samples{suffix}"] = len(split)
+        results[f"eval_runtime{suffix}"] = seconds
+        results[f"eval_samples_per_second{suffix}"] = len(split) / seconds
+        results[f"eval_real_tokens_per_second{suffix}"] = float(split.table.borders[-1]) / seconds
+    return results

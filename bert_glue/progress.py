@@ -1,0 +1,76 @@
+"""What a person sees while training: a bar on a terminal, plain lines elsewhere; and signals that ask to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+
+class ProgressLog:
+    """Console of one run; silent on all ranks but the first.
+
+    Args:
+        is_first: whether this rank prints.
+        wants_bar: False with `--disable_tqdm`.
+        watches_signals: True turns SIGTERM and SIGINT into a request that the loop reads.
+    """
+
+    def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True):
+        self.is_first = is_first
+        self.wants_bar = wants_bar and is_first and sys.stderr.isatty()
+        self.watches_signals = watches_signals
+        self.stop_signal: int | None = None
+        self._bar: Any = None
+        self._task: Any = None
+        if watches_signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        """First signal: finish the step and save. Second: end at once."""
+        if self.stop_signal is not None:
+            raise SystemExit(128 + number)
+        self.stop_signal = number
+
+    def line(self, text: str) -> None:
+        """One line of the log."""
+        if self.is_first:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
+
+    def entry(self, entry: dict) -> None:
+        """One log entry, numbers shortened."""
+        parts = []
+        for name, value in entry.items():
+            if isinstance(value, float):
+                value = f"{value:.3e}" if name == "learning_rate" else f"{value:.5g}"
+            parts.append(f"{name}={value}")
+        self.line(" ".join(parts))
+
+    def advance(self, step: int, total: int, epoch: float) -> None:
+        """Move the bar."""
+        if not self.wants_bar:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f} epoch {task.fields[epoch]:.2f}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=total, epoch=epoch)
+            self._bar.start()
+        self._bar.update(self._task, completed=step, epoch=epoch)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

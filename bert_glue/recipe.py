@@ -1,0 +1,231 @@
+"""The recipe: arguments -> data -> model -> train -> evaluate -> predict -> results.
+
+Each step is one function below; `run` is their order and keeps the times.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_glue import reporting
+from bert_glue.arguments import Arguments
+from bert_glue.batching import TokenSplit
+from bert_glue.errors import DataError
+from bert_glue.evaluation import Evaluator, evaluate, predictions_of
+from bert_glue.lock import FolderLock
+from bert_glue.model import LoadedModel, load_model
+from bert_glue.precision import Precision, plan_precision
+from bert_glue.progress import ProgressLog
+from bert_glue.ranks import Ranks
+from bert_glue.sources import TaskData, load_task_data
+from bert_glue.tasks import GlueTask
+from bert_glue.text_tokens import tokenize
+from bert_glue.training import Run
+from bert_glue.training_setup import assembler, fine_tune, narrow
+from bert_glue.training_state import whole_weights
+
+
+def run(args: Arguments, began: float) -> int:
+    """All steps of one process of a run.
+
+    Args:
+        began: when the process started, seconds of `time.time`.
+
+    Returns:
+        The exit code: 0, or 128 + signal if one ended training (a checkpoint was saved).
+
+    Raises:
+        UserError: a mistake that the user can mend, with its exit code.
+    """
+    ranks = Ranks(args)
+    log = ProgressLog(ranks.is_first, not args.disable_tqdm)
+    try:
+        with FolderLock(Path(args.output_dir), is_holder=ranks.is_first):
+            results = _steps(args, ranks, log, began)
+        for line in reporting.summary(results):
+            log.line(line)
+        return 0 if log.stop_signal is None else 128 + log.stop_signal
+    finally:
+        log.close()
+        ranks.close()
+
+
+def _steps(args: Arguments, ranks: Ranks, log: ProgressLog, began: float) -> dict:
+    times = {"import_and_start": time.time() - began}
+    log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
+    for notice in args.notices:
+        log.line(f"note: {notice}")
+    args = _with_sample_model(args, ranks)
+    with _timed(times, "data"):
+        data = load_task_data(args, _needed(args))
+        for line in (f"data: {data.source}", *data.warnings):
+            log.line(line)
+    with _timed(times, "model"):
+        torch.manual_seed(args.seed)
+        model = load_model(args, data.task)
+    with _timed(times, "tokenize"):
+        splits = _tokenize(args, data, model, log)
+    plan = plan_precision(args, ranks.device)
+    _say_how(args, model, plan, log)
+    if log.is_first and "train" in splits:
+        reporting.show_example(data, splits["train"], model, log)
+    narrowed, run_of = narrow(args, model, splits), None
+    model.module.to(ranks.device.torch_device)
+    precision = Precision(plan, model.module)
+    assemble = assembler(args, model, ranks, narrowed)
+    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    results: dict = _facts(args, data, model, plan, ranks)
+    with _timed(times, "train"):
+        if args.do_train:
+            run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
+            results |= _train_results(run_of, plan)
+    results["train_runtime"] = times["train"]
+    with _timed(times, "evaluate"):
+        if args.do_eval and log.stop_signal is None:
+            results |= evaluate(evaluator, data.task, splits)
+    with _timed(times, "predict"):
+        if args.do_predict and log.stop_signal is None:
+            results |= _predict(args, data, splits, evaluator)
+    with _timed(times, "save"):
+        if ranks.is_first and args.do_train and log.stop_signal is None:
+            model.save(Path(args.output_dir), whole_weights(run_of))
+    results["peak_memory_bytes"] = ranks.device.peak_memory()
+    results["seconds"] = times
+    results["e2e_runtime"] = time.time() - began
+    if ranks.is_first:
+        history = run_of.progress.history if run_of else []
+        reporting.write_results(args, data, results, history)
+    return results
+
+
+class _timed:
+    """Notes in `times` how many seconds its block took."""
+
+    def __init__(self, times: dict[str, float], name: str):
+        self.times, self.name = times, name
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.times[self.name] = time.perf_counter() - self.began
+
+
+def _needed(args: Arguments) -> frozenset[str]:
+    """Which data the flags ask for."""
+    wanted = {
+        "train": args.do_train,
+        "evaluation": args.do_eval or (args.do_train and args.eval_strategy != "no"),
+        "test": args.do_predict,
+    }
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
+    """With `--sample` and no model, the tiny BERT made on the spot."""
+    if not args.sample or args.model_name_or_path:
+        return args
+    from bert_glue.sample import make_tiny_bert
+
+    folder = Path(args.output_dir) / "sample_bert"
+    if ranks.is_first:
+        make_tiny_bert(folder)
+    ranks.wait()
+    return replace(args, model_name_or_path=str(folder))
+
+
+def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ProgressLog) -> dict[str, TokenSplit]:
+    """Token ids and labels of every split, cut to `--max_*_samples`."""
+    limit = min(args.max_seq_length, model.position_limit)
+    if limit < args.max_seq_length:
+        log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
+    dtype = np.float32 if data.task.is_regression else np.int64
+    evaluations = {name for name, _, _ in data.task.evaluation}
+    splits = {}
+    for name, split in data.splits.items():
+        rows = args.max_predict_samples
+        if name == "train":
+            rows = args.max_train_samples
+        elif name in evaluations:
+            rows = args.max_eval_samples
+        split = split if rows is None else split.take(rows)
+        if not len(split):
+            raise DataError(f"{split.origin}: no rows")
+        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache)
+        labels = None if split.labels is None else np.asarray(split.labels, dtype)
+        splits[name] = TokenSplit(name, table, labels)
+        mean = float(table.borders[-1]) / len(table)
+        log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
+    return splits
+
+
+def _say_how(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
+    path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
+    log.line(f"precision: {plan.name}; batches: {path}")
+    for line in (*model.notes, plan.note):
+        if line:
+            log.line(f"note: {line}")
+
+
+def _facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ranks) -> dict:
+    """What was run, for every results file."""
+    return {
+        "task_name": data.task.name,
+        "headline_metric": data.task.headline,
+        "model_name_or_path": args.model_name_or_path,
+        "data": data.source,
+        "sample_data": data.is_sample,
+        "device": str(ranks.device.torch_device),
+        "device_name": ranks.device.name,
+        "world_size": ranks.world_size,
+        "precision": plan.name,
+        "fallback": plan.note,
+        "batches": "packed" if model.is_packed else "padded",
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "seed": args.seed,
+    }
+
+
+def _train_results(run_of: Run, plan) -> dict:
+    """`train_*` results of all ranks together."""
+    meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
+    counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
+    keys = ("samples", "real_tokens", "computed_tokens", "flops")
+    totals = dict(zip(keys, map(sum, zip(*counts, strict=True)), strict=True))
+    return {
+        "train_loss": progress.loss_sum / max(1, progress.step),
+        "train_steps": progress.step,
+        "train_skipped_updates": run_of.precision.skipped_steps,
+        "train_samples_consumed": progress.samples,
+        "train_samples": run_of.order.rows,
+        "epoch": run_of.epoch,
+        **meter.rates(totals, plan.dtype),
+    }
+
+
+def _predict(args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator) -> dict:
+    """Write `predict_results_<task>.txt` of every test split, companions included."""
+    results = {}
+    for task, name, suffix in _prediction_splits(data.task, splits):
+        begin = time.perf_counter()
+        predictions = predictions_of(task, evaluator.logits(splits[name]))
+        results[f"predict_samples_{task.name}{suffix}"] = len(splits[name])
+        results[f"predict_samples_per_second_{task.name}{suffix}"] = len(predictions) / (time.perf_counter() - begin)
+        if evaluator.ranks.is_first:
+            reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
+    return results
+
+
+def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tuple[GlueTask, str, str]]:
+    from bert_glue.tasks import companions
+
+    own = [(task, name, suffix) for name, suffix in task.test if name in splits]
+    others = [
+        (o, f"{o.name}:{name}", s) for o in companions(task) for name, s in o.test if f"{o.name}:{name}" in splits
+    ]
+    return own + others

@@ -1,0 +1,127 @@
+"""What was really consumed, when: samples, tokens and floating-point operations against a true clock.
+
+The device is synchronised before every reading. Evaluation and saving stop the clock. The first
+`skip_steps` optimizer steps are left out; where nothing is left, the rate is None with the reason.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bert_glue.batching import Batch
+from bert_glue.device import Device
+from bert_glue.packed import EncoderShape
+
+
+def forward_flops(shape: EncoderShape, lengths: tuple[int, ...], first_only_last: bool = True) -> float:
+    """Multiply-adds (as 2 operations) of one forward pass over real tokens.
+
+    Args:
+        lengths: tokens of each sequence.
+        first_only_last: True for the packed path, whose last layer runs its query, output and
+            feed-forward for first tokens only; False counts a full last layer.
+    """
+    hidden, inner, tokens, count = shape.hidden, shape.intermediate, sum(lengths), len(lengths)
+    per_token = 2 * (4 * hidden * hidden + 2 * hidden * inner)
+    attention = 4 * hidden * sum(n * n for n in lengths)
+    layer = per_token * tokens + attention
+    last = layer
+    if first_only_last:
+        last = 4 * hidden * hidden * tokens + (per_token - 4 * hidden * hidden) * count + 4 * hidden * tokens
+    return float((shape.layers - 1) * layer + last + 2 * hidden * hidden * count)
+
+
+def gemm_rate(device: Device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Matrix-product rate of this device now, operations per second: best of several 2048^3 products."""
+    a = torch.randn(2048, 2048, device=device.torch_device).to(dtype)
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == 0.0:
+        device.synchronize()
+        begin = time.perf_counter()
+        a @ a
+        device.synchronize()
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin))
+    return best
+
+
+@dataclass
+class Meter:
+    """Counts of the training steps that were timed.
+
+    Args:
+        device: synchronised before each reading of the clock.
+        skip_steps: optimizer steps left out at the start.
+        shape: sizes for the operation count; None leaves it out.
+    """
+
+    device: Device
+    skip_steps: int
+    shape: EncoderShape | None = None
+    steps: int = 0
+    samples: int = 0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    _began: float | None = None
+
+    def start(self) -> None:
+        """Run the clock from now on, if the skipped steps are over."""
+        if self.steps >= self.skip_steps and self._began is None:
+            self.device.synchronize()
+            self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """Hold the clock: before evaluation, saving, and at the end."""
+        if self._began is not None:
+            self.device.synchronize()
+            self.seconds += time.perf_counter() - self._began
+            self._began = None
+
+    def count(self, batch: Batch) -> None:
+        """One forward and backward pass of this rank was given to the device."""
+        if self._began is None:
+            return
+        self.samples += batch.samples
+        self.real_tokens += batch.real_tokens
+        self.computed_tokens += batch.computed_tokens
+        if self.shape is not None and "layout" in batch.inputs:
+            self.flops += 3 * forward_flops(self.shape, batch.inputs["layout"].lengths)
+
+    def end_step(self) -> None:
+        """One optimizer step is over."""
+        self.steps += 1
+        self.start()
+
+    def rates(self, totals: dict[str, float], dtype: torch.dtype) -> dict[str, float | str | None]:
+        """Figures of all ranks together.
+
+        Args:
+            totals: sums over ranks of samples, real_tokens, computed_tokens, flops.
+            dtype: of the products, for the device's own rate.
+
+        Returns:
+            `train_*` entries: samples and tokens per second, padding in percent, TFLOP/s of the model
+            over real tokens and its share of a product measured on this device (per rank).
+        """
+        if self.seconds <= 0.0 or not totals["samples"]:
+            reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
+            return {"train_samples_per_second": None, "train_samples_per_second_reason": reason}
+        padding = 1.0 - totals["real_tokens"] / totals["computed_tokens"]
+        rates: dict[str, float | str | None] = {
+            "train_samples_per_second": totals["samples"] / self.seconds,
+            "train_real_tokens_per_second": totals["real_tokens"] / self.seconds,
+            "train_computed_tokens_per_second": totals["computed_tokens"] / self.seconds,
+            "train_padding_percent": 100.0 * padding,
+            "train_timed_steps": self.steps - self.skip_steps,
+            "train_timed_seconds": self.seconds,
+        }
+        if totals["flops"]:
+            reference = gemm_rate(self.device, dtype)
+            rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12
+            rates["device_gemm_tflops_per_second"] = reference / 1e12
+            rates["train_share_of_gemm"] = self.flops / self.seconds / reference
+        return rates

@@ -1,0 +1,236 @@
+"""The training loop, and all that one run of it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bert_glue.arguments import Arguments
+from bert_glue.batching import Assembler, Batch, TokenSplit, TrainingOrder, ahead, rank_share
+from bert_glue.errors import DivergedError
+from bert_glue.model import LoadedModel
+from bert_glue.noise import Noise
+from bert_glue.optim import schedule
+from bert_glue.precision import Precision
+from bert_glue.progress import ProgressLog
+from bert_glue.ranks import Ranks
+from bert_glue.tasks import GlueTask
+from bert_glue.throughput import Meter
+from bert_glue.vocabulary import NarrowedEmbedding
+
+
+@dataclass
+class Progress:
+    """Where a run is; all of it goes into a checkpoint.
+
+    Args:
+        step: optimizer steps done, skipped ones included.
+        updates: optimizer steps that changed weights: the schedule's clock.
+        forward_passes: micro-batches done, the address of dropout masks.
+        samples: consumed by all ranks.
+        loss_sum: sum of the losses of all steps since the start.
+        history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
+    """
+
+    step: int = 0
+    updates: int = 0
+    forward_passes: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    history: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """All parts of one training run, built by recipe.py.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        evaluate: gives `eval_*` results of the current weights.
+        best_key: entry of those results that chooses the best checkpoint.
+    """
+
+    args: Arguments
+    task: GlueTask
+    ranks: Ranks
+    model: LoadedModel
+    precision: Precision
+    optimizer: torch.optim.Optimizer
+    assemble: Assembler
+    split: TokenSplit
+    order: TrainingOrder
+    total_steps: int
+    meter: Meter
+    log: ProgressLog
+    evaluate: Callable[[], dict]
+    best_key: str
+    narrowed: NarrowedEmbedding | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of this run's results."""
+        return Path(self.args.output_dir)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the fraction."""
+        return self.progress.step / self.order.steps_per_epoch
+
+
+def sample_losses(task: GlueTask, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Sum over `[samples]` of squared errors or (smoothed) cross-entropies, in fp32, 0-d."""
+    logits = logits.float()
+    if task.is_regression:
+        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def training_batches(run: Run) -> Iterator[tuple[list[Batch], int]]:
+    """This rank's batches of each remaining optimizer step, with the step's samples on all ranks."""
+    first, epoch, permutation = run.progress.step, -1, None
+    for step in range(first, run.total_steps):
+        if step // run.order.steps_per_epoch != epoch:
+            epoch = step // run.order.steps_per_epoch
+            permutation = run.order.permutation(epoch)
+        passes = run.order.step(permutation, step % run.order.steps_per_epoch)
+        shares = (rank_share(rows, run.ranks.rank, run.ranks.world_size) for rows in passes)
+        yield [run.assemble(run.split, rows) for rows in shares if len(rows)], sum(map(len, passes))
+
+
+def train(run: Run) -> None:
+    """Fine-tune until `total_steps`, early stopping or a signal that asks for an end.
+
+    Raises:
+        DivergedError: loss or gradients stopped being finite.
+        CheckpointError: a checkpoint could not be written.
+    """
+    args, progress, ranks, precision = run.args, run.progress, run.ranks, run.precision
+    factor = schedule(args.lr_scheduler_type, run.total_steps, args.warmup_steps)
+    noise = Noise(args.seed, ranks.rank)
+    recent_loss, recent_steps = torch.zeros((), device=ranks.device.torch_device), 0
+    batches = training_batches(run)
+    if not ranks.device.is_host:
+        batches = ahead(batches)
+    run.meter.start()
+    for micro_batches, samples in batches:
+        # ---- one optimizer step: nothing here waits for the device, but for a dynamic loss scale ----
+        run.model.module.train()
+        precision.zero_gradients()
+        step_loss = torch.zeros_like(recent_loss)
+        for batch in micro_batches:
+            noise.begin(progress.forward_passes)
+            progress.forward_passes += 1
+            with precision.autocast():
+                logits = run.model.module(**batch.inputs, noise=noise)
+            loss = sample_losses(run.task, logits, batch.labels, args.label_smoothing_factor) / samples
+            (loss * precision.scale).backward()
+            step_loss += loss.detach()
+            run.meter.count(batch)
+        ranks.sum([group.grad for group in precision.groups])
+        scaled_norm = precision.gather_gradients()
+        rate = args.learning_rate * factor(progress.updates)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        scale = precision.scale
+        if precision.step(run.optimizer, scaled_norm, args.max_grad_norm):
+            progress.updates += 1
+            if run.narrowed is not None:
+                run.narrowed.count_decay(rate, args.weight_decay)
+        progress.step += 1
+        progress.samples += samples
+        recent_loss += step_loss
+        recent_steps += 1
+        run.meter.end_step()
+        # ---- end of the step ----
+        if _is_due(run, args.logging_steps) or (args.logging_first_step and progress.step == 1):
+            ranks.sum([recent_loss])
+            _log_step(run, recent_loss.item(), recent_steps, rate, scaled_norm.item() / scale)
+            recent_loss.zero_()
+            recent_steps = 0
+        run.log.advance(progress.step, run.total_steps, run.epoch)
+        if not _after_step(run):
+            break
+    ranks.sum([recent_loss])
+    progress.loss_sum += recent_loss.item()
+    run.meter.stop()
+    precision.check_finite()
+
+
+def _is_due(run: Run, every: int) -> bool:
+    return run.progress.step % every == 0 or run.progress.step == run.total_steps
+
+
+def _log_step(run: Run, loss_sum: float, steps: int, rate: float, norm: float) -> None:
+    """One log line; stops the run where a number is not finite."""
+    run.precision.check_finite()
+    run.progress.loss_sum += loss_sum
+    entry = {
+        "step": run.progress.step,
+        "epoch": round(run.epoch, 4),
+        "loss": loss_sum / max(1, steps),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "loss_scale": run.precision.scale,
+    }
+    if not math.isfinite(loss_sum):
+        raise DivergedError(f"the loss of step {run.progress.step} is {loss_sum}; nothing was saved since")
+    run.progress.history.append(entry)
+    run.log.entry(entry)
+
+
+def _after_step(run: Run) -> bool:
+    """Evaluation, checkpoint and early stopping where they are due; False ends training."""
+    from bert_glue.training_state import save_checkpoint
+
+    args, progress, steps_per_epoch = run.args, run.progress, run.order.steps_per_epoch
+    at_epoch_end = progress.step % steps_per_epoch == 0 or progress.step == run.total_steps
+    must_evaluate = {
+        "no": False,
+        "epoch": at_epoch_end,
+        "steps": progress.step % (args.eval_steps or args.logging_steps) == 0,
+    }[args.eval_strategy]
+    must_save = {
+        "no": False,
+        "epoch": at_epoch_end,
+        "steps": progress.step % args.save_steps == 0,
+    }[args.save_strategy]
+    stop_asked = any(run.ranks.gather(run.log.stop_signal is not None)) if run.log.watches_signals else False
+    if not (must_evaluate or must_save or stop_asked):
+        return True
+    run.meter.stop()
+    run.precision.check_finite()
+    goes_on = not stop_asked
+    if must_evaluate:
+        goes_on = _evaluate_now(run) and goes_on
+    if must_save or stop_asked:
+        save_checkpoint(run)
+    run.meter.start()
+    return goes_on
+
+
+def _evaluate_now(run: Run) -> bool:
+    """Evaluate, note the best; False where early stopping is due."""
+    args, progress = run.args, run.progress
+    results = run.evaluate()
+    entry = {"step": progress.step, "epoch": round(run.epoch, 4), **results}
+    progress.history.append(entry)
+    run.log.entry(entry)
+    value, is_loss = results.get(run.best_key), run.best_key.endswith("loss")
+    greater = not is_loss if args.greater_is_better is None else args.greater_is_better
+    sign = 1.0 if greater else -1.0
+    gain = None if value is None or progress.best_metric is None else sign * (value - progress.best_metric)
+    if value is not None and (gain is None or gain > 0):
+        progress.best_metric, progress.best_step = value, progress.step
+    is_gain = value is not None and (gain is None or gain > args.early_stopping_threshold)
+    progress.evaluations_without_gain = 0 if is_gain else progress.evaluations_without_gain + 1
+    patience = args.early_stopping_patience
+    return patience is None or progress.evaluations_without_gain < patience

@@ -1,0 +1,134 @@
+"""From arguments and loaded parts to a training run: built, resumed where asked, run, best weights put back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from bert_glue import checkpoint
+from bert_glue.arguments import Arguments
+from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
+from bert_glue.errors import CheckpointError, UsageError
+from bert_glue.evaluation import Evaluator, evaluate
+from bert_glue.model import LoadedModel
+from bert_glue.optim import build_optimizer, is_elementwise
+from bert_glue.progress import ProgressLog
+from bert_glue.ranks import Ranks
+from bert_glue.tasks import GlueTask
+from bert_glue.throughput import Meter
+from bert_glue.training import Run, train
+from bert_glue.training_state import resume
+from bert_glue.vocabulary import NarrowedEmbedding
+
+# Token counts are rounded up to a multiple of this where compiled graphs should see few shapes.
+_GRAPH_BUCKET = 256
+
+
+def narrow(args: Arguments, model: LoadedModel, splits: dict[str, TokenSplit]) -> NarrowedEmbedding | None:
+    """Leave unused embedding rows out of training where the optimizer cannot tell the difference."""
+    if not (args.do_train and model.is_packed and is_elementwise(args.optim)):
+        return None
+    return NarrowedEmbedding(model.module, list(splits.values()), model.module.shape.pad_token_id or 0)
+
+
+def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: NarrowedEmbedding | None) -> Assembler:
+    fixed = args.padding == "max_length"
+    padding = "packed" if model.is_packed else ("max_length" if fixed else "longest")
+    return Assembler(
+        padding=padding,
+        max_length=min(args.max_seq_length, model.position_limit),
+        pad_id=model.config.get("pad_token_id") or 0,
+        uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
+        device=ranks.device.torch_device,
+        bucket=_GRAPH_BUCKET if args.torch_compile or args.cuda_graph else 1,
+        renumber=narrowed.renumber if narrowed else None,
+    )
+
+
+def fine_tune(
+    args: Arguments,
+    task: GlueTask,
+    splits: dict[str, TokenSplit],
+    model: LoadedModel,
+    evaluator: Evaluator,
+    narrowed: NarrowedEmbedding | None,
+    log: ProgressLog,
+) -> Run:
+    """Build the run, resume it if asked, train, and end with the best weights if asked."""
+    split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
+    # Encoders that cannot be packed waste least when batches hold similar lengths.
+    grouped = args.train_sampling_strategy == "group_by_length" or (
+        not model.is_packed and args.padding in ("auto", "packed")
+    )
+    order = TrainingOrder(
+        rows=len(split),
+        micro_batch=args.per_device_train_batch_size * ranks.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=args.dataloader_drop_last,
+        lengths=split.table.lengths if grouped else None,
+    )
+    if order.steps_per_epoch == 0:
+        raise UsageError(
+            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.micro_batch}; "
+            "lower --per_device_train_batch_size or leave the flag out"
+        )
+    total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
+    optimizer, used = build_optimizer(args, precision.groups, precision.masters, precision.gradients)
+    log.line(f"optimizer: {used}" + ("" if used == args.optim else f" (--optim {args.optim})"))
+    meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None)
+    metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
+    run_of = Run(
+        args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,
+        lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed,
+    )  # fmt: skip
+    _resume(run_of)
+    log.line(
+        f"training: {len(split)} rows, {order.steps_per_epoch} steps an epoch, {total} steps, "
+        f"batch {args.per_device_train_batch_size} x {ranks.world_size} ranks x "
+        f"{args.gradient_accumulation_steps} accumulated"
+    )
+    train(run_of)
+    log.close()
+    if args.load_best_model_at_end and run_of.progress.best_step:
+        _load_best(run_of)
+    return run_of
+
+
+def _resume(run_of: Run) -> None:
+    """Act on `--resume_from_checkpoint`."""
+    wanted = run_of.args.resume_from_checkpoint
+    if not wanted:
+        return
+    if wanted.lower() not in ("auto", "true"):
+        resume(run_of, Path(wanted))
+    else:
+        folder, rejected = checkpoint.newest_sound(run_of.output_dir)
+        for line in rejected:
+            run_of.log.line(f"note: {line}")
+        if folder is None:
+            run_of.log.line(f"note: no sound checkpoint in {run_of.output_dir}: training starts anew")
+            return
+        resume(run_of, folder)
+    run_of.log.line(f"resumed after step {run_of.progress.step}")
+
+
+def _load_best(run_of: Run) -> None:
+    """Put the best checkpoint's parameters back into the module."""
+    from safetensors.torch import load_file
+
+    folder = run_of.output_dir / f"checkpoint-{run_of.progress.best_step}"
+    reason = checkpoint.verify(folder)
+    if reason:
+        raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
+    tensors = load_file(folder / "optimizer.safetensors")
+    with torch.no_grad():
+        for number, (master, group) in enumerate(zip(run_of.precision.masters, run_of.precision.groups, strict=True)):
+            master.copy_(tensors[f"parameters.{number}"])
+            if master is not group.data:
+                group.data.copy_(master)
+    run_of.log.line(
+        f"best checkpoint: step {run_of.progress.best_step}, {run_of.best_key} {run_of.progress.best_metric}"
+    )

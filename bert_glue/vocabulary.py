@@ -1,0 +1,46 @@
+"""Train only the embedding rows that the data uses, exactly.
+
+A row that no sample ever reads has a zero gradient and zero Adam moments, so that its update is the
+weight decay alone. Leaving such rows out of gradient, moments and update changes nothing but the
+work: with MiniLM on CoLA, 5,600 of 30,522 rows are in use and the optimizer touches half the memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from bert_glue.batching import TokenSplit
+
+
+class NarrowedEmbedding:
+    """Swaps a module's word table for its used rows, and puts it back.
+
+    Args:
+        module: with an embedding `words`.
+        splits: all data this run reads, training and other.
+        pad_id: kept too, because filler tokens use it.
+    """
+
+    def __init__(self, module: nn.Module, splits: list[TokenSplit], pad_id: int):
+        table = module.words.weight.data
+        used = np.zeros(len(table), bool)
+        used[pad_id] = True
+        for split in splits:
+            used[np.unique(split.table.ids)] = True
+        self.rows = torch.from_numpy(np.flatnonzero(used))
+        self.renumber = (np.cumsum(used) - 1).astype(np.int32)
+        self.full = table
+        self.decay = 1.0
+        module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
+
+    def count_decay(self, learning_rate: float, weight_decay: float) -> None:
+        """Note one optimizer step's decoupled weight decay for the rows left out."""
+        self.decay *= 1.0 - learning_rate * weight_decay
+
+    def widen(self, narrow: torch.Tensor) -> torch.Tensor:
+        """The whole table: trained rows put in, the others decayed. `[used, width] -> [vocab, width]`."""
+        full = self.full * self.decay
+        full[self.rows] = narrow.detach().to(full.device, full.dtype)
+        return full

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Fine-tune, evaluate and predict a GLUE task: `python run_glue.py --help`.
+
+Exit codes: 0 done, 2 usage, 3 data, 4 environment or device, 5 diverged, 6 checkpoint or disk,
+130 and 143 ended by SIGINT and SIGTERM after a checkpoint was saved.
+"""
+
+import sys
+import time
+
+from bert_glue.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run one process; returns its exit code."""
+    began = time.time()
+    try:
+        from bert_glue.command_line import main_parse
+
+        args = main_parse(argv)
+        if args is None:  # --help, --version or --print_config was answered
+            return 0
+        from bert_glue.recipe import run
+
+        return run(args, began)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
