@@ -1,24 +1,14 @@
-"""Every flag of `run_glue.py`: its default, unit, range and choices, and how flags go together.
+"""Every flag of `run_glue.py`: its default, unit, range and choices.
 
-To add a flag, add one line to a group. `command_line` turns argv and config files into `Arguments`;
-`find_problems` holds what one flag alone cannot know. Names are those of Hugging Face's
-TrainingArguments and run_glue.py wherever the meaning is the same.
+To add a flag, add one line to a group and freeze it in tests/frozen_flags.json. `command_line` turns
+argv and config files into `Arguments`; `argument_checks` holds what one flag alone cannot know. Names
+are those of Hugging Face's TrainingArguments and run_glue.py wherever the meaning is the same.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
-from pathlib import PurePath
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
-
-from bert_glue.errors import UsageError, did_you_mean
-from bert_glue.tasks import GlueTask, get_task, own_task
-
-DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = (), **extra: Any) -> Any:
@@ -226,3 +216,41 @@ class Arguments(
     """
 
     notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field of `Arguments` says about its flag.
+
+    Args:
+        kind: name of the type of a value: str, int, float or bool.
+        optional: True if None (not given) is a value.
+        group: title in the help.
+        many, pattern, secret: see `flag`.
+    """
+
+    name: str
+    kind: str
+    optional: bool
+    default: Any
+    group: str
+    text: str
+    range: str = ""
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    pattern: str = ""
+    secret: bool = False
+
+
+def _flag_of(found: Field, group: str) -> Flag:
+    # Annotations are texts such as "int | None" (postponed evaluation), so no typing machinery is needed.
+    kind, _, none = found.type.partition(" | ")
+    return Flag(found.name, kind, none == "None", found.default, group, **found.metadata)
+
+
+# Reversed: dataclasses inherit fields from the last base first, and the help shows the model first.
+FLAGS: dict[str, Flag] = {
+    found.name: _flag_of(found, group.__doc__ or "")
+    for group in reversed(Arguments.__bases__)
+    for found in fields(group)
+}

@@ -1,0 +1,209 @@
+"""What one flag alone cannot know: which flags go together, and values that follow from others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import PurePath
+from typing import NamedTuple
+
+from bert_glue.arguments import Arguments
+from bert_glue.errors import UsageError, did_you_mean
+from bert_glue.flag_values import read_number, shown
+from bert_glue.tasks import GlueTask, get_task, own_task
+
+DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_FILES = ("train_file", "validation_file", "test_file")
+_WORK = ("do_train", "do_eval", "do_predict")
+
+
+class Problem(NamedTuple):
+    """One line for the user, and the flags it is about.
+
+    A problem is left out where one of its flags was already reported: it would only be an echo.
+    """
+
+    flags: tuple[str, ...]
+    text: str
+
+
+def find_problems(args: Arguments) -> list[Problem]:
+    """Everything wrong between flags, in the order of the help. Reads no file."""
+    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _precision, _trackers)
+    return [problem for check in checks for problem in check(args)]
+
+
+def resolve(args: Arguments) -> Arguments:
+    """`args` with the values that follow from others; expects `find_problems` to be empty.
+
+    The task's name is its row's, `--pad_to_max_length` becomes `padding`, `--eval_strategy` implies
+    `--do_eval`, `eval_steps` follows `logging_steps`, and `metric_for_best_model` loses its `eval_` prefix.
+    """
+    evaluates = args.eval_strategy != "no"
+    by_steps = args.eval_strategy == "steps"
+    metric = args.metric_for_best_model
+    return replace(
+        args,
+        task_name=get_task(args.task_name).name if args.task_name else None,
+        padding="max_length" if args.pad_to_max_length else args.padding,
+        do_eval=args.do_eval or (args.do_train and evaluates),
+        eval_steps=args.eval_steps or (args.logging_steps if by_steps else None),
+        metric_for_best_model=metric.removeprefix("eval_") if metric else None,
+    )
+
+
+def _required(args: Arguments) -> Iterator[Problem]:
+    if not args.model_name_or_path and not args.sample:
+        yield Problem(
+            ("model_name_or_path", "sample"),
+            "--model_name_or_path is required: a folder or a hub name (only --sample makes its own model)",
+        )
+    if not args.output_dir:
+        yield Problem(("output_dir",), "--output_dir is required: the folder for model and results")
+    if not any(getattr(args, work) for work in _WORK):
+        yield Problem(_WORK, "nothing to do: give one or more of --do_train, --do_eval, --do_predict")
+
+
+def _data(args: Arguments) -> Iterator[Problem]:
+    files = [name for name in _FILES if getattr(args, name)]
+    origins = [name for name in ("data_path", "sample", "dataset_name") if getattr(args, name)] + files[:1]
+    everything = ("task_name", "data_path", "sample", "dataset_name", *_FILES)
+    if len(origins) > 1:
+        given = " and ".join(f"--{name}" for name in origins)
+        yield Problem(tuple(origins), f"{given} are two sources of data: give one")
+    elif not origins and not args.task_name:
+        yield Problem(
+            everything,
+            "no data: give --task_name, alone (hub) or with --data_path or --sample,"
+            " or --dataset_name, or --train_file, --validation_file and --test_file",
+        )
+    for name in ("data_path", "sample"):
+        if getattr(args, name) and not args.task_name:
+            yield Problem((name, "task_name"), f"--{name} needs --task_name: which task is it")
+    if args.dataset_name and args.task_name:
+        yield Problem(
+            ("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one"
+        )
+    if args.dataset_config_name and not args.dataset_name:
+        yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
+    yield from _files(args, files)
+
+
+def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
+    for name in files:
+        if PurePath(getattr(args, name)).suffix.lower() not in DATA_FILE_SUFFIXES:
+            known = ", ".join(DATA_FILE_SUFFIXES)
+            yield Problem(
+                (name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}"
+            )
+    for work, name in zip(_WORK, _FILES, strict=True):
+        if files and getattr(args, work) and name not in files:
+            yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
+
+
+def _task_of(args: Arguments) -> GlueTask | None:
+    """The row of `--task_name`; None for own data and for a name that is no task."""
+    try:
+        return get_task(args.task_name) if args.task_name else None
+    except UsageError:
+        return None
+
+
+def _task(args: Arguments) -> Iterator[Problem]:
+    if args.task_name is None:
+        return
+    try:
+        task = get_task(args.task_name)
+    except UsageError as error:
+        yield Problem(("task_name",), str(error))
+        return
+    other = f"; use a model of {task.predicted_with}" if task.predicted_with else ""
+    if args.do_train and "train" not in task.splits:
+        yield Problem(("do_train", "task_name"), f"--do_train: {task.name} has no training data{other}")
+    if args.do_eval and not task.evaluation:
+        yield Problem(("do_eval", "task_name"), f"--do_eval: {task.name} has no labelled data{other}")
+
+
+def _padding(args: Arguments) -> Iterator[Problem]:
+    if args.pad_to_max_length and args.padding not in ("auto", "max_length"):
+        yield Problem(
+            ("pad_to_max_length", "padding"),
+            f"--pad_to_max_length contradicts --padding {args.padding}: give one",
+        )
+
+
+def _schedule(args: Arguments) -> Iterator[Problem]:
+    if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
+        yield Problem(
+            ("warmup_steps",),
+            f"--warmup_steps {args.warmup_steps}: whole from 1 on; below 1 it is a share of all steps",
+        )
+
+
+def _evaluation(args: Arguments) -> Iterator[Problem]:
+    strategies = f"--eval_strategy {args.eval_strategy}, --save_strategy {args.save_strategy}"
+    if args.early_stopping_patience and args.eval_strategy == "no":
+        yield Problem(
+            ("early_stopping_patience", "eval_strategy"),
+            f"--early_stopping_patience {args.early_stopping_patience} needs --eval_strategy steps or epoch",
+        )
+    if not args.load_best_model_at_end:
+        return
+    if args.eval_strategy == "no" or args.eval_strategy != args.save_strategy:
+        yield Problem(
+            ("load_best_model_at_end", "eval_strategy", "save_strategy"),
+            f"--load_best_model_at_end needs both strategies to be steps, or both epoch; here {strategies}",
+        )
+    elif args.eval_strategy == "steps" and args.save_steps % (args.eval_steps or args.logging_steps):
+        # The best model must have been evaluated when it was saved.
+        yield Problem(
+            ("load_best_model_at_end", "save_steps", "eval_steps", "logging_steps"),
+            f"--load_best_model_at_end: --save_steps {args.save_steps} must be a multiple of"
+            f" --eval_steps {args.eval_steps or args.logging_steps}",
+        )
+
+
+def metric_names(task: GlueTask | None) -> list[str]:
+    """Names for `--metric_for_best_model`; None stands for own data, whose kind is not known yet."""
+    rows = [task] if task else [own_task("own", (), ("0", "1")), own_task("own", (), ())]
+    names = ["loss"]
+    for row in rows:
+        combined = ("combined_score",) if len(row.metrics) > 1 else ()
+        suffixes = [suffix for _, suffix, _ in row.evaluation]
+        names += [metric + suffix for suffix in suffixes for metric in (*row.metrics, *combined)]
+        names += ["loss" + suffix for suffix in suffixes if suffix]
+    return list(dict.fromkeys(names))
+
+
+def _metric(args: Arguments) -> Iterator[Problem]:
+    if args.metric_for_best_model is None:
+        return
+    known, given = metric_names(_task_of(args)), args.metric_for_best_model.removeprefix("eval_")
+    if given not in known:
+        yield Problem(
+            ("metric_for_best_model", "task_name"),
+            f"--metric_for_best_model: {did_you_mean('metric', given, known)}",
+        )
+
+
+def _precision(args: Arguments) -> Iterator[Problem]:
+    if args.fp16 and args.bf16:
+        yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions: give one")
+    if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
+        yield Problem(
+            ("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic"
+        )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return read_number(text) > 0
+    except ValueError:
+        return False
+
+
+def _trackers(args: Arguments) -> Iterator[Problem]:
+    chosen = re.split(",", args.report_to)
+    if "none" in chosen and len(chosen) > 1:
+        yield Problem(("report_to",), f"--report_to {args.report_to}: none goes alone")

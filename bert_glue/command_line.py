@@ -1,0 +1,244 @@
+"""argv -> `Arguments`, with every problem in one error. Imports nothing heavy: --help takes 0.2 s.
+
+Not argparse, which stops at the first problem, nor transformers.HfArgumentParser, whose import takes
+a second. Grammar: [config.json|config.yaml] (--flag [value] | --flag=value | --no_flag)...
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from bert_glue import __version__
+from bert_glue.argument_checks import find_problems, resolve
+from bert_glue.arguments import FLAGS, Arguments, Flag
+from bert_glue.config_file import CONFIG_SUFFIXES, Entry, read_config, value_text
+from bert_glue.errors import UsageError
+from bert_glue.flag_values import convert, shown
+from bert_glue.help_text import help_text
+from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
+
+_OWN_SWITCHES = ("help", "print_config", "version")
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The settings of a command line, `sys.argv[1:]`. Reads no file but the config.
+
+    Returns:
+        Resolved settings; `notices` are lines to show about renamed and ineffective flags.
+
+    Raises:
+        UsageError: every problem found, one a line, each with flag, value and what is accepted.
+    """
+    settings = _Settings()
+    leading, flags = _split(argv)
+    if leading:
+        settings.read_leading_words(leading)
+    for written, words in flags:
+        settings.read_flag(written, words)
+    args = Arguments(**settings.values, notices=tuple(settings.notices))
+    for problem in find_problems(args):
+        if not settings.reported.intersection(problem.flags):
+            settings.problems.append(problem.text)
+    if settings.problems:
+        raise UsageError("\n".join(settings.problems))
+    return resolve(args)
+
+
+def main_parse(argv: list[str]) -> Arguments | None:
+    """`parse`, or None after printing what --help, --version or --print_config ask for.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    asked = {_flag_name(word) for word in argv if word.startswith("--")}
+    if "-h" in argv or "help" in asked:
+        print(help_text(shutil.get_terminal_size().columns))
+    elif "version" in asked:
+        print(__version__)
+    elif "print_config" in asked:
+        rest = [word for word in argv if not (word.startswith("--") and _flag_name(word) == "print_config")]
+        args = parse(rest)
+        print("\n".join(args.notices), file=sys.stderr, end="\n" if args.notices else "")
+        print(json.dumps(as_config(args), indent=2))
+    else:
+        return parse(argv)
+    return None
+
+
+def as_config(args: Arguments) -> dict[str, Any]:
+    """Every flag and its value, to be written as a config file; secrets are null."""
+    return {name: None if flag.secret else getattr(args, name) for name, flag in FLAGS.items()}
+
+
+def _flag_name(word: str) -> str:
+    return word[2:].partition("=")[0].replace("-", "_")
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The words before the first flag, and each flag as written with the words after it."""
+    before: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and word != "--":
+            name, equals, value = word.partition("=")
+            flags.append((name, [value] if equals else []))
+        else:
+            (flags[-1][1] if flags else before).append(word)
+    return before, flags
+
+
+def _find(name: str) -> tuple[Flag | Legacy | None, str, bool]:
+    """The flag of a name, its name without `no_`, and whether that was there."""
+    known: dict[str, Flag | Legacy] = {**LEGACY_FLAGS, **FLAGS}
+    if name in known:
+        return known[name], name, False
+    base = name.removeprefix("no_")
+    found = known.get(base)
+    is_switch = isinstance(found, Legacy) or (found is not None and found.kind == "bool")
+    return (found, base, True) if base != name and is_switch else (None, name, False)
+
+
+def _word_limits(found: Flag | Legacy, is_negated: bool) -> tuple[int, int]:
+    """Least and most words that `found` takes."""
+    if is_negated:
+        return 0, 0
+    if isinstance(found, Legacy):
+        is_renamed = found.flag is not None and found.value is str
+        return _word_limits(FLAGS[found.flag], False) if is_renamed else (0, found.most_words)
+    return int(found.kind != "bool"), 1000 if found.many else 1
+
+
+def _unknown(origin: str, name: str) -> tuple[str, str]:
+    """The problem of an unknown flag, and the flag that was probably meant ("" if none)."""
+    names = [*FLAGS, *(old for old, legacy in LEGACY_FLAGS.items() if not legacy.refused), *_OWN_SWITCHES]
+    longer = [known for known in names if len(name) > 2 and known.startswith(name)]
+    nearest = (longer if len(longer) == 1 else difflib.get_close_matches(name[:80], names, n=1)) or [""]
+    hint = f"Did you mean --{nearest[0]}?" if nearest[0] else "--help lists all flags."
+    return f"{origin}: unknown flag. {hint}", nearest[0]
+
+
+def _stray(word: str, origin: str = "") -> str:
+    if word.lower().endswith(CONFIG_SUFFIXES):
+        return f"unexpected {shown(word)}: one config file, before all flags"
+    after = f" after {origin}" if origin else ""
+    return f"unexpected {shown(word)}{after}: flags begin with --"
+
+
+@dataclass
+class _Settings:
+    """What was read so far.
+
+    `given` are flags of the source being read, `reported` those with a problem.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+    in_config: bool = False
+
+    def read_leading_words(self, words: list[str]) -> None:
+        """Takes what stands before the first flag: at most one config file, which flags override."""
+        is_config = words[0].lower().endswith(CONFIG_SUFFIXES)
+        self.problems += [_stray(word) for word in words[int(is_config) :]]
+        if not is_config:
+            return
+        try:
+            entries = read_config(words[0])
+        except UsageError as error:
+            self.problems.append(str(error))
+            self.reported.update(FLAGS)  # what the file holds is unknown: call nothing missing
+            return
+        self.in_config = True
+        for entry in entries:
+            self._read_entry(entry)
+        self.in_config = False
+        self.given.clear()
+
+    def _read_entry(self, entry: Entry) -> None:
+        key = entry.key if entry.key.isidentifier() and entry.key.isprintable() else shown(entry.key)
+        origin = f"{shown(entry.where)[1:-1]}: {key}"
+        try:
+            text = value_text(entry)
+        except ValueError as error:
+            self._report(f"{origin}: {error}", entry.key)
+            return
+        if text is not None:
+            self._apply(origin, entry.key, text)
+        elif entry.key in FLAGS:
+            self._set(origin, entry.key, None)
+        elif entry.key not in LEGACY_FLAGS:  # an old flag left open asks for nothing
+            self._report_unknown(origin, entry.key)
+
+    def read_flag(self, written: str, words: list[str]) -> None:
+        """Takes one flag and the words up to the next flag."""
+        found, name, is_negated = _find(_flag_name(written))
+        if found is None:
+            # Its words may be its values: naming them too would be noise.
+            self._report_unknown(shown(written)[1:-1], name)
+            return
+        least, most = _word_limits(found, is_negated)
+        for word in words[most:]:
+            self._report(_stray(word, written))
+        if len(words) < least:
+            self._report(f"{written} needs a value: {found.text if isinstance(found, Flag) else ''}", name)
+            return
+        text = ",".join(words[:most]) or ("false" if is_negated else "" if words else "true")
+        self._apply(written, name, text)
+
+    def _apply(self, origin: str, name: str, text: str) -> None:
+        """Converts the text of a flag of any age and keeps the value."""
+        if name in LEGACY_FLAGS:
+            self._apply_legacy(origin, LEGACY_FLAGS[name], text)
+        elif name in FLAGS:
+            try:
+                self._set(origin, name, convert(FLAGS[name], LEGACY_VALUES.get((name, text), text)))
+            except ValueError as error:
+                self._report(f"{origin}: {error}", name)
+        else:
+            self._report_unknown(origin, name)
+
+    def _apply_legacy(self, origin: str, legacy: Legacy, text: str) -> None:
+        if legacy.refused and not switches_off(text):
+            self._report(f"{origin}: refused: {legacy.reason}")
+            return
+        if legacy.flag is None:
+            reason = "this is off here anyway" if legacy.refused else legacy.reason
+            self.notices.append(f"{origin} has no effect: {reason}")
+            return
+        try:
+            new_text = legacy.value(text)
+        except ValueError as error:
+            self._report(f"{origin}: {error}", legacy.flag)
+            return
+        reason = f" ({legacy.reason})" if legacy.reason else ""
+        if new_text is None:
+            self.notices.append(f"{origin} {shown(text)} has no effect{reason}")
+            return
+        # A secret's value stays out of the log.
+        value = "" if FLAGS[legacy.flag].secret else f" {shown(new_text)[1:-1]}"
+        self.notices.append(f"{origin} is now --{legacy.flag}{value}{reason}")
+        self._apply(origin, legacy.flag, new_text)
+
+    def _set(self, origin: str, name: str, value: Any) -> None:
+        if name in self.given and self.in_config:
+            self._report(f"{origin}: --{name} is given twice", name)
+        elif name in self.given:
+            self.notices.append(f"{origin}: --{name} is given twice, the last one counts")
+        self.given.add(name)
+        self.values[name] = value
+
+    def _report(self, problem: str, name: str = "") -> None:
+        self.problems.append(problem)
+        self.reported.add(name)
+
+    def _report_unknown(self, origin: str, name: str) -> None:
+        problem, nearest = _unknown(origin, name)
+        legacy = LEGACY_FLAGS.get(nearest)
+        self._report(problem, (legacy.flag if legacy else nearest) or "")
