@@ -82,9 +82,7 @@ def _data(args: Arguments) -> Iterator[Problem]:
         if getattr(args, name) and not args.task_name:
             yield Problem((name, "task_name"), f"--{name} needs --task_name: which task is it")
     if args.dataset_name and args.task_name:
-        yield Problem(
-            ("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one"
-        )
+        yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one")
     if args.dataset_config_name and not args.dataset_name:
         yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
     yield from _files(args, files)
@@ -94,9 +92,7 @@ def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
     for name in files:
         if PurePath(getattr(args, name)).suffix.lower() not in DATA_FILE_SUFFIXES:
             known = ", ".join(DATA_FILE_SUFFIXES)
-            yield Problem(
-                (name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}"
-            )
+            yield Problem((name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}")
     for work, name in zip(_WORK, _FILES, strict=True):
         if files and getattr(args, work) and name not in files:
             yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
@@ -191,9 +187,7 @@ def _precision(args: Arguments) -> Iterator[Problem]:
     if args.fp16 and args.bf16:
         yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions: give one")
     if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
-        yield Problem(
-            ("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic"
-        )
+        yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
 
 
 def _is_positive(text: str) -> bool:

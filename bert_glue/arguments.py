@@ -29,9 +29,7 @@ def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = ()
 class ModelArguments:
     """Model"""
 
-    model_name_or_path: str | None = flag(
-        None, "folder or hub name of the model (required, but for --sample)"
-    )
+    model_name_or_path: str | None = flag(None, "folder or hub name of the model (required, but for --sample)")
     config_name: str | None = flag(None, "config of another model than --model_name_or_path")
     tokenizer_name: str | None = flag(None, "tokenizer of another model than --model_name_or_path")
     cache_dir: str | None = flag(None, "folder for downloads; default: that of the hub (HF_HOME)")
@@ -40,9 +38,7 @@ class ModelArguments:
     token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)
     trust_remote_code: bool = flag(False, "run Python code that comes with a hub model")
     ignore_mismatched_sizes: bool = flag(False, "new random weights where a stored shape differs")
-    allow_pickle_weights: bool = flag(
-        False, "read pytorch_model.bin, which may run code; else safetensors only"
-    )
+    allow_pickle_weights: bool = flag(False, "read pytorch_model.bin, which may run code; else safetensors only")
     hidden_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     attention_probs_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
 
@@ -51,12 +47,8 @@ class ModelArguments:
 class DataArguments:
     """Data"""
 
-    task_name: str | None = flag(
-        None, "GLUE task; its data comes from the hub unless one of the next is given"
-    )
-    data_path: str | None = flag(
-        None, "folder with train/ validation/ test/, or the original GLUE TSV folder"
-    )
+    task_name: str | None = flag(None, "GLUE task; its data comes from the hub unless one of the next is given")
+    data_path: str | None = flag(None, "folder with train/ validation/ test/, or the original GLUE TSV folder")
     sample: bool = flag(False, "generated sample data (not GLUE) and a tiny BERT made on the spot")
     dataset_name: str | None = flag(None, "another data set of the hub")
     dataset_config_name: str | None = flag(None, "configuration of --dataset_name")
@@ -74,9 +66,7 @@ class DataArguments:
     max_eval_samples: int | None = flag(None, "first rows only, of each evaluation split", "[1, inf)")
     max_predict_samples: int | None = flag(None, "first rows only, of each test split", "[1, inf)")
     overwrite_cache: bool = flag(False, "tokenize again although the cache fits")
-    preprocessing_num_workers: int | None = flag(
-        None, "threads for tokenizing; default: all cores", "[1, inf)"
-    )
+    preprocessing_num_workers: int | None = flag(None, "threads for tokenizing; default: all cores", "[1, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +90,7 @@ class RunArguments:
     disable_tqdm: bool = flag(False, "no progress bar")
     logging_steps: int = flag(500, "optimizer steps between log lines", "[1, inf)")
     logging_first_step: bool = flag(False, "log the first step too")
-    log_level: str = flag(
-        "info", "least level shown", choices=("debug", "info", "warning", "error", "critical")
-    )
+    log_level: str = flag("info", "least level shown", choices=("debug", "info", "warning", "error", "critical"))
 
 
 @dataclass(frozen=True, kw_only=True)

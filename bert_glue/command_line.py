@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -184,6 +185,8 @@ class _Settings:
             self._report_unknown(shown(written)[1:-1], name)
             return
         least, most = _word_limits(found, is_negated)
+        if least == 0 and words and re.match("-[a-zA-Z]", words[0]):
+            most = 0  # `--do_train -fp16`: a flag with one dash, not a value of the switch
         for word in words[most:]:
             self._report(_stray(word, written))
         if len(words) < least:

@@ -101,8 +101,7 @@ def _read_yaml(path: str, text: str) -> list[Entry]:
     if not isinstance(document, yaml.MappingNode):
         raise ValueError("not a mapping of flags, such as learning_rate: 2e-5")
     return [
-        Entry(f"{path}:{key.start_mark.line + 1}", str(key.value), _yaml_value(node))
-        for key, node in document.value
+        Entry(f"{path}:{key.start_mark.line + 1}", str(key.value), _yaml_value(node)) for key, node in document.value
     ]
 
 

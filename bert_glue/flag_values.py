@@ -80,8 +80,10 @@ def read_number(text: str, kind: str = "float") -> float | int:
         raise ValueError(f"{shown(text)} is not {article}{' (must be finite)' if value == math.inf else ''}")
     if kind == "float":
         return value
-    if not value.is_integer() or abs(value) > _LARGEST_INT:
-        raise ValueError(f"{shown(text)} is not {article} of 64 bits")
+    if not value.is_integer():
+        raise ValueError(f"{shown(text)} is not {article}")
+    if abs(value) > _LARGEST_INT:
+        raise ValueError(f"{shown(text)} is too large")
     # Digits alone are read exactly: a float would round seeds above 2**53.
     return int(text) if text.lstrip("+-").isdigit() else int(value)
 

@@ -123,9 +123,7 @@ _WITHOUT_EFFECT = {
         "save_only_model save_safetensors save_on_each_node"
     ),
     "SIGTERM always saves a checkpoint first": "enable_jit_checkpoint",
-    "resume continues exactly where the checkpoint was": (
-        "ignore_data_skip restore_callback_states_from_checkpoint"
-    ),
+    "resume continues exactly where the checkpoint was": ("ignore_data_skip restore_callback_states_from_checkpoint"),
     "no effect without --push_to_hub": (
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token"
     ),

@@ -164,6 +164,7 @@ def test_numbers_out_of_range(name, value):
         (["--seed="], "--seed: '' is not a whole number"),
         (["--seed", "1", "2"], "unexpected '2' after --seed"),
         (["--do_eval", "maybe"], "--do_eval: 'maybe' is not true or false"),
+        (["--do_eval", "-fp16"], "unexpected '-fp16' after --do_eval: flags begin with --"),
         (["--no_fp16", "true"], "unexpected 'true' after --no_fp16"),
         (["--seed", "1", "late.json"], "unexpected 'late.json': one config file, before all flags"),
         (["--device", "NPU"], "--device: 'NPU' is not "),
@@ -215,9 +216,7 @@ def test_companion_task_has_nothing_to_train_or_evaluate(name):
     found = problems("--do_eval", "--task_name", name)
     assert any(line.startswith("--do_train: ") for line in found)
     assert any(line.startswith("--do_eval: ") for line in found)
-    assert (
-        parse([*BASE[:2], "--task_name", name.upper(), "--output_dir", "o", "--do_predict"]).task_name == name
-    )
+    assert parse([*BASE[:2], "--task_name", name.upper(), "--output_dir", "o", "--do_predict"]).task_name == name
 
 
 @pytest.mark.parametrize("name", TRAINABLE)

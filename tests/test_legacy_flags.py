@@ -58,9 +58,7 @@ def answer(name: str) -> str:
     return "refused" if legacy.refused else "renamed" if legacy.flag else "without effect"
 
 
-@pytest.mark.parametrize(
-    "line", [ONE_DEVICE, EIGHT_DEVICES, README, README + " --fp16", README_HUB, README_FILES]
-)
+@pytest.mark.parametrize("line", [ONE_DEVICE, EIGHT_DEVICES, README, README + " --fp16", README_HUB, README_FILES])
 def test_published_command_lines_run_unchanged(line):
     args = parse(line.split())
     assert (args.max_seq_length, args.per_device_train_batch_size, args.learning_rate) == (128, 32, 2e-5)
