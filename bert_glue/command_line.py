@@ -192,7 +192,8 @@ class _Settings:
         if len(words) < least:
             self._report(f"{written} needs a value: {found.text if isinstance(found, Flag) else ''}", name)
             return
-        text = ",".join(words[:most]) or ("false" if is_negated else "" if words else "true")
+        taken = words[:most]
+        text = ",".join(taken) if taken else "false" if is_negated else "true"
         self._apply(written, name, text)
 
     def _apply(self, origin: str, name: str, text: str) -> None:
