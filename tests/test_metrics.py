@@ -93,9 +93,7 @@ def from_definition(task, predictions: np.ndarray, references: np.ndarray) -> di
         "accuracy": lambda: hits / len(references),
         "f1": lambda: 2 * true_positives / positives if positives else 0.0,
         "matthews_correlation": lambda: cross / math.sqrt(left * right) if left * right > 1e-12 else 0.0,
-        "pearson": lambda: (
-            math.nan if constant(predictions, references) else correlation(predictions, references)
-        ),
+        "pearson": lambda: correlation(predictions, references),
         "spearmanr": lambda: correlation(ranks(predictions), ranks(references)),
     }
     return {metric: values[metric]() for metric in task.metrics}
