@@ -190,7 +190,7 @@ def training_arguments(args: argparse.Namespace, output_dir: str) -> hf.Training
         train_sampling_strategy="group_by_length" if args.padding == "grouped" else "random",
         seed=args.seed,
         bf16=args.precision == "bf16",
-        use_cpu=args.use_cpu,
+        use_cpu=args.use_cpu or not torch.accelerator.is_available(),  # else bf16 asks for a device
         **quiet,
     )
 
@@ -246,8 +246,7 @@ def summarize(args: argparse.Namespace, trainer: hf.Trainer, clock: StepClock, c
         "process_start_to_trained_s": clock.trained_s,
         "train_loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "device": str(trainer.args.device),
-        "threads": torch.get_num_threads(),
+        **{"device": str(trainer.args.device), "threads": torch.get_num_threads()},
         "epochs_done": trainer.state.epoch,
     }
 
