@@ -13,12 +13,14 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from bert_glue.device import Device
 from bert_glue.errors import CheckpointError
@@ -30,13 +32,24 @@ _FORMAT = 1
 def step_of(folder: Path) -> int:
     """Optimizer steps done at a folder named `checkpoint-<step>`; -1 for another name."""
     prefix, _, number = folder.name.partition("-")
-    return int(number) if prefix == "checkpoint" and number.isdigit() else -1
+    return int(number) if prefix == "checkpoint" and number.isdecimal() else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, sound or not, oldest first."""
+    """Checkpoint folders, sound or not, first written first.
+
+    By time and not by step: an earlier, longer run in the same folder may have left higher steps.
+    """
     found = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) >= 0 and folder.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted(found, key=lambda folder: (_written(folder), step_of(folder)))
+
+
+def _written(folder: Path) -> float:
+    """When a checkpoint was written, seconds since 1970; the manifest's word survives copying."""
+    try:
+        return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime
 
 
 def file_hash(path: Path) -> str:
@@ -86,39 +99,52 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def publish(folder: Path, write: callable, expected_bytes: int) -> None:
+def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -> None:
     """Write a checkpoint so that it appears whole or not at all.
 
     Args:
-        folder: final name, `checkpoint-<step>`; replaced if it exists and is not sound.
+        folder: final name, `checkpoint-<step>`; replaced if it exists, other people's files kept.
         write: called with the temporary folder to fill.
         expected_bytes: size to be written, checked against the free space first.
 
     Raises:
         CheckpointError: no space, or the file system failed; earlier checkpoints are untouched.
     """
-    aside = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
+    aside, old = (folder.with_name(f".{kind}-{folder.name}-{os.getpid()}") for kind in ("writing", "replaced"))
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
         free = shutil.disk_usage(aside.parent).free
         if free < expected_bytes:
             raise CheckpointError(f"{folder}: needs {expected_bytes} bytes, {free} are free; nothing was written")
         aside.mkdir()
         write(aside)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+        manifest = {"format": _FORMAT, "written": time.time(), "files": files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in aside.iterdir():
             _flush(path)
         _flush(aside)
         if folder.exists():
-            remove(folder)
+            os.rename(folder, old)
         os.rename(aside, folder)
         _flush(folder.parent)
-    except OSError as error:
+        if old.exists():
+            remove(old)
+        for kept in old.iterdir() if old.exists() else ():
+            os.rename(kept, folder / kept.name)
+        _remove_files(old, [])
+    except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own way
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         if aside.is_dir():
             _remove_files(aside, [p.name for p in aside.iterdir()])
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Delete what a killed process was writing; the folder's lock says that nobody else is."""
+    for left in output_dir.glob(".writing-checkpoint-*"):
+        _remove_files(left, [p.name for p in left.iterdir()])
 
 
 def remove(folder: Path) -> None:

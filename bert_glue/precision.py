@@ -180,16 +180,18 @@ class Precision:
         return True
 
     def check_finite(self) -> None:
-        """Stop the run if a gradient under a static scale was not finite; waits for the device.
+        """Stop the run if a gradient under a static scale, or a weight, is not finite; waits for the device.
 
         Raises:
-            DivergedError: it happened; no update was made since.
+            DivergedError: it happened; after a bad gradient no update was made.
         """
         if self.has_diverged.item():
             raise DivergedError(
                 "gradients are not finite (NaN or Inf); the update was not made and nothing was saved since: "
                 "lower --learning_rate, check the data, or use --loss_scale dynamic with --fp16"
             )
+        if not all(torch.isfinite(master).all() for master in self.masters):
+            raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")
 
     def scale_state(self) -> dict:
         """Numbers of the loss scale, for a checkpoint."""

@@ -92,7 +92,7 @@ def _provenance(args: Arguments, data: TaskData, folder: Path, results: dict) ->
         "bert_glue": __version__,
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
-        "argv": [a for a in sys.argv if a != args.token],
+        "argv": [a.replace(args.token, "***") if args.token else a for a in sys.argv],
         "arguments": {k: sorted(v) if isinstance(v, frozenset) else v for k, v in settings.items()},
         "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
         "weights_sha256": file_hash(weights) if args.do_train and weights.is_file() else None,

@@ -33,7 +33,8 @@ class Progress:
         updates: optimizer steps that changed weights: the schedule's clock.
         forward_passes: micro-batches done, the address of dropout masks.
         samples: consumed by all ranks.
-        loss_sum: sum of the losses of all steps since the start.
+        loss_sum: sum of the losses of all steps up to the last log line.
+        recent_loss, recent_steps: the same of the steps since then, as of the checkpoint.
         history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
     """
 
@@ -42,6 +43,8 @@ class Progress:
     forward_passes: int = 0
     samples: int = 0
     loss_sum: float = 0.0
+    recent_loss: float = 0.0
+    recent_steps: int = 0
     best_metric: float | None = None
     best_step: int = 0
     evaluations_without_gain: int = 0
@@ -94,8 +97,11 @@ def sample_losses(task: GlueTask, logits: torch.Tensor, labels: torch.Tensor, sm
     return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
-def training_batches(run: Run) -> Iterator[tuple[list[Batch], int]]:
-    """This rank's batches of each remaining optimizer step, with the step's samples on all ranks."""
+def training_batches(run: Run) -> Iterator[tuple[list[Batch | None], int]]:
+    """This rank's batches of each remaining optimizer step, with the step's samples on all ranks.
+
+    A forward pass with fewer samples than ranks is None on the ranks that get nothing.
+    """
     first, epoch, permutation = run.progress.step, -1, None
     for step in range(first, run.total_steps):
         if step // run.order.steps_per_epoch != epoch:
@@ -103,7 +109,7 @@ def training_batches(run: Run) -> Iterator[tuple[list[Batch], int]]:
             permutation = run.order.permutation(epoch)
         passes = run.order.step(permutation, step % run.order.steps_per_epoch)
         shares = (rank_share(rows, run.ranks.rank, run.ranks.world_size) for rows in passes)
-        yield [run.assemble(run.split, rows) for rows in shares if len(rows)], sum(map(len, passes))
+        yield [run.assemble(run.split, rows) if len(rows) else None for rows in shares], sum(map(len, passes))
 
 
 def train(run: Run) -> None:
@@ -116,7 +122,10 @@ def train(run: Run) -> None:
     args, progress, ranks, precision = run.args, run.progress, run.ranks, run.precision
     factor = schedule(args.lr_scheduler_type, run.total_steps, args.warmup_steps)
     noise = Noise(args.seed, ranks.rank)
-    recent_loss, recent_steps = torch.zeros((), device=ranks.device.torch_device), 0
+    # Sum over the steps since the last log line; each rank has its share, a resumed one is the first rank's.
+    recent_loss = torch.zeros((), device=ranks.device.torch_device)
+    if ranks.is_first:
+        recent_loss += progress.recent_loss
     batches = training_batches(run)
     if not ranks.device.is_host:
         batches = ahead(batches)
@@ -129,6 +138,8 @@ def train(run: Run) -> None:
         for batch in micro_batches:
             noise.begin(progress.forward_passes)
             progress.forward_passes += 1
+            if batch is None:
+                continue
             with precision.autocast():
                 logits = run.model.module(**batch.inputs, noise=noise)
             loss = sample_losses(run.task, logits, batch.labels, args.label_smoothing_factor) / samples
@@ -148,20 +159,19 @@ def train(run: Run) -> None:
         progress.step += 1
         progress.samples += samples
         recent_loss += step_loss
-        recent_steps += 1
+        progress.recent_steps += 1
         run.meter.end_step()
         # ---- end of the step ----
         if _is_due(run, args.logging_steps) or (args.logging_first_step and progress.step == 1):
             ranks.sum([recent_loss])
-            _log_step(run, recent_loss.item(), recent_steps, rate, scaled_norm.item() / scale)
+            _log_step(run, recent_loss.item(), rate, scaled_norm.item() / scale)
             recent_loss.zero_()
-            recent_steps = 0
         run.log.advance(progress.step, run.total_steps, run.epoch)
-        if not _after_step(run):
+        if not _after_step(run, recent_loss):
             break
+    run.meter.stop()
     ranks.sum([recent_loss])
     progress.loss_sum += recent_loss.item()
-    run.meter.stop()
     precision.check_finite()
 
 
@@ -169,25 +179,28 @@ def _is_due(run: Run, every: int) -> bool:
     return run.progress.step % every == 0 or run.progress.step == run.total_steps
 
 
-def _log_step(run: Run, loss_sum: float, steps: int, rate: float, norm: float) -> None:
+def _log_step(run: Run, loss_sum: float, rate: float, norm: float) -> None:
     """One log line; stops the run where a number is not finite."""
+    progress = run.progress
     run.precision.check_finite()
-    run.progress.loss_sum += loss_sum
+    if not math.isfinite(loss_sum):
+        raise DivergedError(f"the loss of step {progress.step} is {loss_sum}; nothing was saved since")
     entry = {
-        "step": run.progress.step,
+        "step": progress.step,
         "epoch": round(run.epoch, 4),
-        "loss": loss_sum / max(1, steps),
+        "loss": loss_sum / progress.recent_steps,
         "learning_rate": rate,
-        "grad_norm": norm,
+        # Of a step that a dynamic scale skipped; JSON has no Infinity.
+        "grad_norm": norm if math.isfinite(norm) else None,
         "loss_scale": run.precision.scale,
     }
-    if not math.isfinite(loss_sum):
-        raise DivergedError(f"the loss of step {run.progress.step} is {loss_sum}; nothing was saved since")
-    run.progress.history.append(entry)
+    progress.loss_sum += loss_sum
+    progress.recent_steps = 0
+    progress.history.append(entry)
     run.log.entry(entry)
 
 
-def _after_step(run: Run) -> bool:
+def _after_step(run: Run, recent_loss: torch.Tensor) -> bool:
     """Evaluation, checkpoint and early stopping where they are due; False ends training."""
     from bert_glue.training_state import save_checkpoint
 
@@ -211,7 +224,13 @@ def _after_step(run: Run) -> bool:
     goes_on = not stop_asked
     if must_evaluate:
         goes_on = _evaluate_now(run) and goes_on
+        # The best weights must be there at the end, also if --save_steps is longer than --eval_steps.
+        must_save = must_save or (args.load_best_model_at_end and progress.best_step == progress.step)
     if must_save or stop_asked:
+        run.ranks.sum([recent_loss])
+        progress.recent_loss = recent_loss.item()
+        if not run.ranks.is_first:
+            recent_loss.zero_()
         save_checkpoint(run)
     run.meter.start()
     return goes_on
@@ -224,7 +243,7 @@ def _evaluate_now(run: Run) -> bool:
     entry = {"step": progress.step, "epoch": round(run.epoch, 4), **results}
     progress.history.append(entry)
     run.log.entry(entry)
-    value, is_loss = results.get(run.best_key), run.best_key.endswith("loss")
+    value, is_loss = results.get(run.best_key), run.best_key.startswith("eval_loss")
     greater = not is_loss if args.greater_is_better is None else args.greater_is_better
     sign = 1.0 if greater else -1.0
     gain = None if value is None or progress.best_metric is None else sign * (value - progress.best_metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=ranks.device.torch_device,
-        bucket=_GRAPH_BUCKET if args.torch_compile or args.cuda_graph else 1,
+        bucket=_GRAPH_BUCKET if args.torch_compile else 1,
         renumber=narrowed.renumber if narrowed else None,
     )
 
@@ -120,6 +121,9 @@ def _load_best(run_of: Run) -> None:
     from safetensors.torch import load_file
 
     folder = run_of.output_dir / f"checkpoint-{run_of.progress.best_step}"
+    resumed = Path(run_of.args.resume_from_checkpoint or "")
+    if not folder.exists() and checkpoint.step_of(resumed) >= 0:  # the best was before a resume from elsewhere
+        folder = resumed.parent / folder.name
     reason = checkpoint.verify(folder)
     if reason:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
@@ -129,6 +133,9 @@ def _load_best(run_of: Run) -> None:
             master.copy_(tensors[f"parameters.{number}"])
             if master is not group.data:
                 group.data.copy_(master)
+    if run_of.narrowed is not None:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        run_of.narrowed.decay = state["narrowed_decay"]
     run_of.log.line(
         f"best checkpoint: step {run_of.progress.best_step}, {run_of.best_key} {run_of.progress.best_metric}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -57,8 +58,7 @@ def save_checkpoint(run: Run) -> None:
 
     size = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
     folder = run.output_dir / f"checkpoint-{run.progress.step}"
-    if checkpoint.verify(folder) != "":
-        checkpoint.publish(folder, write, size + (1 << 20))
+    checkpoint.publish(folder, write, size + (1 << 20))
     best = f"checkpoint-{run.progress.best_step}"
     checkpoint.keep_newest(run.output_dir, run.args.save_total_limit, best)
     run.ranks.wait()
@@ -70,9 +70,28 @@ def _state(run: Run) -> dict:
         **asdict(run.progress),
         "loss_scale": run.precision.scale_state(),
         "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
-        "layout": [[g.names, g.is_decayed, g.data.numel()] for g in run.precision.groups],
-        "order": [run.order.rows, run.order.micro_batch, run.order.accumulation, run.order.seed],
         "world_size": run.ranks.world_size,
+        "same": _must_be_same(run),
+    }
+
+
+def _must_be_same(run: Run) -> dict[str, object]:
+    """What a resumed run shares with the first one, by the name a user knows it by."""
+    words = run.narrowed.rows.numpy().tobytes() if run.narrowed else b""
+    shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
+    if run.narrowed:
+        shapes.pop("words.weight")
+    return {
+        "model": shapes,
+        "optimizer": type(run.optimizer).__name__,
+        "training rows": run.order.rows,
+        "batch size of all ranks": run.order.micro_batch,
+        "--gradient_accumulation_steps": run.order.accumulation,
+        "--seed": run.args.seed,
+        "seed of the order": run.order.seed,
+        "--dataloader_drop_last": run.order.drop_last,
+        "grouping by length": run.order.lengths is not None,
+        "data (words in use; --do_eval, --do_predict and --max_*_samples count)": hashlib.sha256(words).hexdigest(),
     }
 
 
@@ -98,10 +117,10 @@ def resume(run: Run, folder: Path) -> None:
     if reason:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: {reason}")
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(_state(run)))
-    for key, meaning in (("layout", "model"), ("order", "data, batch size, accumulation or seed")):
-        if state[key] != now[key]:
-            raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {meaning}")
+    other = [_difference(key, state["same"].get(key), now) for key, now in _must_be_same(run).items()]
+    if any(other):
+        differences = "; ".join(filter(None, other))
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
     tensors = load_file(folder / "optimizer.safetensors")
     _load_optimizer(run, tensors)
     run.precision.load_scale_state(state["loss_scale"])
@@ -111,6 +130,13 @@ def resume(run: Run, folder: Path) -> None:
     randoms = folder / f"random-{run.ranks.rank}.safetensors"
     if randoms.is_file():
         checkpoint.set_random_tensors(load_file(randoms), run.ranks.device)
+
+
+def _difference(key: str, then: object, now: object) -> str:
+    """`key` with both values if they are short; "" where they are equal."""
+    if then == now:
+        return ""
+    return f"{key} ({then}, now {now})" if len(f"{then}{now}") < 60 else key
 
 
 @torch.no_grad()
