@@ -74,9 +74,7 @@ def _spearman(predictions: np.ndarray, references: np.ndarray) -> tuple[float | 
     return _correlation(spearmanr, predictions, references)
 
 
-def _correlation(
-    function: Callable, predictions: np.ndarray, references: np.ndarray
-) -> tuple[float | None, str]:
+def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
     """A scipy correlation, with its degenerate cases named instead of NaN and warnings."""
     if len(predictions) < 2:
         return None, "one row has no correlation"
@@ -143,17 +141,13 @@ def _combine(scores: Scores) -> None:
         scores.put(COMBINED, float(np.mean(list(scores.values()))))
 
 
-def _checked(
-    task: GlueTask, predictions: np.ndarray, references: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as `[rows]`, int64 or (regression) float64; float32 sums would differ from scipy's."""
     predictions, references = np.asarray(predictions), np.asarray(references)
     if task.is_regression:
         predictions = predictions.reshape(-1) if predictions.shape[1:] == (1,) else predictions
     if predictions.ndim != 1 or predictions.shape != references.shape:
-        raise ValueError(
-            f"predictions {predictions.shape} and references {references.shape}: want [rows] each"
-        )
+        raise ValueError(f"predictions {predictions.shape} and references {references.shape}: want [rows] each")
     predictions, references = predictions.astype(np.float64), references.astype(np.float64)
     bad = int((~np.isfinite(predictions)).sum())
     if bad:

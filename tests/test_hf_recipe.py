@@ -80,10 +80,7 @@ def test_a_second_run_takes_the_token_cache(recipe, monkeypatch, folder):
     flags = ("--train_steps", "1", "--token_cache", str(folder))
     first = run(recipe, monkeypatch, folder, *flags)
     written = {file: file.stat().st_mtime_ns for file in folder.glob("*.arrow")}
-    assert (
-        run(recipe, monkeypatch, folder, *flags)["steps"][0]["real_tokens"]
-        == first["steps"][0]["real_tokens"]
-    )
+    assert run(recipe, monkeypatch, folder, *flags)["steps"][0]["real_tokens"] == first["steps"][0]["real_tokens"]
     assert written == {file: file.stat().st_mtime_ns for file in folder.glob("*.arrow")} != {}
 
 

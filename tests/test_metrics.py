@@ -86,9 +86,7 @@ def from_definition(task, predictions: np.ndarray, references: np.ndarray) -> di
     # Gorodkin's R_K is the correlation of the one-hot matrices, each class centred.
     one_hot = [np.equal.outer(column, np.arange(3)) for column in (predictions, references)]
     centred = [matrix - matrix.mean(axis=0) for matrix in one_hot]
-    cross, left, right = (
-        (a * b).sum() for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)
-    )
+    cross, left, right = ((a * b).sum() for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2))
     values = {
         "accuracy": lambda: hits / len(references),
         "f1": lambda: 2 * true_positives / positives if positives else 0.0,
