@@ -51,7 +51,8 @@ class PrecisionPlan:
         short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
         if self.dtype != torch.float16 or self.loss_scale == 1.0:
             return f"{self.level} {short}"
-        return f"{self.level} {short}, loss scale {'dynamic' if self.loss_scale is None else self.loss_scale:g}"
+        scale = "dynamic" if self.loss_scale is None else f"{self.loss_scale:g}"
+        return f"{self.level} {short}, loss scale {scale}"
 
 
 def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
@@ -90,6 +91,8 @@ class Precision:
 
     def __init__(self, plan: PrecisionPlan, module: nn.Module):
         self.plan = plan
+        # Masters start from the weights as stored, not from what is left of them after the cast.
+        exact = {name: p.detach() for name, p in module.named_parameters()} if plan.level == "O2" else {}
         if plan.level in ("O2", "O3"):
             module.to(plan.dtype)
         self.groups: list[FlatGroup] = flatten(module)
@@ -98,7 +101,9 @@ class Precision:
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
         self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
         self.has_diverged = torch.zeros((), device=device)
-        self.masters = [g.data.float() for g in self.groups] if plan.level == "O2" else [g.data for g in self.groups]
+        self.masters = [g.data for g in self.groups]
+        if plan.level == "O2":
+            self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
         self.gradients = (
             [torch.zeros_like(m) for m in self.masters] if plan.level == "O2" else [g.grad for g in self.groups]
         )

@@ -1,0 +1,194 @@
+"""Optimizers on flat buffers equal the ones everybody knows, parameter by parameter."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import recipe_parts
+import torch
+from torch import nn
+
+from bert_glue.arguments import Arguments
+from bert_glue.errors import MachineError
+from bert_glue.flat import flatten
+from bert_glue.optim import build_optimizer, schedule
+from bert_glue.precision import Precision, PrecisionPlan
+
+STEPS = 12
+DECAY = 0.1
+
+
+class Net(nn.Module):
+    """Names as in BERT."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.dense = nn.Linear(6, 8)
+        self.LayerNorm = nn.LayerNorm(8)
+        self.output = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.output(torch.tanh(self.LayerNorm(self.dense(x))))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        # Inputs of 10 to make gradients large enough that clipping acts.
+        yield 10 * torch.randn(4, 6, generator=generator), torch.randint(0, 2, (4,), generator=generator)
+
+
+def ours(optim: str, max_norm: float) -> dict[str, torch.Tensor]:
+    module = Net()
+    precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), module)
+    args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY)
+    optimizer, _ = build_optimizer(args, precision.groups, precision.masters, precision.gradients)
+    for x, y in batches():
+        precision.zero_gradients()
+        nn.functional.cross_entropy(module(x), y).backward()
+        assert precision.step(optimizer, precision.gather_gradients(), max_norm)
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def theirs(make, max_norm: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+    module = Net()
+    groups = [
+        {"params": [module.dense.weight, module.output.weight], "weight_decay": DECAY},
+        {
+            "params": [module.dense.bias, module.LayerNorm.weight, module.LayerNorm.bias, module.output.bias],
+            "weight_decay": 0.0,
+        },
+    ]
+    optimizer, norms = make(groups), []
+    for x, y in batches():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        if max_norm:
+            norms.append(nn.utils.clip_grad_norm_(module.parameters(), max_norm).item())
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, norms
+
+
+def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-6) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_apex_fused_npu"])
+def test_adamw_is_torchs(optim, max_norm):
+    expected, norms = theirs(lambda groups: torch.optim.AdamW(groups, lr=0.01), max_norm)
+    assert not norms or min(norms) < 0.5 < max(norms)  # some steps are clipped and some are not
+    assert_same(ours(optim, max_norm), expected)
+
+
+class NaiveLamb:
+    """Algorithm 2 of the paper, one parameter and one line at a time."""
+
+    def __init__(self, groups):
+        self.members = [(p, g["weight_decay"]) for g in groups for p in g["params"]]
+        self.m = [torch.zeros_like(p) for p, _ in self.members]
+        self.v = [torch.zeros_like(p) for p, _ in self.members]
+        self.t = 0
+
+    def zero_grad(self):
+        for p, _ in self.members:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        for at, (p, decay) in enumerate(self.members):
+            self.m[at] = 0.9 * self.m[at] + 0.1 * p.grad
+            self.v[at] = 0.999 * self.v[at] + 0.001 * p.grad**2
+            mean, square = self.m[at] / (1 - 0.9**self.t), self.v[at] / (1 - 0.999**self.t)
+            update = mean / (square.sqrt() + 1e-8) + decay * p
+            length, step = math.sqrt((p**2).sum()), math.sqrt((update**2).sum())
+            p -= 0.01 * (length / step if length > 0 and step > 0 else 1.0) * update
+
+
+def test_lamb_is_the_papers():
+    expected, _ = theirs(NaiveLamb, 0.5)
+    assert_same(ours("lamb", 0.5), expected, 2e-6)
+
+
+def test_adafactor_is_transformers():
+    from transformers.optimization import Adafactor
+
+    expected, _ = theirs(
+        lambda groups: Adafactor(groups, lr=0.01, scale_parameter=False, relative_step=False), max_norm=0.5
+    )
+    assert_same(ours("adafactor", 0.5), expected, 2e-6)
+
+
+def decayed_by_transformers(module: nn.Module) -> set[str]:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # Trainer's own
+    return set(get_parameter_names(module, [nn.LayerNorm], patterns))
+
+
+def decayed_by_us(module: nn.Module) -> set[str]:
+    return {name for group in flatten(copy.deepcopy(module)) if group.is_decayed for name in group.names}
+
+
+@pytest.mark.parametrize("padding", ["packed", "longest"])
+def test_decay_groups_are_transformers(tmp_path, padding):
+    from bert_glue.model import load_model
+    from bert_glue.tasks import get_task
+
+    module = load_model(recipe_parts.arguments(tmp_path, padding=padding), get_task("mrpc")).module
+    decayed = decayed_by_us(module)
+    assert decayed == decayed_by_transformers(module)
+    assert 0 < len(decayed) < len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Albert", "Electra"])
+def test_decay_groups_of_other_families(kind):
+    import transformers
+
+    sizes = {
+        "vocab_size": 10, "hidden_size": 8, "dim": 8, "n_layers": 1, "num_hidden_layers": 1, "n_heads": 2,
+        "num_attention_heads": 2, "hidden_dim": 8, "intermediate_size": 8, "embedding_size": 4,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind.lower())
+    for name in sizes.keys() & set(vars(config)):
+        setattr(config, name, sizes[name])
+    module = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    assert decayed_by_us(module) == decayed_by_transformers(module)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 7.0])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_schedules_are_transformers(name, warmup):
+    from transformers.optimization import get_scheduler
+
+    total = 31
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup_steps = math.ceil(total * warmup) if warmup < 1 else int(warmup)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total)
+    expected = []
+    for _ in range(total + 1):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    factor = schedule(name, total, warmup)
+    assert [factor(step) for step in range(total + 1)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_step_of_warmup_alone():
+    assert [schedule("linear", 1, 0.0)(step) for step in (0, 1)] == [1.0, 0.0]
+    assert schedule("cosine", 4, 4.0)(4) == pytest.approx(1.0)
+
+
+def test_an_absent_optimizer_is_named_or_refused():
+    groups = flatten(Net())
+    buffers, grads = [g.data for g in groups], [g.grad for g in groups]
+    _, used = build_optimizer(Arguments(optim="adamw_apex_fused_npu"), groups, buffers, grads)
+    assert used == "adamw_torch_fused"
+    with pytest.raises(MachineError, match="adamw_apex_fused_npu"):
+        build_optimizer(Arguments(optim="adamw_apex_fused_npu", strict_optim=True), groups, buffers, grads)

@@ -1,0 +1,256 @@
+"""O-levels: dtypes, masters, loss scale, and what happens to a gradient that is not finite."""
+
+from __future__ import annotations
+
+import pytest
+import recipe_parts
+import torch
+from recipe_parts import arguments, fit, losses, results_of
+from torch import nn
+
+from bert_glue import device, precision, throughput
+from bert_glue.arguments import Arguments
+from bert_glue.device import Device
+from bert_glue.errors import DivergedError, MachineError
+from bert_glue.optim import build_optimizer
+from bert_glue.precision import Precision, PrecisionPlan, plan_precision
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def without_fp16(monkeypatch):
+    """A CPU as most are."""
+    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+
+
+@pytest.fixture
+def with_fp16(monkeypatch):
+    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx512_fp16"}))
+
+
+def net(dtype=FP32) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
+
+
+def build(plan: PrecisionPlan, optim: str = "adamw_torch_fused", rate: float = 0.01):
+    module = net()
+    state = Precision(plan, module)
+    args = Arguments(optim=optim, learning_rate=rate)
+    optimizer, _ = build_optimizer(args, state.groups, state.masters, state.gradients)
+    return module, state, optimizer
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype", "model", "master", "autocast"),
+    [
+        ("O0", FP32, FP32, FP32, None),
+        ("O1", BF16, FP32, FP32, BF16),
+        ("O2", BF16, BF16, FP32, None),
+        ("O2", FP16, FP16, FP32, None),
+        ("O3", BF16, BF16, BF16, None),
+    ],
+)
+def test_dtypes(level, dtype, model, master, autocast):
+    module, state, _ = build(PrecisionPlan(level, dtype, 1.0))
+    assert {p.dtype for p in module.parameters()} == {model}  # LayerNorm too, as with apex
+    assert {m.dtype for m in state.masters} == {g.dtype for g in state.gradients} == {master}
+    with state.autocast():
+        assert torch.is_autocast_enabled("cpu") == (autocast is not None)
+        if autocast:
+            assert module(torch.ones(1, 4)).dtype == autocast
+    is_copy = state.masters[0].data_ptr() != state.groups[0].data.data_ptr()
+    assert is_copy == (level == "O2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, PrecisionPlan("O0", FP32, 1.0)),
+        ({"fp16": True, "fp16_opt_level": "O0"}, PrecisionPlan("O0", FP32, 1.0)),
+        ({"fp16": True}, PrecisionPlan("O1", FP16, 1024.0)),
+        ({"fp16": True, "fp16_opt_level": "O2", "loss_scale": "64"}, PrecisionPlan("O2", FP16, 64.0)),
+        ({"fp16": True, "fp16_opt_level": "O2", "loss_scale": "dynamic"}, PrecisionPlan("O2", FP16, None)),
+        ({"fp16": True, "fp16_opt_level": "O3"}, PrecisionPlan("O3", FP16, 1.0)),
+        ({"bf16": True, "fp16_opt_level": "O2", "loss_scale": "dynamic"}, PrecisionPlan("O2", BF16, 1.0)),
+    ],
+)
+def test_plans(with_fp16, flags, expected):
+    assert plan_precision(Arguments(**flags), Device("cpu")) == expected
+
+
+def test_fp16_is_refused_where_it_is_not_native(without_fp16):
+    with pytest.raises(MachineError) as caught:
+        plan_precision(Arguments(fp16=True), Device("cpu"))
+    assert caught.value.exit_code == 4
+    assert all(word in str(caught.value) for word in ("--fp16", "--bf16", "fp32", "--fallback_precision fp32"))
+
+
+def test_apex_is_refused_where_it_is_not():
+    with pytest.raises(MachineError, match="apex"):
+        plan_precision(Arguments(bf16=True, amp_backend="apex"), Device("cpu"))
+
+
+def test_fallback_trains_fp32_and_says_so(without_fp16, tmp_path):
+    from bert_glue import recipe
+
+    args = arguments(tmp_path, fp16=True, fp16_opt_level="O2", fallback_precision="fp32", max_steps=2)
+    assert recipe.run(args) == 0
+    results = results_of(args)
+    assert results["precision"] == "O0 fp32"
+    assert "fp32 (O0) instead of fp16 O2" in results["fallback"]
+    plain = fit(arguments(tmp_path, max_steps=2))
+    assert losses(plain) == [e["loss"] for e in results_of(args, "trainer_state.json")["log_history"]]
+
+
+def set_gradients(state: Precision, value: float) -> torch.Tensor:
+    for group in state.groups:
+        group.grad.fill_(value)
+    return state.gather_gradients()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_o2_is_fp32_masters_around_a_half_model(optim):
+    """Against the algorithm written out: scale, backward in half, unscale in fp32, clip, AdamW, copy."""
+    module, state, optimizer = build(PrecisionPlan("O2", FP16, 256.0), optim)
+    half = net(FP16)
+    masters = [p.detach().clone().requires_grad_() for p in net().parameters()]
+    reference = torch.optim.AdamW(masters, lr=0.01, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(8):
+        x = 8 * torch.randn(4, 4, generator=generator)
+        for parameters in (module, half):
+            parameters.zero_grad(set_to_none=False)
+            (nn.functional.cross_entropy(parameters(x.half()).float(), torch.tensor([0, 1, 1, 0])) * 256).backward()
+        state.step(optimizer, state.gather_gradients(), 0.5)
+        for p, m in zip(half.parameters(), masters, strict=True):
+            m.grad = p.grad.float() / 256
+        nn.utils.clip_grad_norm_(masters, 0.5)
+        reference.step()
+        with torch.no_grad():
+            for p, m in zip(half.parameters(), masters, strict=True):
+                p.copy_(m)
+    ours = dict(module.named_parameters())
+    kept = {}
+    for group, master in zip(state.groups, state.masters, strict=True):
+        kept |= group.views(master)
+    for (name, p), m in zip(half.named_parameters(), masters, strict=True):
+        torch.testing.assert_close(kept[name], m.detach(), atol=2e-6, rtol=0)
+        assert torch.equal(ours[name], kept[name].half()) and ours[name].dtype == p.dtype
+
+
+def test_dynamic_scale_skips_and_halves_on_overflow():
+    module, state, optimizer = build(PrecisionPlan("O2", FP16, None))
+    before = [m.clone() for m in state.masters]
+    assert not state.step(optimizer, set_gradients(state, float("inf")), 1.0)
+    assert state.scale == 2.0**15 and state.skipped_steps == 1
+    assert all(map(torch.equal, state.masters, before)) and not optimizer.state
+    assert not state.step(optimizer, set_gradients(state, float("nan")), 1.0)
+    assert state.step(optimizer, set_gradients(state, 1.0), 1.0)
+    assert state.scale == 2.0**14 and state.skipped_steps == 2
+    assert not any(map(torch.equal, state.masters, before))
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    state.check_finite()
+
+
+def test_dynamic_scale_follows_torchs_scaler():
+    """Scale and skips of torch.amp.GradScaler, over growth after 2000 clean steps and overflows between."""
+    _, state, optimizer = build(PrecisionPlan("O2", FP16, None))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2000)
+    p = nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([p], lr=0.0)
+    scaler.scale(torch.ones(()))
+    overflows = {5, 6, 2006, 4500}
+    for step in range(4600):
+        bad = step in overflows
+        p.grad = torch.tensor([float("inf") if bad else 1.0])
+        scaler.step(sgd)
+        scaler.update()
+        norm = torch.tensor(float("inf") if bad else 1.0)
+        # Only the scale is of interest here: the update itself would dominate the time.
+        assert state._overflowed(bool(~torch.isfinite(norm))) == bad
+        assert state.scale == scaler.get_scale(), step
+    assert state.scale == 2.0**13  # down twice, once, up at step 4006, down
+
+
+def test_dynamic_scale_has_a_ceiling_and_a_floor():
+    _, state, optimizer = build(PrecisionPlan("O2", FP16, None))
+    for _ in range(2000 * 12):
+        state._overflowed(False)
+    assert state.scale == 2.0**24
+    scales = []
+    with pytest.raises(DivergedError, match="loss scale 1,"):
+        for _ in range(100):
+            state.step(optimizer, set_gradients(state, float("inf")), 1.0)
+            scales.append(state.scale)
+    assert scales[-1] == 1.0 and len(scales) == 24
+
+
+def test_the_scale_goes_through_a_checkpoint():
+    _, state, optimizer = build(PrecisionPlan("O2", FP16, None))
+    state.step(optimizer, set_gradients(state, float("inf")), 1.0)
+    for _ in range(3):
+        state._overflowed(False)
+    _, other, _ = build(PrecisionPlan("O2", FP16, None))
+    other.load_scale_state(state.scale_state())
+    assert (other.scale, other.clean_steps, other.skipped_steps) == (2.0**15, 3, 1)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "lamb"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_static_scale_makes_no_update_from_bad_gradients(optim, bad):
+    _, state, optimizer = build(PrecisionPlan("O2", FP16, 1024.0), optim)
+    state.step(optimizer, set_gradients(state, 1.0), 1.0)
+    state.check_finite()
+    before = [m.clone() for m in state.masters]
+    state.step(optimizer, set_gradients(state, bad), 1.0)
+    state.step(optimizer, set_gradients(state, 1.0), 1.0)  # nor from any later one: the run ends
+    assert all(map(torch.equal, state.masters, before))
+    with pytest.raises(DivergedError) as caught:
+        state.check_finite()
+    assert caught.value.exit_code == 5
+
+
+def test_weights_that_left_the_numbers_are_found():
+    _, state, _ = build(PrecisionPlan("O0", FP32, 1.0))
+    state.check_finite()
+    state.groups[0].data[3] = float("inf")
+    with pytest.raises(DivergedError, match="weights"):
+        state.check_finite()
+
+
+def test_bf16_o2_is_close_to_fp32(tmp_path):
+    exact = fit(arguments(tmp_path, num_train_epochs=5.0))
+    low = fit(arguments(tmp_path, num_train_epochs=5.0, bf16=True, fp16_opt_level="O2"))
+    assert {p.dtype for p in low.model.module.parameters()} == {BF16}
+    assert losses(low) != losses(exact)
+    assert losses(low) == pytest.approx(losses(exact), abs=0.05)
+    assert losses(exact)[-1] < 0.9 * losses(exact)[0]
+
+
+@pytest.mark.parametrize("level", ["O1", "O3"])
+def test_other_bf16_levels_learn(tmp_path, level):
+    run = fit(arguments(tmp_path, num_train_epochs=5.0, bf16=True, fp16_opt_level=level, learning_rate=1e-2))
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_dynamic_fp16_learns_and_its_log_is_json(with_fp16, monkeypatch, tmp_path):
+    """The first scale overflows here; a skipped step must neither stop the run nor put Infinity in a file."""
+    from bert_glue import recipe
+
+    monkeypatch.setattr(throughput, "gemm_rate", lambda *_: 1.0)  # minutes where fp16 is emulated
+    monkeypatch.setattr(precision, "_FIRST_SCALE", 2.0**24)
+    model = recipe_parts.make_model(tmp_path / "model")
+    args = arguments(
+        tmp_path, model_name_or_path=str(model), fp16=True, fp16_opt_level="O2", loss_scale="dynamic", max_steps=8,
+    )  # fmt: skip
+    assert recipe.run(args) == 0
+    history = results_of(args, "trainer_state.json")["log_history"]
+    assert results_of(args)["precision"] == "O2 fp16, loss scale dynamic"
+    skipped = [entry for entry in history if entry["grad_norm"] is None]
+    assert results_of(args)["train_skipped_updates"] == len(skipped)
+    # The schedule's clock stands still on a skipped step.
+    for before, entry in zip(history, history[1:], strict=False):
+        assert (before["learning_rate"] == entry["learning_rate"]) == (before in skipped)
+    assert skipped and len(skipped) < 8
