@@ -6,14 +6,12 @@ Exit codes: 0 done, 2 usage, 3 data, 4 environment or device, 5 diverged, 6 chec
 """
 
 import sys
-import time
 
 from bert_glue.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """Run one process; returns its exit code."""
-    began = time.time()
     try:
         from bert_glue.command_line import main_parse
 
@@ -22,7 +20,7 @@ def main(argv: list[str]) -> int:
             return 0
         from bert_glue.recipe import run
 
-        return run(args, began)
+        return run(args)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -34,8 +34,11 @@ def find_problems(args: Arguments) -> list[Problem]:
     return [problem for check in checks for problem in check(args)]
 
 
-def resolve(args: Arguments) -> Arguments:
+def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
     """`args` with the values that follow from others; expects `find_problems` to be empty.
+
+    Args:
+        given: flags set by the user: with `--sample` the tiny BERT's recipe fills in the others.
 
     The task's name is its row's, `--pad_to_max_length` becomes `padding`, `--eval_strategy` implies
     `--do_eval`, `eval_steps` follows `logging_steps`, and `metric_for_best_model` loses its `eval_` prefix.
@@ -43,8 +46,14 @@ def resolve(args: Arguments) -> Arguments:
     evaluates = args.eval_strategy != "no"
     by_steps = args.eval_strategy == "steps"
     metric = args.metric_for_best_model
+    recipe = {}
+    if args.sample and not args.model_name_or_path:
+        from bert_glue.sample import SAMPLE_RECIPE
+
+        recipe = {name: value for name, value in SAMPLE_RECIPE.items() if name not in given}
     return replace(
         args,
+        **recipe,
         task_name=get_task(args.task_name).name if args.task_name else None,
         padding="max_length" if args.pad_to_max_length else args.padding,
         do_eval=args.do_eval or (args.do_train and evaluates),

@@ -28,13 +28,14 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, first_only, drop, noise, site):
         scale = 1.0 / math.sqrt(query.shape[-1])
+        drop = drop if noise is not None else 0.0
         saved, blocks = [], []
         for number, group in enumerate(layout.groups):
             rows = _query_rows(group, first_only)
             q, k, v = _block(query, rows), _block(key, group.index), _block(value, group.index)
             probabilities = _softmax_block(q, k, group, scale)
             keep = None
-            if noise is not None and drop > 0.0:
+            if drop > 0.0:
                 keep = noise.keep(tuple(probabilities.shape), drop, site * 4096 + number)
             dropped = probabilities if keep is None else keep.to(q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
             blocks.append((dropped @ v).transpose(1, 2).flatten(0, 1))
@@ -47,9 +48,11 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         layout, first_only = ctx.layout, ctx.first_only
+        # Once: under gradient checkpointing each look unpacks again, and the second is refused.
+        saved = ctx.saved_tensors
         dq_blocks, dk_blocks, dv_blocks = [], [], []
         for number, group in enumerate(layout.groups):
-            q, k, v, probabilities, keep = ctx.saved_tensors[5 * number : 5 * number + 5]
+            q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
             g = _block(grad, _query_rows(group, first_only))
             if group.padding is not None and not first_only:
                 g.transpose(1, 2)[group.padding] = 0.0
@@ -177,11 +180,13 @@ def attend(
         query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
         key, value: `[tokens, heads, dim]`.
         first_only: only first tokens ask.
-        drop: dropout of attention probabilities, in [0, 1), applied where `noise` is given.
+        drop: dropout of attention probabilities, in [0, 1], applied where `noise` is given.
         site: address of this dropout within the model.
 
     Returns:
         The shape of `query`.
     """
+    if noise is not None and drop >= 1.0:
+        return torch.zeros_like(query)  # every probability is dropped; 1 / (1 - drop) has no value
     function = ATTENTION.get(query.device.type, padded_attention)
     return function(query, key, value, layout, first_only, drop, noise, site)

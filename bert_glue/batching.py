@@ -197,20 +197,21 @@ def ahead(batches: Iterable, depth: int = 2) -> Iterator:
     stop = threading.Event()
     end = object()
 
+    def put(item: object, error: BaseException | None = None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
     def fill() -> None:
         try:
-            for item in batches:
-                while not stop.is_set():
-                    try:
-                        ready.put((item, None), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
-                    return
-            ready.put((end, None))
+            if all(put(item) for item in batches):
+                put(end)
         except BaseException as error:
-            ready.put((end, error))
+            put(end, error)
 
     thread = threading.Thread(target=fill, daemon=True, name="batches")
     thread.start()

@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> Arguments:
             settings.problems.append(problem.text)
     if settings.problems:
         raise UsageError("\n".join(settings.problems))
-    return resolve(args)
+    return resolve(args, frozenset(settings.values))
 
 
 def main_parse(argv: list[str]) -> Arguments | None:

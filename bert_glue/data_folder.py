@@ -63,9 +63,7 @@ def _find_files(task: GlueTask, root: Path, split: str) -> list[Path]:
         inside = [
             path
             for path in (root / name).glob("*")
-            if path.suffix.lower() in DATA_SUFFIXES
-            and path.name not in _NOT_ROWS
-            and path.name[0] not in "._"
+            if path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
         ]
         beside = [root / f"{name}{suffix}" for suffix in DATA_SUFFIXES]
         beside = [path for path in beside if path.is_file() and not _is_glue_file(task, split, path)]

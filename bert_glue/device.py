@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -89,8 +90,14 @@ class Device:
         """True on the simulated NPU of the tests, which proves calls and flow, never kernels or speed."""
         return self.kind == "npu" and bool(getattr(_torch_npu(), "is_simulated", False))
 
-    def activate(self) -> None:
-        """Make this the process's current device, with the settings it trains best with."""
+    def activate(self, tf32: bool | None = None) -> None:
+        """Make this the process's current device, with the settings it trains best with.
+
+        Args:
+            tf32: TensorFloat-32 products on or off; None leaves the device's default.
+        """
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
         if self.is_host:
             _keep_freed_pages()
             return
@@ -107,9 +114,9 @@ class Device:
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
         if self.is_host:
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            # Not getrusage: that also counts what the parent process held before exec.
+            status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
         return int(_module(self.kind).max_memory_allocated())
 
     def random_state(self) -> torch.Tensor | None:
@@ -162,7 +169,7 @@ def _keep_freed_pages() -> None:
         return
     trim_threshold, mmap_threshold = -1, -3
     mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, 1 << 34 if ctypes.sizeof(ctypes.c_long) < 4 else (1 << 31) - 1)
+    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -> Device:
@@ -178,9 +185,11 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
     """
     if use_cpu:
         return Device("cpu")
-    kind, _, index = requested.partition(":")
-    if kind.isdigit():
+    kind, colon, index = requested.partition(":")
+    if kind.isdecimal():
         kind, index = "auto", kind
+    elif colon and not index.isdecimal():
+        raise UsageError(f"--device {requested}: {index!r} is not a device number, such as npu:1")
     if kind != "auto" and kind not in KINDS:
         raise UsageError(f"--device: {did_you_mean('device', kind, ['auto', *KINDS])}")
     if kind == "auto":

@@ -25,6 +25,7 @@ class Family:
         layer: name of layer `{n}` up to and including its dot.
         inside: our name -> name of a layer's weights; `qkv` lists three names.
         uses_types: True if a pair's second text has token type 1.
+        dropout_keys: config.json's names of hidden and attention dropout.
     """
 
     prefix: str
@@ -34,6 +35,7 @@ class Family:
     layer: str
     inside: dict[str, str | tuple[str, str, str]]
     uses_types: bool = True
+    dropout_keys: tuple[str, str] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 def _bert_shape(config: dict, labels: int) -> EncoderShape:
@@ -97,7 +99,9 @@ def _distilbert_shape(config: dict, labels: int) -> EncoderShape:
 
 
 def _albert_shape(config: dict, labels: int) -> EncoderShape:
-    shape = _bert_shape({**config, "embedding_size": config.get("embedding_size", 128)}, labels)
+    # ALBERT's own defaults: it was pretrained without dropout.
+    defaults = {"embedding_size": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    shape = _bert_shape({**defaults, **config}, labels)
     # transformers' ALBERT has no dropout after its feed-forward.
     return _changed(
         shape,
@@ -190,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         layer="distilbert.transformer.layer.{n}.",
         inside=_DISTILBERT_LAYER,
         uses_types=False,
+        dropout_keys=("dropout", "attention_dropout"),
     ),
     "albert": Family(
         prefix="albert",

@@ -66,7 +66,7 @@ class _Probe(threading.Thread):
         return self.reason
 
 
-def _start_probe() -> _Probe | None:
+def start_probe() -> _Probe | None:
     """A running probe; None where the user asked for offline mode."""
     from huggingface_hub import constants
 
@@ -122,7 +122,7 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
     Raises:
         DataError: not reachable (within 5 s) and not cached, not found, refused, or another revision.
     """
-    probe = _start_probe()
+    probe = start_probe()
     import datasets  # meanwhile the probe runs
 
     reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
@@ -177,9 +177,7 @@ def open_folder(folder: str, config: str | None, args: Any) -> Any:
         with _hub_mode(True, args.disable_tqdm or not sys.stderr.isatty()):
             return datasets.load_dataset(folder, config, cache_dir=args.cache_dir)
     except Exception as error:
-        raise DataError(
-            f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise DataError(f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def revision_of(dataset: Any) -> str | None:

@@ -71,15 +71,15 @@ class PackedLayout:
         return max(self.all_lengths)
 
     @cached_property
-    def first_tokens(self) -> torch.Tensor:
-        """Position of each sample's first token, `[batch]` int64, on the host."""
-        return torch.tensor(self.cu_seq_lens[: len(self.lengths)])
-
-    @cached_property
     def positions(self) -> np.ndarray:
-        """Position of each token in its own sequence, `[tokens]` int64."""
+        """Position of each token in its own sequence, `[tokens]` int64; 0 throughout the filler.
+
+        Filler may be longer than a model's position table.
+        """
         starts = np.repeat(self.cu_seq_lens[:-1], self.all_lengths)
-        return np.arange(self.tokens) - starts
+        positions = np.arange(self.tokens) - starts
+        positions[self.real_tokens :] = 0
+        return positions
 
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:
@@ -108,9 +108,7 @@ class PackedLayout:
         cells = torch.cat([group.index.flatten() for group in self.groups])
         is_real = torch.cat(
             [
-                torch.ones(group.index.numel(), dtype=torch.bool)
-                if group.padding is None
-                else ~group.padding.flatten()
+                torch.ones(group.index.numel(), dtype=torch.bool) if group.padding is None else ~group.padding.flatten()
                 for group in self.groups
             ]
         )

@@ -6,6 +6,7 @@ path the model was trained on.
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +36,12 @@ class PaddedClassifier(nn.Module):
     def __init__(self, stock: nn.Module):
         super().__init__()
         self.stock = stock
+        # FNet, for one, takes no attention_mask.
+        self.accepted = frozenset(inspect.signature(stock.forward).parameters)
 
     def forward(self, noise=None, **inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
-        return self.stock(**inputs).logits
+        return self.stock(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
 
 
 @dataclass
@@ -64,9 +67,15 @@ class LoadedModel:
     @property
     def position_limit(self) -> int:
         """Longest sequence the position table allows, tokens."""
-        positions = self.config.get("max_position_embeddings", 1 << 30)
-        offset = self.module.shape.position_offset if self.is_packed else 0
-        return positions - offset
+        if self.is_packed:
+            return self.module.shape.positions - self.module.shape.position_offset
+        # RoBERTa and its kin count positions from behind the padding id.
+        offsets = (
+            part.padding_idx + 1
+            for name, part in self.module.named_modules()
+            if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+        )
+        return self.config.get("max_position_embeddings", 1 << 30) - next(offsets, 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights under transformers' names, on the host."""
@@ -102,8 +111,13 @@ def model_folder(name: str, args: Arguments) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MachineError(f"--model_name_or_path {name}: no such folder")
+    from bert_glue.hub_data import start_probe
+
+    # The hub's client waits for minutes on a server that accepts and never answers.
+    probe = start_probe()
     from huggingface_hub import snapshot_download
 
+    unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     patterns = [
         "*.json",
         "*.txt",
@@ -119,15 +133,20 @@ def model_folder(name: str, args: Arguments) -> Path:
                 token=args.token,
                 allow_patterns=patterns,
                 etag_timeout=5,
+                local_files_only=unreachable is not None,
             )
         )
     except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = unreachable or _first_line(error)
         raise MachineError(
-            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({first_line}); "
+            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
             "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
             "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_config(folder: Path) -> dict:
@@ -153,9 +172,11 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     config_folder = model_folder(args.config_name, args) if args.config_name else folder
     tokenizer_folder = model_folder(args.tokenizer_name, args) if args.tokenizer_name else folder
     config = read_config(config_folder)
-    for flag in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+    family = FAMILIES.get(config.get("model_type", ""))
+    flags = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    for flag, key in zip(flags, family.dropout_keys if family else flags, strict=True):
         if getattr(args, flag) is not None:
-            config[flag] = getattr(args, flag)
+            config[key] = getattr(args, flag)
     stored_labels = _stored_labels(config)
     config = _with_labels(config, task)
     reason = why_not_packed(config)
@@ -163,12 +184,16 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
         reason = f"--padding {args.padding}"
     elif reason is not None and args.padding == "packed":
         raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
-    family = FAMILIES.get(config.get("model_type", ""))
     tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
     if reason is not None:
-        return LoadedModel(_stock(folder, config, args), tokenizer, config, False, reason)
+        module, notes = _stock(folder, config, args, stored_labels, task)
+        return LoadedModel(module, tokenizer, config, False, reason, notes)
     config["architectures"] = [family.architecture]
-    module = PackedClassifier(family.shape(config, task.num_labels), args.gradient_checkpointing)
+    try:
+        shape = family.shape(config, task.num_labels)
+    except KeyError as error:
+        raise MachineError(f"{config_folder / 'config.json'} has no {error}") from error
+    module = PackedClassifier(shape, args.gradient_checkpointing)
     initialise(module, config.get("initializer_range", 0.02))
     tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
@@ -183,8 +208,8 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
 def _stored_labels(config: dict) -> list[str]:
     """Label names a checkpoint brings, in class order; [] where they are only LABEL_n."""
     named = config.get("id2label") or {}
-    labels = [named[key] for key in sorted(named, key=int)]
-    return [] if any(str(label).startswith("LABEL_") for label in labels) else labels
+    labels = [str(named[key]) for key in sorted(named, key=int)]
+    return [] if any(label.startswith("LABEL_") for label in labels) else labels
 
 
 def _with_labels(config: dict, task: GlueTask) -> dict:
@@ -211,15 +236,18 @@ def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[st
     return [f"the checkpoint's labels {stored} were reordered by name to {wanted}"]
 
 
-def _stock(folder: Path, config: dict, args: Arguments) -> PaddedClassifier:
-    """transformers' own module, for padded runs and for encoders that cannot be packed."""
+def _stock(
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask
+) -> tuple[PaddedClassifier, list[str]]:
+    """transformers' own module, for padded runs and for encoders that cannot be packed; and notes."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     weight_files(folder, args.allow_pickle_weights)
     try:
         settings = AutoConfig.for_model(**config)
-        stock = AutoModelForSequenceClassification.from_pretrained(
+        stock, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
+            output_loading_info=True,
             config=settings,
             trust_remote_code=args.trust_remote_code,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
@@ -227,7 +255,15 @@ def _stock(folder: Path, config: dict, args: Arguments) -> PaddedClassifier:
             dtype=torch.float32,
         )
     except Exception as error:
-        raise MachineError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
+        raise MachineError(f"transformers cannot load {folder}: {_first_line(error)}") from error
     if args.gradient_checkpointing:
         stock.gradient_checkpointing_enable()
-    return PaddedClassifier(stock)
+    fresh = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    # transformers starts any missing weight at random and goes on; only a head may start so.
+    encoder = [name for name in fresh if name.startswith(f"{stock.base_model_prefix}.") and "pooler" not in name]
+    if encoder:
+        raise MachineError(f"the weights do not fit config.json: {', '.join(encoder[:5])} missing or of another shape")
+    if fresh:
+        return PaddedClassifier(stock), [f"started anew, not in the checkpoint: {', '.join(fresh)}"]
+    heads = [part for part in stock.modules() if isinstance(part, nn.Linear) and part.out_features == task.num_labels]
+    return PaddedClassifier(stock), _reorder_head(heads[-1], stored_labels, task) if heads else []

@@ -41,7 +41,8 @@ class Noise:
         count = int(np.prod(shape))
         bits = np.random.SFC64([self.seed, self.rank, self.step, site]).random_raw(-(-count // 4))
         draws = torch.from_numpy(bits.view(np.int16))[:count]
-        return (draws >= round(drop * _LEVELS) - _LEVELS // 2).view(shape)
+        # The last level stays: int16 cannot hold one threshold more.
+        return (draws >= min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2).view(shape)
 
 
 class _CpuDropout(torch.autograd.Function):

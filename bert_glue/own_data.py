@@ -49,9 +49,7 @@ def describe(table: Table, name: str) -> GlueTask:
 def _text_columns(table: Table) -> tuple[str, ...]:
     if all(name in table.columns for name in _PAIR):
         return _PAIR
-    texts = [
-        name for name, values in table.columns.items() if name.lower() not in _NOT_TEXTS and _is_text(values)
-    ]
+    texts = [name for name, values in table.columns.items() if name.lower() not in _NOT_TEXTS and _is_text(values)]
     if not texts:
         raise DataError(f"{table.origin}: no column of texts; columns: {', '.join(table.columns)}")
     return tuple(texts[:2])

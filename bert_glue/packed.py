@@ -91,16 +91,12 @@ class PackedLayer(nn.Module):
         """
         shape = self.shape
         query, key, value = self._projections(x, firsts)
-        context = attend(
-            query, key, value, layout, firsts is not None, shape.attention_dropout, noise, site
-        ).flatten(1)
+        context = attend(query, key, value, layout, firsts is not None, shape.attention_dropout, noise, site).flatten(1)
         residual = x if firsts is None else x[firsts]
         attended = self.attention_output(context)
         x = self.attention_norm(dropout(attended, shape.hidden_dropout, noise, site + 1, residual))
         inner = ACTIVATIONS[shape.activation](self.feed_forward(x))
-        return self.output_norm(
-            dropout(self.feed_forward_output(inner), shape.output_dropout, noise, site + 2, x)
-        )
+        return self.output_norm(dropout(self.feed_forward_output(inner), shape.output_dropout, noise, site + 2, x))
 
     def _projections(self, x, firsts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, heads = self.shape.hidden, self.shape.heads

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bert_glue.trackers import Trackers
 
 
 class ProgressLog:
@@ -14,9 +17,11 @@ class ProgressLog:
         is_first: whether this rank prints.
         wants_bar: False with `--disable_tqdm`.
         watches_signals: True turns SIGTERM and SIGINT into a request that the loop reads.
+        trackers: get every entry too.
     """
 
-    def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True):
+    def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True, trackers: Trackers | None = None):
+        self.trackers = trackers
         self.is_first = is_first
         self.wants_bar = wants_bar and is_first and sys.stderr.isatty()
         self.watches_signals = watches_signals
@@ -43,6 +48,8 @@ class ProgressLog:
 
     def entry(self, entry: dict) -> None:
         """One log entry, numbers shortened."""
+        if self.trackers is not None:
+            self.trackers.log(entry, entry["step"])
         parts = []
         for name, value in entry.items():
             if isinstance(value, float):

@@ -24,11 +24,12 @@ class Ranks:
     def __init__(self, args: Arguments):
         world = int(os.environ.get("WORLD_SIZE", "1"))
         # A single process with --device npu:3 must not be moved by a stale LOCAL_RANK.
-        local = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0
+        # The reference sets RANK but no LOCAL_RANK: on its one host they are the same.
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) if world > 1 else 0
         # The reference launches eight processes with the same `--device 0`: ranks choose their own.
         requested = args.device if world == 1 or ":" not in args.device and not args.device.isdigit() else "auto"
         self.device: Device = resolve_device(requested, local, args.use_cpu)
-        self.device.activate()
+        self.device.activate(args.tf32)
         self.rank, self.world_size = 0, 1
         if world > 1:
             from accelerate.state import PartialState

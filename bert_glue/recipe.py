@@ -25,16 +25,15 @@ from bert_glue.ranks import Ranks
 from bert_glue.sources import TaskData, load_task_data
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import tokenize
+from bert_glue.throughput import seconds_since_process_start
+from bert_glue.trackers import Trackers
 from bert_glue.training import Run
 from bert_glue.training_setup import assembler, fine_tune, narrow
 from bert_glue.training_state import whole_weights
 
 
-def run(args: Arguments, began: float) -> int:
+def run(args: Arguments) -> int:
     """All steps of one process of a run.
-
-    Args:
-        began: when the process started, seconds of `time.time`.
 
     Returns:
         The exit code: 0, or 128 + signal if one ended training (a checkpoint was saved).
@@ -43,20 +42,23 @@ def run(args: Arguments, began: float) -> int:
         UserError: a mistake that the user can mend, with its exit code.
     """
     ranks = Ranks(args)
-    log = ProgressLog(ranks.is_first, not args.disable_tqdm)
+    trackers = Trackers(args, ranks.is_first)
+    shows = ranks.is_first and args.log_level in ("debug", "info")
+    log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
     try:
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first):
-            results = _steps(args, ranks, log, began)
+            results = _steps(args, ranks, log)
         for line in reporting.summary(results):
             log.line(line)
         return 0 if log.stop_signal is None else 128 + log.stop_signal
     finally:
         log.close()
+        trackers.close()
         ranks.close()
 
 
-def _steps(args: Arguments, ranks: Ranks, log: ProgressLog, began: float) -> dict:
-    times = {"import_and_start": time.time() - began}
+def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
+    times = {"import_and_start": seconds_since_process_start()}
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
     for notice in args.notices:
         log.line(f"note: {notice}")
@@ -96,7 +98,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog, began: float) -> dic
             model.save(Path(args.output_dir), whole_weights(run_of))
     results["peak_memory_bytes"] = ranks.device.peak_memory()
     results["seconds"] = times
-    results["e2e_runtime"] = time.time() - began
+    results["e2e_runtime"] = seconds_since_process_start()
     if ranks.is_first:
         history = run_of.progress.history if run_of else []
         reporting.write_results(args, data, results, history)
@@ -156,7 +158,7 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: Progress
         split = split if rows is None else split.take(rows)
         if not len(split):
             raise DataError(f"{split.origin}: no rows")
-        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache)
+        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
         labels = None if split.labels is None else np.asarray(split.labels, dtype)
         splits[name] = TokenSplit(name, table, labels)
         mean = float(table.borders[-1]) / len(table)
@@ -204,6 +206,7 @@ def _train_results(run_of: Run, plan) -> dict:
         "train_samples_consumed": progress.samples,
         "train_samples": run_of.order.rows,
         "epoch": run_of.epoch,
+        "seconds_to_first_step": meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }
 

@@ -100,9 +100,7 @@ def _companions(task: GlueTask, needed: frozenset[str]) -> tuple[tuple[GlueTask,
     """(task, its split, key of the result) of everything else this task's model predicts."""
     if "test" not in needed:
         return ()
-    return tuple(
-        (other, split, f"{other.name}:{split}") for other in companions(task) for split, _ in other.test
-    )
+    return tuple((other, split, f"{other.name}:{split}") for other in companions(task) for split, _ in other.test)
 
 
 def _from_sample(args: Arguments, task: GlueTask, needed: frozenset[str]) -> TaskData:

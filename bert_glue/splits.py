@@ -65,11 +65,7 @@ def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Sp
     if is_labelled or LABEL in table.columns:
         raw = table.column(LABEL)
         if is_labelled or not all(_is_unlabelled(task, value) for value in raw):
-            labels = (
-                _scores(task, table, raw, problems)
-                if task.is_regression
-                else _classes(task, table, raw, problems)
-            )
+            labels = _scores(task, table, raw, problems) if task.is_regression else _classes(task, table, raw, problems)
     problems.raise_any()
     return Split(name, texts, labels, table.origin)
 

@@ -93,9 +93,7 @@ def check_header(origin: str, names: Sequence[str]) -> None:
         raise DataError(f"{origin}: column name more than once: {', '.join(map(repr, doubled))}")
 
 
-def build_table(
-    origin: str, names: Sequence, columns: list[list], places: Sequence[int], unit: str = "line"
-) -> Table:
+def build_table(origin: str, names: Sequence, columns: list[list], places: Sequence[int], unit: str = "line") -> Table:
     """A Table; raises DataError if it would have no rows."""
     if not places:
         raise DataError(f"{origin}: has no rows")

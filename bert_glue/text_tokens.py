@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_glue.errors import DataError, MachineError
+from bert_glue.errors import MachineError, UsageError
 from bert_glue.sources import Split
 from bert_glue.weights import check_not_lfs_pointer
 
@@ -62,9 +62,13 @@ class TextTokenizer:
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, split: Split, max_length: int) -> TokenTable:
-        """Tokenize one split; pairs longer than `max_length` tokens are cut, longest text first."""
+        """Tokenize one split; pairs longer than `max_length` tokens are cut, longest text first.
+
+        Raises:
+            UsageError: `max_length` holds no more than the special tokens.
+        """
         if self.backend.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
-            raise DataError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
+            raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
         self.backend.enable_truncation(max_length, strategy="longest_first")
         rows = list(zip(*split.texts, strict=True)) if len(split.texts) == 2 else list(split.texts[0])
         encoded = self.backend.encode_batch(rows)
@@ -72,13 +76,19 @@ class TextTokenizer:
         ids = np.fromiter((i for e in encoded for i in e.ids), np.int32, int(lengths.sum()))
         second = lengths.astype(np.int32)
         if self.uses_types:
-            counts = (len(e.type_ids) - sum(e.type_ids) for e in encoded)
+            counts = (e.type_ids.count(0) for e in encoded)
             second = np.fromiter(counts, np.int32, len(encoded))
         return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json beside the model's other tokenizer files, copied as they are."""
+        """Write tokenizer.json beside the model's other tokenizer files, copied as they are.
+
+        A folder that came with a bare vocab.txt gets a tokenizer_config.json, from which transformers
+        learns what this class guessed: whether to lower-case.
+        """
         import shutil
+
+        from tokenizers.models import WordPiece
 
         for name in (
             "tokenizer_config.json",
@@ -87,8 +97,14 @@ class TextTokenizer:
             "vocab.json",
             "merges.txt",
         ):
-            if (self.folder / name).is_file():
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
+        settings = folder / "tokenizer_config.json"
+        if not settings.is_file() and isinstance(self.backend.model, WordPiece):
+            lower = bool(getattr(self.backend.normalizer, "lowercase", False))
+            tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+            entries = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, **tokens}
+            settings.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         self.backend.no_truncation()
         self.backend.save(str(folder / "tokenizer.json"))
 
@@ -103,8 +119,7 @@ def _backend(folder: Path, trust_remote_code: bool):
     try:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if (folder / "vocab.txt").is_file() and model_type in ("bert", "electra", "distilbert"):
+        if (folder / "vocab.txt").is_file() and _model_type(folder) in ("bert", "electra", "distilbert"):
             settings = folder / "tokenizer_config.json"
             options = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
             # A cased vocabulary without settings is not lower-cased, whatever transformers' default is.
@@ -118,6 +133,12 @@ def _backend(folder: Path, trust_remote_code: bool):
     except Exception as error:  # the Rust library raises bare Exception
         raise MachineError(f"the tokenizer in {folder} cannot be read: {error}") from error
     return _transformers_backend(folder, trust_remote_code)
+
+
+def _model_type(folder: Path) -> str:
+    """Of config.json; a --tokenizer_name folder may have none, and vocab.txt is BERT's format."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "") if path.is_file() else "bert"
 
 
 def _has_case(folder: Path) -> bool:
@@ -144,8 +165,14 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(base) / "bert_glue"
 
 
-def tokenize(tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False) -> tuple[TokenTable, str]:
+def tokenize(
+    tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False, threads: int | None = None
+) -> tuple[TokenTable, str]:
     """The tokens of a split, from the cache where the same texts were tokenized the same way before.
+
+    Args:
+        refresh: tokenize again although the cache fits.
+        threads: of the tokenizer; None for one a core. Counts for the first call of a process.
 
     Returns:
         The table, memory-mapped where it comes from the cache, and how it was had: "cached", "made", or
@@ -154,6 +181,8 @@ def tokenize(tokenizer: TextTokenizer, split: Split, max_length: int, refresh: b
     folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length)
     if not refresh and (table := _read(folder)) is not None:
         return table, "cached"
+    if threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
     table = tokenizer.encode(split, max_length)
     try:
         _write(folder, table)

@@ -28,7 +28,7 @@ class NarrowedEmbedding:
         used = np.zeros(len(table), bool)
         used[pad_id] = True
         for split in splits:
-            used[np.unique(split.table.ids)] = True
+            used[split.table.ids] = True
         self.rows = torch.from_numpy(np.flatnonzero(used))
         self.renumber = (np.cumsum(used) - 1).astype(np.int32)
         self.full = table

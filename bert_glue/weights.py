@@ -42,7 +42,11 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            check_not_lfs_pointer(index)
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise MachineError(f"{index} is not an index of weight files: {error}") from error
             files = [folder / Path(name).name for name in sorted(set(names))]
         else:
             continue
@@ -126,9 +130,7 @@ def load_packed(
             fresh.append(ours)
         else:
             hint = "; --ignore_mismatched_sizes starts a new one" if is_head else ""
-            problems.append(
-                f"{theirs} has shape {list(value.shape)}, needed is {list(parameters[ours].shape)}{hint}"
-            )
+            problems.append(f"{theirs} has shape {list(value.shape)}, needed is {list(parameters[ours].shape)}{hint}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise MachineError("the weights do not fit config.json: " + "; ".join(problems[:5]) + more)
