@@ -1,0 +1,19 @@
+"""Rooms of their own for what a run caches, so that no test reads or fills the user's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_token_cache(tmp_path_factory):
+    """Token tables go to a folder of this session, in child processes too."""
+    before = os.environ.get("BERT_GLUE_CACHE")
+    os.environ["BERT_GLUE_CACHE"] = str(tmp_path_factory.mktemp("token-cache"))
+    yield
+    if before is None:
+        del os.environ["BERT_GLUE_CACHE"]
+    else:
+        os.environ["BERT_GLUE_CACHE"] = before

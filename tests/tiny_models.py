@@ -1,0 +1,118 @@
+"""Tiny random models of transformers, to hold ours against, and model folders made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bert_glue.families import FAMILIES
+from bert_glue.layout import PackedLayout
+from bert_glue.packed import PackedClassifier
+from bert_glue.weights import load_packed
+
+# These models are too small to share; waiting threads would only spin.
+torch.set_num_threads(1)
+
+_WORDS = (
+    "the a cat dog sat ran on mat hat big red un able ##s ##ing ##ly play walk . , ! ? ' \u00e9 caf ##\u00e9 \u4e2d"
+)
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS.split(), *"abcdefghijklmnopqrstuvwxyz0123456789"]
+VOCAB += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+VOCAB = list(dict.fromkeys(VOCAB))
+
+_SIZES = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_ROBERTA = {**_SIZES, "max_position_embeddings": 514, "type_vocab_size": 1}
+_DISTILBERT = {
+    "vocab_size": 120,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+}
+# model_type -> settings; every family of families.py
+SETTINGS: dict[str, dict] = {
+    "bert": _SIZES,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": {**_SIZES, "embedding_size": 24},
+    "distilbert": _DISTILBERT,
+    "albert": {**_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "classifier_dropout_prob": 0.0},
+}
+
+
+def stock_model(model_type: str, labels: int = 3, seed: int = 0, **changes) -> nn.Module:
+    """transformers' classifier with weights large enough that every part moves the logits."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    settings = {**SETTINGS.get(model_type, _SIZES), "initializer_range": 0.1, **changes}
+    config = AutoConfig.for_model(model_type, num_labels=labels, **settings)
+    torch.manual_seed(seed)
+    stock = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return stock.eval()
+
+
+def packed_like(stock: nn.Module, **options) -> PackedClassifier:
+    """Our module with the weights of `stock`, in evaluation mode."""
+    config = stock.config.to_dict()
+    family = FAMILIES[config["model_type"]]
+    module = PackedClassifier(family.shape(config, stock.config.num_labels), **options)
+    assert load_packed(module, family, stock.state_dict(), resize_head=False) == []
+    return module.eval()
+
+
+def random_batch(lengths: tuple[int, ...], vocab: int = 120, pairs: bool = True, tail: int = 0, seed: int = 0):
+    """The same rows twice: packed inputs, and the padded inputs of transformers (without filler)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(5, vocab, (n,), generator=generator) for n in lengths]
+    types = [(torch.arange(n) >= n // 2).long() if pairs and n > 1 else torch.zeros(n).long() for n in lengths]
+    layout = PackedLayout(tuple(lengths), tail)
+    filler = torch.zeros(tail).long()
+    packed = {
+        "input_ids": torch.cat([*rows, filler])[None],
+        "token_type_ids": torch.cat([*types, filler])[None],
+        "position_ids": torch.from_numpy(layout.positions)[None],
+        "layout": layout,
+    }
+    pad = torch.nn.utils.rnn.pad_sequence
+    padded = {
+        "input_ids": pad(rows, batch_first=True, padding_value=1),
+        "attention_mask": pad([torch.ones(n).long() for n in lengths], batch_first=True),
+        "token_type_ids": pad(types, batch_first=True),
+    }
+    return packed, padded
+
+
+def write_vocab(folder: Path, **settings) -> None:
+    """vocab.txt, and tokenizer_config.json where settings are given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_model(folder: Path, model_type: str = "bert", labels: int = 2, **changes) -> nn.Module:
+    """A complete model folder with a WordPiece vocabulary; returns the model that was saved."""
+    stock = stock_model(model_type, labels, **{"vocab_size": len(VOCAB), **changes})
+    stock.save_pretrained(folder)
+    write_vocab(folder, do_lower_case=True, tokenizer_class="BertTokenizer")
+    return stock
