@@ -1,0 +1,106 @@
+"""Which device a request means, and what is said where it is not here."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from bert_glue import device
+from bert_glue.device import Device, is_available, resolve_device
+from bert_glue.errors import MachineError, UsageError
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """A host whose torch sees three CUDA devices and no NPU."""
+    fake = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 3)
+    monkeypatch.setattr(device, "_module", lambda kind: fake if kind == "cuda" else None)
+
+
+@pytest.fixture
+def host_only(monkeypatch):
+    monkeypatch.setattr(device, "_module", lambda kind: None)
+
+
+@pytest.mark.parametrize(
+    ("requested", "local_rank", "expected"),
+    [
+        ("auto", 0, Device("cuda", 0)),
+        ("auto", 2, Device("cuda", 2)),
+        ("cuda", 1, Device("cuda", 1)),
+        ("cuda:1", 2, Device("cuda", 1)),
+        ("2", 0, Device("cuda", 2)),
+        ("cpu", 1, Device("cpu", 0)),
+    ],
+)
+def test_resolves(three_gpus, requested, local_rank, expected):
+    assert resolve_device(requested, local_rank) == expected
+
+
+def test_use_cpu_wins(three_gpus):
+    assert resolve_device("cuda:1", 0, use_cpu=True) == Device("cpu")
+
+
+def test_auto_is_the_host_where_there_is_nothing_else(host_only):
+    assert resolve_device("auto", 3) == resolve_device("0") == Device("cpu", 0)
+
+
+@pytest.mark.parametrize(("requested", "nearest"), [("nup", "npu"), ("cudaa:1", "cuda"), ("CPU", None)])
+def test_unknown_kind(host_only, requested, nearest):
+    with pytest.raises(UsageError, match="unknown device") as caught:
+        resolve_device(requested)
+    assert (f"Did you mean {nearest}?" in str(caught.value)) == (nearest is not None)
+    assert all(kind in str(caught.value) for kind in ("auto", *device.KINDS))
+
+
+@pytest.mark.parametrize("requested", ["cuda:x", "cuda:-1", "cuda:", "npu:1.5"])
+def test_an_index_that_is_no_number(three_gpus, requested):
+    with pytest.raises(UsageError, match="not a device number"):
+        resolve_device(requested)
+
+
+@pytest.mark.parametrize(("requested", "fix"), [("npu", "set_env.sh"), ("npu:3", "torch_npu"), ("cuda", "nvidia-smi")])
+def test_an_absent_kind_comes_with_its_fix(host_only, requested, fix):
+    with pytest.raises(MachineError, match="there is: cpu") as caught:
+        resolve_device(requested)
+    assert fix in str(caught.value) and f"--device {requested}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("requested", "local_rank"), [("cuda:3", 0), ("7", 0), ("auto", 5)])
+def test_an_absent_index(three_gpus, requested, local_rank):
+    with pytest.raises(MachineError, match="there are 3"):
+        resolve_device(requested, local_rank)
+
+
+def test_a_broken_torch_npu_is_explained(monkeypatch, tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libascendcl.so: undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    with pytest.raises(MachineError, match="undefined symbol.*set_env.sh"):
+        is_available("npu")
+
+
+def test_without_torch_npu_there_is_no_npu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # an import that finds nothing
+    assert not is_available("npu") and is_available("cpu")
+
+
+def test_the_host():
+    host = Device("cpu")
+    host.activate()
+    host.synchronize()
+    assert host.torch_device == torch.device("cpu") and host.is_host and "cores" in host.name
+    assert host.supports(torch.float32) and host.collective_backend == "gloo"
+    before = host.peak_memory()
+    block = torch.ones(before // 4)  # four times `before` in bytes would be too much; once is enough
+    assert before > 10**7 and host.peak_memory() >= before + block.nbytes // 2
+    assert host.random_state() is None
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({"avx512_fp16"}, True), ({"asimdhp"}, True), ({"avx2"}, False)])
+def test_fp16_on_a_host_needs_instructions(monkeypatch, flags, expected):
+    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset(flags))
+    assert Device("cpu").supports(torch.float16) is expected

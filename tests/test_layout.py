@@ -1,0 +1,55 @@
+"""Where tokens of a packed batch lie: every cell accounted for once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bert_glue.layout import PackedLayout
+
+
+def test_borders_and_counts_on_the_host():
+    layout = PackedLayout((3, 1, 2), tail=4)
+    assert layout.cu_seq_lens == (0, 3, 4, 6, 10)
+    assert all(type(border) is int for border in layout.cu_seq_lens)
+    assert (layout.tokens, layout.real_tokens, layout.longest) == (10, 6, 4)
+    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_without_filler():
+    layout = PackedLayout((2, 5))
+    assert layout.all_lengths == (2, 5) and layout.tokens == layout.real_tokens == 7
+    assert layout.positions.tolist() == [0, 1, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_hold_every_token_once(seed):
+    generator = np.random.default_rng(seed)
+    lengths = tuple(int(n) for n in generator.integers(1, generator.choice([2, 20, 512]), size=seed + 1))
+    layout = PackedLayout(lengths, tail=seed % 3)
+    tokens = torch.arange(layout.tokens)
+    real, sequences, longest_before = [], [], 10**6
+    for group in layout.groups:
+        sizes = [layout.all_lengths[i] for i in group.sequences]
+        assert group.index.shape == (len(sizes), max(sizes)) and max(sizes) <= longest_before
+        # No sequence is padded to more than 4/3 of its length.
+        assert min(sizes) >= 0.75 * max(sizes)
+        longest_before = min(sizes)
+        padding = torch.zeros_like(group.index, dtype=torch.bool) if group.padding is None else group.padding
+        assert (group.padding is None) == (min(sizes) == max(sizes))
+        assert (~padding).sum(1).tolist() == sizes
+        assert torch.equal(group.index[padding], group.index[:, :1].expand_as(group.index)[padding])
+        real.append(group.index[~padding])
+        sequences += group.sequences.tolist()
+    assert torch.equal(torch.cat(real).sort().values, tokens)
+    assert sorted(sequences) == list(range(len(layout.all_lengths)))
+    cells = torch.cat([tokens[group.index].flatten() for group in layout.groups])
+    assert torch.equal(cells[layout.cell_of_token], tokens)
+    rows = torch.cat([group.sequences for group in layout.groups])
+    assert torch.equal(rows[layout.row_of_sequence], torch.arange(len(rows)))
+
+
+def test_equal_lengths_are_one_group_without_padding():
+    (group,) = PackedLayout((7,) * 6).groups
+    assert group.padding is None and group.index.shape == (6, 7)
