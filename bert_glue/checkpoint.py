@@ -14,8 +14,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +99,43 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def plain_errors(target: Path) -> Iterator[None]:
+    """Turn a file system's refusal to write `target` into one line with exit code 6.
+
+    Raises:
+        CheckpointError: the block raised OSError, or what safetensors makes of one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Put files into `folder`, each of them whole; those of an earlier run stay until all are written.
+
+    Args:
+        write: called with a temporary folder to fill.
+
+    Raises:
+        CheckpointError: no space, or the file system failed.
+    """
+    aside = folder / f".writing-{os.getpid()}"
+    with plain_errors(folder):
+        try:
+            _remove_leftovers(folder)
+            aside.mkdir()
+            write(aside)
+            for path in aside.iterdir():
+                _flush(path)
+            for path in aside.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
+            if aside.is_dir():
+                _remove_files(aside, [p.name for p in aside.iterdir()])
+
+
 def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -> None:
     """Write a checkpoint so that it appears whole or not at all.
 
@@ -110,6 +147,11 @@ def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) ->
     Raises:
         CheckpointError: no space, or the file system failed; earlier checkpoints are untouched.
     """
+    with plain_errors(folder):
+        _publish(folder, write, expected_bytes)
+
+
+def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -> None:
     aside, old = (folder.with_name(f".{kind}-{folder.name}-{os.getpid()}") for kind in ("writing", "replaced"))
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +176,6 @@ def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) ->
         for kept in old.iterdir() if old.exists() else ():
             os.rename(kept, folder / kept.name)
         _remove_files(old, [])
-    except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own way
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         if aside.is_dir():
             _remove_files(aside, [p.name for p in aside.iterdir()])
@@ -143,7 +183,7 @@ def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) ->
 
 def _remove_leftovers(output_dir: Path) -> None:
     """Delete what a killed process was writing; the folder's lock says that nobody else is."""
-    for left in output_dir.glob(".writing-checkpoint-*"):
+    for left in output_dir.glob(".writing-*"):
         _remove_files(left, [p.name for p in left.iterdir()])
 
 

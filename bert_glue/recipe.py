@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert_glue import reporting
+from bert_glue import checkpoint, reporting
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
 from bert_glue.errors import DataError
@@ -95,13 +95,14 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
             results |= _predict(args, data, splits, evaluator)
     with _timed(times, "save"):
         if ranks.is_first and args.do_train and log.stop_signal is None:
-            model.save(Path(args.output_dir), whole_weights(run_of))
+            checkpoint.replace_files(Path(args.output_dir), lambda folder: model.save(folder, whole_weights(run_of)))
     results["peak_memory_bytes"] = ranks.device.peak_memory()
     results["seconds"] = times
     results["e2e_runtime"] = seconds_since_process_start()
     if ranks.is_first:
         history = run_of.progress.history if run_of else []
-        reporting.write_results(args, data, results, history)
+        with checkpoint.plain_errors(Path(args.output_dir)):
+            reporting.write_results(args, data, results, history)
     return results
 
 
@@ -220,7 +221,8 @@ def _predict(args: Arguments, data: TaskData, splits: dict[str, TokenSplit], eva
         results[f"predict_samples_{task.name}{suffix}"] = len(splits[name])
         results[f"predict_samples_per_second_{task.name}{suffix}"] = len(predictions) / (time.perf_counter() - begin)
         if evaluator.ranks.is_first:
-            reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
+            with checkpoint.plain_errors(Path(args.output_dir)):
+                reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
     return results
 
 
