@@ -151,11 +151,15 @@ def _transformers_backend(folder: Path, trust_remote_code: bool):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return tokenizer.backend_tokenizer
+        backend = tokenizer.backend_tokenizer
     except Exception as error:
         raise MachineError(
             f"{folder} has no tokenizer.json and transformers cannot build a fast tokenizer: {error}"
         ) from error
+    # Without any vocabulary file transformers 5 gives a tokenizer that knows its special tokens only.
+    if backend.get_vocab_size() <= len(tokenizer.all_special_tokens):
+        raise MachineError(f"{folder} has no tokenizer.json, nor a vocabulary to build a tokenizer from")
+    return backend
 
 
 def cache_folder() -> Path:

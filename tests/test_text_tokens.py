@@ -1,0 +1,269 @@
+"""Token ids equal transformers' own, and the cache never gives what was not asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny_models import write_vocab
+
+from bert_glue.errors import MachineError, UsageError
+from bert_glue.splits import Split
+from bert_glue.text_tokens import TextTokenizer, cache_folder, tokenize
+
+TEXTS = (
+    "the cat sat on the mat .",
+    "",
+    "The CAT's café, naïve! Éa",
+    "  dog\tran\n\nunable ",
+    "中文 cat \u200d \U0001f600 e\u0301 caf\u00e9",
+    "supercalifragilistic " + "the cat ran " * 30,
+    "[SEP] [MASK] a",
+)
+SECONDS = ("the dog ran", "big hat !" * 9, "", "a", "cat playing walked the mat", "un", "the cat " * 20)
+SINGLE = Split("train", (list(TEXTS),), None, "")
+PAIR = Split("train", (list(TEXTS), list(SECONDS)), None, "")
+
+
+def _write_bert(folder, model_type="bert", **settings):
+    write_vocab(folder, **settings)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_uncased(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uncased")
+    return _write_bert(folder, do_lower_case=True, tokenizer_class="BertTokenizer")
+
+
+@pytest.fixture(scope="module")
+def bert_cased(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cased")
+    return _write_bert(folder, do_lower_case=False, tokenizer_class="BertTokenizer")
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """A byte-level BPE trained here, wrapped as RoBERTa's."""
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("roberta")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bpe = ByteLevelBPETokenizer(add_prefix_space=False)
+    bpe.train_from_iterator([*TEXTS, *SECONDS], vocab_size=330, special_tokens=special, show_progress=False)
+    bpe._tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    names = dict(zip(("bos", "pad", "eos", "unk", "mask"), special, strict=True)) | {"cls": "<s>", "sep": "</s>"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, **{f"{name}_token": token for name, token in names.items()}
+    ).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "roberta"}')
+    return folder
+
+
+def _assert_equals_transformers(folder, theirs, uses_types, split, max_length):
+    table = TextTokenizer(folder, uses_types).encode(split, max_length)
+    columns = [list(column) for column in split.texts]
+    wanted = theirs(*columns, truncation=True, max_length=max_length, return_token_type_ids=True)
+    assert len(table) == len(split) and table.borders[0] == 0 and table.borders[-1] == len(table.ids)
+    for row, (begin, end) in enumerate(zip(table.borders[:-1], table.borders[1:], strict=True)):
+        assert table.ids[begin:end].tolist() == wanted["input_ids"][row], split.texts[0][row]
+        types = (np.arange(end - begin) >= table.second_at[row]).astype(int).tolist()
+        expected = wanted["token_type_ids"][row] if uses_types else [0] * len(types)
+        assert types == expected, split.texts[0][row]
+    assert table.lengths.max() <= max_length
+
+
+@pytest.mark.parametrize("max_length", [5, 16, 128])
+@pytest.mark.parametrize("split", [SINGLE, PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("name", ["bert_uncased", "bert_cased", "roberta"])
+def test_equals_transformers(name, split, max_length, request):
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue(name)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    _assert_equals_transformers(folder, theirs, name != "roberta", split, max_length)
+
+
+def test_a_bare_uncased_vocabulary(tmp_path):
+    from transformers import BertTokenizer
+
+    folder = _write_bert(tmp_path)
+    theirs = BertTokenizer.from_pretrained(folder, do_lower_case=True)
+    _assert_equals_transformers(folder, theirs, True, PAIR, 32)
+
+
+def test_a_bare_cased_vocabulary_is_not_lower_cased(tmp_path):
+    from transformers import BertTokenizer
+
+    folder = _write_bert(tmp_path)
+    with (folder / "vocab.txt").open("a", encoding="utf-8") as file:
+        file.write("The\nCAT\n")
+    theirs = BertTokenizer.from_pretrained(folder, do_lower_case=False)
+    _assert_equals_transformers(folder, theirs, True, PAIR, 32)
+
+
+def test_a_tokenizer_folder_needs_no_config(tmp_path, bert_cased):
+    shutil.copy(bert_cased / "vocab.txt", tmp_path / "vocab.txt")
+    shutil.copy(bert_cased / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    ours, full = TextTokenizer(tmp_path).encode(PAIR, 32), TextTokenizer(bert_cased).encode(PAIR, 32)
+    assert np.array_equal(ours.ids, full.ids)
+
+
+@pytest.mark.parametrize("is_cased", [False, True])
+def test_a_saved_tokenizer_is_the_same_for_transformers(tmp_path, is_cased):
+    """A bare vocab.txt leaves lower-casing to a guess; the saved folder states it."""
+    from transformers import AutoTokenizer
+
+    folder = _write_bert(tmp_path / "from")
+    if is_cased:
+        with (folder / "vocab.txt").open("a", encoding="utf-8") as file:
+            file.write("The\nCAT\n")
+    tokenizer, saved = TextTokenizer(folder), tmp_path / "to"
+    saved.mkdir()
+    table = tokenizer.encode(PAIR, 16)
+    tokenizer.save(saved)
+    (saved / "config.json").write_text('{"model_type": "bert"}')
+    theirs = AutoTokenizer.from_pretrained(saved)
+    assert theirs.pad_token == "[PAD]"
+    wanted = theirs(*map(list, PAIR.texts), truncation=True, max_length=16)["input_ids"]
+    assert table.ids.tolist() == [i for row in wanted for i in row]
+    assert np.array_equal(TextTokenizer(saved).encode(PAIR, 16).ids, table.ids)
+    long = theirs("the cat " * 100)["input_ids"]
+    assert len(long) == 202, "the cut of the run must not be saved"
+
+
+def test_saving_into_its_own_folder(tmp_path):
+    folder = _write_bert(tmp_path, do_lower_case=True)
+    before = TextTokenizer(folder).encode(PAIR, 16).ids
+    TextTokenizer(folder).save(folder)
+    assert np.array_equal(TextTokenizer(folder).encode(PAIR, 16).ids, before)
+
+
+@pytest.mark.parametrize(("split", "limit"), [(SINGLE, 2), (PAIR, 3)], ids=["single", "pair"])
+def test_a_limit_without_room_for_text(bert_uncased, split, limit):
+    with pytest.raises(UsageError, match=f"--max_seq_length {limit}"):
+        TextTokenizer(bert_uncased).encode(split, limit)
+    assert TextTokenizer(bert_uncased).encode(split, limit + 1).lengths.max() == limit + 1
+
+
+def test_no_rows(bert_uncased):
+    table = TextTokenizer(bert_uncased).encode(Split("test", ([],), None, ""), 16)
+    assert len(table) == 0 and table.borders.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_a_pointer_or_rubbish_instead_of_a_tokenizer(bert_uncased, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(bert_uncased, folder)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(MachineError, match=f"{name} is a Git-LFS pointer"):
+        TextTokenizer(folder)
+    (folder / name).write_text("rubbish\n")
+    with pytest.raises(MachineError, match="cannot be read"):
+        TextTokenizer(folder)
+
+
+def test_nothing_to_tokenize_with(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(MachineError, match="no tokenizer.json"):
+        TextTokenizer(tmp_path)
+
+
+# ---- cache ----
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BERT_GLUE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _same(a, b) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "borders", "second_at"))
+
+
+def test_the_second_time_comes_from_the_cache(cache, bert_uncased):
+    tokenizer = TextTokenizer(bert_uncased)
+    made, how = tokenize(tokenizer, PAIR, 16)
+    again, how_again = tokenize(TextTokenizer(bert_uncased), PAIR, 16)
+    assert (how, how_again) == ("made", "cached") and _same(made, again)
+    assert isinstance(again.ids, np.memmap) and not isinstance(made.ids, np.memmap)
+    assert tokenize(tokenizer, PAIR, 16, refresh=True)[1] == "made"
+    assert tokenize(tokenizer, PAIR, 16)[1] == "cached"
+    assert not [p for p in (cache / "tokens").iterdir() if p.name.startswith(".making")]
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "borders.npy", "second_at.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_a_damaged_table_is_made_again(cache, bert_uncased, name, damage):
+    tokenizer = TextTokenizer(bert_uncased)
+    made, _ = tokenize(tokenizer, PAIR, 16)
+    (path,) = cache.glob(f"tokens/*/{name}")
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "changed" else content[:-3])
+    again, how = tokenize(tokenizer, PAIR, 16)
+    assert how == "made" and _same(made, again)
+    assert tokenize(tokenizer, PAIR, 16)[1] == "cached"
+
+
+def test_an_unwritable_cache_is_said_and_survived(cache, bert_uncased):
+    cache.write_text("a file where the folder should be")
+    table, how = tokenize(TextTokenizer(bert_uncased), PAIR, 16)
+    assert how.startswith("made (not cached: ") and len(how) > 20 and len(table) == len(PAIR)
+
+
+def _pair(first, second) -> Split:
+    return Split("train", (first, second), None, "")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _pair(["the cat"], ["sat."]),
+        _pair(["the ca"], ["t sat"]),
+        _pair(["the cat sat"], [""]),
+        Split("train", (["the cat", " sat"],), None, ""),
+        Split("train", (["the cat sat"],), None, ""),
+    ],
+    ids=["content", "border of columns", "empty column", "two rows", "one column"],
+)
+def test_other_texts_have_another_key(cache, bert_uncased, other):
+    tokenizer = TextTokenizer(bert_uncased)
+    tokenize(tokenizer, _pair(["the cat"], [" sat"]), 16)
+    assert tokenize(tokenizer, other, 16)[1] == "made"
+
+
+def test_order_length_and_tokenizer_are_part_of_the_key(cache, bert_uncased, bert_cased):
+    split = _pair(["the cat", "a dog"], ["sat", "ran"])
+    tokenizer = TextTokenizer(bert_uncased)
+    tokenize(tokenizer, split, 16)
+    assert tokenize(tokenizer, _pair(["a dog", "the cat"], ["ran", "sat"]), 16)[1] == "made"
+    assert tokenize(tokenizer, split, 17)[1] == "made"
+    assert tokenize(TextTokenizer(bert_cased), split, 16)[1] == "made"
+    assert tokenize(TextTokenizer(bert_uncased, uses_types=False), split, 16)[1] == "made"
+    # Labels, split name and origin are not tokenized.
+    assert tokenize(tokenizer, Split("test", split.texts, [1, 0], "elsewhere"), 16)[1] == "cached"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"BERT_GLUE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/bert_glue"),
+        ({"HOME": "/c"}, "/c/.cache/bert_glue"),
+    ],
+)
+def test_where_the_cache_is(monkeypatch, variables, expected):
+    for name in ("BERT_GLUE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache_folder()) == expected
