@@ -185,24 +185,34 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     elif reason is not None and args.padding == "packed":
         raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
     tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
-    if reason is not None:
-        module, notes = _stock(folder, config, args, stored_labels, task)
-        return LoadedModel(module, tokenizer, config, False, reason, notes)
+    can_pack = why_not_packed(config) is None
+    packed, notes = _packed(folder, config, args, stored_labels, task) if can_pack else (None, [])
+    if reason is None:
+        return LoadedModel(packed, tokenizer, config, True, notes=notes)
+    module, stock_notes = _stock(folder, config, args, stored_labels, task)
+    if packed is not None:
+        # A padded run for comparison starts from the packed run's weights, a fresh head included.
+        module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
+    return LoadedModel(module, tokenizer, config, False, reason, notes or stock_notes)
+
+
+def _packed(
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask
+) -> tuple[PackedClassifier, list[str]]:
+    """Our own module with a checkpoint's weights, and notes; fixes the architecture in `config`."""
+    family = FAMILIES[config["model_type"]]
     config["architectures"] = [family.architecture]
     try:
         shape = family.shape(config, task.num_labels)
     except KeyError as error:
-        raise MachineError(f"{config_folder / 'config.json'} has no {error}") from error
+        raise MachineError(f"{folder / 'config.json'} has no {error}") from error
     module = PackedClassifier(shape, args.gradient_checkpointing)
     initialise(module, config.get("initializer_range", 0.02))
     tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
-    model = LoadedModel(module, tokenizer, config, True)
     if fresh:
-        model.notes.append(f"started anew, not in the checkpoint: {', '.join(fresh)}")
-    else:
-        model.notes += _reorder_head(module.head_output, stored_labels, task)
-    return model
+        return module, [f"started anew, not in the checkpoint: {', '.join(fresh)}"]
+    return module, _reorder_head(module.head_output, stored_labels, task)
 
 
 def _stored_labels(config: dict) -> list[str]:

@@ -331,3 +331,12 @@ def test_a_cached_model_is_used_without_a_network(bert, tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text(commit)
     folder = model_folder("nobody/tiny", Arguments(cache_dir=str(tmp_path)))
     assert (folder / "model.safetensors").is_file()
+
+
+def test_a_fresh_head_is_the_same_packed_and_padded(bert):
+    heads = []
+    for padding in ("packed", "longest", "max_length"):
+        tensors = _load(bert, padding=padding).tensors()
+        heads.append(tensors["classifier.weight"])
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+    assert heads[0].abs().sum() > 0
