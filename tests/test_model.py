@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCAB, stock_model, write_model
+from tiny_models import LFS_POINTER, VOCAB, stock_model, write_model
 
 from bert_glue.arguments import Arguments
 from bert_glue.batching import Assembler, TokenSplit
@@ -236,7 +236,7 @@ def test_without_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer")],
+    [("{", "is not JSON"), (LFS_POINTER, "Git-LFS pointer")],
 )
 def test_a_broken_config(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)

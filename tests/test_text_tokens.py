@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_models import write_vocab
+from tiny_models import LFS_POINTER, write_vocab
 
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.splits import Split
@@ -159,7 +159,7 @@ def test_no_rows(bert_uncased):
 def test_a_pointer_or_rubbish_instead_of_a_tokenizer(bert_uncased, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(bert_uncased, folder)
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / name).write_text(LFS_POINTER)
     with pytest.raises(MachineError, match=f"{name} is a Git-LFS pointer"):
         TextTokenizer(folder)
     (folder / name).write_text("rubbish\n")

@@ -7,14 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import packed_like, stock_model
+from tiny_models import LFS_POINTER, packed_like, stock_model
 
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES
 from bert_glue.packed import PackedClassifier
 from bert_glue.weights import initialise, load_packed, packed_tensors, read_tensors, weight_files
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 435755784\n"
 BERT = FAMILIES["bert"]
 
 
@@ -28,7 +27,7 @@ def _module(labels: int = 3) -> PackedClassifier:
 
 
 def test_a_pointer_is_named(tmp_path):
-    (tmp_path / "model.safetensors").write_text(POINTER)
+    (tmp_path / "model.safetensors").write_text(LFS_POINTER)
     with pytest.raises(MachineError, match=r"model.safetensors is a Git-LFS pointer.*git lfs pull"):
         weight_files(tmp_path, False)
 
