@@ -67,10 +67,7 @@ def make_repository(folder: Path) -> None:
         (folder / config).mkdir(parents=True)
         sizes = []
         for split, labels in splits.items():
-            rows = {
-                column: [f"{config} {split} {column} {row}" for row in range(len(labels))]
-                for column in columns
-            }
+            rows = {column: [f"{config} {split} {column} {row}" for row in range(len(labels))] for column in columns}
             rows |= {"label": labels, "idx": list(range(len(labels)))}
             data = datasets.Dataset.from_dict(rows, features=features)
             data.to_parquet(folder / config / f"{split}-00000-of-00001.parquet")

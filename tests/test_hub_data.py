@@ -45,14 +45,10 @@ print(json.dumps(answers))
 
 def start(folder, home, runs, **environment):
     """A client process, its current folder `folder`."""
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     clean |= {"HF_HOME": str(home), "PYTHONPATH": str(REPOSITORY), "NO_PROXY": "*"} | environment
     command = [sys.executable, "-c", CLIENT, json.dumps(runs)]
-    return subprocess.Popen(
-        command, env=clean, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, env=clean, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def answers(process):
@@ -125,9 +121,7 @@ def test_what_the_hub_does_not_have(hub):
 def test_a_data_set_by_name_keeps_its_class_names(hub):
     own = hub["cold"][5]
     assert own["labels"]["train"] == [1, 0, 1, 1] and own["labels"]["test"] is None
-    assert own["source"].startswith(
-        f"nyu-mll/glue@{GLUE_REVISION} mrpc (texts: sentence1, sentence2; 2 classes"
-    )
+    assert own["source"].startswith(f"nyu-mll/glue@{GLUE_REVISION} mrpc (texts: sentence1, sentence2; 2 classes")
 
 
 def test_cache_dir(hub):
@@ -219,9 +213,7 @@ def test_saved_splits_of_mnli_and_a_missing_one(tmp_path):
         data.save_to_disk(str(tmp_path / split))
     found = load(tmp_path, "mnli", {"train", "evaluation"})
     assert [split.labels for split in found.splits.values()] == [[2, 1, 0]] * 3
-    with pytest.raises(
-        DataError, match="no test_matched, test_mismatched; splits there: train, validation_m"
-    ):
+    with pytest.raises(DataError, match="no test_matched, test_mismatched; splits there: train, validation_m"):
         load(tmp_path, "mnli", {"test"})
 
 

@@ -147,9 +147,7 @@ def test_torch_of_an_npu_environment(
     assert (requirements_check.problem("torch", "2.13.0") is None) is accepted
 
 
-def test_transformers_of_another_minor_version_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_of_another_minor_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(tmp_path, "transformers", "5.22.4")
     monkeypatch.syspath_prepend(tmp_path)
     assert requirements_check.problem("transformers", "5.23.0") == "transformers 5.22.4 (needs 5.23)"
@@ -172,9 +170,7 @@ def test_libgomp_is_preloaded_on_aarch64(repo: Path) -> None:
         library.parent.mkdir(parents=True)
         library.touch()
     write_script(tools / "uname", "#!/bin/bash\necho aarch64\n")
-    write_script(
-        tools / "python", f'#!/bin/bash\n[[ $* == *sysconfig* ]] && echo "{site}" && exit\nexec REAL "$@"\n'
-    )
+    write_script(tools / "python", f'#!/bin/bash\n[[ $* == *sysconfig* ]] && echo "{site}" && exit\nexec REAL "$@"\n')
     settings = {"BERT_GLUE_PYTHON": str(tools / "python"), "PATH": f"{tools}:{os.environ['PATH']}"}
     assert launch(repo, "--TASK=mrpc", **settings).returncode == 0
     assert sorted(called(repo)["env"]["LD_PRELOAD"].split(":")) == sorted(map(str, libraries))

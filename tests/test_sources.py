@@ -91,9 +91,7 @@ def test_sample_is_marked_and_takes_the_companion_along():
 def test_a_folder_named_like_the_task_is_not_a_source(tmp_path, monkeypatch):
     write(tmp_path / "mrpc" / "train.csv", ["sentence1", "sentence2", "label"], ["a", "b", "1"], gap=",")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "bert_glue.hub_data.open_hub", lambda name, *_: (_ for _ in ()).throw(DataError(name))
-    )
+    monkeypatch.setattr("bert_glue.hub_data.open_hub", lambda name, *_: (_ for _ in ()).throw(DataError(name)))
     assert refusal(task_name="mrpc") == "nyu-mll/glue"
 
 
@@ -386,9 +384,7 @@ def test_own_files_of_every_format_agree(tmp_path):
 def test_own_files_that_are_not_given(tmp_path, needed, flags):
     names = {"train": "train_file", "evaluation": "validation_file", "test": "test_file"}
     rows = [("a", "b", 0), ("c", "d", 1)]
-    given = {
-        name: str(write_rows(tmp_path / f"{name}.csv", rows)) for key, name in names.items() if key != needed
-    }
+    given = {name: str(write_rows(tmp_path / f"{name}.csv", rows)) for key, name in names.items() if key != needed}
     assert refusal(UsageError, needed={needed}, **given) == flags
 
 

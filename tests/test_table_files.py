@@ -34,9 +34,7 @@ def test_tsv_keeps_quotes_spaces_na_and_unicode_line_separators(tmp_path):
         "",
         "n/a",
     ]
-    path = write(
-        tmp_path, "a.tsv", "\ufeffindex\tsentence\r\n" + "\r\n".join(f"{i}\t{t}" for i, t in enumerate(texts))
-    )
+    path = write(tmp_path, "a.tsv", "\ufeffindex\tsentence\r\n" + "\r\n".join(f"{i}\t{t}" for i, t in enumerate(texts)))
     table = read_tsv(path)
     assert table.columns["sentence"] == texts
     assert list(table.columns) == ["index", "sentence"]
@@ -192,9 +190,7 @@ def test_broken_json(tmp_path, content, problem):
 
 def test_parquet_and_its_class_names(tmp_path):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, -1]}, features=features).to_parquet(path)
     table = read_parquet(path)
@@ -204,9 +200,7 @@ def test_parquet_and_its_class_names(tmp_path):
 
 
 def test_broken_parquet(tmp_path):
-    assert "FILE: cannot be read as parquet" in refusal(
-        read_parquet, write(tmp_path, "a.parquet", b"PAR1 no")
-    )
+    assert "FILE: cannot be read as parquet" in refusal(read_parquet, write(tmp_path, "a.parquet", b"PAR1 no"))
     assert "FILE: cannot be read as parquet" in refusal(read_parquet, tmp_path / "none.parquet")
 
 

@@ -29,9 +29,7 @@ OPTIONAL_PACKAGES = {
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
 ADDRESS = re.compile(r"(?:https?|ftp|git|ssh)://[^\s\"'`<>|)\]}\\]+|[\w.+-]+@[\w-]+\.(?:com|org|net|io|cn)\b")
 # Loopback, names reserved by RFC 2606, and addresses filled in at run time.
-NOT_PUBLIC = re.compile(
-    r"//(localhost|127\.|0\.0\.0\.0|\[::1\]|[\w.-]*\.(example|invalid|test|local)\b|[{$%])"
-)
+NOT_PUBLIC = re.compile(r"//(localhost|127\.|0\.0\.0\.0|\[::1\]|[\w.-]*\.(example|invalid|test|local)\b|[{$%])")
 
 
 @cache
@@ -91,18 +89,14 @@ def strings_in(node: ast.AST) -> set[str]:
 
 def test_a_task_is_known_by_its_name_in_one_place() -> None:
     files = [file for file in program() if file.name != "tasks.py"]
-    found = [
-        where for where, node in nodes(files, ast.Compare, ast.MatchValue) if strings_in(node) & set(TASKS)
-    ]
+    found = [where for where, node in nodes(files, ast.Compare, ast.MatchValue) if strings_in(node) & set(TASKS)]
     assert not found, "put what differs into the task's row"
 
 
 def device_literals(module: ast.Module) -> Iterator[int]:
     """Lines that name a device. `map_location=` says where a file is read to, whatever trains."""
     allowed = {
-        id(node.value)
-        for node in ast.walk(module)
-        if isinstance(node, ast.keyword) and node.arg == "map_location"
+        id(node.value) for node in ast.walk(module) if isinstance(node, ast.keyword) and node.arg == "map_location"
     }
     for node in ast.walk(module):
         is_name = isinstance(node, ast.Constant) and node.value in DEVICE_NAMES and id(node) not in allowed
@@ -183,12 +177,7 @@ def test_no_workplace_and_no_registry_is_named() -> None:
     )
     places = [first + second for first, second in halves]
     mirrors = re.compile("index-" + r"url|mirrors?\.\w+\.\w+/py" + "pi")
-    found = [
-        f"{name}: {place}"
-        for name, text in texts()
-        for place in places
-        if place in text and name != "LICENSE"
-    ]
+    found = [f"{name}: {place}" for name, text in texts() for place in places if place in text and name != "LICENSE"]
     assert not found
     assert not [name for name, text in texts() if mirrors.search(text)]
 
@@ -213,9 +202,7 @@ def test_functions_are_short() -> None:
 
 def test_modules_are_short() -> None:
     lengths = {relative(file): len(file.read_text(encoding="utf-8").splitlines()) for file in program()}
-    assert not {
-        name: n for name, n in lengths.items() if n > LONGEST_MODULE.get(name.rsplit("/", 1)[-1], 300)
-    }
+    assert not {name: n for name, n in lengths.items() if n > LONGEST_MODULE.get(name.rsplit("/", 1)[-1], 300)}
 
 
 def test_public_functions_are_typed_and_modules_documented() -> None:
@@ -268,9 +255,7 @@ def addresses() -> set[tuple[str, str]]:
 
 def declared() -> set[tuple[str, str]]:
     lines = (REPOSITORY / "public_address_statement.md").read_text(encoding="utf-8").splitlines()
-    rows = [
-        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
-    ]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert all(len(row) == 5 for row in rows)
     return {(row[2], row[3]) for row in rows[2:]}
 
