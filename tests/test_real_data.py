@@ -49,11 +49,11 @@ def _run(task: str, output: Path, *flags: str) -> dict:
 
 
 def test_a_short_mrpc_run_learns(tmp_path):
-    results = _run("mrpc", tmp_path, "--learning_rate", "1e-4", "--max_steps", "40", "--logging_steps", "10")
+    results = _run("mrpc", tmp_path, "--learning_rate", "2e-4", "--max_steps", "40", "--logging_steps", "10")
     losses = [line.split("\t")[1] for line in (tmp_path / "train_loss.tsv").read_text().splitlines()[1:]]
     assert float(losses[-1]) < float(losses[0])
-    # The majority class has accuracy 0.684: above it by more than chance would give.
-    assert results["eval_accuracy"] > 0.69
+    # Always the majority: accuracy 0.684, and a loss of 0.624 for its best constant probability.
+    assert results["eval_accuracy"] > 0.685 and results["eval_loss"] < 0.60
     assert results["train_samples_consumed"] == 40 * 32
     assert results["eval_samples"] == 408 and results["sample_data"] is False
 
