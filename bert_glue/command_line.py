@@ -164,7 +164,8 @@ class _Settings:
 
     def _read_entry(self, entry: Entry) -> None:
         key = entry.key if entry.key.isidentifier() and entry.key.isprintable() else shown(entry.key)
-        origin = f"{shown(entry.where)[1:-1]}: {key}"
+        # Escaped as in repr but whole: a shortened path would lose the line number.
+        origin = f"{repr(entry.where)[1:-1]}: {key}"
         try:
             text = value_text(entry)
         except ValueError as error:

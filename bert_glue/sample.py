@@ -17,7 +17,7 @@ from bert_glue.tasks import TASKS, GlueTask
 SAMPLE_LABEL = "sample data, not GLUE"
 
 # One setting for all nine tasks, batch 32, linear decay: see tests/test_sample.py for what it reaches.
-SAMPLE_RECIPE = {"learning_rate": 1e-3, "num_train_epochs": 10.0}
+SAMPLE_RECIPE = {"learning_rate": 5e-4, "num_train_epochs": 10.0}
 
 Rows = tuple[tuple[list[str], ...], list[int] | list[float] | None]
 

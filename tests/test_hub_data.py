@@ -43,6 +43,11 @@ print(json.dumps(answers))
 """
 
 
+def limit() -> float:
+    """Seconds in which a missing hub must be noticed: 5 on idle cores, more where they are shared."""
+    return 5.0 * max(1.0, os.getloadavg()[0] / os.cpu_count()) + (2.0 if os.environ.get("PYTEST_XDIST_WORKER") else 0.0)
+
+
 def start(folder, home, runs, **environment):
     """A client process, its current folder `folder`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
@@ -133,13 +138,13 @@ def test_cache_dir(hub):
 def test_warm_cache_in_offline_mode(hub):
     warm, cold = hub["offline"]
     assert warm["labels"]["train"] == [2, 0, 1] and warm["labels"]["ax:test"] is None
-    assert cold["exit_code"] == 3 and "HF_HUB_OFFLINE is set" in cold["error"] and cold["seconds"] < 5
+    assert cold["exit_code"] == 3 and "HF_HUB_OFFLINE is set" in cold["error"] and cold["seconds"] < limit()
 
 
 def test_hub_gone_warm_and_cold(hub):
     warm, cold = hub["gone"]
-    assert warm["labels"]["train"] == [1, 0, 1, 1] and warm["seconds"] < 5
-    assert cold["exit_code"] == 3 and cold["seconds"] < 5
+    assert warm["labels"]["train"] == [1, 0, 1, 1] and warm["seconds"] < limit()
+    assert cold["exit_code"] == 3 and cold["seconds"] < limit()
     assert "Connection refused" in cold["error"]
     for way_out in (
         "--data_path",
@@ -161,7 +166,7 @@ def test_a_hub_that_never_answers_and_a_cache_of_another_revision(hub, tmp_path)
         mute = start(tmp_path, tmp_path / "empty", task_runs("mrpc"), HF_ENDPOINT=endpoint)
         stale = start(tmp_path, tmp_path, task_runs("mrpc"), HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
         (slow,), (wrong,) = answers(mute), answers(stale)
-    assert slow["exit_code"] == 3 and slow["seconds"] < 5
+    assert slow["exit_code"] == 3 and slow["seconds"] < limit()
     assert "no answer within 3 s" in slow["error"] or "timed out" in slow["error"]
     assert wrong["exit_code"] == 3
     assert f"the cache holds revision {'0' * 40}, not the pinned {GLUE_REVISION}" in wrong["error"]
