@@ -180,7 +180,6 @@ class DeviceArguments:
 
     device: str = flag("auto", "auto, an index, a name, or name:index", pattern=r"[a-z]+(:[0-9]+)?|[0-9]+")
     use_cpu: bool = flag(False, "train on the host although a device is there")
-    torch_compile: bool = flag(False, "compile the model; the first steps are slow")
     ddp_timeout: int = flag(1800, "seconds a rank waits for the others", "[1, inf)")
     ddp_backend: str | None = flag(None, "default: the device's own", choices=("hccl", "nccl", "gloo"))
     skip_steps: int = flag(0, "first optimizer steps left out of samples/s", "[0, inf)")

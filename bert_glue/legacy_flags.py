@@ -110,7 +110,6 @@ _WITHOUT_EFFECT = {
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph"
     ),
     "recomputation has no variants here": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
-    "see --torch_compile": "torch_compile_backend torch_compile_mode",
     "this model has fused layers of its own": "use_liger_kernel liger_kernel_config",
     "encoders have no generation cache": "use_cache",
     "memory is reused, not returned, between steps": "torch_empty_cache_steps",
@@ -145,9 +144,11 @@ _REFUSED = {
     "nothing is uploaded; use `hf upload` on --output_dir": (
         "push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token"
     ),
-    "gone from PyTorch; see --torch_compile": "torchdynamo",
+    "gone from PyTorch": "torchdynamo",
     "not supported; see --device": "use_mps_device",
-    "not supported; see --torch_compile": "use_ipex jit_mode_eval",
+    "compiled models are not supported": (
+        "use_ipex jit_mode_eval torch_compile torch_compile_backend torch_compile_mode"
+    ),
     "noise on embeddings is not offered": "neftune_noise_alpha",
     "only the schedules of --lr_scheduler_type, without options": "lr_scheduler_kwargs",
     "optimizers are set by --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay": "optim_args",

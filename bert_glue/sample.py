@@ -59,7 +59,7 @@ SAMPLE_TASKS = {
     ),
     "qnli": SampleTask(grammar.answer, 3000, _PAIR_SHARES),
     "rte": SampleTask(grammar.entailment, 2000, _PAIR_SHARES),
-    "wnli": SampleTask(grammar.pronoun, 600, _PAIR_SHARES, other_rows=100),
+    "wnli": SampleTask(grammar.pronoun, 1500, _PAIR_SHARES, other_rows=100),
     "ax": SampleTask(grammar.inference_elsewhere, 0, _NLI_SHARES),
 }
 

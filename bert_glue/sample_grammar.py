@@ -132,7 +132,8 @@ _CITIES = _pool("Ostrava, Malmö, Porto, Tampere, Girona, Lübeck")
 
 
 def _news(draw: Draw, firm: str, deed: tuple, asset: tuple, city: str, day: str) -> str:
-    what = f"{draw.pick(deed)} its {draw.pick(asset)} in {city}"
+    action, things = (m[1 if draw.chance(0.2) else 0] for m in (deed, asset))
+    what = f"{action} its {things} in {city}"
     forms = (
         f"{firm} said on {day} that it would {what}",
         f"on {day} , {firm} announced a plan to {what}",
@@ -148,7 +149,7 @@ def paraphrase(draw: Draw, label: str) -> tuple[str, ...]:
     first = [draw.pick(pool) for pool in pools]
     second = list(first)
     if label != "equivalent":
-        for slot in draw.some(range(4), draw.pick((1, 2, 3, 4))):
+        for slot in draw.some(range(4), draw.pick((1, 3, 4, 4))):
             second[slot] = draw.other(pools[slot], first[slot])
     day = draw.pick(("Monday", "Tuesday", "Thursday"))
     return _news(draw, *first, day), _news(draw, *second, day)
@@ -288,9 +289,9 @@ _HOLDERS = ("suitcase", "van", "hallway", "lift", "cupboard", "garage")
 
 def pronoun(draw: Draw, label: str) -> tuple[str, ...]:
     """Entailment "The piano did not fit into the van because it was too large." and "The piano was too
-    large."; else the pronoun's other noun."""
+    large."; else the other noun. "It" is mostly the subject: with even odds most seeds learn nothing."""
     thing, holder = draw.pick(_THINGS), draw.pick(_HOLDERS)
-    quality, about_thing = draw.pick((("large", True), ("wide", True), ("small", False), ("narrow", False)))
+    quality, about_thing = draw.pick((("large", True), ("wide", True), ("long", True), ("small", False)))
     verb = draw.pick(("did not fit into", "could not go into"))
     named = thing if about_thing == (label == "entailment") else holder
     premise = f"the {thing} {verb} the {holder} because it was too {quality}"

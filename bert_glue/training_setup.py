@@ -23,9 +23,6 @@ from bert_glue.training import Run, train
 from bert_glue.training_state import resume
 from bert_glue.vocabulary import NarrowedEmbedding
 
-# Token counts are rounded up to a multiple of this where compiled graphs should see few shapes.
-_GRAPH_BUCKET = 256
-
 
 def narrow(args: Arguments, model: LoadedModel, splits: dict[str, TokenSplit]) -> NarrowedEmbedding | None:
     """Leave unused embedding rows out of training where the optimizer cannot tell the difference."""
@@ -43,7 +40,6 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=ranks.device.torch_device,
-        bucket=_GRAPH_BUCKET if args.torch_compile else 1,
         renumber=narrowed.renumber if narrowed else None,
     )
 
