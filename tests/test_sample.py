@@ -16,7 +16,7 @@ from bert_glue.sample import SAMPLE_TASKS, make_tiny_bert, sample_rows
 from bert_glue.tasks import TASKS, TRAINABLE, own_task
 
 # Changing a grammar changes this on purpose: then measure again what the recipe reaches on every task.
-ROWS_SHA256 = "5188e01e991ae8e055c53d108ed97fdb3ef58bab614990a70e776e67d2052df7"
+ROWS_SHA256 = "331128827bcf48b533fb5b67f578eb4f66907c1fe317700bc8edd4c714e232ab"
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
 SPLITS = [(task, split) for task in TASKS.values() for split in task.splits]
