@@ -16,7 +16,9 @@ from bert_glue.tasks import TASKS, GlueTask
 
 SAMPLE_LABEL = "sample data, not GLUE"
 
-# One setting for all nine tasks, batch 32, linear decay: see tests/test_sample.py for what it reaches.
+# One setting for all nine tasks, at batch 32 with linear decay. Worst of seeds 1-3 on validation: mrpc F1 0.90,
+# stsb Spearman 0.91, rte accuracy 0.86, cola Matthews 0.95, qqp F1 0.96, others >= 0.99; 8-31 s of CPU each.
+# At 1e-3 an mrpc of 4000 rows stayed at the majority class (one seed of three).
 SAMPLE_RECIPE = {"learning_rate": 5e-4, "num_train_epochs": 10.0}
 
 Rows = tuple[tuple[list[str], ...], list[int] | list[float] | None]
