@@ -7,12 +7,13 @@ Exit codes: 0 done, 2 usage, 3 data, 4 environment or device, 5 diverged, 6 chec
 
 import sys
 
-from bert_glue.errors import UserError
+from bert_glue.errors import exit_code_of
 
 
 def main(argv: list[str]) -> int:
     """Run one process; returns its exit code."""
-    try:
+
+    def parse_and_run() -> int:
         from bert_glue.command_line import main_parse
 
         args = main_parse(argv)
@@ -21,12 +22,8 @@ def main(argv: list[str]) -> int:
         from bert_glue.recipe import run
 
         return run(args)
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+
+    return exit_code_of(parse_and_run)
 
 
 if __name__ == "__main__":

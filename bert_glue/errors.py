@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Base of all mistakes a user can mend; `str(error)` is complete, one problem a line."""
@@ -46,3 +49,15 @@ def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
     nearest = difflib.get_close_matches(name, choices, n=1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Choices: {', '.join(choices)}"
+
+
+def exit_code_of(action: Callable[[], int]) -> int:
+    """Runs a command; a user's mistake becomes its lines on stderr and its exit code, without traceback."""
+    try:
+        return action()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path, PurePath
 from typing import Any
 
-from bert_glue.errors import MachineError, UsageError, UserError, did_you_mean
+from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_of
 from bert_glue.tasks import TASKS, TRAINABLE
 
 SAMPLE_NOTE = "sample data, not GLUE"
@@ -41,11 +41,21 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     Raises:
         MachineError: there is none, or it is not a JSON object.
     """
-    file = output_dir / "all_results.json"
+    return read_json_object(output_dir / "all_results.json")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A results file of a run.
+
+    Raises:
+        MachineError: there is none, or it is not a JSON object.
+    """
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MachineError(f"{file}: no results to report ({error})") from error
+    except OSError as error:
+        raise MachineError(f"{file}: no results of a finished run ({error.strerror})") from error
+    except ValueError as error:
+        raise MachineError(f"{file}: no results of a finished run ({error})") from error
     if not isinstance(results, dict):
         raise MachineError(f"{file}: not a JSON object")
     return results
@@ -131,15 +141,15 @@ def main(argv: list[str]) -> int:
     of_report.add_argument("output_dir", type=Path)
     of_report.add_argument("--case", choices=("acc", "perf"), required=True)
     arguments = parser.parse_args(argv)
-    try:
+
+    def answer() -> int:
         if arguments.command == "task":
             print(*published_epochs(arguments.name))
         else:
             report(arguments.output_dir, arguments.case)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return exit_code_of(answer)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,13 @@ class Problems:
 
     def add(self, place: str, text: str) -> None:
         """Notes a problem at `place` ("file:line"); only the first five keep their text."""
+        self.add_line(f"{place}: {text}")
+
+    def add_line(self, line: str) -> None:
+        """Notes a problem whose line already names its place."""
         self.count += 1
         if self.count <= SHOWN_PROBLEMS:
-            self.lines.append(f"{place}: {text}")
+            self.lines.append(line)
 
     def raise_any(self) -> None:
         """Raises DataError if there was a problem: the first five, and how many more."""

@@ -56,6 +56,7 @@ class GlueTask:
         score_range: closed range of a regression label.
         predicted_with: the task whose model labels this one (AX has no training data).
         leaderboard: split -> file name in the leaderboard archive.
+        leaderboard_names: whether that file has label names; otherwise class numbers (WNLI's too).
     """
 
     name: str
@@ -71,6 +72,7 @@ class GlueTask:
     score_range: tuple[float, float] | None = None
     predicted_with: str | None = None
     leaderboard: dict[str, str] | None = None
+    leaderboard_names: bool = False
     published: tuple[Published, ...] = ()
     is_official: bool = True
 
@@ -242,6 +244,7 @@ _ROWS = (
             "test_mismatched": 9847,
         },
         leaderboard={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        leaderboard_names=True,
         published=_runs(
             ((86.71, 86.8), 3, 245.052),
             ((86.46, 86.09), 3, 207.809),
@@ -260,6 +263,7 @@ _ROWS = (
         tsv=_tsv(("question", "sentence"), "label"),
         rows={"train": 104743, "validation": 5463, "test": 5463},
         leaderboard={"test": "QNLI.tsv"},
+        leaderboard_names=True,
         published=_runs(
             ((91.82,), 3, 242.437),
             ((91.9,), 3, 208.137),
@@ -278,6 +282,7 @@ _ROWS = (
         tsv=_tsv(_SENTENCES, "label"),
         rows={"train": 2490, "validation": 277, "test": 3000},
         leaderboard={"test": "RTE.tsv"},
+        leaderboard_names=True,
         published=_runs(
             ((65.34,), 5, 242.835),
             ((68.75,), 5, 204.021),
@@ -316,6 +321,7 @@ _ROWS = (
         rows={"test": 1104},
         predicted_with="mnli",
         leaderboard={"test": "AX.tsv"},
+        leaderboard_names=True,
     ),
 )
 
