@@ -1,0 +1,166 @@
+"""Scores of ours against the stock Hugging Face Trainer: same model, rows, steps, settings and seeds.
+
+    python benchmarks/quality.py --model FOLDER --data_path GLUE --seeds 3 --rows rows.jsonl
+    python benchmarks/quality.py --rows rows.jsonl --table
+
+Each (task, run, seed) is a process of its own, its scores one line of `--rows`; ended by anything, the
+first command goes on with what is missing. `ours` is packed fp32 (O0), `ours_bf16_O2` its bf16 O2, `hf` the
+stock Trainer of hf_recipe.py with dynamic padding. Both draw their batches at random from their own
+generators, so seeds are pairs only by name; the interval of the difference is Student's t over those pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# task -> optimizer steps of one run at batch 32, and the dev rows scored (None: all). Steps are about one
+# epoch of MiniLM, less on QNLI and MNLI, whose sample of GLUE has 10,000 rows and whose dev sets are long.
+PLAN: dict[str, tuple[int, int | None]] = {
+    "wnli": (40, None),
+    "mrpc": (115, None),
+    "cola": (268, None),
+    "stsb": (180, None),
+    "qnli": (120, 2000),
+    "mnli": (120, 2000),
+}
+RUNS = {"ours": (), "ours_bf16_O2": ("--bf16", "--fp16_opt_level", "O2"), "hf": ()}
+
+
+def command(args: argparse.Namespace, task: str, run: str, seed: int, out: Path) -> list[str]:
+    """The process of one run; its results go to `out`."""
+    steps, rows = PLAN[task]
+    shared = ["--data_path", args.data_path, "--max_seq_length", "128", "--learning_rate", str(args.learning_rate)]
+    shared += ["--seed", str(seed), "--warmup_steps", str(args.warmup_steps)]
+    shared += ["--max_eval_samples", str(rows)] if rows else []
+    if run == "hf":
+        return [
+            sys.executable, str(ROOT / "benchmarks" / "hf_recipe.py"), "--model", args.model, "--task", task, *shared,
+            "--padding", "longest", "--batch_size", "32", "--train_steps", str(steps), "--eval", "--use_cpu",
+            "--json", str(out / "hf.json"),
+        ]  # fmt: skip
+    return [
+        sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path", args.model, "--task_name", task, *shared,
+        "--do_train", "--do_eval", "--max_steps", str(steps), "--per_device_train_batch_size", "32",
+        "--per_device_eval_batch_size", "32", "--save_strategy", "no", "--use_cpu", "--output_dir", str(out),
+        *RUNS[run],
+    ]  # fmt: skip
+
+
+def scores(task: str, run: str, out: Path) -> dict[str, float | None]:
+    """Validation scores of a finished run by our names, such as f1 or accuracy_mm."""
+    from bert_glue.tasks import TASKS
+
+    row, found = TASKS[task], {}
+    theirs = json.loads((out / "hf.json").read_text(encoding="utf-8"))["evaluation"] if run == "hf" else {}
+    ours = {} if run == "hf" else json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+    for split, suffix, _ in row.evaluation:
+        for metric in row.metrics:
+            key = metric + suffix
+            found[key] = theirs[split]["metrics"][metric] if run == "hf" else ours[f"eval_{key}"]
+    return found
+
+
+def measure(args: argparse.Namespace, task: str, run: str, seed: int) -> dict:
+    """One line of the rows file."""
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+        asked = command(args, task, run, seed, Path(folder))
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{run} on {task}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        found = scores(task, run, Path(folder))
+    steps, rows = PLAN[task]
+    how = {"learning_rate": args.learning_rate, "warmup_steps": args.warmup_steps, "steps": steps, "eval_rows": rows}
+    return {"task": task, "run": run, "seed": seed, **how, "seconds": round(time.time() - began, 1), "scores": found}
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Lines measured so far."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean difference over common seeds with its 95 % interval, in points."""
+    from scipy.stats import t
+
+    pairs = [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.1f} (one seed)" if pairs else "-"
+    half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: per task and metric the mean and deviation (x100) of each run, and the difference to `hf`."""
+    lines = [
+        "| task | steps | metric | seeds | ours | stock Trainer | difference, 95 % | ours bf16 O2 |",
+        "|" + "---|" * 8,
+    ]
+    for task, (steps, _) in PLAN.items():
+        of_task = [row for row in rows if row["task"] == task]
+        for metric in of_task[0]["scores"] if of_task else ():
+            found = {
+                run: {row["seed"]: row["scores"][metric] or 0.0 for row in of_task if row["run"] == run}
+                for run in RUNS
+            }  # fmt: skip
+            cells = {run: _cell(list(values.values())) for run, values in found.items()}
+            lines.append(
+                f"| {task} | {steps} | {metric} | {len(found['ours'])} | {cells['ours']} | {cells['hf']} "
+                f"| {difference(found['ours'], found['hf'])} | {cells['ours_bf16_O2']} |"
+            )
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def main() -> int:
+    """Measure what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="folder of a BERT-family model")
+    parser.add_argument("--data_path", help="as for run_glue.py")
+    parser.add_argument("--tasks", default=",".join(PLAN))
+    parser.add_argument("--runs", default="ours,hf", help=f"some of {', '.join(RUNS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--warmup_steps", type=float, default=0.0, help="below 1: share of all steps")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--rows", type=Path, required=True, help="results, one line a run")
+    parser.add_argument("--table", action="store_true", help="print the table of --rows and end")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(args.rows)))
+        return 0
+    if not (args.model and args.data_path):
+        parser.error("give --model and --data_path, or --table")
+    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(args.rows)}
+    for seed in range(1, args.seeds + 1):
+        for task in args.tasks.split(","):
+            for run in args.runs.split(","):
+                if (task, run, seed) not in have:
+                    row = measure(args, task, run, seed)
+                    with args.rows.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
