@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from bert_glue.layout import LengthGroup, PackedLayout
 from bert_glue.noise import Noise
 
+# What computed attention in this process so far, fallbacks by their own name.
+PATHS_TAKEN: set[str] = set()
+
 
 class _GroupedAttention(torch.autograd.Function):
     """softmax(q k' / sqrt(dim)) v, group by group, with a hand-written backward.
@@ -94,6 +97,7 @@ def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: 
 
 def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
     """CPU: sequences of similar length share one batched product."""
+    PATHS_TAKEN.add("packed: products grouped by length")
     return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site)
 
 
@@ -102,6 +106,7 @@ def padded_attention(query, key, value, layout, first_only, drop, noise, site) -
 
     Taken where no kernel knows sequence borders, or where that kernel has no dropout.
     """
+    PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
     device, longest = key.device, layout.longest
     starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
     lengths = torch.tensor(layout.all_lengths)[:, None]
@@ -125,6 +130,7 @@ def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -
         return padded_attention(query, key, value, layout, first_only, drop, noise, site)
     from torch.nn.attention.varlen import varlen_attn
 
+    PATHS_TAKEN.add("packed: torch's varlen kernel")
     count = len(layout.all_lengths)
     k_borders = torch.tensor(layout.cu_seq_lens, dtype=torch.int32).to(query.device, non_blocking=True)
     q_borders = torch.arange(count + 1, dtype=torch.int32, device=query.device) if first_only else k_borders
@@ -143,6 +149,7 @@ def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -
         return padded_attention(query, key, value, layout, first_only, drop, noise, site)
     import torch_npu
 
+    PATHS_TAKEN.add("packed: npu_fusion_attention, TND")
     ends = layout.cu_seq_lens[1:]
     return torch_npu.npu_fusion_attention(
         query,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,18 @@ def is_available(kind: str) -> bool:
     """True if at least one device of `kind` can be used now."""
     module = _module(kind)
     return kind == "cpu" or bool(module is not None and module.is_available())
+
+
+def devices(kind: str) -> list[Device]:
+    """All devices of a kind that can be used now, in the order of their index.
+
+    Raises:
+        MachineError: its package is there and cannot be imported.
+    """
+    if not is_available(kind):
+        return []
+    count = 1 if kind == "cpu" else _module(kind).device_count()
+    return [Device(kind, index) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -114,10 +127,15 @@ class Device:
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
         if self.is_host:
-            # Not getrusage: that also counts what the parent process held before exec.
-            status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+            return _peak_of_process()
         return int(_module(self.kind).max_memory_allocated())
+
+    def memory(self) -> tuple[int, int] | None:
+        """Free and total memory of the device, bytes; None for a CPU, whose memory is the host's."""
+        if self.is_host:
+            return None
+        free, total = _module(self.kind).mem_get_info(self.index)
+        return int(free), int(total)
 
     def random_state(self) -> torch.Tensor | None:
         """State of the device's own generator, `[bytes]` uint8 on the host; None on a CPU."""
@@ -137,6 +155,15 @@ class Device:
         if dtype == torch.bfloat16:
             return bool(_module(self.kind).is_bf16_supported())
         return True
+
+
+def _peak_of_process() -> int:
+    try:
+        # Not getrusage: that also counts what the parent process held before exec.
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # a sandbox without /proc
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @cache

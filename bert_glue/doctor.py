@@ -1,0 +1,187 @@
+"""What this machine can run, and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`.
+
+Versions, devices, precisions, the attention path, apex, the hub, disk, memory and ports; the device is
+asked to train, in a process of its own, so that a driver that crashes or hangs is one more finding.
+
+Exit codes: 0 the requested device trains with the launchers' recipe; 2 usage; 4 it does not.
+Other problems are listed with their fix and leave the exit code alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bert_glue.doctor_checks import REPOSITORY, HubCheck, Problem, disk, memory, ports, versions
+from bert_glue.doctor_text import lines
+
+_RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_BREAKS_TORCH = "install torch_npu of torch's own version and source CANN's set_env.sh"
+_NO_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+def main(argv: list[str]) -> int:
+    """Examine, print, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="bert_glue.doctor", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--device", default="auto", metavar="NAME", help="must train: auto, 0, npu, npu:1, cuda, cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--time_limit", type=float, default=300.0, metavar="SECONDS", help="for the device; default 300"
+    )
+    args = parser.parse_args(argv)
+    try:
+        report = examine(args.device, args.time_limit)
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.reconfigure(errors="replace")  # whatever the terminal can show of a driver's message
+    try:
+        print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)), flush=True)
+    except OSError:  # the reader went away, as `| head` does, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return report["exit_code"]
+
+
+def examine(requested: str, time_limit: float) -> dict[str, Any]:
+    """All findings, as plain values.
+
+    Args:
+        requested: as `--device` of run_glue.py.
+        time_limit: seconds the device may take.
+
+    Returns:
+        versions, devices, auto, chosen, recipe, training, apex, hub, memory, disk, ports, problems
+        (what, fix), can_train and exit_code. A part that could not be examined is None, with a problem.
+    """
+    problems: list[Problem] = []
+    hub = _guarded("the hub client", problems, HubCheck)
+    facts = _guarded("the device", problems, lambda: probe(requested, time_limit, problems)) or {}
+    report: dict[str, Any] = {
+        "requested": requested,
+        "versions": _guarded("versions", problems, lambda: versions(problems)),
+        **_devices(facts, problems),
+        "hub": hub and _guarded("the hub", problems, lambda: hub.result(problems)),
+        "memory": _guarded("memory", problems, lambda: memory(problems)),
+        "disk": _guarded("disk", problems, lambda: disk(problems)),
+        "ports": _guarded("ports", problems, lambda: ports(problems)),
+    }
+    is_unknown = any(fact.get("kind_of_error") == "UsageError" for fact in facts.get("chosen", []))
+    report["can_train"] = _can_train(report)
+    report["exit_code"] = 0 if report["can_train"] else 2 if is_unknown else 4
+    report["problems"] = [problem._asdict() for problem in dict.fromkeys(problems)]
+    return report
+
+
+def _can_train(report: dict[str, Any]) -> bool:
+    """True if the precision that the default recipe ends with was trained in."""
+    wanted = (report["recipe"] or {}).get("precision")
+    return any(fact.get("trains") and fact["plan"] == wanted for fact in report["training"].values())
+
+
+def _guarded(name: str, problems: list[Problem], check: Callable[[], Any]) -> Any:
+    """What `check` returns; where it fails, None and a problem: the doctor outlives every patient."""
+    try:
+        return check()
+    except Exception as error:
+        what = f"{name}: {type(error).__name__}: {_first_line(str(error))}"
+        fix = "python -m pip install -r requirements.txt" if isinstance(error, ImportError) else "see the message"
+        problems.append(Problem(what, fix))
+        return None
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[0]
+
+
+def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of bert_glue.device_probe by their kind, and problems with the process itself."""
+    facts = _run_probe(requested, time_limit, problems, {})
+    failed = facts.get("torch", [{}])[0].get("problem")
+    if failed and _NO_AUTOLOAD not in os.environ:
+        # torch loads torch_npu when it is imported: without that, is torch itself sound?
+        again = _run_probe(requested, time_limit, [], {_NO_AUTOLOAD: "0"})
+        if "problem" not in again.get("torch", [{"problem": ""}])[0]:
+            fix = f"{_BREAKS_TORCH}; other devices train with {_NO_AUTOLOAD}=0"
+            problems.append(Problem(f"torch_npu keeps torch from being imported: {failed}", fix))
+            # Nothing trains until that is mended, whatever was found without it.
+            return {name: found for name, found in again.items() if name == "apex"}
+    if failed:
+        fix = f"{sys.executable} -m pip install -r requirements.txt"
+        problems.append(Problem(f"torch or a module beside it cannot be imported: {failed}", fix))
+    return facts
+
+
+def _run_probe(
+    requested: str, time_limit: float, problems: list[Problem], more: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bert_glue.device_probe", requested],
+        env={**environment, "PYTHONPATH": path, **more},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for line in out.decode(errors="replace").splitlines():
+        fact = json.loads(line)
+        facts.setdefault(fact.pop("fact"), []).append(fact)
+    if "end" not in facts and not facts.get("torch", [{}])[0].get("problem"):
+        problems.append(_death(child.returncode, time_limit, list(facts), err.decode(errors="replace")))
+    return facts
+
+
+def _death(status: int, time_limit: float, known: list[str], errors: str) -> Problem:
+    """What to say of a probe that did not come to its end."""
+    where = f"after {known[-1]!r}" if known else "while python started"
+    last = _first_line("\n".join(reversed(errors.strip().splitlines())))
+    if status == -signal.SIGKILL:
+        what = f"the device gave no answer within {time_limit:g} s, or the process was killed ({where})"
+        return Problem(what, "see that no other process holds the device, reset it, or give --time_limit more seconds")
+    name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+    return Problem(f"the process ended with {name} {where}: {last}", "check the driver and the device's own log")
+
+
+def _devices(facts: dict[str, list[dict[str, Any]]], problems: list[Problem]) -> dict[str, Any]:
+    """The report's parts on devices, from the probe's facts."""
+    chosen = facts.get("chosen", [{}])[0]
+    for fact in (*facts.get("kind", []), *facts.get("auto", []), chosen):
+        if fact.get("problem"):
+            problems.append(_with_fix(fact["problem"]))
+    training = {fact["precision"]: fact for fact in facts.get("training", [])}
+    for name, fact in training.items():
+        # A precision that a device does not have is a fact about it; anything else is not as it should be.
+        if fact.get("kind_of_error") not in (None, "MachineError") or (name == "fp32" and "problem" in fact):
+            fix = "check the device's memory, its other users and its own log"
+            problems.append(Problem(f"training in {name} failed: {fact['problem']}", fix))
+    return {
+        "torch": facts.get("torch", [None])[0],
+        "devices": [device for fact in facts.get("kind", []) for device in fact.get("devices", [])],
+        "auto": facts.get("auto", [None])[0],
+        "chosen": chosen or None,
+        "recipe": facts.get("recipe", [None])[0],
+        "training": training,
+        "apex": facts.get("apex", [None])[0],
+    }
+
+
+def _with_fix(text: str) -> Problem:
+    """Our own messages have the fix behind their first semicolon."""
+    what, _, fix = text.partition("; ")
+    return Problem(what, fix or "python -m bert_glue.doctor --device auto shows what is here")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
