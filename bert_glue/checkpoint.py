@@ -2,8 +2,8 @@
 
 A checkpoint folder holds the model as transformers reads it (config.json, model.safetensors,
 tokenizer), `optimizer.safetensors` (masters and moments in flat buffers), `random-<rank>.safetensors`,
-`trainer_state.json` and, written last, `manifest.json` with the hash and size of every other file.
-A folder counts only if its manifest verifies.
+`trainer_state.json` and, written last, `manifest.json` with the hash and size of every other file and
+a hash of itself. A folder counts only if its manifest verifies; only what a manifest lists is deleted.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 
-from bert_glue.device import Device
 from bert_glue.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_REMOVING = "removing.json"  # the manifest's name from the moment its checkpoint is given up
+_FORMAT = 2
 
 
 def step_of(folder: Path) -> int:
@@ -45,10 +43,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _written(folder: Path) -> float:
-    """When a checkpoint was written, seconds since 1970; the manifest's word survives copying."""
+    """When a checkpoint was written, seconds since 1970; a sound manifest's word survives copying."""
     try:
-        return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["written"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float(_read_manifest(folder)["written"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return folder.stat().st_mtime
 
 
@@ -58,14 +56,29 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _manifest_text(files: dict, written: float) -> str:
+    """A manifest with its own hash, so that no bit of it can change unnoticed."""
+    content = {"format": _FORMAT, "written": written, "files": files}
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1)
+
+
+def _read_manifest(folder: Path) -> dict:
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"its format {manifest['format']!r} is not {_FORMAT}")
+    if text != _manifest_text(manifest["files"], manifest["written"]):
+        raise ValueError("it does not have the hash that stands in it")
+    return manifest
+
+
 def verify(folder: Path) -> str:
     """Why a checkpoint cannot be used; "" if it is sound."""
+    if not folder.is_dir():
+        return "there is no such folder"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != _FORMAT:
-            return f"its format {manifest['format']!r} is not {_FORMAT}"
-        for name, entry in files.items():
+        for name, entry in _read_manifest(folder)["files"].items():
             path = folder / Path(name).name
             if not path.is_file():
                 return f"{name} is missing"
@@ -74,8 +87,8 @@ def verify(folder: Path) -> str:
             if file_hash(path) != entry["sha256"]:
                 return f"{name} does not have the hash of its manifest"
     except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was not written to its end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it has no {MANIFEST}: it was not written to its end, or not by this program"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     return ""
 
@@ -124,16 +137,16 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     aside = folder / f".writing-{os.getpid()}"
     with plain_errors(folder):
         try:
-            _remove_leftovers(folder)
+            settle(folder)
             aside.mkdir()
             write(aside)
             for path in aside.iterdir():
                 _flush(path)
             for path in aside.iterdir():
                 os.replace(path, folder / path.name)
+            _flush(folder)
         finally:
-            if aside.is_dir():
-                _remove_files(aside, [p.name for p in aside.iterdir()])
+            _remove_all_of(aside)
 
 
 def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -> None:
@@ -155,15 +168,14 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
     aside, old = (folder.with_name(f".{kind}-{folder.name}-{os.getpid()}") for kind in ("writing", "replaced"))
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
+        settle(folder.parent)
         free = shutil.disk_usage(aside.parent).free
         if free < expected_bytes:
             raise CheckpointError(f"{folder}: needs {expected_bytes} bytes, {free} are free; nothing was written")
         aside.mkdir()
         write(aside)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(aside.iterdir())}
-        manifest = {"format": _FORMAT, "written": time.time(), "files": files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (aside / MANIFEST).write_text(_manifest_text(files, time.time()), encoding="utf-8")
         for path in aside.iterdir():
             _flush(path)
         _flush(aside)
@@ -171,72 +183,102 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
             os.rename(folder, old)
         os.rename(aside, folder)
         _flush(folder.parent)
-        if old.exists():
-            remove(old)
-        for kept in old.iterdir() if old.exists() else ():
-            os.rename(kept, folder / kept.name)
-        _remove_files(old, [])
     finally:
-        if aside.is_dir():
-            _remove_files(aside, [p.name for p in aside.iterdir()])
+        _remove_all_of(aside)
+        _settle_replaced(old)
 
 
-def _remove_leftovers(output_dir: Path) -> None:
-    """Delete what a killed process was writing; the folder's lock says that nobody else is."""
+def settle(output_dir: Path) -> None:
+    """Finish or undo what a killed process left half done; the folder's lock says that nobody else is at it.
+
+    Raises:
+        OSError: the file system failed.
+    """
     for left in output_dir.glob(".writing-*"):
-        _remove_files(left, [p.name for p in left.iterdir()])
+        _remove_all_of(left)
+    for old in output_dir.glob(".replaced-checkpoint-*"):
+        _settle_replaced(old)
+    for mark in output_dir.glob(f"checkpoint-*/{_REMOVING}"):
+        _remove_listed(mark)
+
+
+def _settle_replaced(old: Path) -> None:
+    """Decide between a checkpoint that was renamed away to be replaced and the one that has its name now."""
+    if not old.is_dir():
+        return
+    folder = old.with_name(old.name.removeprefix(".replaced-").rpartition("-")[0])
+    if not folder.exists():  # the process ended between the two renames
+        os.rename(old, folder)
+    elif verify(folder) and not verify(old):
+        os.rename(folder, _free_name(folder, "damaged"))
+        os.rename(old, folder)
+    elif _listed(old / MANIFEST) is None:  # not ours, or no longer to be told
+        os.rename(old, _free_name(folder, "kept"))
+    else:
+        _remove_listed(old / MANIFEST)
+        for own in list(old.iterdir()) if old.is_dir() else ():  # someone keeps files of their own there
+            if not (folder / own.name).exists():
+                os.rename(own, folder / own.name)
+        with suppress(OSError):
+            old.rmdir()
+
+
+def _free_name(folder: Path, why: str) -> Path:
+    """`checkpoint-5.kept-1` or the next that is free: a name no checkpoint has, so that nothing deletes it."""
+    return next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{why}-{n}")).exists())
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: only files that its manifest lists, or our own names where it has none."""
+    """Delete a checkpoint: only files that its manifest lists; nothing where that cannot be read."""
+    if _listed(folder / MANIFEST) is not None:
+        # From this rename on the folder is no checkpoint, and what was begun is finished by `settle`.
+        os.replace(folder / MANIFEST, folder / _REMOVING)
+        _remove_listed(folder / _REMOVING)
+
+
+def _listed(manifest: Path) -> list[str] | None:
+    """Names of the files in a manifest; None where it cannot be read."""
     try:
-        names = list(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        names = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt")]
-    # The manifest goes first: from then on the folder is no checkpoint, whatever happens.
-    _remove_files(folder, [MANIFEST, *names])
+        return [Path(name).name for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-def _remove_files(folder: Path, names: list[str]) -> None:
-    for name in names:
-        (folder / Path(name).name).unlink(missing_ok=True)
+def _remove_listed(manifest: Path) -> None:
+    """Delete what `manifest` lists, itself last, and the folder if nothing else is in it."""
+    for name in [*(_listed(manifest) or ()), manifest.name]:
+        (manifest.parent / name).unlink(missing_ok=True)
     with suppress(OSError):  # someone keeps files of their own there: not ours to delete
-        folder.rmdir()
+        manifest.parent.rmdir()
 
 
-def keep_newest(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints over `limit`, never the newest sound one nor the best."""
+def _remove_all_of(aside: Path) -> None:
+    """Delete a folder that only we write into."""
+    if aside.is_dir():
+        for path in aside.iterdir():
+            path.unlink()
+        aside.rmdir()
+
+
+def keep_newest(output_dir: Path, limit: int | None, best: str | None, newest: Path) -> None:
+    """Delete the oldest checkpoints over `limit`, never the newest nor the best.
+
+    Args:
+        best: name of the folder to keep whatever its age.
+        newest: just written; nothing is deleted before it was read back and verifies.
+
+    Raises:
+        CheckpointError: it does not verify.
+    """
     if limit is None:
         return
-    newest, _ = newest_sound(output_dir)
-    folders = list_checkpoints(output_dir)
-    spare = [f for f in folders if f != newest and f.name != best]
-    for folder in spare[: max(0, len(folders) - limit)]:
-        remove(folder)
-
-
-def random_tensors(device: Device) -> dict[str, torch.Tensor]:
-    """State of python's, numpy's, torch's and the device's generators as tensors."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": torch.tensor([version, *numbers], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    device_state = device.random_state()
-    return state if device_state is None else {**state, "device": device_state}
-
-
-def set_random_tensors(state: dict[str, torch.Tensor], device: Device) -> None:
-    """Take back `random_tensors`."""
-    version, *numbers = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
-    position, has_gauss, cached = state["numpy_rest"].tolist()
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), int(position), int(has_gauss), cached))
-    torch.set_rng_state(state["torch"])
-    if "device" in state:
-        device.set_random_state(state["device"])
+    with plain_errors(output_dir):
+        # Folders of others that happen to have such a name are not counted and not touched.
+        ours = [folder for folder in list_checkpoints(output_dir) if _listed(folder / MANIFEST) is not None]
+        spare = [folder for folder in ours if folder not in (newest, output_dir / (best or ""))]
+        spare = spare[: max(0, len(ours) - limit)]
+        reason = verify(newest) if spare else ""
+        if reason:
+            raise CheckpointError(f"{newest}: when read back, {reason}; no earlier checkpoint was deleted")
+        for folder in spare:
+            remove(folder)

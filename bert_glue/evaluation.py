@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
 
 
+class EvaluationStopped(Exception):
+    """A signal asked some rank to stop; raised on all of them together."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Runs a module over splits.
@@ -24,6 +29,7 @@ class Evaluator:
         module: classifier; put into evaluation mode while it runs.
         assemble: rows to batches.
         batch_size: samples per rank and forward pass.
+        stop_asked: whether this rank shall stop, asked before each batch.
     """
 
     module: torch.nn.Module
@@ -31,10 +37,15 @@ class Evaluator:
     batch_size: int
     ranks: Ranks
     precision: Precision
+    stop_asked: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
     def logits(self, split: TokenSplit) -> np.ndarray:
-        """Logits of all rows, `[rows, labels]` float32, on every rank."""
+        """Logits of all rows, `[rows, labels]` float32, on every rank.
+
+        Raises:
+            EvaluationStopped: some rank was asked to stop.
+        """
         self.module.eval()
         ranks = self.ranks
         rows = list(evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size))
@@ -42,10 +53,14 @@ class Evaluator:
         outputs = []
         with self.precision.autocast():
             for batch in batches if ranks.device.is_host else ahead(batches):
+                if self.stop_asked():
+                    break
                 outputs.append(self.module(**batch.inputs).float())
         own = torch.cat(outputs).cpu().numpy() if outputs else None
-        gathered = ranks.gather((np.concatenate(rows) if rows else None, own))
-        parts = [(members, values) for members, values in gathered if members is not None]
+        gathered = ranks.gather((np.concatenate(rows) if rows else None, own, self.stop_asked()))
+        if any(stopped for *_, stopped in gathered):
+            raise EvaluationStopped
+        parts = [(members, values) for members, values, _ in gathered if members is not None]
         result = np.empty((len(split), parts[0][1].shape[1]), np.float32)
         for members, values in parts:
             result[members] = values
@@ -74,6 +89,7 @@ def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]
 
     Raises:
         DivergedError: logits are not finite.
+        EvaluationStopped: a signal asked for it.
     """
     from bert_glue.metrics import compute_metrics
 

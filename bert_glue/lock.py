@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from pathlib import Path
 from typing import IO
 
@@ -17,12 +18,15 @@ class FolderLock:
         folder: made if it does not exist.
         is_holder: False does nothing: one rank holds the folder for all.
 
+    `note` is a line for the user where the file system knows no locks, else "".
+
     Raises:
         CheckpointError: another run holds it, or it cannot be written.
     """
 
     def __init__(self, folder: Path, is_holder: bool = True):
         self.folder, self.is_holder = folder, is_holder
+        self.note = ""
         self._file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
@@ -31,20 +35,25 @@ class FolderLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = (self.folder / ".lock").open("a+", encoding="utf-8")
+            self._take()
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
         except OSError as error:
             raise CheckpointError(f"--output_dir {self.folder} cannot be written: {error.strerror}") from error
+        return self
+
+    def _take(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
+            holder = self._file.read().strip() or "not known which"
             raise CheckpointError(
-                f"--output_dir {self.folder}: another run (process {holder}) is writing there; choose another folder"
+                f"--output_dir {self.folder}: another run ({holder}) is writing there; choose another folder"
             ) from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-        return self
+        except OSError as error:  # some cluster file systems have none unless mounted so
+            self.note = f"no file locks in {self.folder} ({error.strerror}): start no second run there"
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:

@@ -78,10 +78,11 @@ class LoadedModel:
         return self.config.get("max_position_embeddings", 1 << 30) - next(offsets, 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Weights under transformers' names, on the host."""
+        """Copies of the weights under transformers' names, on the host."""
         if self.is_packed:
             return packed_tensors(self.module, FAMILIES[self.config["model_type"]])
-        return {name: value.detach().cpu() for name, value in self.module.stock.state_dict().items()}
+        stock = self.module.stock.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in stock.items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put back what `tensors` gave."""

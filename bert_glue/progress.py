@@ -18,6 +18,8 @@ class ProgressLog:
         wants_bar: False with `--disable_tqdm`.
         watches_signals: True turns SIGTERM and SIGINT into a request that the loop reads.
         trackers: get every entry too.
+
+    `ends_at_once` is True until training begins: before that there is nothing to save.
     """
 
     def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True, trackers: Trackers | None = None):
@@ -26,6 +28,7 @@ class ProgressLog:
         self.wants_bar = wants_bar and is_first and sys.stderr.isatty()
         self.watches_signals = watches_signals
         self.stop_signal: int | None = None
+        self.ends_at_once = True
         self._bar: Any = None
         self._task: Any = None
         if watches_signals:
@@ -33,10 +36,14 @@ class ProgressLog:
                 signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
-        """First signal: finish the step and save. Second: end at once."""
-        if self.stop_signal is not None:
+        """First signal: finish the step, or leave the evaluation, and save. Second: end at once."""
+        if self.ends_at_once or self.stop_signal is not None:
             raise SystemExit(128 + number)
         self.stop_signal = number
+
+    def stop_asked(self) -> bool:
+        """True once a signal asked this rank to stop."""
+        return self.stop_signal is not None
 
     def line(self, text: str) -> None:
         """One line of the log."""

@@ -16,7 +16,7 @@ from bert_glue import checkpoint, reporting
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
 from bert_glue.errors import DataError
-from bert_glue.evaluation import Evaluator, evaluate, predictions_of
+from bert_glue.evaluation import EvaluationStopped, Evaluator, evaluate, predictions_of
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
 from bert_glue.precision import Precision, plan_precision
@@ -29,7 +29,7 @@ from bert_glue.throughput import seconds_since_process_start
 from bert_glue.trackers import Trackers
 from bert_glue.training import Run
 from bert_glue.training_setup import assembler, fine_tune, narrow
-from bert_glue.training_state import whole_weights
+from bert_glue.training_state import save_checkpoint, whole_weights
 
 
 def run(args: Arguments) -> int:
@@ -46,7 +46,9 @@ def run(args: Arguments) -> int:
     shows = ranks.is_first and args.log_level in ("debug", "info")
     log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
     try:
-        with FolderLock(Path(args.output_dir), is_holder=ranks.is_first):
+        with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
+            if lock.note:
+                log.line(f"note: {lock.note}")
             results = _steps(args, ranks, log)
         for line in reporting.summary(results):
             log.line(line)
@@ -80,22 +82,26 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     model.module.to(ranks.device.torch_device)
     precision = Precision(plan, model.module)
     assemble = assembler(args, model, ranks, narrowed)
-    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision, log.stop_asked)
     results: dict = _facts(args, data, model, plan, ranks)
     with _timed(times, "train"):
         if args.do_train:
             run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
             results |= _train_results(run_of, plan)
     results["train_runtime"] = times["train"]
-    with _timed(times, "evaluate"):
-        if args.do_eval and log.stop_signal is None:
-            results |= evaluate(evaluator, data.task, splits)
-    with _timed(times, "predict"):
-        if args.do_predict and log.stop_signal is None:
-            results |= _predict(args, data, splits, evaluator)
+    is_stopped = _is_stopped(ranks, log)
+    try:
+        with _timed(times, "evaluate"):
+            if args.do_eval and not is_stopped:
+                results |= evaluate(evaluator, data.task, splits)
+        with _timed(times, "predict"):
+            if args.do_predict and not is_stopped:
+                results |= _predict(args, data, splits, evaluator)
+    except EvaluationStopped:
+        is_stopped = True
     with _timed(times, "save"):
-        if ranks.is_first and args.do_train and log.stop_signal is None:
-            checkpoint.replace_files(Path(args.output_dir), lambda folder: model.save(folder, whole_weights(run_of)))
+        if run_of is not None:
+            _save(run_of, is_stopped)
     results["peak_memory_bytes"] = ranks.device.peak_memory()
     results["seconds"] = times
     results["e2e_runtime"] = seconds_since_process_start()
@@ -104,6 +110,20 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         with checkpoint.plain_errors(Path(args.output_dir)):
             reporting.write_results(args, data, results, history)
     return results
+
+
+def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
+    """True on every rank if a signal asked any of them to stop."""
+    return any(ranks.gather(log.stop_asked()))
+
+
+def _save(run_of: Run, is_stopped: bool) -> None:
+    """The model of a finished run; if a signal came, the checkpoint it can be finished from."""
+    if not is_stopped and run_of.ranks.is_first:
+        checkpoint.replace_files(run_of.output_dir, lambda folder: run_of.model.save(folder, whole_weights(run_of)))
+    if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
+        with run_of.saver:
+            save_checkpoint(run_of)
 
 
 class _timed:

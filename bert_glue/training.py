@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from bert_glue.arguments import Arguments
 from bert_glue.batching import Assembler, Batch, TokenSplit, TrainingOrder, ahead, rank_share
 from bert_glue.errors import DivergedError
+from bert_glue.evaluation import EvaluationStopped
 from bert_glue.model import LoadedModel
 from bert_glue.noise import Noise
 from bert_glue.optim import schedule
 from bert_glue.precision import Precision
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
+from bert_glue.saving import Saver
 from bert_glue.tasks import GlueTask
 from bert_glue.throughput import Meter
 from bert_glue.vocabulary import NarrowedEmbedding
@@ -36,6 +38,8 @@ class Progress:
         loss_sum: sum of the losses of all steps up to the last log line.
         recent_loss, recent_steps: the same of the steps since then, as of the checkpoint.
         history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
+        evaluated_step: of the last evaluation that ran to its end.
+        changes: settings that were changed by a resume, a line each.
     """
 
     step: int = 0
@@ -49,6 +53,8 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
     history: list[dict] = field(default_factory=list)
+    evaluated_step: int = 0
+    changes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -59,6 +65,7 @@ class Run:
         total_steps: optimizer steps of the whole run.
         evaluate: gives `eval_*` results of the current weights.
         best_key: entry of those results that chooses the best checkpoint.
+        saved_step: of the last checkpoint that was begun or resumed from.
     """
 
     args: Arguments
@@ -77,6 +84,8 @@ class Run:
     best_key: str
     narrowed: NarrowedEmbedding | None = None
     progress: Progress = field(default_factory=Progress)
+    saver: Saver = field(default_factory=Saver)
+    saved_step: int = 0
 
     @property
     def output_dir(self) -> Path:
@@ -129,6 +138,8 @@ def train(run: Run) -> None:
     batches = training_batches(run)
     if not ranks.device.is_host:
         batches = ahead(batches)
+    if not _goes_on_after_resume(run, recent_loss):
+        batches = iter(())
     run.meter.start()
     for micro_batches, samples in batches:
         # ---- one optimizer step: nothing here waits for the device, but for a dynamic loss scale ----
@@ -172,6 +183,7 @@ def train(run: Run) -> None:
     run.meter.stop()
     ranks.sum([recent_loss])
     progress.loss_sum += recent_loss.item()
+    progress.recent_loss, progress.recent_steps = 0.0, 0
     precision.check_finite()
 
 
@@ -200,48 +212,80 @@ def _log_step(run: Run, loss_sum: float, rate: float, norm: float) -> None:
     run.log.entry(entry)
 
 
+def _must_evaluate(run: Run) -> bool:
+    args, step = run.args, run.progress.step
+    if args.eval_strategy == "steps":
+        return step % (args.eval_steps or args.logging_steps) == 0
+    return args.eval_strategy == "epoch" and _is_due(run, run.order.steps_per_epoch)
+
+
+def _must_save(run: Run) -> bool:
+    args, progress = run.args, run.progress
+    is_last = progress.step == run.total_steps or not _has_patience(run)
+    if args.load_best_model_at_end and (is_last or progress.step == progress.best_step):
+        # The best weights must be there at the end, also if --save_steps is longer than --eval_steps; and
+        # before they take the place of the last ones, those must be somewhere too.
+        return True
+    if args.save_strategy == "steps":
+        return progress.step % args.save_steps == 0
+    return args.save_strategy == "epoch" and _is_due(run, run.order.steps_per_epoch)
+
+
+def _has_patience(run: Run) -> bool:
+    patience = run.args.early_stopping_patience
+    return patience is None or run.progress.evaluations_without_gain < patience
+
+
+def _goes_on_after_resume(run: Run, recent_loss: torch.Tensor) -> bool:
+    """Make up for an evaluation that a signal cut off; False where the resumed run had come to its end."""
+    if run.progress.step and run.progress.evaluated_step != run.progress.step and _must_evaluate(run):
+        return _after_step(run, recent_loss)
+    return _has_patience(run)
+
+
 def _after_step(run: Run, recent_loss: torch.Tensor) -> bool:
     """Evaluation, checkpoint and early stopping where they are due; False ends training."""
-    from bert_glue.training_state import save_checkpoint
-
-    args, progress, steps_per_epoch = run.args, run.progress, run.order.steps_per_epoch
-    at_epoch_end = progress.step % steps_per_epoch == 0 or progress.step == run.total_steps
-    must_evaluate = {
-        "no": False,
-        "epoch": at_epoch_end,
-        "steps": progress.step % (args.eval_steps or args.logging_steps) == 0,
-    }[args.eval_strategy]
-    must_save = {
-        "no": False,
-        "epoch": at_epoch_end,
-        "steps": progress.step % args.save_steps == 0,
-    }[args.save_strategy]
-    stop_asked = any(run.ranks.gather(run.log.stop_signal is not None)) if run.log.watches_signals else False
+    run.saver.check()
+    must_evaluate, must_save = _must_evaluate(run), _must_save(run)
+    stop_asked = _stop_asked(run)
     if not (must_evaluate or must_save or stop_asked):
         return True
     run.meter.stop()
     run.precision.check_finite()
-    goes_on = not stop_asked
-    if must_evaluate:
-        goes_on = _evaluate_now(run) and goes_on
-        # The best weights must be there at the end, also if --save_steps is longer than --eval_steps.
-        must_save = must_save or (args.load_best_model_at_end and progress.best_step == progress.step)
-    if must_save or stop_asked:
-        run.ranks.sum([recent_loss])
-        progress.recent_loss = recent_loss.item()
-        if not run.ranks.is_first:
-            recent_loss.zero_()
-        save_checkpoint(run)
+    if must_evaluate and not stop_asked:
+        stop_asked = not _evaluate_now(run)
+    if stop_asked or _must_save(run):
+        save_now(run, recent_loss)
     run.meter.start()
-    return goes_on
+    return not stop_asked and _has_patience(run)
+
+
+def _stop_asked(run: Run) -> bool:
+    """True on every rank if a signal asked any of them to stop."""
+    return any(run.ranks.gather(run.log.stop_asked())) if run.log.watches_signals else False
+
+
+def save_now(run: Run, recent_loss: torch.Tensor) -> None:
+    """Begin a checkpoint of the present step; `recent_loss` is this rank's share since the last log line."""
+    from bert_glue.training_state import save_checkpoint
+
+    run.ranks.sum([recent_loss])
+    run.progress.recent_loss = recent_loss.item()
+    if not run.ranks.is_first:
+        recent_loss.zero_()
+    save_checkpoint(run)
 
 
 def _evaluate_now(run: Run) -> bool:
-    """Evaluate, note the best; False where early stopping is due."""
+    """Evaluate, note the best and the gain; False, and nothing noted, where a signal cut it off."""
     args, progress = run.args, run.progress
-    results = run.evaluate()
+    try:
+        results = run.evaluate()
+    except EvaluationStopped:
+        return False
     entry = {"step": progress.step, "epoch": round(run.epoch, 4), **results}
     progress.history.append(entry)
+    progress.evaluated_step = progress.step
     run.log.entry(entry)
     value, is_loss = results.get(run.best_key), run.best_key.startswith("eval_loss")
     greater = not is_loss if args.greater_is_better is None else args.greater_is_better
@@ -251,5 +295,4 @@ def _evaluate_now(run: Run) -> bool:
         progress.best_metric, progress.best_step = value, progress.step
     is_gain = value is not None and (gain is None or gain > args.early_stopping_threshold)
     progress.evaluations_without_gain = 0 if is_gain else progress.evaluations_without_gain + 1
-    patience = args.early_stopping_patience
-    return patience is None or progress.evaluations_without_gain < patience
+    return True

@@ -20,7 +20,7 @@ from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
 from bert_glue.throughput import Meter
 from bert_glue.training import Run, train
-from bert_glue.training_state import resume
+from bert_glue.training_state import choose, resume
 from bert_glue.vocabulary import NarrowedEmbedding
 
 
@@ -87,7 +87,10 @@ def fine_tune(
         f"batch {args.per_device_train_batch_size} x {ranks.world_size} ranks x "
         f"{args.gradient_accumulation_steps} accumulated"
     )
-    train(run_of)
+    log.ends_at_once = False
+    with run_of.saver:
+        train(run_of)
+    ranks.wait()  # until the first one has written all checkpoints
     log.close()
     if args.load_best_model_at_end and run_of.progress.best_step:
         _load_best(run_of)
@@ -95,21 +98,20 @@ def fine_tune(
 
 
 def _resume(run_of: Run) -> None:
-    """Act on `--resume_from_checkpoint`."""
-    wanted = run_of.args.resume_from_checkpoint
+    """Act on `--resume_from_checkpoint`; the first rank chooses for all."""
+    wanted, ranks = run_of.args.resume_from_checkpoint, run_of.ranks
     if not wanted:
         return
-    if wanted.lower() not in ("auto", "true"):
-        resume(run_of, Path(wanted))
-    else:
-        folder, rejected = checkpoint.newest_sound(run_of.output_dir)
-        for line in rejected:
-            run_of.log.line(f"note: {line}")
-        if folder is None:
-            run_of.log.line(f"note: no sound checkpoint in {run_of.output_dir}: training starts anew")
-            return
-        resume(run_of, folder)
-    run_of.log.line(f"resumed after step {run_of.progress.step}")
+    folder, lines, problem = ranks.gather(choose(run_of, wanted) if ranks.is_first else None)[0]
+    for line in lines:
+        run_of.log.line(f"note: {line}")
+    if problem:
+        raise CheckpointError(problem)
+    if folder is None:
+        return
+    for line in resume(run_of, folder):
+        run_of.log.line(f"note: {line}")
+    run_of.log.line(f"resumed after step {run_of.progress.step} from {folder}")
 
 
 def _load_best(run_of: Run) -> None:

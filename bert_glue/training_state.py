@@ -8,9 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from bert_glue import checkpoint
 from bert_glue.errors import CheckpointError
+from bert_glue.generators import random_tensors, set_random_tensors
 from bert_glue.training import Progress, Run
 
 
@@ -36,42 +39,44 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write `checkpoint-<step>` and delete what `save_total_limit` no longer keeps.
+    """Copy the run's state to host memory and let a thread write `checkpoint-<step>` from it.
+
+    The same thread then deletes what `save_total_limit` no longer keeps.
 
     Raises:
-        CheckpointError: it could not be written; earlier ones are untouched.
+        CheckpointError: the previous checkpoint could not be written; earlier ones are untouched.
     """
-    from safetensors.torch import save_file
-
-    randoms = run.ranks.gather(checkpoint.random_tensors(run.ranks.device))
+    randoms = run.ranks.gather(random_tensors(run.ranks.device))
+    run.saved_step = run.progress.step
     if not run.ranks.is_first:
-        run.ranks.wait()
         return
-    weights, state = whole_weights(run), _optimizer_tensors(run)
+    run.saver.wait()  # one copy in host memory at a time
+    weights, state, progress = whole_weights(run), _optimizer_tensors(run), json.dumps(_state(run))
+    folder, best = (run.output_dir / f"checkpoint-{n}" for n in (run.progress.step, run.progress.best_step))
 
-    def write(folder: Path) -> None:
-        run.model.save(folder, weights)
-        save_file(state, folder / "optimizer.safetensors")
+    def write(into: Path) -> None:
+        run.model.save(into, weights)
+        save_file(state, into / "optimizer.safetensors")
         for rank, tensors in enumerate(randoms):
-            save_file(tensors, folder / f"random-{rank}.safetensors")
-        (folder / "trainer_state.json").write_text(json.dumps(_state(run)), encoding="utf-8")
+            save_file(tensors, into / f"random-{rank}.safetensors")
+        (into / "trainer_state.json").write_text(progress, encoding="utf-8")
 
-    size = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
-    folder = run.output_dir / f"checkpoint-{run.progress.step}"
-    checkpoint.publish(folder, write, size + (1 << 20))
-    best = f"checkpoint-{run.progress.best_step}"
-    checkpoint.keep_newest(run.output_dir, run.args.save_total_limit, best)
-    run.ranks.wait()
+    def job() -> None:
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        checkpoint.publish(folder, write, size + len(progress) + (1 << 20))
+        checkpoint.keep_newest(run.output_dir, run.args.save_total_limit, best.name, folder)
+
+    run.saver.start(job)
 
 
 def _state(run: Run) -> dict:
-    """trainer_state.json: progress, loss scale, and what must not differ on resume."""
+    """trainer_state.json: progress, loss scale, what must not differ on resume and what may."""
     return {
         **asdict(run.progress),
         "loss_scale": run.precision.scale_state(),
         "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
-        "world_size": run.ranks.world_size,
         "same": _must_be_same(run),
+        "settings": _may_change(run),
     }
 
 
@@ -81,18 +86,40 @@ def _must_be_same(run: Run) -> dict[str, object]:
     shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
     if run.narrowed:
         shapes.pop("words.weight")
+    order = run.order
+    is_grouped = order.lengths is not None
     return {
         "model": shapes,
         "optimizer": type(run.optimizer).__name__,
-        "training rows": run.order.rows,
-        "batch size of all ranks": run.order.micro_batch,
-        "--gradient_accumulation_steps": run.order.accumulation,
+        "training rows": order.rows,
+        "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.micro_batch * order.accumulation,
         "--seed": run.args.seed,
-        "seed of the order": run.order.seed,
-        "--dataloader_drop_last": run.order.drop_last,
-        "grouping by length": run.order.lengths is not None,
+        "seed of the order": order.seed,
+        "--dataloader_drop_last": order.drop_last,
+        "grouping by length": is_grouped,
+        # Elsewhere the rows of a step do not depend on how they are dealt out to passes and ranks.
+        "batch size of all ranks": order.micro_batch if order.drop_last or is_grouped else None,
         "data (words in use; --do_eval, --do_predict and --max_*_samples count)": hashlib.sha256(words).hexdigest(),
     }
+
+
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "label_smoothing_factor", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
+    "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
+)  # fmt: skip
+
+
+def _may_change(run: Run) -> dict[str, object]:
+    """What may differ on resume, but then gives another result than the run undisturbed."""
+    facts = {
+        "steps in all": run.total_steps,
+        "ranks": run.ranks.world_size,
+        "precision": run.precision.plan.name,
+        "device": run.ranks.device.name,
+    }
+    return {**{f"--{name}": getattr(run.args, name) for name in _SETTINGS}, **facts}
 
 
 def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -105,31 +132,63 @@ def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def resume(run: Run, folder: Path) -> None:
-    """Continue from a checkpoint, bit for bit.
+def choose(run: Run, wanted: str) -> tuple[Path | None, list[str], str]:
+    """The checkpoint that `--resume_from_checkpoint` means, for one rank to find and all to use.
+
+    Returns:
+        Its folder, or None for a new start; lines for the log; and why it cannot be used, "" if it can.
+    """
+    with checkpoint.plain_errors(run.output_dir):
+        checkpoint.settle(run.output_dir)
+    if wanted.lower() not in ("auto", "true"):
+        reason = checkpoint.verify(Path(wanted))
+        return Path(wanted), [], f"--resume_from_checkpoint {wanted}: {reason}" if reason else ""
+    folder, rejected = checkpoint.newest_sound(run.output_dir)
+    if folder is None:
+        rejected.append(f"no sound checkpoint in {run.output_dir}: training starts anew")
+    return folder, rejected, ""
+
+
+def resume(run: Run, folder: Path) -> list[str]:
+    """Continue from a checkpoint that verifies, bit for bit if nothing was changed.
+
+    Returns:
+        Lines on what was changed.
 
     Raises:
-        CheckpointError: it does not verify, or belongs to other data, model or batch sizes.
+        CheckpointError: it belongs to other data, model or batch sizes, or is not one of ours.
     """
-    from safetensors.torch import load_file
+    try:
+        return _resume(run, folder)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: not what this program writes ({type(error).__name__}: {error})"
+        ) from error
 
-    reason = checkpoint.verify(folder)
-    if reason:
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: {reason}")
+
+def _resume(run: Run, folder: Path) -> list[str]:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     other = [_difference(key, state["same"].get(key), now) for key, now in _must_be_same(run).items()]
     if any(other):
         differences = "; ".join(filter(None, other))
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
-    tensors = load_file(folder / "optimizer.safetensors")
-    _load_optimizer(run, tensors)
-    run.precision.load_scale_state(state["loss_scale"])
+    then, now = state["settings"], _may_change(run)
+    _load_optimizer(run, load_file(folder / "optimizer.safetensors"))
+    if then["precision"] == now["precision"]:
+        run.precision.load_scale_state(state["loss_scale"])
     if run.narrowed:
         run.narrowed.decay = state["narrowed_decay"]
     run.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+    run.saved_step = run.progress.step
+    # Of a rank there was not: its generators stay as --seed set them.
     randoms = folder / f"random-{run.ranks.rank}.safetensors"
     if randoms.is_file():
-        checkpoint.set_random_tensors(load_file(randoms), run.ranks.device)
+        set_random_tensors(load_file(randoms), run.ranks.device)
+    changes = [f"{name} {value} (was {then[name]})" for name, value in now.items() if then[name] != value]
+    if not changes:
+        return []
+    run.progress.changes.append(f"after step {run.progress.step}: {', '.join(changes)}")
+    return [f"resumed with other settings, so not bit for bit: {', '.join(changes)}"]
 
 
 def _difference(key: str, then: object, now: object) -> str:

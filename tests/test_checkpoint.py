@@ -7,17 +7,20 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from recipe_parts import arguments, changed, fit, make_data, make_model
+from recipe_parts import REPOSITORY, arguments, changed, fit, make_data, make_model
 
 from bert_glue import checkpoint
 from bert_glue.device import Device
 from bert_glue.errors import CheckpointError
+from bert_glue.generators import random_tensors, set_random_tensors
 
 FILES = {"model.safetensors": b"w" * 300, "optimizer.safetensors": b"o" * 200, "trainer_state.json": b"{}"}
 
@@ -58,8 +61,9 @@ DAMAGES = {
     "no manifest": lambda f: (f / "manifest.json").unlink(),
     "half a manifest": lambda f: os.truncate(f / "manifest.json", 60),
     "a list": lambda f: (f / "manifest.json").write_text("[]"),
-    "odd entry": lambda f: (f / "manifest.json").write_text('{"format": 1, "files": {"a": 3}}'),
-    "later format": lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {}}'),
+    "odd entry": lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {"a": 3}}'),
+    "later format": lambda f: (f / "manifest.json").write_text('{"format": 3, "files": {}}'),
+    "empty": lambda f: (f / "manifest.json").write_text('{"format": 2, "files": {}, "written": 3.0}'),
     "a folder": lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
 }
 
@@ -174,17 +178,18 @@ def test_a_disk_that_fails_while_writing_leaves_the_previous_one(tmp_path, write
 def test_the_limit_keeps_best_and_newest(tmp_path, limit, best, kept):
     for step in (1, 2, 3, 4):
         publish(tmp_path, step)
-    checkpoint.keep_newest(tmp_path, limit, f"checkpoint-{best}")
+    checkpoint.keep_newest(tmp_path, limit, f"checkpoint-{best}", tmp_path / "checkpoint-4")
     assert names(tmp_path) == {f"checkpoint-{step}" for step in kept}
 
 
-def test_the_limit_never_deletes_the_newest_sound_one(tmp_path):
+def test_nothing_is_deleted_before_the_new_one_verifies(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step)
-    for step in (2, 3):
-        flip(tmp_path / f"checkpoint-{step}" / "model.safetensors")
-    checkpoint.keep_newest(tmp_path, 1, None)
-    assert checkpoint.newest_sound(tmp_path)[0] == tmp_path / "checkpoint-1"
+    flip(tmp_path / "checkpoint-3" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="checkpoint-3: when read back, model.safetensors does not have"):
+        checkpoint.keep_newest(tmp_path, 1, None, tmp_path / "checkpoint-3")
+    assert checkpoint.newest_sound(tmp_path)[0] == tmp_path / "checkpoint-2"
+    assert names(tmp_path) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
 
 def test_other_peoples_files_survive_the_limit(tmp_path):
@@ -192,9 +197,102 @@ def test_other_peoples_files_survive_the_limit(tmp_path):
         publish(tmp_path, step)
     (tmp_path / "checkpoint-1" / "notes.md").write_text("mine")
     (tmp_path / "checkpoint-plan").mkdir()
-    checkpoint.keep_newest(tmp_path, 1, None)
+    checkpoint.keep_newest(tmp_path, 1, None, tmp_path / "checkpoint-2")
     assert names(tmp_path) == {"checkpoint-1", "checkpoint-2", "checkpoint-plan"}
     assert names(tmp_path / "checkpoint-1") == {"notes.md"}
+
+
+def foreign(output: Path, step: int) -> Path:
+    """A checkpoint as another program leaves it, transformers' Trainer for one."""
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        (folder / name).write_text("theirs")
+    return folder
+
+
+def test_checkpoints_of_another_program_are_neither_counted_nor_deleted(tmp_path):
+    theirs = foreign(tmp_path, 1)
+    for step in (2, 3):
+        publish(tmp_path, step)
+    checkpoint.keep_newest(tmp_path, 2, None, tmp_path / "checkpoint-3")
+    assert names(tmp_path) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    checkpoint.keep_newest(tmp_path, 1, None, tmp_path / "checkpoint-3")
+    assert names(tmp_path) == {"checkpoint-1", "checkpoint-3"}
+    assert len(names(theirs)) == 3
+
+
+def test_a_checkpoint_of_another_program_in_the_way_is_kept_whole(tmp_path):
+    foreign(tmp_path, 5)
+    folder = publish(tmp_path, 5)
+    assert checkpoint.verify(folder) == "" and names(folder) == {*FILES, "manifest.json"}
+    assert names(tmp_path / "checkpoint-5.kept-1") == {"model.safetensors", "optimizer.pt", "trainer_state.json"}
+
+
+class Killed(BaseException):
+    """In place of kill -9, where no `finally` stands in the way."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_kill_between_the_renames_of_a_rewritten_checkpoint_loses_nothing(tmp_path, calls):
+    """The process ends after `calls` renames: before, between and after the two."""
+    publish(tmp_path, 4)
+    folder = publish(tmp_path, 5)
+    (folder / "notes.md").write_text("mine")
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom bert_glue import checkpoint\n"
+        "done, rename = [], os.rename\n"
+        "def fatal(a, b):\n"
+        f"    if len(done) == {calls}: os._exit(9)\n"
+        "    rename(a, b); done.append(b)\n"
+        f"    if len(done) == {calls}: os._exit(9)\n"
+        "os.rename = fatal\n"
+        "checkpoint.publish(Path(sys.argv[1]), lambda into: (into / 'new').write_bytes(b'new'), 10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 9
+    assert any(name.startswith(".") for name in names(tmp_path))
+    checkpoint.settle(tmp_path)
+    assert names(tmp_path) == {"checkpoint-4", "checkpoint-5"}
+    assert checkpoint.newest_sound(tmp_path) == (folder, [])
+    own = {"new"} if calls == 2 else set(FILES)
+    assert names(folder) == {*own, "manifest.json", "notes.md"}
+
+
+@pytest.mark.parametrize("left", range(len(FILES) + 1))
+def test_a_removal_that_was_killed_is_finished_later(tmp_path, monkeypatch, left):
+    for step in (1, 2):
+        publish(tmp_path, step)
+    original, calls = Path.unlink, []
+
+    def fatal(path: Path, missing_ok: bool = False) -> None:
+        if len(calls) == left:
+            raise Killed
+        calls.append(path)
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fatal)
+    with pytest.raises(Killed):
+        checkpoint.remove(tmp_path / "checkpoint-1")
+    monkeypatch.undo()
+    assert checkpoint.verify(tmp_path / "checkpoint-1") != ""
+    checkpoint.settle(tmp_path)
+    assert names(tmp_path) == {"checkpoint-2"}
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    folder = publish(tmp_path, 5)
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(0, len(whole) * 8, 7):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        manifest.write_bytes(damaged)
+        assert checkpoint.verify(folder) != "", at
+    manifest.write_bytes(whole[:-1])
+    assert checkpoint.verify(folder) != ""
+    manifest.write_bytes(whole)
+    assert checkpoint.verify(folder) == ""
 
 
 def test_a_manifest_reaches_no_file_outside(tmp_path):
@@ -203,7 +301,8 @@ def test_a_manifest_reaches_no_file_outside(tmp_path):
     folder = publish(tmp_path / "run", 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["../../precious.txt"] = {"bytes": 4, "sha256": checkpoint.file_hash(outside)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    text = checkpoint._manifest_text(manifest["files"], manifest["written"])  # as someone who means harm would
+    (folder / "manifest.json").write_text(text)
     assert checkpoint.verify(folder) != ""
     checkpoint.remove(folder)
     assert outside.read_text() == "keep"
@@ -214,9 +313,9 @@ def test_generators_continue_where_they_were():
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
     draw()
-    saved = checkpoint.random_tensors(Device("cpu"))
+    saved = random_tensors(Device("cpu"))
     expected = [draw() for _ in range(3)]
-    checkpoint.set_random_tensors(saved, Device("cpu"))
+    set_random_tensors(saved, Device("cpu"))
     assert [draw() for _ in range(3)] == expected
 
 
