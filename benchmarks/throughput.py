@@ -1,12 +1,15 @@
 """Ours against the stock Hugging Face Trainer, in turn, on the same rows, model, threads and precision.
 
-    python benchmarks/throughput.py --model FOLDER --data_path GLUE --tasks cola,mrpc --rounds 2 --json out.json
+    python benchmarks/throughput.py --model FOLDER --data_path GLUE --json out.json
+    python benchmarks/throughput.py --shape bert-base --vocab vocab.txt --data_path GLUE --json out.json
+    python benchmarks/throughput.py --json out.json --table
 
-Each round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`
-(dynamic padding, similar lengths together) one after the other, each in its own process, on the first
-`--rows` training rows. Machines are noisy: only ratios inside one round are formed, and their median is
-printed. Rates are real tokens per second after the first steps; hf_default computes 128 tokens a row
-whatever the row holds, so that `--default_steps` of it are enough.
+A round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`
+(padded to each batch's longest, similar lengths together) one after the other, each in its own process,
+on `--rows` random training rows. Machines are noisy: only ratios inside one round are formed, and their
+median is printed. Rates are real tokens per second after the first steps; hf_default computes 128 tokens
+a row whatever the row holds, so that `--default_steps` of it are enough. `sst2-like` stands where
+SST-2 is not at hand: single sentences (MNLI's hypotheses) of 14 tokens on average.
 """
 
 from __future__ import annotations
@@ -21,53 +24,86 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SKIP = 2
 RUNS = ("ours", "hf_default", "hf_best")
+SENTENCES_LIKE = {"sst2-like": ("sst2", "mnli")}  # name -> (task it is run as, task whose second texts it takes)
+_LEAST_WORDS = 4  # shorter hypotheses left out, the rest have 14 tokens on average
+FIGURES = ("real_tokens_per_second", "seconds_to_first_step", "seconds_to_end", "peak_bytes", "eval_tokens_per_second")
 
 
-def subset(folder: Path, task_name: str, data_path: str, rows: int) -> Path:
-    """The first `rows` training rows of a task as a jsonl folder of its own."""
+def write_rows(folder: Path, task_name: str, data_path: str, rows: int) -> tuple[str, Path]:
+    """Task to run as, and a jsonl folder with `rows` random rows of its training and validation splits."""
     from bert_glue.arguments import Arguments
     from bert_glue.sources import load_task_data
 
-    data = load_task_data(Arguments(task_name=task_name, data_path=data_path), frozenset({"train"}))
-    split = data.splits["train"].take(rows)
+    run_as, source = SENTENCES_LIKE.get(task_name, (task_name, task_name))
+    data = load_task_data(Arguments(task_name=source, data_path=data_path), frozenset({"train", "evaluation"}))
     labels = data.task.labels
-    (folder / "train").mkdir(parents=True)
-    with (folder / "train" / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for *texts, label in zip(*split.texts, split.labels, strict=True):
-            row = dict(zip(data.task.columns, texts, strict=True))
-            file.write(json.dumps(row | {"label": labels[label] if labels else label}) + "\n")
-    return folder
+    for split in ("train", data.task.evaluation[0][0]):
+        found = data.splits[split]
+        order = np.random.default_rng(0).permutation(len(found)).tolist()
+        if run_as != source:
+            texts = [found.texts[1][at] for at in order if len(found.texts[1][at].split()) >= _LEAST_WORDS]
+            lines = [{"sentence": text, "label": at % 2} for at, text in enumerate(texts[:rows])]
+        else:
+            lines = [
+                {column: text[at] for column, text in zip(data.task.columns, found.texts, strict=True)}
+                | {"label": labels[found.labels[at]] if labels else found.labels[at]}
+                for at in order[:rows]
+            ]
+        file = folder / split.partition("_")[0] / "rows.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return run_as, folder
 
 
-def command(run: str, args: argparse.Namespace, task: str, data: Path, out: Path) -> list[str]:
+def write_model(folder: Path, shape: str, vocab: Path) -> str:
+    """A model folder of a published shape with random weights and a real vocabulary."""
+    import shutil
+
+    import torch
+    from hf_recipe import MODEL_SHAPES
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    words = len(vocab.read_text(encoding="utf-8").splitlines())
+    BertForSequenceClassification(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)
+    shutil.copy(vocab, folder / "vocab.txt")
+    settings = {"do_lower_case": "uncased" in vocab.name, "tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+def command(run: str, args: argparse.Namespace, task: str, data: Path, out: Path, scores: bool) -> list[str]:
     """The process of one measurement; its results go to `out`."""
     shared = ["--data_path", str(data), "--max_seq_length", "128", "--learning_rate", "5e-5"]
     if run == "ours":
         return [
             sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path", args.model, "--task_name", task,
             *shared, "--do_train", "--num_train_epochs", "1", "--per_device_train_batch_size", "32",
-            "--output_dir", str(out), "--save_strategy", "no", "--skip_steps", str(SKIP),
+            "--per_device_eval_batch_size", "32", "--output_dir", str(out), "--save_strategy", "no",
+            "--skip_steps", str(SKIP), *(["--do_eval"] if scores else []), *args.extra,
         ]  # fmt: skip
     steps = ["--train_steps", str(args.default_steps)] if run == "hf_default" else ["--epochs", "1"]
     return [
         sys.executable, str(ROOT / "benchmarks" / "hf_recipe.py"), "--model", args.model, "--task", task, *shared,
         "--padding", "max_length" if run == "hf_default" else "grouped", *steps, "--batch_size", "32",
-        "--skip_steps", str(SKIP), "--json", str(out / "hf.json"),
+        "--skip_steps", str(SKIP), "--json", str(out / "hf.json"), *(["--eval"] if scores else []),
+        *(["--precision", "bf16"] if "--bf16" in args.extra else []),
     ]  # fmt: skip
 
 
-def measure(run: str, args: argparse.Namespace, task: str, data: Path) -> dict[str, float]:
-    """One process: real tokens/s, seconds to its first step and to its end, peak bytes."""
+def measure(run: str, args: argparse.Namespace, task: str, data: Path, scores: bool) -> dict[str, float | None]:
+    """One process: `FIGURES`, and for ours its share of the device's matrix-product rate."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         threads = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            command(run, args, task, data, out), env={**os.environ, **threads}, capture_output=True, text=True
-        )
+        asked = command(run, args, task, data, out, scores)
+        done = subprocess.run(asked, env={**os.environ, **threads}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{run} on {task} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         if run == "ours":
@@ -75,56 +111,130 @@ def measure(run: str, args: argparse.Namespace, task: str, data: Path) -> dict[s
             return {
                 "real_tokens_per_second": r["train_real_tokens_per_second"],
                 "seconds_to_first_step": r["seconds_to_first_step"],
+                "seconds_to_end": r["e2e_runtime"],
                 "peak_bytes": r["peak_memory_bytes"],
+                "eval_tokens_per_second": r.get("eval_real_tokens_per_second"),
                 "share_of_gemm": r["train_share_of_gemm"],
+                "padding_percent": r["train_padding_percent"],
             }
         r = json.loads((out / "hf.json").read_text(encoding="utf-8"))
+        scored = next(iter(r["evaluation"].values()), None)
         return {
             "real_tokens_per_second": r["real_tokens_per_second"],
             "seconds_to_first_step": r["process_start_to_first_step_s"],
-            "peak_bytes": r["training_peak_rss_bytes"],
+            # A run of fewer steps is no measure of the whole.
+            "seconds_to_end": None if run == "hf_default" else r["process_start_to_end_s"],
+            "peak_bytes": r["peak_device_bytes"] or r["training_peak_rss_bytes"],
+            "eval_tokens_per_second": scored and scored["real_tokens"] / scored["seconds"],
+            "padding_percent": r["padding_percent"],
         }
 
 
-def compare(args: argparse.Namespace, task: str, data: Path) -> dict:
-    """All rounds of a task: raw figures, and the median ratio of ours to each of the others."""
-    rounds = []
-    for number in range(args.rounds):
-        found = {run: measure(run, args, task, data) for run in args.runs.split(",")}
-        rounds.append(found)
-        print(task, "round", number + 1, json.dumps(found), flush=True)
-    result: dict = {"rounds": rounds}
+def ratios(rounds: list[dict]) -> dict[str, float]:
+    """Median over rounds of ours over each other run, figure by figure."""
+    result = {}
     for other in RUNS[1:]:
-        pairs = [(r["ours"], r[other]) for r in rounds if other in r]
-        for name in ("real_tokens_per_second", "seconds_to_first_step", "peak_bytes"):
-            if pairs:
-                result[f"{name}_vs_{other}"] = statistics.median(ours[name] / theirs[name] for ours, theirs in pairs)
-    result["share_of_gemm"] = statistics.median(r["ours"]["share_of_gemm"] for r in rounds)
+        for name in FIGURES:
+            pairs = [(r["ours"][name], r[other][name]) for r in rounds if other in r]
+            known = [ours / theirs for ours, theirs in pairs if ours and theirs]
+            if known:
+                result[f"{name}_vs_{other}"] = statistics.median(known)
+    ours = [r["ours"] for r in rounds]
+    result["share_of_gemm"] = statistics.median(r["share_of_gemm"] for r in ours)
+    result["real_tokens_per_second"] = statistics.median(r["real_tokens_per_second"] for r in ours)
     return result
+
+
+def table(report: dict) -> str:
+    """Markdown of one report: ratios of ours, a task a line."""
+    columns = {
+        "tokens/s vs HF default": "real_tokens_per_second_vs_hf_default",
+        "vs HF best": "real_tokens_per_second_vs_hf_best",
+        "real tokens/s": "real_tokens_per_second",
+        "share of GEMM": "share_of_gemm",
+        "evaluation vs HF default": "eval_tokens_per_second_vs_hf_default",
+        "start to first step": "seconds_to_first_step_vs_hf_default",
+        "start to end vs HF best": "seconds_to_end_vs_hf_best",
+        "peak memory vs HF default": "peak_bytes_vs_hf_default",
+        "vs HF best ": "peak_bytes_vs_hf_best",
+    }
+    lines = [f"| task | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    for task, result in report["tasks"].items():
+        found = ratios(result["rounds"])
+        cells = [_cell(key, found.get(key)) for key in columns.values()]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key == "share_of_gemm":
+        return f"{100 * value:.0f} %"
+    return f"{value:.0f}" if key == "real_tokens_per_second" else f"{value:.2f}x"
+
+
+def parse() -> argparse.Namespace:
+    """Settings; those after `--` go to run_glue.py."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="folder of a BERT-family model")
+    parser.add_argument("--shape", choices=("bert-base", "bert-large"), help="random weights of this shape instead")
+    parser.add_argument("--vocab", type=Path, help="vocabulary for --shape")
+    parser.add_argument("--data_path", help="as for run_glue.py")
+    parser.add_argument("--tasks", default="cola,sst2-like,stsb,mrpc,qnli")
+    parser.add_argument("--eval_tasks", default="mrpc", help="those whose evaluation is timed too")
+    parser.add_argument("--runs", default=",".join(RUNS), help="ours and any of the others")
+    parser.add_argument("--rows", type=int, default=512, help="training rows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--default_steps", type=int, default=6, help="steps of hf_default")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print the table of --json and end")
+    parser.add_argument("extra", nargs="*", help="flags of run_glue.py, after --")
+    args = parser.parse_args()
+    if not args.table and not (args.data_path and (args.model or (args.shape and args.vocab))):
+        parser.error("give --data_path, and --model or --shape with --vocab; or --table")
+    return args
 
 
 def main() -> int:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="folder of a BERT-family model")
-    parser.add_argument("--data_path", required=True, help="as for run_glue.py")
-    parser.add_argument("--tasks", default="cola,stsb,mrpc,qnli")
-    parser.add_argument("--runs", default=",".join(RUNS), help="ours and any of the others")
-    parser.add_argument("--rows", type=int, default=512, help="training rows")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--default_steps", type=int, default=6, help="steps of hf_default")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args()
-    report: dict = {"machine": f"{platform.machine()}, {args.threads} threads", "settings": vars(args), "tasks": {}}
-    for task in args.tasks.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            data = subset(Path(folder) / task, task, args.data_path, args.rows)
-            report["tasks"][task] = compare(args, task, data)
-        args.json.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-    for task, result in report["tasks"].items():
-        print(task, {k: round(v, 3) for k, v in result.items() if k != "rounds"})
+    args = parse()
+    if args.table:
+        print(table(json.loads(args.json.read_text(encoding="utf-8"))))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        name = args.shape or Path(args.model).parent.name
+        args.model = write_model(Path(folder), args.shape, args.vocab) if args.shape else args.model
+        settings = {k: v for k, v in vars(args).items() if k not in ("model", "vocab", "data_path", "json", "table")}
+        report: dict = {"model": name, "machine": _machine(args.threads), "settings": settings, "tasks": {}}
+        for task in args.tasks.split(","):
+            rounds = report["tasks"].setdefault(task, {"rounds": []})["rounds"]
+            with tempfile.TemporaryDirectory() as rows:
+                run_as, data = write_rows(Path(rows), task, args.data_path, args.rows)
+                for number in range(args.rounds):
+                    scores = task in args.eval_tasks.split(",")
+                    rounds.append({run: measure(run, args, run_as, data, scores) for run in args.runs.split(",")})
+                    print(task, "round", number + 1, json.dumps(rounds[-1]), flush=True)
+            report["tasks"][task] |= ratios(rounds)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
     return 0
+
+
+def _machine(threads: int) -> dict[str, str | int]:
+    import torch
+
+    from bert_glue.device import resolve_device
+
+    device = resolve_device("auto")
+    return {
+        "device": device.name,
+        "processor": platform.processor() or platform.machine(),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""What the benchmark scripts compute from measurements: ratios inside a round, means, intervals, tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from bert_glue.arguments import Arguments
+from bert_glue.sources import load_task_data
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def _script(name: str):
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    return _script("throughput")
+
+
+@pytest.fixture(scope="module")
+def quality():
+    return _script("quality")
+
+
+def _figures(rate: float, share: float | None = None) -> dict:
+    figures = {"real_tokens_per_second": rate, "seconds_to_first_step": 2.0, "seconds_to_end": None, "peak_bytes": 10}
+    return {**figures, "eval_tokens_per_second": None, "share_of_gemm": share}
+
+
+def test_a_ratio_is_formed_inside_its_round(throughput):
+    """The machine ran at half speed in the second round, and ours was 4, 6 and 8 times as fast."""
+    rounds = [
+        {"ours": _figures(400, 0.5), "hf_default": _figures(100)},
+        {"ours": _figures(300, 0.6), "hf_default": _figures(50)},
+        {"ours": _figures(800, 0.7), "hf_default": _figures(100)},
+    ]
+    found = throughput.ratios(rounds)
+    assert found["real_tokens_per_second_vs_hf_default"] == 6.0
+    assert found["seconds_to_first_step_vs_hf_default"] == 1.0
+    assert found["share_of_gemm"] == 0.6
+    assert not [key for key in found if "hf_best" in key or "seconds_to_end" in key]  # not measured, not invented
+    line = throughput.table({"tasks": {"cola": {"rounds": rounds}}}).splitlines()[-1]
+    assert line.startswith("| cola | 6.00x | - | 400 | 60 % | - | 1.00x | - | 1.00x | - |")
+
+
+def test_rows_are_a_random_part_of_both_splits(throughput, tmp_path):
+    words = [f"{chr(97 + i % 26)}{i}" for i in range(200)]
+    (tmp_path / "glue" / "MRPC").mkdir(parents=True)
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    lines = [f"{i % 2}\t{i}\t{i}\t{word} first\t{word} second" for i, word in enumerate(words)]
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / "MRPC" / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    run_as, folder = throughput.write_rows(tmp_path / "part", "mrpc", str(tmp_path / "glue"), 30)
+    assert run_as == "mrpc"
+    data = load_task_data(Arguments(task_name="mrpc", data_path=str(folder)), frozenset({"train", "evaluation"}))
+    assert set(data.splits) == {"train", "validation"}
+    for split in data.splits.values():
+        at = [words.index(text.split()[0]) for text in split.texts[0]]
+        assert len(set(at)) == 30 and at != sorted(at)
+        assert split.labels == [i % 2 for i in at]
+        assert [text.split()[0] for text in split.texts[1]] == [words[i] for i in at]
+
+
+def _row(run: str, seed: int, score: float | None) -> dict:
+    return {"task": "mrpc", "run": run, "seed": seed, "scores": {"f1": score}}
+
+
+def test_the_interval_is_students_over_common_seeds(quality):
+    ours, theirs = {1: 0.80, 2: 0.84, 3: 0.82, 9: 0.1}, {1: 0.81, 2: 0.82, 3: 0.80}
+    differences = [-1.0, 2.0, 2.0]
+    low, high = stats.t.interval(0.95, 2, statistics.mean(differences), stats.sem(differences))
+    assert quality.difference(ours, theirs) == f"+1.0 ± {(high - low) / 2:.1f}"
+    assert quality.difference({1: 0.5}, {1: 0.4}) == "+10.0 (one seed)"
+    assert quality.difference({1: 0.5}, {}) == "-"
+
+
+def test_the_quality_table_and_the_rows_already_there(quality, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert quality.read_rows(file) == []
+    rows = [_row("ours", 1, 0.80), _row("ours", 2, 0.90), _row("hf", 1, 0.80), _row("hf", 2, 0.80)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = quality.table(quality.read_rows(file)).splitlines()[-1]
+    assert line.startswith("| mrpc | 115 | f1 | 2 | 85.0 ± 7.1 | 80.0 ± 0.0 | +5.0 ± 63.5 | - |")
