@@ -1,0 +1,64 @@
+"""Writes docs/migration.md from the tables that answer old flags; a test holds the file to them.
+
+python docs/make_migration.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Flags of the reference's launchers and script that are no flags of Hugging Face's, and what they are here.
+REFERENCE = {
+    "--device, --device_id": "`--device`: `0`, `npu`, `npu:3`, `cuda:1`, `cpu`, `auto`",
+    "--fp16_opt_level": "the same; O0 to O3 are done natively",
+    "--loss_scale": "the same; also `dynamic`",
+    "--use_combine_grad": "the same; gradients are always views of flat buffers here",
+    "--skip_steps": "the same; the device is synchronised before the clock is read",
+    "--optim adamw_apex_fused_npu": "the same; where it is not there, the nearest is used and named in the log",
+    "--distributed_process_group_timeout": "`--ddp_timeout`, seconds",
+    "--data_path": "the same, and it is read: any layout of README, “Where rows come from”",
+    "--half_precision_backend": "`--amp_backend`: `auto`, `native`, `apex`",
+    "--overwrite_output_dir": "accepted; the folder is never deleted, files are replaced one by one",
+    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the variables are read; `test/train_full_8p.sh` sets them",
+    "train_full_1p.sh --TASK= --train_epochs=": "the same; `--help` lists what else there is",
+}
+START = """\
+# From the reference, or from Hugging Face's run_glue.py, to this
+
+Command lines of both run here unchanged. A renamed flag costs a one-line note, a flag without effect here is
+accepted with the reason, and one that would change what is computed is refused with the reason and exit
+code 2. This page is written by `python docs/make_migration.py` from the tables that the program uses.
+
+## The reference: Ascend ModelZoo, "Bert_text_classification for PyTorch"
+
+| reference | here |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The whole page, Markdown."""
+    from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES
+
+    rows = [f"| `{old}` | {new} |" for old, new in REFERENCE.items()]
+    renamed = {name: entry for name, entry in LEGACY_FLAGS.items() if entry.flag}
+    ignored = {name: entry for name, entry in LEGACY_FLAGS.items() if not entry.flag and not entry.refused}
+    refused = {name: entry for name, entry in LEGACY_FLAGS.items() if entry.refused}
+    text = START + "\n".join(rows)
+    text += "\n\n## Hugging Face, 4.18 to 5.x\n\nFlags of TrainingArguments and run_glue.py that are not named below"
+    text += " have the same name and meaning here.\n\n### Renamed\n\n| old | here | note |\n|---|---|---|\n"
+    text += "".join(f"| `--{n}` | `--{e.flag}` | {e.reason} |\n" for n, e in sorted(renamed.items()))
+    text += "".join(f"| `--{flag} {old}` | `--{flag} {new}` | |\n" for (flag, old), new in LEGACY_VALUES.items())
+    for title, table in (("Accepted, without effect", ignored), ("Refused", refused)):
+        text += f"\n### {title}\n\n| flags | why |\n|---|---|\n"
+        for reason in dict.fromkeys(entry.reason for entry in table.values()):
+            names = ", ".join(f"`--{name}`" for name, entry in sorted(table.items()) if entry.reason == reason)
+            text += f"| {names} | {reason} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    (Path(__file__).with_name("migration.md")).write_text(page(), encoding="utf-8")
