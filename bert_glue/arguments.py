@@ -77,6 +77,9 @@ class RunArguments:
     do_eval: bool = flag(False, "evaluate on the validation splits")
     do_predict: bool = flag(False, "write predictions of the test splits")
     output_dir: str | None = flag(None, "folder for the model, checkpoints and results (required)")
+    recipe: str | None = flag(
+        None, "settings by name (reference, reference_8p, stable) or a config file; flags override"
+    )
     seed: int = flag(42, "of weights, dropout and, without --data_seed, order", "[0, 4294967295]")
     data_seed: int | None = flag(None, "of the order of samples; default: --seed", "[0, 4294967295]")
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or auto for the newest sound one")

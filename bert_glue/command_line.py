@@ -22,12 +22,13 @@ from bert_glue.errors import UsageError
 from bert_glue.flag_values import convert, shown
 from bert_glue.help_text import help_text
 from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
+from bert_glue.recipes import recipe_file
 
 _OWN_SWITCHES = ("help", "print_config", "version")
 
 
 def parse(argv: list[str]) -> Arguments:
-    """The settings of a command line, `sys.argv[1:]`. Reads no file but the config.
+    """The settings of a command line, `sys.argv[1:]`. Reads no file but the config and the recipe.
 
     Returns:
         Resolved settings; `notices` are lines to show about renamed and ineffective flags.
@@ -41,6 +42,8 @@ def parse(argv: list[str]) -> Arguments:
         settings.read_leading_words(leading)
     for written, words in flags:
         settings.read_flag(written, words)
+    if settings.values.get("recipe"):
+        settings.read_recipe()
     args = Arguments(**settings.values, notices=tuple(settings.notices))
     for problem in find_problems(args):
         if not settings.reported.intersection(problem.flags):
@@ -161,6 +164,20 @@ class _Settings:
             self._read_entry(entry)
         self.in_config = False
         self.given.clear()
+
+    def read_recipe(self) -> None:
+        """Takes the settings of `--recipe`, which the command line and its config file override."""
+        recipe, chosen = _Settings(in_config=True), self.values
+        try:
+            for entry in read_config(recipe_file(chosen["recipe"], chosen.get("task_name"))):
+                recipe._read_entry(entry)
+        except UsageError as error:
+            self._report(str(error), "recipe")
+            self.reported.add("task_name")  # an unknown task is this same error
+        self.values = {**recipe.values, **chosen}
+        self.problems += recipe.problems
+        self.notices += recipe.notices
+        self.reported |= recipe.reported
 
     def _read_entry(self, entry: Entry) -> None:
         key = entry.key if entry.key.isidentifier() and entry.key.isprintable() else shown(entry.key)

@@ -22,7 +22,7 @@ REFERENCE = {
     "--data_path": "the same, and it is read: any layout of README, “Where rows come from”",
     "--half_precision_backend": "`--amp_backend`: `auto`, `native`, `apex`",
     "--overwrite_output_dir": "accepted; the folder is never deleted, files are replaced one by one",
-    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the variables are read; `test/train_full_8p.sh` sets them",
+    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the variables are read; the eight-device launchers set them",
     "train_full_1p.sh --TASK= --train_epochs=": "the same; `--help` lists what else there is",
 }
 START = """\
