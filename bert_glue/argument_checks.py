@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bert_glue.arguments import Arguments
 from bert_glue.errors import UsageError, did_you_mean
+from bert_glue.expectations import read_expectations
 from bert_glue.flag_values import read_number, shown
 from bert_glue.tasks import GlueTask, get_task, own_task
 
@@ -30,7 +31,7 @@ class Problem(NamedTuple):
 
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
-    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _precision, _trackers)
+    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _expect, _precision, _trackers)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -190,6 +191,23 @@ def _metric(args: Arguments) -> Iterator[Problem]:
             ("metric_for_best_model", "task_name"),
             f"--metric_for_best_model: {did_you_mean('metric', given, known)}",
         )
+
+
+def _expect(args: Arguments) -> Iterator[Problem]:
+    if args.expect is None:
+        return
+    task = _task_of(args)
+    try:
+        bounds = read_expectations(args.expect, task.name if task else None, metric_names(task))
+    except ValueError as error:
+        yield Problem(("expect", "task_name"), f"--expect: {error}")
+        return
+    evaluates = args.do_eval or (args.do_train and args.eval_strategy != "no")
+    for bound in bounds:
+        if bound.key.startswith("eval_") and not evaluates:
+            yield Problem(("expect", "do_eval"), f"--expect {bound.text} needs --do_eval")
+        if bound.key.startswith("train_") and not args.do_train:
+            yield Problem(("expect", "do_train"), f"--expect {bound.text} needs --do_train")
 
 
 def _precision(args: Arguments) -> Iterator[Problem]:

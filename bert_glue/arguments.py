@@ -19,7 +19,7 @@ def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = ()
         text: help with the unit, e.g. "optimizer steps".
         range: accepted numbers, e.g. "[0, 1)" or "-1 or [1, inf)"; shown in the help as it stands.
         choices: accepted texts, all of them.
-        extra: `many=True` takes several choices, kept as one comma-separated text;
+        extra: `many=True` takes several values (of `choices`, if any), kept as one comma-separated text;
             `pattern` is a regular expression for the text; `secret=True` is never printed.
     """
     return field(default=default, metadata={"text": text, "range": range, "choices": choices, **extra})
@@ -153,6 +153,9 @@ class EvaluationArguments:
     greater_is_better: bool | None = flag(None, "default: true, but for loss")
     early_stopping_patience: int | None = flag(None, "evaluations without a gain; default: off", "[1, inf)")
     early_stopping_threshold: float = flag(0.0, "least gain that counts, in the metric's unit", "[0, inf)")
+    expect: str | None = flag(
+        None, "bounds such as 'mrpc.f1>=0.88', in quotes, several allowed; missed: exit code 8", many=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,12 @@ class CheckpointError(UserError):
     exit_code = 6
 
 
+class ExpectationError(UserError):
+    """A bound of `--expect` was missed; all results were written."""
+
+    exit_code = 8
+
+
 def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
     """One line: the unknown `name`, its nearest match if any, and all `choices`."""
     import difflib

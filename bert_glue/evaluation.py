@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bert_glue.batching import Assembler, TokenSplit, ahead, evaluation_batches
+from bert_glue.collapse import collapsed_predictions
 from bert_glue.device import Device
 from bert_glue.errors import DivergedError
 from bert_glue.precision import Precision
@@ -87,11 +88,15 @@ def mean_loss(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> float:
 def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]) -> dict[str, float | str | None]:
     """`eval_*` results of every labelled split of a task, MNLI's two under distinct keys.
 
+    Beside the metrics (0..1): `majority_baseline`, the headline metric of a constant prediction;
+    `accuracy_error_points`, the binomial standard error of the accuracy x100; `collapsed`, why the
+    predictions carry nothing, or None.
+
     Raises:
         DivergedError: logits are not finite.
         EvaluationStopped: a signal asked for it.
     """
-    from bert_glue.metrics import compute_metrics
+    from bert_glue.metrics import compute_metrics, majority_baseline, standard_error
 
     results: dict[str, float | str | None] = {}
     for name, suffix, _ in task.evaluation:
@@ -106,10 +111,14 @@ def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]
         seconds = time.perf_counter() - begin
         if not np.isfinite(logits).all():
             raise DivergedError(f"logits on {name} are not finite (NaN or Inf): the weights have diverged")
-        scores = compute_metrics(task, predictions_of(task, logits), split.labels)
+        predictions = predictions_of(task, logits)
+        scores = compute_metrics(task, predictions, split.labels)
         results[f"eval_loss{suffix}"] = mean_loss(task, logits, split.labels)
         results |= {f"eval_{key}{suffix}": value for key, value in scores.items()}
         results |= {f"eval_{key}{suffix}_reason": text for key, text in scores.reasons.items()}
+        results[f"eval_majority_baseline{suffix}"] = majority_baseline(task, split.labels)
+        results[f"eval_accuracy_error_points{suffix}"] = standard_error(task, scores.get("accuracy"), len(split))
+        results[f"eval_collapsed{suffix}"] = collapsed_predictions(task, predictions, split.labels)
         results[f"eval_samples{suffix}"] = len(split)
         results[f"eval_runtime{suffix}"] = seconds
         results[f"eval_samples_per_second{suffix}"] = len(split) / seconds

@@ -51,7 +51,7 @@ def read_bool(text: str) -> bool:
 def _read_text(flag: Flag, text: str) -> str:
     if not text or "\0" in text:
         raise ValueError(f"{shown(text)} is not a value")
-    if flag.many:
+    if flag.many and flag.choices:
         return _read_choices(flag, text)
     if flag.choices and text not in flag.choices:
         raise ValueError(did_you_mean("value", text[:_SHOWN_LENGTH], list(flag.choices)))

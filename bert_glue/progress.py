@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bert_glue.collapse import CollapseWatch
     from bert_glue.trackers import Trackers
 
 
@@ -19,7 +20,8 @@ class ProgressLog:
         watches_signals: True turns SIGTERM and SIGINT into a request that the loop reads.
         trackers: get every entry too.
 
-    `ends_at_once` is True until training begins: before that there is nothing to save.
+    `ends_at_once` is True until training begins: before that there is nothing to save. `watch` is asked for
+    warnings at each entry.
     """
 
     def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True, trackers: Trackers | None = None):
@@ -29,6 +31,7 @@ class ProgressLog:
         self.watches_signals = watches_signals
         self.stop_signal: int | None = None
         self.ends_at_once = True
+        self.watch: CollapseWatch | None = None
         self._bar: Any = None
         self._task: Any = None
         if watches_signals:
@@ -62,7 +65,8 @@ class ProgressLog:
             if isinstance(value, float):
                 value = f"{value:.3e}" if name == "learning_rate" else f"{value:.5g}"
             parts.append(f"{name}={value}")
-        self.line(" ".join(parts))
+        for text in (" ".join(parts), *(self.watch.see(entry) if self.watch else ())):
+            self.line(text)
 
     def advance(self, step: int, total: int, epoch: float) -> None:
         """Move the bar."""

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from bert_glue import checkpoint, reporting
+from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
-from bert_glue.errors import DataError
+from bert_glue.collapse import constant_loss, flat_loss
+from bert_glue.errors import DataError, ExpectationError
 from bert_glue.evaluation import EvaluationStopped, Evaluator, evaluate, predictions_of
+from bert_glue.expectations import missed, read_expectations
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
 from bert_glue.precision import Precision, plan_precision
@@ -39,6 +42,7 @@ def run(args: Arguments) -> int:
         The exit code: 0, or 128 + signal if one ended training (a checkpoint was saved).
 
     Raises:
+        ExpectationError: the results, which are written, miss a bound of `--expect`.
         UserError: a mistake that the user can mend, with its exit code.
     """
     ranks = Ranks(args)
@@ -52,6 +56,9 @@ def run(args: Arguments) -> int:
             results = _steps(args, ranks, log)
         for line in reporting.summary(results):
             log.line(line)
+        lines = missed(results.get("expectations", []))
+        if lines:
+            raise ExpectationError("\n".join(lines))
         return 0 if log.stop_signal is None else 128 + log.stop_signal
     finally:
         log.close()
@@ -105,11 +112,20 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     results["peak_memory_bytes"] = ranks.device.peak_memory()
     results["seconds"] = times
     results["e2e_runtime"] = seconds_since_process_start()
+    results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
         history = run_of.progress.history if run_of else []
         with checkpoint.plain_errors(Path(args.output_dir)):
             reporting.write_results(args, data, results, history)
     return results
+
+
+def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
+    """`expectations` of a finished run, where `--expect` gave some."""
+    if args.expect is None:
+        return {}
+    bounds = read_expectations(args.expect, args.task_name, metric_names(task if task.is_official else None))
+    return {"expectations": [bound.judge(results) for bound in bounds]}
 
 
 def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
@@ -217,12 +233,14 @@ def _facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ran
 def _train_results(run_of: Run, plan) -> dict:
     """`train_*` results of all ranks together."""
     meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
+    smoothing = run_of.args.label_smoothing_factor
     counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
     keys = ("samples", "real_tokens", "computed_tokens", "flops")
     totals = dict(zip(keys, map(sum, zip(*counts, strict=True)), strict=True))
     return {
         "train_loss": progress.loss_sum / max(1, progress.step),
         "train_steps": progress.step,
+        "train_collapsed": flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
         "train_skipped_updates": run_of.precision.skipped_steps,
         "train_samples_consumed": progress.samples,
         "train_samples": run_of.order.rows,

@@ -11,6 +11,7 @@ import torch
 from bert_glue import checkpoint
 from bert_glue.arguments import Arguments
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
+from bert_glue.collapse import CollapseWatch, constant_loss
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
 from bert_glue.model import LoadedModel
@@ -87,10 +88,12 @@ def fine_tune(
         f"batch {args.per_device_train_batch_size} x {ranks.world_size} ranks x "
         f"{args.gradient_accumulation_steps} accumulated"
     )
-    log.ends_at_once = False
+    constant = constant_loss(task, split.labels, args.label_smoothing_factor)
+    log.watch, log.ends_at_once = CollapseWatch(constant, total, run_of.progress.history), False
     with run_of.saver:
         train(run_of)
     ranks.wait()  # until the first one has written all checkpoints
+    log.watch = None
     log.close()
     if args.load_best_model_at_end and run_of.progress.best_step:
         _load_best(run_of)

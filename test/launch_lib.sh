@@ -28,7 +28,8 @@ bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
   --batch_size=N       samples per device; default: 32
   --device=NAME        0, npu:1, cuda, cpu, ...; default: the best there is
   --output_dir=FOLDER  default: test/output/<task>/1p
-Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed, 130/143 signals.
+Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed,
+8 a bound of --expect missed, 130/143 signals.
 TEXT
 }
 
@@ -142,16 +143,20 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   return "$status"
 }
 
-launch() {
-  parse_flags "$@"
-  check_settings
-  npu_environment
+prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
   # shellcheck disable=SC2144
   if [[ -e /dev/davinci0 || -e /dev/davinci_manager ]]; then
     setup_python requirements-npu.txt
   else
     setup_python requirements.txt
   fi
+}
+
+launch() {
+  parse_flags "$@"
+  check_settings
+  npu_environment
+  prepare_python
   build_command
   preload_libgomp
   mkdir -p -- "$OUTPUT" || fail 6 "--output_dir: cannot make $OUTPUT"
