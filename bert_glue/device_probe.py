@@ -17,16 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-# As test/train_full_1p.sh passes them.
-DEFAULT_RECIPE = {
-    "fp16": True,
-    "fp16_opt_level": "O2",
-    "loss_scale": "1024.0",
-    "fallback_precision": "fp32",
-    "optim": "adamw_apex_fused_npu",
-    "use_combine_grad": True,
-}
-# As test/train_bert_base_cased_*.sh and users of fp32 and bf16 would.
 _PRECISIONS = {
     "fp32": {"fp16": False},
     "bf16": {"fp16": False, "bf16": True},
@@ -111,13 +101,15 @@ def _apex() -> dict[str, Any]:
 
 
 def _arguments(requested: str, precision: dict[str, Any]) -> Any:
-    from bert_glue.arguments import Arguments
+    from bert_glue.command_line import parse
+    from bert_glue.published_recipe import PUBLISHED_RECIPE
 
-    args = Arguments(
-        **DEFAULT_RECIPE, do_train=True, device=requested, max_steps=_STEPS, logging_steps=1, save_strategy="no",
-        learning_rate=1e-3, output_dir="", disable_tqdm=True, seed=0,
+    flags = [f"--{name}={value}" for name, value in PUBLISHED_RECIPE.items()]
+    args = parse([*flags, "--sample", "--task_name=sst2", "--output_dir=nowhere", f"--device={requested}"])
+    return replace(
+        args, **precision, max_steps=_STEPS, logging_steps=1, save_strategy="no", learning_rate=1e-3,
+        dataloader_drop_last=False, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    return replace(args, **precision)
 
 
 def _recipe(requested: str) -> dict[str, Any]:
@@ -220,9 +212,22 @@ def _tiny_split() -> Any:
     return TokenSplit("train", table, np.arange(len(_LENGTHS)) % 2)
 
 
+def _best_devices() -> dict[str, Any]:
+    """Names of all devices of the best kind here."""
+    from bert_glue.device import KINDS, devices
+
+    found = next(filter(None, map(devices, KINDS)))
+    return {"devices": [str(device.torch_device) for device in found]}
+
+
 def main(argv: list[str]) -> int:
-    """All facts about the devices, with `argv[0]` the requested one; 0 unless torch cannot be imported."""
+    """All facts about the devices, with `argv[0]` the requested one; 0 unless torch cannot be imported.
+
+    `--list` instead gives one line with the names of the devices of the best kind.
+    """
     facts, requested = _Facts(), argv[0]
+    if requested == "--list":
+        return 0 if facts.ask("best", _best_devices) else 1
     if not facts.ask("torch", _torch):
         return 1
     from bert_glue.device import KINDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
@@ -58,3 +59,28 @@ class FolderLock:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def wait_until_free(folders: list[Path], seconds: float) -> None:
+    """Wait until no process holds any of the folders.
+
+    Raises:
+        CheckpointError: one is still held after `seconds`.
+    """
+    until = time.monotonic() + seconds
+    for folder in folders:
+        while _is_held(folder):
+            if time.monotonic() > until:
+                raise CheckpointError(f"{folder}: another run is still writing there")
+            time.sleep(0.1)
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with (folder / ".lock").open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock yet
+        return False
+    return False

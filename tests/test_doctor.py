@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from bert_glue import device_probe, doctor, doctor_checks, training
+from bert_glue.command_line import parse
 from bert_glue.errors import DivergedError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -324,9 +326,15 @@ def test_a_loss_that_is_not_finite_is_no_proof(monkeypatch) -> None:
 
 
 def test_the_recipe_is_the_launchers() -> None:
-    text = (REPOSITORY / "test/train_full_1p.sh").read_text()
-    for name, value in device_probe.DEFAULT_RECIPE.items():
-        assert (f"--{name} " if value is True else f"--{name} {value}") in f"{text} "
+    """RECIPE of the launcher, word for word."""
+    text = (REPOSITORY / "test/train_full_1p.sh").read_text().replace("\n", " ")
+    words = re.search(r"RECIPE=\((.*?)\)", text)[1].split()
+    launcher = parse([*words, "--sample", "--task_name=sst2", "--output_dir=nowhere"])
+    ours = device_probe._arguments("auto", {})
+    for name in ("learning_rate", "logging_steps", "max_steps", "seed", "save_strategy", "disable_tqdm"):
+        ours = replace(ours, **{name: getattr(launcher, name)})
+    batches = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
+    assert replace(launcher, **batches, dataloader_drop_last=False) == ours
 
 
 def test_interruption_is_no_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,173 @@
+"""Mean, deviation and best over the seeds of each task, with what a constant would score beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bert_glue.sweep_plan import SweepRun
+
+COLUMNS = (
+    "task", "split", "trial", "chosen", "metric", "runs", "missing", "mean", "std", "standard_error_of_mean", "best",
+    "best_seed", "worst", "majority_baseline", "accuracy_error_points", "collapsed_seeds", "mean_without_collapsed",
+    "samples_per_second", "sample_data",
+)  # fmt: skip
+
+
+def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]:
+    """All figures of a sweep.
+
+    Args:
+        runs: finished or not.
+        failures: folder -> why its run failed for good.
+
+    Returns:
+        `groups`: one a task, evaluation split and choice of flags, figures x100 (points), null where
+        there are too few runs; `runs`: one a run, with its state.
+    """
+    found = {run.folder: run.results() for run in runs}
+    groups: dict[tuple[str, tuple], list[SweepRun]] = {}
+    for run in runs:
+        key = (run.task.name, tuple(run.chosen.items()), run.trial)
+        groups.setdefault(key, []).append(run)
+    return {
+        "groups": [
+            _group(members, split, suffix, found)
+            for members in groups.values()
+            for split, suffix, _ in members[0].task.evaluation
+        ],
+        "runs": [_row(run, found[run.folder], failures.get(run.folder)) for run in runs],
+    }
+
+
+def collapsed(run: SweepRun, results: dict[str, Any]) -> str | None:
+    """Why a finished run learned nothing; None if it did."""
+    reasons = (results.get(f"eval_collapsed{suffix}") for _, suffix, _ in run.task.evaluation)
+    return next(filter(None, [*reasons, results.get("train_collapsed")]), None)
+
+
+def best_mean(runs: list[SweepRun], key: str) -> float | None:
+    """The highest mean over seeds of one entry of all_results.json, among the settings of one task.
+
+    None where no setting has all of its runs done with such a figure.
+    """
+    found: dict[tuple, list[float | None]] = {}
+    for run in runs:
+        found.setdefault((run.trial, *run.chosen.items()), []).append((run.results() or {}).get(key))
+    return max((statistics.fmean(values) for values in found.values() if None not in values), default=None)
+
+
+def _group(
+    members: list[SweepRun], split: str, suffix: str, found: dict[Path, dict[str, Any] | None]
+) -> dict[str, Any]:
+    task = members[0].task
+    done = [(run.seed, run, found[run.folder]) for run in members if found[run.folder] is not None]
+    key = f"eval_{task.headline}{suffix}"
+    # A metric that does not exist (null with a reason) belongs to a collapsed run and has no mean.
+    scored = [(100 * results[key], seed) for seed, _, results in done if results.get(key) is not None]
+    lost = [seed for seed, run, results in done if collapsed(run, results)]
+    values, sound = [v for v, _ in scored], [v for v, seed in scored if seed not in lost]
+    speeds = [r["train_samples_per_second"] for _, _, r in done if r.get("train_samples_per_second") is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    errors = [
+        r[f"eval_accuracy_error_points{suffix}"] for _, _, r in done if r.get(f"eval_accuracy_error_points{suffix}")
+    ]
+    baseline = next((r.get(f"eval_majority_baseline{suffix}") for _, _, r in done), None)
+    return {
+        "task": task.name,
+        "split": split,
+        "trial": members[0].trial,
+        "chosen": dict(members[0].chosen),
+        "metric": task.headline,
+        "runs": len(values),
+        "missing": len(members) - len(values),
+        "mean": statistics.fmean(values) if values else None,
+        "std": deviation,
+        "standard_error_of_mean": None if deviation is None else deviation / math.sqrt(len(values)),
+        "best": max(values, default=None),
+        "best_seed": max(scored, default=(None, None))[1],
+        "worst": min(values, default=None),
+        "majority_baseline": None if baseline is None else 100 * baseline,
+        "accuracy_error_points": statistics.fmean(errors) if errors else None,
+        "collapsed_seeds": lost,
+        "mean_without_collapsed": statistics.fmean(sound) if sound else None,
+        "samples_per_second": statistics.fmean(speeds) if speeds else None,
+        "sample_data": any(results.get("sample_data") for _, _, results in done),
+    }
+
+
+def _row(run: SweepRun, results: dict[str, Any] | None, failure: str | None) -> dict[str, Any]:
+    state = (
+        "done" if results is not None else "failed" if failure else "unfinished" if run.is_started() else "not started"
+    )
+    row = {"task": run.task.name, "seed": run.seed, "chosen": run.chosen, "folder": str(run.folder), "state": state}
+    if failure:
+        row["failure"] = failure
+    if results is not None:
+        row["metrics"] = {
+            f"{metric}{suffix}": results.get(f"eval_{metric}{suffix}")
+            for _, suffix, _ in run.task.evaluation
+            for metric in run.task.metrics
+        }
+        row["collapsed"] = collapsed(run, results)
+        row["seconds"] = results.get("e2e_runtime")
+        row["device"] = results.get("device_name")
+        row["precision"] = results.get("precision")
+    return row
+
+
+def write(output_dir: Path, summary: dict[str, Any]) -> None:
+    """`summary.json` and `summary.csv`, each never seen half-written.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    import json
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for group in summary["groups"]:
+        writer.writerow([_cell(group[column]) for column in COLUMNS])
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    for name, content in (("summary.json", text), ("summary.csv", table.getvalue())):
+        aside = output_dir / f".{name}.{os.getpid()}"
+        aside.write_text(content, encoding="utf-8")
+        os.replace(aside, output_dir / name)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={text}" for name, text in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """The groups as a plain table, notes below."""
+    header = ("task", "metric", "runs", "mean", "std", "best", "majority", "acc. error", "collapsed seeds")
+    rows = [header]
+    for group in summary["groups"]:
+        name = " ".join([group["task"], *(f"{k}={v}" for k, v in group["chosen"].items())])
+        if group["trial"] is not None:
+            name = f"{group['task']} trial {group['trial']}"
+        if group["split"] != "validation":
+            name += f" {group['split'].removeprefix('validation_')}"
+        figures = (_points(group[k]) for k in ("mean", "std", "best", "majority_baseline", "accuracy_error_points"))
+        of_all = f"{group['runs']}/{group['runs'] + group['missing']}"
+        lost = ",".join(map(str, group["collapsed_seeds"])) or "-"
+        rows.append((name, group["metric"], of_all, *figures, lost))
+    widths = [max(len(row[at]) for row in rows) for at in range(len(header))]
+    found = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if any(group["sample_data"] for group in summary["groups"]):
+        found.append("sample data, not GLUE")
+    found.append("points (x100); majority: the metric of a constant prediction; acc. error: of the dev set's size")
+    return found
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
