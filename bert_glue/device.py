@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from bert_glue.errors import MachineError, UsageError, did_you_mean
+from bert_glue.npu_install import explain
 
 KINDS = ("npu", "cuda", "cpu")
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -19,6 +23,7 @@ _FIXES = {
     "cuda": "install a CUDA build of torch and check `nvidia-smi`",
     "cpu": "",
 }
+_NO_NPU = "torch_npu is installed: check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES and a container's --device flags"
 
 
 def _torch_npu():
@@ -29,13 +34,16 @@ def _torch_npu():
     """
     try:
         import torch_npu
-    except ModuleNotFoundError as error:
-        if error.name == "torch_npu":
-            return None
-        raise MachineError(f"torch_npu cannot be imported: {error}; {_FIXES['npu']}") from error
     except Exception as error:  # a wrong torch/torch_npu/CANN triple fails in many ways
-        raise MachineError(f"torch_npu cannot be imported: {error}; {_FIXES['npu']}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            return None
+        raise MachineError(explain(error)) from error
     return torch_npu
+
+
+def torch_npu_of(device: torch.device) -> ModuleType | None:
+    """torch_npu for tensors on its device, None for any other tensors."""
+    return _torch_npu() if device.type == "npu" else None
 
 
 def _module(kind: str):
@@ -111,6 +119,9 @@ class Device:
         """
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = tf32
+        if self.kind != "npu":
+            # Libraries that look for torch_npu import it unguarded; one that is broken must not end this run.
+            sys.modules.setdefault("torch_npu", None)
         if self.is_host:
             _keep_freed_pages()
             return
@@ -199,6 +210,19 @@ def _keep_freed_pages() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def _here() -> str:
+    """Kinds that can be used now; a broken package of another kind is none."""
+    usable = []
+    for kind in KINDS:
+        with suppress(MachineError):
+            usable += [kind] if is_available(kind) else []
+    return ", ".join(usable)
+
+
+def _fix(kind: str) -> str:
+    return _NO_NPU if kind == "npu" and _torch_npu() is not None else _FIXES[kind]
+
+
 def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -> Device:
     """The device that `--device` means on this machine.
 
@@ -222,8 +246,7 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
     if kind == "auto":
         kind = next(k for k in KINDS if is_available(k))
     elif not is_available(kind):
-        here = ", ".join(k for k in KINDS if is_available(k))
-        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {here}); {_FIXES[kind]}")
+        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {_here()}); {_fix(kind)}")
     if kind == "cpu":
         return Device("cpu")
     number, count = int(index) if index else local_rank, _module(kind).device_count()
@@ -246,6 +269,7 @@ def has_packed_npu_attention() -> bool:
         torch_npu.npu_fusion_attention(
             probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
         )
+        torch.npu.synchronize()  # with a task queue an operator's refusal comes no earlier
     except RuntimeError:
         return False
     return True

@@ -22,8 +22,6 @@ from bert_glue.doctor_checks import REPOSITORY, HubCheck, Problem, disk, memory,
 from bert_glue.doctor_text import lines
 
 _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_BREAKS_TORCH = "install torch_npu of torch's own version and source CANN's set_env.sh"
-_NO_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def main(argv: list[str]) -> int:
@@ -100,30 +98,20 @@ def _first_line(text: str) -> str:
 
 def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
     """The lines of bert_glue.device_probe by their kind, and problems with the process itself."""
-    facts = _run_probe(requested, time_limit, problems, {})
+    facts = _run_probe(requested, time_limit, problems)
     failed = facts.get("torch", [{}])[0].get("problem")
-    if failed and _NO_AUTOLOAD not in os.environ:
-        # torch loads torch_npu when it is imported: without that, is torch itself sound?
-        again = _run_probe(requested, time_limit, [], {_NO_AUTOLOAD: "0"})
-        if "problem" not in again.get("torch", [{"problem": ""}])[0]:
-            fix = f"{_BREAKS_TORCH}; other devices train with {_NO_AUTOLOAD}=0"
-            problems.append(Problem(f"torch_npu keeps torch from being imported: {failed}", fix))
-            # Nothing trains until that is mended, whatever was found without it.
-            return {name: found for name, found in again.items() if name == "apex"}
     if failed:
         fix = f"{sys.executable} -m pip install -r requirements.txt"
         problems.append(Problem(f"torch or a module beside it cannot be imported: {failed}", fix))
     return facts
 
 
-def _run_probe(
-    requested: str, time_limit: float, problems: list[Problem], more: dict[str, str]
-) -> dict[str, list[dict[str, Any]]]:
+def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
     environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     path = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     child = subprocess.Popen(
         [sys.executable, "-m", "bert_glue.device_probe", requested],
-        env={**environment, "PYTHONPATH": path, **more},
+        env={**environment, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

@@ -14,9 +14,11 @@ import torch
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
 from bert_glue.flat import FlatGroup
+from bert_glue.npu_optim import NoFusedOptimizer, npu_fused_adamw
 
 _WHOLE_PARAMETER = ("adafactor", "lamb")
-_FUSED = ("adamw_torch_fused", "adamw_apex_fused", "adamw_apex_fused_npu", "adamw_torch_npu_fused")
+_FUSED_NPU = ("adamw_torch_npu_fused", "adamw_apex_fused_npu")  # Ascend apex's own steps under its amp only
+_FUSED = ("adamw_torch_fused", "adamw_apex_fused", *_FUSED_NPU)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -103,6 +105,12 @@ def build_optimizer(
 def _adamw(args: Arguments, params: list[dict], options: dict) -> tuple[torch.optim.Optimizer, str]:
     """torch's AdamW, fused where the device has it; bias correction is always on."""
     wants_fused = args.optim in _FUSED
+    if args.optim in _FUSED_NPU and not (args.strict_optim and args.optim == "adamw_apex_fused_npu"):
+        try:
+            return npu_fused_adamw(params, **options), "adamw_torch_npu_fused"
+        except NoFusedOptimizer as error:
+            if args.strict_optim:
+                raise MachineError(f"--optim {args.optim} --strict_optim: {error}") from error
     if args.strict_optim and args.optim in _FUSED[1:]:
         raise MachineError(f"--optim {args.optim} --strict_optim: not available here; adamw_torch_fused is")
     used = "adamw_torch_fused" if wants_fused else "adamw_torch"

@@ -208,5 +208,7 @@ def _load_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         kind, number, *rest = name.split(".", 2)
         if kind == "state":
+            if value.dim() == 0 and not value.is_floating_point():
+                value = value.item()  # a count that was a python number: torch_npu's fused AdamW, Adafactor
             states.setdefault(int(number), {})[rest[0]] = value
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": states})

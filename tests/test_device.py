@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bert_glue import device
+from bert_glue import device, npu_install
 from bert_glue.device import Device, is_available, resolve_device
 from bert_glue.errors import MachineError, UsageError
 
@@ -75,12 +75,57 @@ def test_an_absent_index(three_gpus, requested, local_rank):
         resolve_device(requested, local_rank)
 
 
-def test_a_broken_torch_npu_is_explained(monkeypatch, tmp_path):
-    (tmp_path / "torch_npu.py").write_text("raise ImportError('libascendcl.so: undefined symbol')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
-    with pytest.raises(MachineError, match="undefined symbol.*set_env.sh"):
+@pytest.fixture
+def broken_torch_npu(monkeypatch, tmp_path):
+    """Makes a torch_npu of a version that fails with a message; the versions that torch and it tell of are given."""
+
+    def make(message: str, torch_npu: str = "2.13.0", torch_version: str = "2.13.0+cpu") -> None:
+        (tmp_path / "torch_npu.py").write_text(f"raise ImportError({message!r})")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+        versions = {"torch": torch_version, "torch_npu": torch_npu}
+        monkeypatch.setattr(npu_install.metadata, "version", versions.__getitem__)
+        monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("message", "versions", "fix"),
+    [
+        ("libtorch_npu.so: undefined symbol: _ZN3c10", {}, "built for another torch or CANN"),
+        ("libhccl.so: cannot open shared object file: No such file or directory", {}, "source its set_env.sh"),
+        ("ASCEND_OPP_PATH environment variable is not set", {}, "source its set_env.sh"),
+        ("undefined symbol: x", {"torch_npu": "2.12.0.post2"}, "built for torch 2.12.0, not 2.13.0+cpu"),
+        ("undefined symbol: x", {"torch_version": "2.6.0"}, "install torch==2.13.0, or the torch_npu of torch 2.6.0"),
+        ("Two accelerators cannot be used at the same time", {}, "install the CPU build of torch"),
+        ("something new\nand more", {}, "reinstall a matching pair"),
+    ],
+)
+def test_a_broken_torch_npu_is_explained(broken_torch_npu, message, versions, fix):
+    broken_torch_npu(message, **versions)
+    with pytest.raises(MachineError) as caught:
         is_available("npu")
+    first, here, *table = str(caught.value).splitlines()
+    assert first.startswith(f"torch_npu cannot be imported: {message.splitlines()[0]}; ") and fix in first
+    assert "ASCEND_HOME_PATH is not set" in here and versions.get("torch_npu", "2.13.0") in here
+    assert any("2.12.0: CANN 9.1.0" in line for line in table) and "--device cpu" in table[-1]
+
+
+def test_a_broken_torch_npu_leaves_other_devices_alone(broken_torch_npu):
+    broken_torch_npu("undefined symbol")
+    resolve_device("cpu").activate()
+    assert sys.modules["torch_npu"] is None  # transformers and accelerate import it where they find it
+    del sys.modules["torch_npu"]
+    with pytest.raises(MachineError, match="no cuda device here .there is: cpu."):
+        resolve_device("cuda")
+
+
+def test_a_torch_npu_without_a_device_says_what_to_check(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+    monkeypatch.setattr(device, "_module", lambda kind: None)
+    with pytest.raises(MachineError, match="npu-smi info.*ASCEND_RT_VISIBLE_DEVICES"):
+        resolve_device("npu:0")
 
 
 def test_without_torch_npu_there_is_no_npu(monkeypatch):
