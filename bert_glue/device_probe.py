@@ -102,10 +102,14 @@ def _apex() -> dict[str, Any]:
 
 def _arguments(requested: str, precision: dict[str, Any]) -> Any:
     from bert_glue.command_line import parse
-    from bert_glue.published_recipe import PUBLISHED_RECIPE
 
-    flags = [f"--{name}={value}" for name, value in PUBLISHED_RECIPE.items()]
-    args = parse([*flags, "--sample", "--task_name=sst2", "--output_dir=nowhere", f"--device={requested}"])
+    # As test/train_full_1p.sh would for real data.
+    args = parse(
+        [
+            "--recipe=reference", "--task_name=sst2", "--sample", "--do_train", "--do_eval", "--skip_steps=5",
+            "--fallback_precision=fp32", "--save_total_limit=1", "--output_dir=nowhere", f"--device={requested}",
+        ]
+    )  # fmt: skip
     return replace(
         args, **precision, max_steps=_STEPS, logging_steps=1, save_strategy="no", learning_rate=1e-3,
         dataloader_drop_last=False, disable_tqdm=True, seed=0,

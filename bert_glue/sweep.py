@@ -8,8 +8,8 @@ below the one-device ones, because a global batch of 256 leaves a few hundred up
 runs take the same time for eight results, each at the full figure; and one seed is noise anyway.
 
 Stop it in any way (signals save checkpoints) and give the same command again: finished runs are kept,
-unfinished ones continue. Exit codes: 0 every run is done; 2 usage, nothing was started; 130, 143 ended
-by a signal; 8 a mean misses a bound of --expect; else some runs failed: the exit code of all of them if
+unfinished ones continue. Exit codes: 0 every run is done; 2 usage, nothing was started; 129, 130, 143
+ended by a signal; 8 a mean misses a bound of --expect; else some runs failed: the exit code of all of them if
 they share one, or 1.
 """
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample", action="store_true", help="generated sample data (not GLUE); without --model a tiny BERT")
     add("--data_path", metavar="FOLDER", help="the original GLUE folder; default: the hub's data")
     add("--model", "--model_name_or_path", metavar="NAME", help="folder or hub name; default: bert-large-cased")
+    add("--recipe", default="reference", metavar="NAME", help="reference (default), stable, ... or a config file")
     add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
     add("--devices", default="auto", metavar="LIST", help="such as npu:0,npu:1; auto (default): all of the best kind")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
@@ -185,7 +186,7 @@ def _suite(args: argparse.Namespace, extra: tuple[str, ...]) -> Suite:
     source += [f"--data_path={args.data_path}"] if args.data_path else []
     local = Path(__file__).resolve().parents[1] / "bert-large-cased"
     default = None if args.sample else str(local) if local.is_dir() else "google-bert/bert-large-cased"
-    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra)
+    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, args.recipe)
 
 
 def _state(run: SweepRun) -> str:

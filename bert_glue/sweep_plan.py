@@ -13,10 +13,11 @@ from typing import Any
 
 from bert_glue.arguments import FLAGS
 from bert_glue.command_line import as_config, parse
-from bert_glue.config_file import CONFIG_SUFFIXES, read_config
+from bert_glue.config_file import CONFIG_SUFFIXES, read_config, value_text
 from bert_glue.errors import UsageError
 from bert_glue.launch_results import published_epochs
-from bert_glue.published_recipe import PUBLISHED_LEARNING_RATE, PUBLISHED_RECIPE
+from bert_glue.recipes import recipe_file
+from bert_glue.sample import SAMPLE_RECIPE
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask
 
 SETTINGS_FILE = "sweep_run.json"
@@ -27,8 +28,14 @@ _FREE = {
     "token", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "save_total_limit",
     "expect",
 }  # fmt: skip
+# A checkpoint an epoch lets a killed run go on.
+_LAUNCHER = {
+    "do_train": "true", "do_eval": "true", "fallback_precision": "fp32", "skip_steps": "5", "save_strategy": "epoch",
+    "save_total_limit": "1",
+}  # fmt: skip
 _OURS = (
     "seed", "task_name", "output_dir", "device", "resume_from_checkpoint", "expect", "sample", "do_train", "do_eval",
+    "recipe",
 )  # fmt: skip
 
 
@@ -154,12 +161,14 @@ class Suite:
         model: `--model_name_or_path`; None with `--sample` for the tiny BERT.
         source: flags that choose the data.
         extra: flags behind `--`; they go before all others.
+        recipe: as `--recipe` of run_glue.py.
     """
 
     output_dir: Path
     model: str | None
     source: tuple[str, ...]
     extra: tuple[str, ...] = ()
+    recipe: str = "reference"
 
     def run(self, task: GlueTask, seed: int, chosen: dict[str, str], trial: int | None = None) -> SweepRun:
         """One run, its command line checked.
@@ -167,12 +176,7 @@ class Suite:
         Raises:
             UsageError: run_glue.py would refuse it; all problems.
         """
-        recipe = dict(PUBLISHED_RECIPE)  # a checkpoint an epoch lets a killed run go on
-        if not ("--sample" in self.source and self.model is None):
-            recipe |= {
-                "learning_rate": PUBLISHED_LEARNING_RATE,
-                "num_train_epochs": str(published_epochs(task.name)[1]),
-            }
+        recipe = self._recipe(task)
         if self.model is not None:
             recipe["model_name_or_path"] = self.model
         recipe |= {**chosen, "seed": str(seed), "task_name": task.name}
@@ -188,6 +192,18 @@ class Suite:
         settings = {name: value for name, value in as_config(parse(flags)).items() if name not in _FREE}
         run = SweepRun(task, seed, chosen, folder, tuple(flags), trial)
         return replace(run, settings=json.loads(json.dumps(settings)))
+
+    def _recipe(self, task: GlueTask) -> dict[str, str]:
+        """The flags of the recipe for a task, each as text, and those that every launcher adds."""
+        flags = dict(_LAUNCHER)
+        for entry in read_config(recipe_file(self.recipe, task.name)):
+            try:
+                flags[entry.key] = value_text(entry) or "none"
+            except ValueError as error:
+                raise UsageError(f"{entry.where}: {entry.key}: {error}") from None
+        if "--sample" in self.source and self.model is None:  # the tiny BERT has its own
+            flags = {name: value for name, value in flags.items() if name not in SAMPLE_RECIPE}
+        return flags
 
     def _given(self) -> tuple[tuple[str, ...], set[str]]:
         """The config file that `extra` may begin with, and the flags set there and behind it."""

@@ -110,7 +110,10 @@ class Queue:
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -204,7 +207,9 @@ class Queue:
         while self.running and self._handed_on < self._signals:
             self._handed_on += 1
             for attempt in self.running:
-                attempt.process.send_signal(self.stop_signal)
+                # run_glue.py saves at the first two only.
+                is_known = self.stop_signal in (signal.SIGINT, signal.SIGTERM)
+                attempt.process.send_signal(self.stop_signal if is_known else signal.SIGTERM)
         if self.running and time.monotonic() > self._deadline:
             self.tell(f"{len(self.running)} runs did not end within {self.grace:g} s: killed")
             self._kill()

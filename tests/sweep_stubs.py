@@ -68,6 +68,7 @@ def stub_repository(tmp_path: Path) -> Path:
     """A copy of the package beside the stub."""
     root = tmp_path / "a clone"
     shutil.copytree(REPOSITORY / "bert_glue", root / "bert_glue", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "configs", root / "configs")
     (root / "run_glue.py").write_text(STUB_RUN_GLUE, encoding="utf-8")
     return root
 

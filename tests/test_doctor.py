@@ -333,8 +333,8 @@ def test_the_recipe_is_the_launchers() -> None:
     ours = device_probe._arguments("auto", {})
     for name in ("learning_rate", "logging_steps", "max_steps", "seed", "save_strategy", "disable_tqdm"):
         ours = replace(ours, **{name: getattr(launcher, name)})
-    batches = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
-    assert replace(launcher, **batches, dataloader_drop_last=False) == ours
+    batches = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32, "num_train_epochs": 3.0}
+    assert replace(launcher, **batches, dataloader_drop_last=False, recipe="reference") == ours
 
 
 def test_interruption_is_no_traceback(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def test_every_run_gets_the_published_recipe_and_its_own_folder(sweep: Sweep) ->
     done = sweep.run("--tasks=rte,mrpc", "--seeds", "1,2", "--", "--weight_decay", "0.01")
     assert done.returncode == 0, done.stderr
     argv = sweep.attempts("mrpc", 2)[0]["argv"]
-    assert {"--task_name=mrpc", "--seed=2", "--num_train_epochs=5", "--learning_rate=2e-5", "--fp16=true"} <= set(argv)
+    assert {"--task_name=mrpc", "--seed=2", "--num_train_epochs=5.0", "--learning_rate=2e-05", "--fp16=true"} <= set(
+        argv
+    )
     assert "--weight_decay" in argv and "--device=cpu" in argv
     assert len(sweep.summary()["runs"]) == 4
     assert done.stdout.index("start mrpc") < done.stdout.index("start rte")  # longest first
@@ -61,6 +63,16 @@ def test_flags_behind_the_dashes_replace_the_recipes(sweep: Sweep) -> None:
     assert not [
         word for word in argv if word.startswith(("--fp16=", "--learning_rate", "--per_device_train", "--use_"))
     ]
+
+
+def test_the_stable_recipe_by_name_and_the_tiny_berts_own_settings(sweep: Sweep) -> None:
+    done = sweep.run("--dry_run", *MRPC, "1", "--recipe", "stable")
+    assert "--num_train_epochs=20.0" in done.stdout and "--early_stopping_patience=5" in done.stdout
+    runs = plan(Suite(sweep.output, None, ("--sample",)), [TASKS["mrpc"]], [1], [])
+    assert not [flag for flag in runs[0].flags if flag.startswith(("--learning_rate", "--num_train_epochs"))]
+    assert runs[0].settings["learning_rate"] == 5e-4
+    done = sweep.run(*MRPC, "1", "--recipe", "stabel")
+    assert done.returncode == 2 and "Did you mean stable?" in done.stderr
 
 
 def test_threads_are_divided_and_the_users_own_kept(sweep: Sweep) -> None:
@@ -231,7 +243,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep) -> None:
 # Signals
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_lets_every_run_save_and_the_same_command_goes_on(sweep: Sweep, number: int, code: int) -> None:
     sweep.stub = {f"mrpc-{seed}": {"steps": 40} for seed in (1, 2)}
     child = sweep.start(*MRPC, "1-3", "--jobs", "2")
@@ -239,7 +251,8 @@ def test_a_signal_lets_every_run_save_and_the_same_command_goes_on(sweep: Sweep,
     child.send_signal(number)
     out, err = child.communicate(timeout=30)
     assert child.returncode == code and "Traceback" not in err
-    assert out.count(f"(exit code {code})") == 2 and "the same command continues" in err
+    of_a_run = 143 if number == signal.SIGHUP else code  # run_glue.py knows no SIGHUP
+    assert out.count(f"(exit code {of_a_run})") == 2 and "the same command continues" in err
     assert not sweep.folder("mrpc", 3).exists()
     assert {run["state"] for run in sweep.summary()["runs"]} == {"unfinished", "not started"}
     assert sweep.run(*MRPC, "1-3").returncode == 0
