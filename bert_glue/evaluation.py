@@ -13,7 +13,7 @@ from bert_glue.batching import Assembler, TokenSplit, ahead, evaluation_batches
 from bert_glue.collapse import collapsed_predictions
 from bert_glue.device import Device
 from bert_glue.errors import DivergedError
-from bert_glue.precision import Precision
+from bert_glue.precision import InferencePrecision, Precision
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
 
@@ -37,7 +37,7 @@ class Evaluator:
     assemble: Assembler
     batch_size: int
     ranks: Ranks
-    precision: Precision
+    precision: Precision | InferencePrecision
     stop_asked: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
@@ -75,22 +75,33 @@ def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0]
 
 
-def mean_loss(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Cross-entropy, or squared error for regression, averaged over `[rows]`."""
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of `[rows, labels]` logits, float64."""
+    shares = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy, or squared error for regression, of each row, `[rows]` float64."""
     x = logits.astype(np.float64)
     if task.is_regression:
-        return float(np.mean((x[:, 0] - labels) ** 2))
+        return (x[:, 0] - labels) ** 2
     top = x.max(1, keepdims=True)
     log_sum = np.log(np.exp(x - top).sum(1)) + top[:, 0]
-    return float(np.mean(log_sum - x[np.arange(len(x)), labels]))
+    return log_sum - x[np.arange(len(x)), labels]
 
 
-def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]) -> dict[str, float | str | None]:
+def evaluate(
+    evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit], kept: dict[str, np.ndarray] | None = None
+) -> dict[str, float | str | None]:
     """`eval_*` results of every labelled split of a task, MNLI's two under distinct keys.
 
     Beside the metrics (0..1): `majority_baseline`, the headline metric of a constant prediction;
     `accuracy_error_points`, the binomial standard error of the accuracy x100; `collapsed`, why the
     predictions carry nothing, or None.
+
+    Args:
+        kept: gets the logits of each split, `[rows, labels]`.
 
     Raises:
         DivergedError: logits are not finite.
@@ -111,9 +122,11 @@ def evaluate(evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit]
         seconds = time.perf_counter() - begin
         if not np.isfinite(logits).all():
             raise DivergedError(f"logits on {name} are not finite (NaN or Inf): the weights have diverged")
+        if kept is not None:
+            kept[name] = logits
         predictions = predictions_of(task, logits)
         scores = compute_metrics(task, predictions, split.labels)
-        results[f"eval_loss{suffix}"] = mean_loss(task, logits, split.labels)
+        results[f"eval_loss{suffix}"] = float(row_losses(task, logits, split.labels).mean())
         results |= {f"eval_{key}{suffix}": value for key, value in scores.items()}
         results |= {f"eval_{key}{suffix}_reason": text for key, text in scores.reasons.items()}
         results[f"eval_majority_baseline{suffix}"] = majority_baseline(task, split.labels)

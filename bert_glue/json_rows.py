@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,27 @@ def read_json(path: Path) -> Table:
     text = read_text(path)
     start, _ = _skip(text, 0, 1)
     if text.startswith("[", start):
-        return _records(path, list(_list_rows(path, text, start)), "line")
+        return _records(str(path), list(_list_rows(path, text, start)), "line")
     # Stops at the first object's end, so this costs nothing for a file of one object a line.
     document = _parse_or_none(text)
     if isinstance(document, dict) and isinstance(document.get("data"), list):
-        return _records(path, list(enumerate(document["data"], 1)), "row")
-    problems = Problems(str(path))
-    rows = list(_line_rows(path, text, problems))
+        return _records(str(path), list(enumerate(document["data"], 1)), "row")
+    return json_lines(str(path), text.rstrip().split("\n"), 1)
+
+
+def json_lines(origin: str, lines: Iterable[str], first_line: int) -> Table:
+    """One object a line as a table.
+
+    Args:
+        first_line: number of the first of the lines.
+
+    Raises:
+        DataError: a line is not JSON or no object.
+    """
+    problems = Problems(origin)
+    rows = list(_line_rows(origin, lines, first_line, problems))
     problems.raise_any()
-    return _records(path, rows, "line")
+    return _records(origin, rows, "line")
 
 
 def _parse_or_none(text: str) -> Any:
@@ -59,12 +71,12 @@ def _json_problem(error: Exception) -> str:
     return f"not JSON that can be read: {error}"
 
 
-def _line_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
+def _line_rows(origin: str, lines: Iterable[str], first: int, problems: Problems) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, first):
         try:
             yield number, _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            problems.add(f"{path}:{number}", _json_problem(error) if line.strip() else "the line is empty")
+            problems.add(f"{origin}:{number}", _json_problem(error) if line.strip() else "the line is empty")
 
 
 def _skip(text: str, at: int, line: int) -> tuple[int, int]:
@@ -93,13 +105,13 @@ def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}:{getattr(error, 'lineno', line)}: {_json_problem(error)}") from None
 
 
-def _records(path: Path, rows: list[tuple[int, Any]], unit: str) -> Table:
-    table = Table(str(path), {}, [place for place, _ in rows], unit)
-    problems = Problems(str(path))
+def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
+    table = Table(origin, {}, [place for place, _ in rows], unit)
+    problems = Problems(origin)
     for at, (_, row) in enumerate(rows):
         if not isinstance(row, dict):
             problems.add(table.where(at), f"{repr(row)[:40]} is not an object")
     problems.raise_any()
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     columns = [[row.get(name) for _, row in rows] for name in names]
-    return build_table(str(path), names, columns, table.places, unit)
+    return build_table(origin, names, columns, table.places, unit)

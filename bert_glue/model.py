@@ -29,6 +29,8 @@ from bert_glue.weights import (
     weight_files,
 )
 
+_FRESH = "started anew, not in the checkpoint: "
+
 
 class PaddedClassifier(nn.Module):
     """transformers' own classifier behind the interface of the packed one; its dropout is torch's."""
@@ -63,6 +65,11 @@ class LoadedModel:
     is_packed: bool
     why_padded: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_fresh(self) -> bool:
+        """True if a part of it, such as the head, was not in the checkpoint and starts at random."""
+        return any(note.startswith(_FRESH) for note in self.notes)
 
     @property
     def position_limit(self) -> int:
@@ -212,7 +219,7 @@ def _packed(
     tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
     if fresh:
-        return module, [f"started anew, not in the checkpoint: {', '.join(fresh)}"]
+        return module, [_FRESH + ", ".join(fresh)]
     return module, _reorder_head(module.head_output, stored_labels, task)
 
 
@@ -275,6 +282,6 @@ def _stock(
     if encoder:
         raise MachineError(f"the weights do not fit config.json: {', '.join(encoder[:5])} missing or of another shape")
     if fresh:
-        return PaddedClassifier(stock), [f"started anew, not in the checkpoint: {', '.join(fresh)}"]
+        return PaddedClassifier(stock), [_FRESH + ", ".join(fresh)]
     heads = [part for part in stock.modules() if isinstance(part, nn.Linear) and part.out_features == task.num_labels]
     return PaddedClassifier(stock), _reorder_head(heads[-1], stored_labels, task) if heads else []

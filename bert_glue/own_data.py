@@ -43,10 +43,15 @@ def describe(table: Table, name: str) -> GlueTask:
         DataError: no text column, no label column, or a single label.
     """
     labels = _labels(table)
-    return own_task(re.sub(r"[^\w.-]", "_", name), _text_columns(table), labels)
+    return own_task(re.sub(r"[^\w.-]", "_", name), text_columns(table), labels)
 
 
-def _text_columns(table: Table) -> tuple[str, ...]:
+def text_columns(table: Table) -> tuple[str, ...]:
+    """sentence1 and sentence2 if both are there, else the first two (or the one) columns of texts.
+
+    Raises:
+        DataError: there is none.
+    """
     if all(name in table.columns for name in _PAIR):
         return _PAIR
     texts = [name for name, values in table.columns.items() if name.lower() not in _NOT_TEXTS and _is_text(values)]

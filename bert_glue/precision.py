@@ -81,6 +81,30 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
     return PrecisionPlan(args.fp16_opt_level, dtype, None if args.loss_scale == "dynamic" else float(args.loss_scale))
 
 
+def _autocast(plan: PrecisionPlan, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype=plan.dtype) if plan.level == "O1" else nullcontext()
+
+
+class InferencePrecision:
+    """A module's parameters at one O-level, without masters and gradients.
+
+    Args:
+        plan: what to do.
+        module: on its device, in fp32; converted in place.
+    """
+
+    def __init__(self, plan: PrecisionPlan, module: nn.Module):
+        self.plan = plan
+        module.requires_grad_(False)
+        if plan.level in ("O2", "O3"):
+            module.to(plan.dtype)
+        self.device = next(module.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of the forward pass: autocast at O1, nothing otherwise."""
+        return _autocast(self.plan, self.device)
+
+
 class Precision:
     """A module's parameters at one O-level, its gradients, and the loss scale.
 
@@ -110,9 +134,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass: autocast at O1, nothing otherwise."""
-        if self.plan.level != "O1":
-            return nullcontext()
-        return torch.autocast(self.groups[0].data.device.type, dtype=self.plan.dtype)
+        return _autocast(self.plan, self.groups[0].data.device)
 
     def zero_gradients(self) -> None:
         """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""

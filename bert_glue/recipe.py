@@ -216,6 +216,7 @@ def _facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ran
     return {
         "task_name": data.task.name,
         "headline_metric": data.task.headline,
+        "text_columns": list(data.task.columns),
         "model_name_or_path": args.model_name_or_path,
         "data": data.source,
         "sample_data": data.is_sample,

@@ -12,7 +12,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,25 +62,40 @@ def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None
     # Blank lines at the very end are no rows; anywhere else they are an error.
     lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
     first = lines[0].split("\t")
-    width = len(first)
-    names: Sequence = first if header else range(width)
+    names: Sequence = first if header else range(len(first))
     if header:
         check_header(f"{path}:1", first)
     if only is not None and not set(only) <= set(names):
         only = None  # a column is missing: the error that follows shall list those that are there
+    return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only)
+
+
+def tsv_rows(
+    origin: str, names: Sequence, lines: list[str], first_line: int, only: Collection[str | int] | None = None
+) -> Table:
+    """Lines of a tsv file, without their ends, as a table.
+
+    Args:
+        names: of all columns.
+        first_line: number of the first of the lines.
+
+    Raises:
+        DataError: as `read_tsv`.
+    """
+    width = len(names)
     kept = [at for at, name in enumerate(names) if only is None or name in only]
     columns: list[list[str]] = [[] for _ in kept]
-    problems = Problems(str(path))
-    for number in range(int(header), len(lines)):
-        fields = lines[number].split("\t")
+    problems = Problems(origin)
+    for number, line in enumerate(lines, first_line):
+        fields = line.split("\t")
         if len(fields) != width:
-            _add_ragged(problems, f"{path}:{number + 1}", fields, width)
+            _add_ragged(problems, f"{origin}:{number}", fields, width)
             continue
         for column, at in zip(columns, kept, strict=True):
             column.append(fields[at])
     problems.raise_any()
-    places = range(int(header) + 1, len(lines) + 1)
-    return build_table(str(path), [names[at] for at in kept], columns, places)
+    places = range(first_line, first_line + len(lines))
+    return build_table(origin, [names[at] for at in kept], columns, places)
 
 
 def header_of(path: Path) -> list[str]:
@@ -92,11 +108,15 @@ def header_of(path: Path) -> list[str]:
         return []
 
 
-def _csv_records(path: Path, text: str, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line the record starts at, fields); a quoted field may span lines."""
+def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line the record starts at, fields); a quoted field may span lines.
+
+    Args:
+        lines: with their ends; ends by a lone CR are none, as it is a character here.
+        problems: gets a broken record, after which nothing more is yielded.
+    """
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, refuses long documents
-    # newline="\n": Python would otherwise end records at a lone CR, which is a character here.
-    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    reader = csv.reader(lines, strict=True)
     start = 1
     try:
         for fields in reader:
@@ -104,7 +124,7 @@ def _csv_records(path: Path, text: str, problems: Problems) -> Iterator[tuple[in
             start = reader.line_num + 1
     except csv.Error as error:
         # Where a closing quote is missing the reader only notices at the end of the file.
-        problems.add(f"{path}:{start}", f"broken csv in the row that starts here: {error}")
+        problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {error}")
 
 
 def read_csv(path: Path) -> Table:
@@ -114,20 +134,31 @@ def read_csv(path: Path) -> Table:
         DataError: not a text file, broken quoting, a ragged row, no rows, a doubled name.
     """
     problems = Problems(str(path))
-    records = _csv_records(path, read_text(path).rstrip("\r\n"), problems)
+    text = read_text(path).rstrip("\r\n")
+    # newline="\n": Python would otherwise end records at a lone CR too.
+    records = csv_records(str(path), io.StringIO(text, newline="\n"), problems)
     names = next(records, (1, []))[1]
     problems.raise_any()
     check_header(f"{path}:1", names)
+    return csv_rows(str(path), names, records, problems)
+
+
+def csv_rows(origin: str, names: list[str], records: Iterable[tuple[int, list[str]]], problems: Problems) -> Table:
+    """Records of a csv file as a table.
+
+    Raises:
+        DataError: as `read_csv`.
+    """
     rows: list[list[str]] = []
     places: list[int] = []
     for line, fields in records:
         if len(fields) != len(names):
-            _add_ragged(problems, f"{path}:{line}", fields, len(names))
+            _add_ragged(problems, f"{origin}:{line}", fields, len(names))
         else:
             rows.append(fields)
             places.append(line)
     problems.raise_any()
-    return build_table(str(path), names, [list(column) for column in zip(*rows, strict=True)], places)
+    return build_table(origin, names, [list(column) for column in zip(*rows, strict=True)], places)
 
 
 def read_parquet(path: Path) -> Table:
@@ -136,35 +167,51 @@ def read_parquet(path: Path) -> Table:
     Raises:
         DataError: not a parquet file, damaged, or no rows.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
+    with parquet_errors(path):
         # Not read_table(path): it would take folder names such as `a=b` for columns.
-        table = pyarrow.parquet.ParquetFile(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        table = open_parquet(path).read()
     return from_arrow(table, str(path))
 
 
-def from_arrow(table: Any, origin: str) -> Table:
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`; open and read it within `parquet_errors`."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Raises DataError where pyarrow cannot open or read a file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:
     """A `pyarrow.Table` as a Table of Python values.
+
+    Args:
+        first_row: number of its first row in the file.
 
     Raises:
         DataError: doubled column names, no rows, or text that is not UTF-8.
     """
     names = table.column_names
     check_header(origin, names)
-    columns = [_arrow_values(table.column(name), name, origin) for name in names]
-    built = build_table(origin, names, columns, range(1, table.num_rows + 1), "row")
+    columns = [_arrow_values(table.column(name), name, origin, first_row) for name in names]
+    built = build_table(origin, names, columns, range(first_row, first_row + table.num_rows), "row")
     return replace(built, class_names=_class_names(table.schema.metadata or {}))
 
 
-def _arrow_values(column: Any, name: str, origin: str) -> list:
+def _arrow_values(column: Any, name: str, origin: str, first_row: int) -> list:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        row = next(at for at, value in enumerate(column, 1) if not _is_readable(value))
+        row = next(at for at, value in enumerate(column, first_row) if not _is_readable(value))
         raise DataError(f"{origin} row {row}: column {name!r} is not UTF-8") from None
 
 

@@ -114,28 +114,49 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path}:1: is UTF-16; save it as UTF-8")
-    if raw.startswith(_LFS_POINTER):
-        raise DataError(f"{path}:1: is a Git-LFS pointer, not the data; run git lfs pull")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
+    raw = without_mark(str(path), raw)
     if not raw.strip():
         raise DataError(f"{path}: is empty")
+    return decoded(str(path), raw)
+
+
+def without_mark(origin: str, raw: bytes) -> bytes:
+    """The beginning of a text file without its byte order mark.
+
+    Raises:
+        DataError: it is UTF-16 or a Git-LFS pointer.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{origin}:1: is UTF-16; save it as UTF-8")
+    if raw.startswith(_LFS_POINTER):
+        raise DataError(f"{origin}:1: is a Git-LFS pointer, not the data; run git lfs pull")
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def decoded(origin: str, raw: bytes, first_line: int = 1) -> str:
+    """Text of whole lines of a file.
+
+    Args:
+        first_line: number of the first of them.
+
+    Raises:
+        DataError: not UTF-8, or a NUL byte; file:line.
+    """
     nul = raw.find(b"\0")
     if nul >= 0:
-        line = raw.count(b"\n", 0, nul) + 1
-        raise DataError(f"{path}:{line}: has a NUL byte; a text file in UTF-8 is needed")
+        line = raw.count(b"\n", 0, nul) + first_line
+        raise DataError(f"{origin}:{line}: has a NUL byte; a text file in UTF-8 is needed")
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        _raise_undecodable(path, raw)
+        _raise_undecodable(origin, raw, first_line)
 
 
-def _raise_undecodable(path: Path, raw: bytes) -> NoReturn:
-    problems = Problems(str(path))
-    for number, line in enumerate(raw.split(b"\n"), 1):
+def _raise_undecodable(origin: str, raw: bytes, first_line: int) -> NoReturn:
+    problems = Problems(origin)
+    for number, line in enumerate(raw.split(b"\n"), first_line):
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            problems.add(f"{path}:{number}", f"not UTF-8 (byte 0x{line[error.start]:02x}); save it as UTF-8")
+            problems.add(f"{origin}:{number}", f"not UTF-8 (byte 0x{line[error.start]:02x}); save it as UTF-8")
     problems.raise_any()

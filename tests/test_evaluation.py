@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from bert_glue import recipe
 from bert_glue.batching import Assembler, TokenSplit, evaluation_batches
 from bert_glue.errors import DivergedError
-from bert_glue.evaluation import Evaluator, evaluate, mean_loss, predictions_of
+from bert_glue.evaluation import Evaluator, evaluate, predictions_of, row_losses
 from bert_glue.precision import Precision, PrecisionPlan
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import get_task
@@ -83,9 +83,11 @@ def test_loss_is_torchs():
     draw = np.random.default_rng(0)
     logits, labels = (draw.standard_normal((50, 3)) * 30).astype(np.float32), draw.integers(0, 3, 50)
     expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)).item()
-    assert mean_loss(get_task("mnli"), logits, labels) == pytest.approx(expected, rel=1e-12)
+    assert row_losses(get_task("mnli"), logits, labels).mean() == pytest.approx(expected, rel=1e-12)
     scores = draw.standard_normal(50).astype(np.float32)
-    assert mean_loss(get_task("stsb"), logits, scores) == pytest.approx(np.mean((logits[:, 0] - scores) ** 2), rel=1e-5)
+    assert row_losses(get_task("stsb"), logits, scores).mean() == pytest.approx(
+        np.mean((logits[:, 0] - scores) ** 2), rel=1e-5
+    )
 
 
 def test_predictions_are_classes_or_scores():
