@@ -112,6 +112,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def _flush_files(aside: Path) -> None:
+    """Bring all files to the disk, readable for whoever may enter the folder: safetensors writes them as 0600."""
+    for path in aside.iterdir():
+        path.chmod(aside.stat().st_mode & 0o666)
+        _flush(path)
+
+
 @contextmanager
 def plain_errors(target: Path) -> Iterator[None]:
     """Turn a file system's refusal to write `target` into one line with exit code 6.
@@ -140,8 +147,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
             settle(folder)
             aside.mkdir()
             write(aside)
-            for path in aside.iterdir():
-                _flush(path)
+            _flush_files(aside)
             for path in aside.iterdir():
                 os.replace(path, folder / path.name)
             _flush(folder)
@@ -176,8 +182,7 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
         write(aside)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(_manifest_text(files, time.time()), encoding="utf-8")
-        for path in aside.iterdir():
-            _flush(path)
+        _flush_files(aside)
         _flush(aside)
         if folder.exists():
             os.rename(folder, old)

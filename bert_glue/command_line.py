@@ -40,6 +40,8 @@ def parse(argv: list[str]) -> Arguments:
     leading, flags = _split(argv)
     if leading:
         settings.read_leading_words(leading)
+    for words in [words for written, words in flags if _flag_name(written) == "repeat"][-1:]:
+        settings.read_run(words[:1], leading)
     for written, words in flags:
         settings.read_flag(written, words)
     if settings.values.get("recipe"):
@@ -159,6 +161,26 @@ class _Settings:
             self.problems.append(str(error))
             self.reported.update(FLAGS)  # what the file holds is unknown: call nothing missing
             return
+        self._read_entries(entries)
+
+    def read_run(self, words: list[str], leading: list[str]) -> None:
+        """Takes the settings of the run whose run.json follows --repeat; flags override them."""
+        from bert_glue.repeat import read_run, settings_of
+
+        if leading:
+            self.problems.append(f"{shown(leading[0])} and --repeat are two sets of settings: give one")
+            return
+        if not words:
+            return  # read_flag says that a value is missing
+        try:
+            settings = settings_of(read_run(words[0]))
+        except UsageError as error:
+            self.problems.append(str(error))
+            self.reported.update(FLAGS)
+            return
+        self._read_entries([Entry(words[0], name, value) for name, value in settings.items()])
+
+    def _read_entries(self, entries: list[Entry]) -> None:
         self.in_config = True
         for entry in entries:
             self._read_entry(entry)

@@ -10,6 +10,13 @@ import torch
 from bert_glue.device import Device
 
 
+def seed_generators(seed: int) -> None:
+    """Start python's, numpy's and torch's generators, the devices' included, from `seed` (`[0, 2**32)`)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_tensors(device: Device) -> dict[str, torch.Tensor]:
     """State of python's, numpy's, torch's and the device's generators as tensors."""
     version, numbers, gauss = random.getstate()

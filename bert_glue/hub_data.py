@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bert_glue import hub_files
 from bert_glue.errors import DataError
 from bert_glue.table_files import from_arrow
 from bert_glue.tables import Table
@@ -68,6 +69,7 @@ class _Probe(threading.Thread):
 
 def start_probe() -> _Probe | None:
     """A running probe; None where the user asked for offline mode."""
+    hub_files.use_ca_bundle()
     from huggingface_hub import constants
 
     asked = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -127,6 +129,7 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
 
     reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     try:
+        hub_files.prepare_client()
         with _hub_mode(reason is not None, args.disable_tqdm or not sys.stderr.isatty()):
             found = datasets.load_dataset(
                 # hf:// keeps a local folder of that name out of it
@@ -138,6 +141,7 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
             )
     except Exception as error:  # the libraries below raise some thirty types; all end here as one line
         raise DataError(_refusal(name, config, revision, reason, error, args)) from error
+    _check_files(name, config, args)
     for split, dataset in found.items():
         cached = revision_of(dataset)
         if revision and cached and cached != revision:
@@ -146,6 +150,22 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
                 f"and the hub did not give that one ({reason or 'it is reachable'}); {_WAYS_OUT}"
             )
     return found
+
+
+def _check_files(name: str, config: str | None, args: Any) -> None:
+    """Raises DataError where the downloaded files that the rows were made from are not the hub's.
+
+    Rows already made from them are in the cache of `datasets`: both are named, to be deleted.
+    """
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "snapshots"
+    try:
+        hub_files.check(sorted(folder.glob(f"*/{config or '**'}/*.*")))
+    except hub_files.DamagedFileError as error:
+        rows = Path(args.cache_dir or settings.HF_DATASETS_CACHE) / name.replace("/", "___")
+        raise DataError(f"{name} {config or ''}: {error}, and with it {rows}") from error
 
 
 def _refusal(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bert_glue import hub_files
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES, why_not_packed
@@ -57,6 +58,7 @@ class LoadedModel:
         is_packed: which of the two.
         why_padded: reason of a padded run, for the log; "" if packed.
         notes: lines for the log (head started anew, labels reordered).
+        files: the weights it was loaded from.
     """
 
     module: nn.Module
@@ -65,6 +67,7 @@ class LoadedModel:
     is_packed: bool
     why_padded: str = ""
     notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     @property
     def is_fresh(self) -> bool:
@@ -123,29 +126,13 @@ def model_folder(name: str, args: Arguments) -> Path:
 
     # The hub's client waits for minutes on a server that accepts and never answers.
     probe = start_probe()
-    from huggingface_hub import snapshot_download
-
     unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
-    patterns = [
-        "*.json",
-        "*.txt",
-        "*.safetensors",
-        *(["pytorch_model*.bin"] if args.allow_pickle_weights else []),
-    ]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=args.model_revision,
-                cache_dir=args.cache_dir,
-                token=args.token,
-                allow_patterns=patterns,
-                etag_timeout=5,
-                local_files_only=unreachable is not None,
-            )
-        )
+        return hub_files.fetch_model(name, args, is_offline=unreachable is not None)
     except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
         why = unreachable or _first_line(error)
+        if isinstance(error, hub_files.DamagedFileError):
+            why = str(error)
         raise MachineError(
             f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
             "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
@@ -195,13 +182,14 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
     can_pack = why_not_packed(config) is None
     packed, notes = _packed(folder, config, args, stored_labels, task) if can_pack else (None, [])
+    files = weight_files(folder, args.allow_pickle_weights)
     if reason is None:
-        return LoadedModel(packed, tokenizer, config, True, notes=notes)
+        return LoadedModel(packed, tokenizer, config, True, notes=notes, files=files)
     module, stock_notes = _stock(folder, config, args, stored_labels, task)
     if packed is not None:
         # A padded run for comparison starts from the packed run's weights, a fresh head included.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
-    return LoadedModel(module, tokenizer, config, False, reason, notes or stock_notes)
+    return LoadedModel(module, tokenizer, config, False, reason, notes or stock_notes, files)
 
 
 def _packed(

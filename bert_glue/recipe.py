@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from bert_glue import checkpoint, reporting
 from bert_glue.argument_checks import metric_names
@@ -20,17 +19,20 @@ from bert_glue.collapse import constant_loss, flat_loss
 from bert_glue.errors import DataError, ExpectationError
 from bert_glue.evaluation import EvaluationStopped, Evaluator, evaluate, predictions_of
 from bert_glue.expectations import missed, read_expectations
+from bert_glue.generators import seed_generators
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
 from bert_glue.precision import Precision, plan_precision
 from bert_glue.progress import ProgressLog
+from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
+from bert_glue.repeat import check_inputs, check_outcome, read_run
 from bert_glue.sources import TaskData, load_task_data
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import tokenize
 from bert_glue.throughput import seconds_since_process_start
 from bert_glue.trackers import Trackers
-from bert_glue.training import Run
+from bert_glue.training import Progress, Run
 from bert_glue.training_setup import assembler, fine_tune, narrow
 from bert_glue.training_state import save_checkpoint, whole_weights
 
@@ -51,8 +53,8 @@ def run(args: Arguments) -> int:
     log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
     try:
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
-            if lock.note:
-                log.line(f"note: {lock.note}")
+            for note in filter(None, (lock.note, *trackers.notes)):
+                log.line(f"note: {note}")
             results = _steps(args, ranks, log)
         for line in reporting.summary(results):
             log.line(line)
@@ -67,7 +69,7 @@ def run(args: Arguments) -> int:
 
 
 def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
-    times = {"import_and_start": seconds_since_process_start()}
+    times, given = {"import_and_start": seconds_since_process_start()}, args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
     for notice in args.notices:
         log.line(f"note: {notice}")
@@ -77,8 +79,10 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         for line in (f"data: {data.source}", *data.warnings):
             log.line(line)
     with _timed(times, "model"):
-        torch.manual_seed(args.seed)
+        seed_generators(args.seed)
         model = load_model(args, data.task)
+    with _timed(times, "provenance"):
+        record = _provenance(given, data, model, ranks, log)
     with _timed(times, "tokenize"):
         splits = _tokenize(args, data, model, log)
     plan = plan_precision(args, ranks.device)
@@ -114,9 +118,13 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     results["e2e_runtime"] = seconds_since_process_start()
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
-        history = run_of.progress.history if run_of else []
+        progress = run_of.progress if run_of else Progress()
         with checkpoint.plain_errors(Path(args.output_dir)):
-            reporting.write_results(args, data, results, history)
+            is_saved = run_of is not None and not is_stopped
+            record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)
+            reporting.write_results(args, data, results, progress.history, record)
+        if args.repeat and not is_stopped:
+            log.line(check_outcome(read_run(args.repeat), record))
     return results
 
 
@@ -128,9 +136,21 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
     return {"expectations": [bound.judge(results) for bound in bounds]}
 
 
+def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks, log: ProgressLog) -> dict:
+    """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
+    if not ranks.is_first:
+        return {}
+    record = provenance(args, data, model, ranks)
+    if args.repeat:
+        for line in check_inputs(read_run(args.repeat), record):
+            log.line(f"note: {line}")
+    return record
+
+
 def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
-    """True on every rank if a signal asked any of them to stop."""
-    return any(ranks.gather(log.stop_asked()))
+    """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
+    log.stop_signal = next(filter(None, ranks.gather(log.stop_signal)), None)
+    return log.stop_asked()
 
 
 def _save(run_of: Run, is_stopped: bool) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import os
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bert_glue import __version__
 from bert_glue.arguments import Arguments
 from bert_glue.tasks import GlueTask
 
@@ -22,17 +18,6 @@ if TYPE_CHECKING:
     from bert_glue.model import LoadedModel
     from bert_glue.progress import ProgressLog
     from bert_glue.sources import TaskData
-
-_PACKAGES = (
-    "torch",
-    "torch_npu",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "numpy",
-    "scikit-learn",
-)
 
 
 def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ProgressLog) -> None:
@@ -64,15 +49,15 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     (folder / f"predict_results_{task.name}{suffix}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_results(args: Arguments, data: TaskData, results: dict, history: list[dict]) -> None:
-    """All files of a finished run, into `--output_dir`."""
+def write_results(args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict) -> None:
+    """All files of a finished run, into `--output_dir`; `record` is run.json."""
     folder = Path(args.output_dir)
     write_json(folder / "all_results.json", results)
     for phase in ("train", "eval", "predict"):
         own = {k: v for k, v in results.items() if k.startswith(phase) or k in ("epoch", "task_name", "sample_data")}
         if getattr(args, f"do_{phase}"):
             write_json(folder / f"{phase}_results.json", own)
-    write_json(folder / "run.json", _provenance(args, data, folder, results))
+    write_json(folder / "run.json", record)
     if args.do_train:
         write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results["train_steps"]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
@@ -80,42 +65,6 @@ def write_results(args: Arguments, data: TaskData, results: dict, history: list[
         curves(folder / "curves.png", history, data)
         (folder / "README.md").write_text(model_card(data, results), encoding="utf-8")
     (folder / "report.html").write_text(report(data, results, folder), encoding="utf-8")
-
-
-def _provenance(args: Arguments, data: TaskData, folder: Path, results: dict) -> dict:
-    """run.json: versions, command line, settings, hashes of data and weights."""
-    from bert_glue.checkpoint import file_hash
-
-    settings = {k: v for k, v in vars(args).items() if k not in ("token", "notices")}
-    weights = folder / "model.safetensors"
-    return {
-        "bert_glue": __version__,
-        "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "argv": [a.replace(args.token, "***") if args.token else a for a in sys.argv],
-        "arguments": {k: sorted(v) if isinstance(v, frozenset) else v for k, v in settings.items()},
-        "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
-        "weights_sha256": file_hash(weights) if args.do_train and weights.is_file() else None,
-        "device_name": results["device_name"],
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _data_hashes(data: TaskData) -> dict[str, str]:
-    hashes = {}
-    for name, split in data.splits.items():
-        digest = hashlib.sha256()
-        for column in split.texts:
-            digest.update("\0".join(column).encode("utf-8", "surrogatepass"))
-        digest.update(repr(split.labels).encode())
-        hashes[name] = digest.hexdigest()
-    return hashes
 
 
 def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:

@@ -198,13 +198,16 @@ def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:
         first_row: number of its first row in the file.
 
     Raises:
-        DataError: doubled column names, no rows, or text that is not UTF-8.
+        DataError: doubled column names, no rows, text that is not UTF-8, or broken metadata.
     """
     names = table.column_names
     check_header(origin, names)
     columns = [_arrow_values(table.column(name), name, origin, first_row) for name in names]
     built = build_table(origin, names, columns, range(first_row, first_row + table.num_rows), "row")
-    return replace(built, class_names=_class_names(table.schema.metadata or {}))
+    try:
+        return replace(built, class_names=_class_names(table.schema.metadata or {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{origin}: the class names in its metadata cannot be read: {error}") from None
 
 
 def _arrow_values(column: Any, name: str, origin: str, first_row: int) -> list:

@@ -6,10 +6,13 @@ transformers' tokenizer classes costs seconds and is kept for models that ship n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from bert_glue.sources import Split
 from bert_glue.weights import check_not_lfs_pointer
 
 _FORMAT = "1"
+_MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
 _ARRAYS = ("ids", "borders", "second_at")
 
 
@@ -106,7 +110,8 @@ class TextTokenizer:
             entries = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, **tokens}
             settings.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         self.backend.no_truncation()
-        self.backend.save(str(folder / "tokenizer.json"))
+        # Not backend.save: on a full disk that raises a bare Exception.
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def _backend(folder: Path, trust_remote_code: bool):
@@ -213,7 +218,8 @@ def _read(folder: Path) -> TokenTable | None:
         for name in _ARRAYS:
             if _hash(folder / f"{name}.npy") != manifest[name]:
                 return None
-        return TokenTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+        # Not np.load, which also opens zip archives.
+        return TokenTable(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _ARRAYS))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -226,13 +232,29 @@ def _hash(path: Path) -> str:
 def _write(folder: Path, table: TokenTable) -> None:
     """Publish a table in one rename, so that no other job ever reads half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as making:
+    _remove_abandoned(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_MAKING) as making:
         inside = Path(making) / "table"
         inside.mkdir()
         for name in _ARRAYS:
             np.save(inside / f"{name}.npy", getattr(table, name))
         manifest = {name: _hash(inside / f"{name}.npy") for name in _ARRAYS}
         (inside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        if folder.exists():
+        with suppress(FileNotFoundError):
             folder.rename(Path(making) / "stale")
-        inside.rename(folder)
+        try:
+            inside.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another job was a moment faster
+                raise
+
+
+def _remove_abandoned(tables: Path) -> None:
+    """Delete what killed jobs left a day ago and more; a job at work is done in minutes."""
+    for making in tables.glob(f"{_MAKING}*"):
+        with suppress(OSError):
+            if time.time() - making.stat().st_mtime > _ABANDONED_SECONDS:
+                for file in [*making.glob("*/*.npy"), *making.glob("*/manifest.json")]:
+                    file.unlink()
+                for folder in [*making.iterdir(), making]:
+                    folder.rmdir()

@@ -157,6 +157,8 @@ def train(run: Run) -> None:
             (loss * precision.scale).backward()
             step_loss += loss.detach()
             run.meter.count(batch)
+        # A loss that is not finite stops the update on all ranks, as a gradient does, which may be finite still.
+        precision.groups[0].grad[0] += 0.0 * step_loss
         ranks.sum([group.grad for group in precision.groups])
         scaled_norm = precision.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)

@@ -9,26 +9,31 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bert_glue.errors import MachineError
+from bert_glue.errors import DivergedError, MachineError
 from bert_glue.families import Family, weight_names
 from bert_glue.packed import PackedClassifier
 
 _LFS_MARK = b"version https://git-lfs"
 _HEAD = ("head_dense.", "head_output.")
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_not_lfs_pointer(path: Path) -> None:
     """Refuse a Git-LFS pointer that stands where a file should be.
 
     Raises:
-        MachineError: `path` is a pointer; the message says how to get the file.
+        MachineError: `path` is a pointer, and the message says how to get the file; or it cannot be read.
     """
-    with path.open("rb") as file:
-        if file.read(len(_LFS_MARK)) == _LFS_MARK:
-            raise MachineError(
-                f"{path} is a Git-LFS pointer ({path.stat().st_size} bytes), not the file itself: "
-                "run `git lfs install && git lfs pull` in that folder, or download the file"
-            )
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_MARK))
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror}") from error
+    if start == _LFS_MARK:
+        raise MachineError(
+            f"{path} is a Git-LFS pointer ({path.stat().st_size} bytes), not the file itself: "
+            "run `git lfs install && git lfs pull` in that folder, or download the file"
+        )
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
@@ -68,6 +73,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
 
     Raises:
         MachineError: a file is damaged; it is named.
+        DivergedError: a number in it is not finite: such weights came from a run that had diverged.
     """
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -80,6 +86,11 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
                 tensors.update(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:
             raise MachineError(f"{file} cannot be read as weights: {error}") from error
+    for name, tensor in tensors.items():
+        # The extremes are NaN if any number is: one pass, no copy.
+        if tensor.dtype in _CHECKED and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            where = ", ".join(map(str, files))
+            raise DivergedError(f"{where}: the weights {name} are not finite (NaN or Inf)")
     return tensors
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lints and tests the project; installs the tools first where they are missing.
-#   bash test/run_tests.sh [--full] [flags and paths of pytest]     --full: also tests marked slow
+#   bash test/run_tests.sh [--full] [--audit] [flags and paths of pytest]
+#     --full: also tests marked slow; --audit: installs pip-audit first where it is missing (.venv-audit)
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=test/setup_python.sh
@@ -8,8 +9,13 @@ source "$ROOT/test/setup_python.sh"
 
 selection=(-m "not slow")
 arguments=()
+wants_audit=""
 for argument in "$@"; do
-  if [[ $argument == --full ]]; then selection=(); else arguments+=("$argument"); fi
+  case $argument in
+    --full) selection=() ;;
+    --audit) wants_audit=yes ;;
+    *) arguments+=("$argument") ;;
+  esac
 done
 
 setup_python requirements.txt requirements-dev.txt
@@ -24,6 +30,14 @@ cd "$ROOT"
 shellcheck=$(dirname "$PYTHON")/shellcheck
 [[ -x $shellcheck ]] || shellcheck=$(command -v shellcheck) || true
 [[ -z $shellcheck ]] || "$shellcheck" -x test/*.sh .ci/run
+audit=$ROOT/.venv-audit/bin/pip-audit
+if [[ -n $wants_audit && ! -x $audit ]]; then
+  "$PYTHON" -m venv "$ROOT/.venv-audit"
+  "$ROOT/.venv-audit/bin/python" -m pip install --quiet --no-input -r requirements-audit.txt
+fi
+[[ -x $audit ]] || audit=$(command -v pip-audit) || true
+packages=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$PYTHON" -m bert_glue.requirements_audit "$audit" "$packages"
 
 workers=$(nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core: more threads would only wait for each other

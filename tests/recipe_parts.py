@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from bert_glue import recipe
 from bert_glue.arguments import Arguments
 from bert_glue.evaluation import Evaluator
+from bert_glue.generators import seed_generators
 from bert_glue.model import load_model
 from bert_glue.precision import Precision, plan_precision
 from bert_glue.progress import ProgressLog
@@ -131,7 +132,7 @@ def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     log = log or ProgressLog(False, False, watches_signals=False)
     ranks = Ranks(args)
     data = load_task_data(args, recipe._needed(args))
-    torch.manual_seed(args.seed)
+    seed_generators(args.seed)
     model = load_model(args, data.task)
     splits = recipe._tokenize(args, data, model, log)
     narrowed = narrow(args, model, splits)

@@ -47,6 +47,21 @@ def test_a_published_checkpoint_is_sound_and_alone(tmp_path):
     assert names(tmp_path / "new") == {"checkpoint-5"}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_as_open_as_the_umask_says(tmp_path, umask):
+    """safetensors alone would close each of them to all other users."""
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        folder = tmp_path / "run" / "checkpoint-1"
+        checkpoint.publish(folder, lambda into: save_file({"w": torch.zeros(3)}, into / "model.safetensors"), 10)
+        checkpoint.replace_files(folder, lambda into: save_file({"w": torch.zeros(3)}, into / "other.safetensors"))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -12,7 +12,7 @@ from tiny_models import LFS_POINTER, packed_like, stock_model
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES
 from bert_glue.packed import PackedClassifier
-from bert_glue.weights import initialise, load_packed, packed_tensors, read_tensors, weight_files
+from bert_glue.weights import check_not_lfs_pointer, initialise, load_packed, packed_tensors, read_tensors, weight_files
 
 BERT = FAMILIES["bert"]
 
@@ -165,3 +165,10 @@ def test_start_of_a_new_model():
     initialise(module, 0.02)
     assert abs(module.words.weight.std().item() - 0.02) < 0.002
     assert module.layers[0].qkv.bias.abs().max() == 0 and (module.layers[0].output_norm.weight == 1).all()
+
+
+def test_a_file_that_may_not_be_read_is_said_in_one_line(tmp_path):
+    """Root reads everything, so a loop of links stands for the refusal."""
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(MachineError, match="model.safetensors cannot be read: "):
+        check_not_lfs_pointer(tmp_path / "model.safetensors")

@@ -1,0 +1,117 @@
+"""Files that came from the hub: asked for a limited number of times, and used only if their hash is the hub's.
+
+The hub's client compares sizes, not hashes, and goes on for ever with a server that cuts each answer. It
+names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MOST_REQUESTS = 10  # for one file in one run, resumed answers counted
+
+
+class DamagedFileError(Exception):
+    """A cached file is not what the hub said; the message names it and says what to do."""
+
+
+def use_ca_bundle() -> None:
+    """Let urllib and the hub's client, which read SSL_CERT_FILE, follow the names of requests and curl too."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if os.environ.get(name):
+            os.environ.setdefault("SSL_CERT_FILE", os.environ[name])
+
+
+def prepare_client() -> None:
+    """Set the limit of requests for all that `huggingface_hub` does from here on."""
+    import huggingface_hub
+    from huggingface_hub.utils._http import default_client_factory
+
+    asked: Counter[str] = Counter()
+
+    def count(request: Any) -> None:
+        address = str(request.url).partition("?")[0]
+        asked[address] += request.method == "GET" and "/resolve/" in address
+        if asked[address] > MOST_REQUESTS:
+            raise OSError(f"{address} was cut off {MOST_REQUESTS} times")
+
+    def factory() -> Any:
+        client = default_client_factory()
+        client.event_hooks = {"request": [*client.event_hooks["request"], count]}
+        return client
+
+    huggingface_hub.set_client_factory(factory)
+
+
+def damaged(files: Iterable[Path]) -> list[Path]:
+    """Those of the cached files whose content is not what their name in the cache says."""
+    return [file for file in files if file.is_file() and not _is_sound(file.resolve())]
+
+
+def _is_sound(blob: Path) -> bool:
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return _digest(blob, "sha256") == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):  # git's own, or the plain one of a mirror
+        header = f"blob {blob.stat().st_size}\0".encode()
+        return blob.name in (_digest(blob, "sha1", header), _digest(blob, "sha1"))
+    return True  # not in the cache's form: nothing is known about it
+
+
+def _digest(path: Path, algorithm: str, header: bytes = b"") -> str:
+    digest = hashlib.new(algorithm, header)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check(files: Iterable[Path]) -> None:
+    """Raises DamagedFileError where a cached file does not have the hash that the hub gave."""
+    bad = damaged(files)
+    if bad:
+        raise DamagedFileError(
+            f"{bad[0]} does not have the hash that the hub gave; delete {bad[0].resolve()} and start again"
+        )
+
+
+def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
+    """The folder of a model's files from the hub or its cache, verified; what is damaged is fetched once more.
+
+    Args:
+        args: `model_revision`, `cache_dir`, `token` and `allow_pickle_weights` are read.
+
+    Raises:
+        DamagedFileError: still not the hub's.
+        Exception: whatever the hub's client raises.
+    """
+    from huggingface_hub import snapshot_download
+
+    pickles = ["pytorch_model*.bin"] if args.allow_pickle_weights else []
+
+    def fetch(patterns: list[str], again: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=args.model_revision,
+                cache_dir=args.cache_dir,
+                token=args.token,
+                allow_patterns=patterns,
+                etag_timeout=5,
+                local_files_only=is_offline,
+                force_download=again,
+            )
+        )
+
+    prepare_client()
+    folder = fetch(["*.json", "*.txt", "*.safetensors", *pickles], again=False)
+    bad = damaged(folder.iterdir())
+    if bad and not is_offline:
+        fetch([path.name for path in bad], again=True)
+    check(folder.iterdir())
+    return folder

@@ -1,0 +1,242 @@
+"""Checkpoints written by a thread: what training waits for, where an error shows, what a resume may change."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+from recipe_parts import arguments, changed, fit, losses
+from safetensors.torch import load_file
+
+from bert_glue import checkpoint, evaluation, training
+from bert_glue.errors import CheckpointError, DivergedError
+from bert_glue.progress import ProgressLog
+from bert_glue.saving import Saver
+from bert_glue.training_state import whole_weights
+
+
+def slowly(monkeypatch, seconds: float) -> list[float]:
+    """Each checkpoint takes `seconds` to write; returns when each was begun."""
+    publish, begun = checkpoint.publish, []
+
+    def slow(*arguments) -> None:
+        begun.append(time.perf_counter())
+        time.sleep(seconds)
+        publish(*arguments)
+
+    monkeypatch.setattr(checkpoint, "publish", slow)
+    return begun
+
+
+class Clock(ProgressLog):
+    """Notes when each step ended."""
+
+    def __init__(self) -> None:
+        super().__init__(False, False, watches_signals=False)
+        self.ended: dict[int, float] = {}
+
+    def advance(self, step: int, total: int, epoch: float) -> None:
+        self.ended[step] = time.perf_counter()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    begun, clock = slowly(monkeypatch, 1.0), Clock()
+    args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, num_train_epochs=3.0)
+    run = fit(args, clock)
+    assert clock.ended[4] < begun[0] + 1.0  # steps 3 and 4 were done meanwhile
+    assert begun[1] >= begun[0] + 1.0 and begun[2] >= begun[1] + 1.0  # one at a time
+    assert [checkpoint.verify(folder) for folder in checkpoint.list_checkpoints(run.output_dir)] == [""] * 3
+
+
+@pytest.mark.parametrize("padding", ["packed", "longest"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True, "fp16_opt_level": "O2"}])
+def test_what_is_written_late_is_the_step_it_is_named_for(tmp_path, monkeypatch, padding, precision):
+    """The copy is apart from the model, which has learned on when it is written."""
+    settings = {"padding": padding, "save_strategy": "steps", "save_steps": 2, **precision}
+    exact = fit(
+        arguments(tmp_path, output_dir=str(tmp_path / "short"), max_steps=2, lr_scheduler_type="constant", **settings)
+    )
+    slowly(monkeypatch, 0.3)
+    run = fit(arguments(tmp_path, max_steps=5, lr_scheduler_type="constant", **settings))
+    for name in ("model", "optimizer"):
+        late, soon = (load_file(r.output_dir / "checkpoint-2" / f"{name}.safetensors") for r in (run, exact))
+        assert late.keys() == soon.keys() and all(torch.equal(late[key], soon[key]) for key in soon)
+    assert not torch.equal(*(next(iter(whole_weights(r).values())) for r in (run, exact)))
+
+
+def test_an_error_of_the_thread_ends_the_run_by_the_next_step(tmp_path, monkeypatch):
+    def full(*arguments) -> None:
+        raise CheckpointError("checkpoint-2 cannot be written: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "publish", full)
+    clock = Clock()
+    with pytest.raises(CheckpointError, match="No space left"):
+        fit(arguments(tmp_path, num_train_epochs=9.0, save_strategy="steps", save_steps=2), clock)
+    assert max(clock.ended) <= 4
+
+
+def test_an_error_in_the_last_one_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "publish", lambda *arguments: (_ for _ in ()).throw(CheckpointError("full")))
+    with pytest.raises(CheckpointError, match="full"):
+        fit(arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2))
+
+
+def test_a_sound_checkpoint_is_finished_though_the_run_diverges(tmp_path, monkeypatch):
+    slowly(monkeypatch, 0.5)
+    original = training.sample_losses
+    calls = []
+
+    def bad(*arguments):
+        calls.append(1)
+        return original(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(training, "sample_losses", bad)
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    with pytest.raises(DivergedError):
+        fit(args)
+    folder, rejected = checkpoint.newest_sound(tmp_path / "out")
+    assert folder.name == "checkpoint-2" and rejected == []
+
+
+def test_both_errors_are_told():
+    saver = Saver()
+
+    def fail() -> None:
+        raise CheckpointError("the disk is full")
+
+    with pytest.raises(DivergedError, match="loss is nan\nthe disk is full"), saver:
+        saver.start(fail)
+        raise DivergedError("loss is nan")
+
+
+def test_a_second_signal_does_not_wait():
+    saver, go = Saver(), threading.Event()
+    began = time.perf_counter()
+    with pytest.raises(SystemExit), saver:
+        saver.start(lambda: go.wait(10))
+        raise SystemExit(143)
+    assert time.perf_counter() - began < 5
+    go.set()
+
+
+# ---- what a resume may change ----
+
+
+class Lines(ProgressLog):
+    """Keeps its lines."""
+
+    def __init__(self) -> None:
+        super().__init__(False, False, watches_signals=False)
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Settings of a run that saved after its third step of four."""
+    args = arguments(
+        tmp_path_factory.mktemp("saved"), max_steps=4, save_strategy="steps", save_steps=3, save_total_limit=9
+    )
+    return args, fit(args)
+
+
+def resumed(saved, tmp_path, **changes):
+    args, _ = saved
+    log = Lines()
+    folder = f"{args.output_dir}/checkpoint-3"
+    run = fit(changed(args, resume_from_checkpoint=folder, output_dir=str(tmp_path / "out"), **changes), log)
+    return run, [line for line in log.lines if line.startswith("note:")]
+
+
+def test_an_unchanged_resume_says_nothing(saved, tmp_path):
+    run, notes = resumed(saved, tmp_path)
+    assert notes == [] and run.progress.changes == []
+    assert losses(run) == losses(saved[1])
+
+
+def test_changed_settings_are_said_in_one_line_and_kept(saved, tmp_path):
+    run, notes = resumed(saved, tmp_path, learning_rate=1e-3, max_steps=6, save_steps=5)
+    said = "--learning_rate 0.001 (was 0.005), steps in all 6 (was 4)"
+    assert notes == [f"note: resumed with other settings, so not bit for bit: {said}"]
+    state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["changes"] == run.progress.changes == [f"after step 3: {said}"]
+
+
+def test_another_precision_starts_its_own_loss_scale(saved, tmp_path):
+    run, notes = resumed(saved, tmp_path, bf16=True, fp16_opt_level="O2")
+    assert "precision O2 bf16 (was O0 fp32)" in notes[0]
+    assert run.progress.step == 4
+
+
+def test_the_same_rows_in_more_passes_are_the_same_steps(saved, tmp_path):
+    """As when a job comes back with half the ranks: 8 rows a step are 2 passes of 4."""
+    run, notes = resumed(saved, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert "--per_device_train_batch_size 4 (was 8), --gradient_accumulation_steps 2 (was 1)" in notes[0]
+    assert losses(run) == pytest.approx(losses(saved[1]), rel=1e-5)
+
+
+def test_another_number_of_rows_a_step_is_refused(saved, tmp_path):
+    with pytest.raises(CheckpointError, match=r"samples a step .* \(8, now 4\)|samples a step"):
+        resumed(saved, tmp_path, per_device_train_batch_size=4)
+
+
+# ---- evaluations that a signal cuts off ----
+
+
+class Stopping(ProgressLog):
+    """Asks to stop from the nth call on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(False, False, watches_signals=False)
+        self.watches_signals, self.left = True, after
+
+    def stop_asked(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("after", range(1, 24, 2))
+def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, monkeypatch, after):
+    """Before, in and after steps and evaluations: each batch of an evaluation asks too."""
+    settings = {
+        "max_steps": 6, "num_train_epochs": 3.0, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
+        "save_steps": 2, "load_best_model_at_end": True, "per_device_eval_batch_size": 4,
+        "early_stopping_patience": 9,
+    }  # fmt: skip
+    whole = fit(arguments(tmp_path, output_dir=str(tmp_path / "whole"), **settings))
+    args = arguments(tmp_path, **settings)
+    # recipe.py hands the log's question to the evaluator; here it is asked for the same way.
+    log = Stopping(after)
+    evaluator = evaluation.Evaluator
+    monkeypatch.setattr(
+        "recipe_parts.Evaluator", lambda *parts: evaluator(*parts, stop_asked=log.stop_asked)
+    )  # fmt: skip
+    stopped = fit(args, log)
+    monkeypatch.undo()
+    newest, _ = checkpoint.newest_sound(tmp_path / "out")
+    assert checkpoint.step_of(newest) == stopped.progress.step
+    again = fit(changed(args, resume_from_checkpoint="auto"))
+    assert [e["step"] for e in again.progress.history] == [e["step"] for e in whole.progress.history]
+    assert losses(again) == losses(whole)
+    assert (again.progress.best_metric, again.progress.best_step) == (
+        whole.progress.best_metric,
+        whole.progress.best_step,
+    )
+    for name, value in whole_weights(whole).items():
+        assert torch.equal(whole_weights(again)[name], value)
+
+
+def test_a_run_that_stopped_early_does_not_go_on_when_resumed(tmp_path, monkeypatch):
+    args = arguments(
+        tmp_path, max_steps=8, num_train_epochs=9.0, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, early_stopping_patience=1, learning_rate=0.0,
+    )  # fmt: skip
+    first = fit(args)
+    assert first.progress.step == 4
+    again = fit(changed(args, resume_from_checkpoint="auto"))
+    assert again.progress.step == 4 and again.progress.history == first.progress.history
