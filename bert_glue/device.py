@@ -251,7 +251,9 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
         return Device("cpu")
     number, count = int(index) if index else local_rank, _module(kind).device_count()
     if number >= count:
-        raise MachineError(f"--device {requested}: {kind} device {number} is not here; there are {count}")
+        raise MachineError(
+            f"--device {requested}: {kind} device {number} is not here, there are {count}; choose one below {count}"
+        )
     return Device(kind, number)
 
 

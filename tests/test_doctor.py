@@ -99,6 +99,22 @@ def test_a_device_that_is_not_here(device: str, code: int, says: str) -> None:
     assert returned == code and not report["can_train"] and says in problems(report)
 
 
+def test_the_simulated_npu_trains_and_says_that_it_is_simulated() -> None:
+    """Call signatures and flow only, as everything on the simulated device."""
+    code, report = examined("--device", "npu", packages=(REPOSITORY / "tests/simulated_npu",))
+    assert code == 0 and report["chosen"]["device"] == report["auto"]["device"] == "npu:0"
+    assert [device["device"] for device in report["devices"]] == ["npu:0", "npu:1", "cpu"]
+    assert all(device["name"].startswith("simulated ") for device in report["devices"][:2])
+    for precision in ("fp32", "bf16", "fp16"):
+        assert report["training"][precision]["attention"] == ["packed: npu_fusion_attention, TND"]
+    assert report["recipe"]["precision"] == "O2 fp16, loss scale 1024"
+
+
+def test_an_index_beyond_the_simulated_devices() -> None:
+    code, report = examined("--device", "npu:7", packages=(REPOSITORY / "tests/simulated_npu",))
+    assert code == 4 and "npu device 7 is not here, there are 2 => choose one below 2" in problems(report)
+
+
 # Broken installations
 
 

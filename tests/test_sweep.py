@@ -18,6 +18,7 @@ from launch_stubs import clean_environment
 from sweep_stubs import REPOSITORY, Sweep, is_alive, stub_repository, wait_until
 
 from bert_glue.errors import UsageError
+from bert_glue.sweep import _slots
 from bert_glue.sweep_plan import Suite, plan, seeds_of, tasks_of
 from bert_glue.sweep_summary import summarise
 from bert_glue.tasks import TASKS, TRAINABLE
@@ -81,6 +82,13 @@ def test_threads_are_divided_and_the_users_own_kept(sweep: Sweep) -> None:
     assert sweep.attempts("mrpc", 1)[0]["threads"] == str(max(1, cores // 2))
     assert sweep.run(*MRPC, "3", OMP_NUM_THREADS="7").returncode == 0
     assert sweep.attempts("mrpc", 3)[0]["threads"] == "7"
+
+
+def test_auto_is_every_device_of_the_best_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests/simulated_npu"))
+    assert [slot.device for slot in _slots("auto", 2)] == ["npu:0", "npu:1", "npu:0", "npu:1"]
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests/nowhere"))
+    assert "npu:0" not in [slot.device for slot in _slots("auto", 1)]
 
 
 def test_jobs_run_at_the_same_time(sweep: Sweep) -> None:
