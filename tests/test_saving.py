@@ -31,23 +31,34 @@ def slowly(monkeypatch, seconds: float) -> list[float]:
     return begun
 
 
-class Clock(ProgressLog):
-    """Notes when each step ended."""
+class Steps(ProgressLog):
+    """Tells when a step was reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, awaited: int = 0) -> None:
         super().__init__(False, False, watches_signals=False)
-        self.ended: dict[int, float] = {}
+        self.awaited, self.reached, self.last = awaited, threading.Event(), 0
 
     def advance(self, step: int, total: int, epoch: float) -> None:
-        self.ended[step] = time.perf_counter()
+        self.last = step
+        if step == self.awaited:
+            self.reached.set()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    begun, clock = slowly(monkeypatch, 1.0), Clock()
+    """The first checkpoint is not written before step 4 is done; two are never written at once."""
+    publish, steps, at_once, most = checkpoint.publish, Steps(4), [], []
+
+    def held(*parts) -> None:
+        at_once.append(1)
+        most.append(len(at_once))
+        assert steps.reached.wait(60), "training waits for the checkpoint of step 2"
+        publish(*parts)
+        at_once.pop()
+
+    monkeypatch.setattr(checkpoint, "publish", held)
     args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, num_train_epochs=3.0)
-    run = fit(args, clock)
-    assert clock.ended[4] < begun[0] + 1.0  # steps 3 and 4 were done meanwhile
-    assert begun[1] >= begun[0] + 1.0 and begun[2] >= begun[1] + 1.0  # one at a time
+    run = fit(args, steps)
+    assert most == [1, 1, 1]
     assert [checkpoint.verify(folder) for folder in checkpoint.list_checkpoints(run.output_dir)] == [""] * 3
 
 
@@ -72,10 +83,10 @@ def test_an_error_of_the_thread_ends_the_run_by_the_next_step(tmp_path, monkeypa
         raise CheckpointError("checkpoint-2 cannot be written: No space left on device")
 
     monkeypatch.setattr(checkpoint, "publish", full)
-    clock = Clock()
+    steps = Steps()
     with pytest.raises(CheckpointError, match="No space left"):
-        fit(arguments(tmp_path, num_train_epochs=9.0, save_strategy="steps", save_steps=2), clock)
-    assert max(clock.ended) <= 4
+        fit(arguments(tmp_path, num_train_epochs=9.0, save_strategy="steps", save_steps=2), steps)
+    assert steps.last <= 4
 
 
 def test_an_error_in_the_last_one_ends_the_run(tmp_path, monkeypatch):

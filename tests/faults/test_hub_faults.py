@@ -62,7 +62,7 @@ FAULTS = {
     "wrong once": ("wrong", 1, "perhaps"),  # rows may have been made from a wrong parquet file already
     "wrong always": ("wrong", 1000, "always"),
 }
-FAST = {("model", "cut once"), ("model", "wrong always"), ("data", "cut always"), ("data", "wrong always")}
+FAST = {("model", "cut once"), ("model", "wrong always"), ("data", "wrong always")}
 CASES = [
     pytest.param(what, fault, marks=() if (what, fault) in FAST else pytest.mark.slow)
     for what in ("model", "data")

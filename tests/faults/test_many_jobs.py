@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -61,17 +62,19 @@ def test_a_folder_that_cannot_be_written(server, tmp_path, report, what, is_warm
 
 
 def test_two_jobs_in_one_output_folder(server, tmp_path, report):
-    """The second is refused while the first works on; the first ends as if alone."""
+    """The second is refused; the first, held up meanwhile, ends as if alone."""
     args = settings(tmp_path, save_strategy="steps", save_steps=2)
     alone = changed(args, output_dir=str(tmp_path / "alone"))
     assert server.start(argv_of(alone), tmp_path).wait() == 0
     first = server.start(argv_of(args), tmp_path)
     while not (tmp_path / "out" / ".lock").is_file() or not (tmp_path / "out" / ".lock").read_text():
         time.sleep(0.001)
+    first.kill(signal.SIGSTOP)  # so that it does not end before the second one came
     for _ in range(5):
         second = server.start(argv_of(args), tmp_path)
         assert second.wait() == 6
         assert f"another run (process {first.pid} on " in second.text() and "Traceback" not in second.text()
+    first.kill(signal.SIGCONT)
     assert first.wait() == 0, first.text()[-2000:]
     assert file_hash(tmp_path / "out" / "model.safetensors") == file_hash(tmp_path / "alone" / "model.safetensors")
     report("a second job in one output folder: refused 5 times with exit 6, the first ended as if alone")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from recipe_parts import arguments, changed, make_data, make_model, results_of
 
 from bert_glue import checkpoint
 
-STEPS = 12
+STEPS = 24
+ATTEMPTS = 6  # on a busy machine a signal may come after what it was meant to hit
 
 
 def wait_for(job: Job, pattern: str, seconds: float = 60.0) -> None:
@@ -39,7 +42,7 @@ def last_logged_step(job: Job) -> int:
 # when -> (what the run does, when the signal comes)
 PHASES = {
     "training": ({}, lambda job, output: wait_for(job, "step=5 ")),
-    "a save": ({}, wait_for_save),
+    "a save": ({"save_steps": 1}, wait_for_save),
     "evaluation while training": (
         {"eval_strategy": "steps", "eval_steps": 4},
         lambda job, output: wait_for(job, "step=4 epoch=\\S+ loss"),
@@ -47,6 +50,24 @@ PHASES = {
     "the final evaluation": ({"do_eval": True}, lambda job, output: wait_for(job, f"step={STEPS} ")),
     "prediction": ({"do_predict": True}, lambda job, output: wait_for(job, f"step={STEPS} ")),
 }
+
+
+def stopped(server, args, folder: Path, moment: Callable[[Job, Path], None], delay: float, **environment: str) -> Job:
+    """A run that SIGTERM ended with 143, within seconds; begun anew where it had come to its end before."""
+    for _ in range(ATTEMPTS):
+        job = server.start(argv_of(args), folder, **environment)
+        moment(job, Path(args.output_dir))
+        time.sleep(delay)
+        job.kill(signal.SIGTERM)
+        sent = time.monotonic()
+        code = job.wait()
+        assert "Traceback" not in job.text()
+        if code:
+            break
+        shutil.rmtree(args.output_dir)
+    assert code == 143, job.text()[-2000:]
+    assert time.monotonic() - sent < 30
+    return job
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +83,7 @@ def test_a_signal_in(server, tmp_path, data, report, phase, trials):
     model = make_model(tmp_path / "model", dropout=0.1)
     args = arguments(
         tmp_path, model_name_or_path=str(model), max_steps=STEPS, num_train_epochs=9.0, save_strategy="steps",
-        save_steps=5, **flags, **data,
+        **{"save_steps": 5, **flags, **data},
     )  # fmt: skip
     whole = changed(args, output_dir=str(tmp_path / "whole"))
     assert server.start(argv_of(whole), tmp_path).wait() == 0
@@ -71,17 +92,10 @@ def test_a_signal_in(server, tmp_path, data, report, phase, trials):
     for at in range(trials):
         output = tmp_path / f"run-{at}"
         here = changed(args, output_dir=str(output))
-        job = server.start(argv_of(here), tmp_path)
-        moment(job, output)
-        time.sleep(draw.uniform(0, 0.02))
-        job.kill(signal.SIGTERM)
-        sent = time.monotonic()
-        assert job.wait() == 143, job.text()[-2000:]
-        assert time.monotonic() - sent < 20
+        job = stopped(server, here, tmp_path, moment, draw.uniform(0, 0.02))
         newest, rejected = checkpoint.newest_sound(output)
         ages.append(last_logged_step(job) - checkpoint.step_of(newest))
         assert ages[-1] <= 1 and rejected == []
-        assert "Traceback" not in job.text()
         again = server.start(argv_of(changed(here, resume_from_checkpoint="auto")), tmp_path)
         assert again.wait() == 0, again.text()[-2000:]
         assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -113,22 +127,27 @@ def test_a_signal_before_training_ends_at_once(server, tmp_path, moment):
     """While data are read or tokenized there is nothing to save; what was half cached is not left behind."""
     many = make_data(tmp_path / "data", train=6000, validation=2000, test=10)
     args = arguments(tmp_path, max_steps=2, do_eval=True, do_predict=True, **many)
-    job = server.start(argv_of(args), tmp_path, BERT_GLUE_CACHE=str(tmp_path / "cache"))
-    wait_for(job, moment)
-    job.kill(signal.SIGTERM)
-    assert job.wait() == 143, job.text()[-2000:]
-    assert "Traceback" not in job.text() and "step=" not in job.text()
-    assert not list((tmp_path / "cache").rglob(".making-*"))
+    for attempt in range(ATTEMPTS):
+        cache = str(tmp_path / f"cache-{attempt}")
+        job = stopped(server, args, tmp_path, lambda job, output: wait_for(job, moment), 0.0, BERT_GLUE_CACHE=cache)
+        if "step=" not in job.text():
+            break
+        shutil.rmtree(args.output_dir)
+    assert "step=" not in job.text()
+    assert not list(Path(cache).rglob(".making-*"))
     assert not checkpoint.list_checkpoints(tmp_path / "out")
-    assert server.start(argv_of(args), tmp_path, BERT_GLUE_CACHE=str(tmp_path / "cache")).wait() == 0
+    assert server.start(argv_of(args), tmp_path, BERT_GLUE_CACHE=cache).wait() == 0
 
 
 def test_a_checkpoint_from_before_is_still_there(server, tmp_path):
     args = arguments(tmp_path, max_steps=4, num_train_epochs=3.0, save_strategy="steps", save_steps=2)
     assert server.start(argv_of(args), tmp_path).wait() == 0
     before = last_state(tmp_path / "out")
-    job = server.start(argv_of(changed(args, resume_from_checkpoint="auto")), tmp_path)
+    again = changed(args, resume_from_checkpoint="auto", max_steps=400)
+    job = server.start(argv_of(again), tmp_path)
     wait_for(job, "device: ")
     job.kill(signal.SIGTERM)
     assert job.wait() == 143
-    assert last_state(tmp_path / "out") == before
+    if "step=" not in job.text():  # else training had begun, and what it saved is newer
+        assert last_state(tmp_path / "out") == before
+    assert checkpoint.verify(tmp_path / "out" / "checkpoint-4") == ""
