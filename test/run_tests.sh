@@ -33,7 +33,8 @@ shellcheck=$(dirname "$PYTHON")/shellcheck
 audit=$ROOT/.venv-audit/bin/pip-audit
 if [[ -n $wants_audit && ! -x $audit ]]; then
   "$PYTHON" -m venv "$ROOT/.venv-audit"
-  "$ROOT/.venv-audit/bin/python" -m pip install --quiet --no-input -r requirements-audit.txt
+  "$ROOT/.venv-audit/bin/python" -m pip install -qq --no-input --retries 0 --timeout 15 \
+    -r requirements-audit.txt || echo "note: pip-audit could not be installed" >&2
 fi
 [[ -x $audit ]] || audit=$(command -v pip-audit) || true
 packages=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

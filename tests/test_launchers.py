@@ -279,7 +279,8 @@ def python_for_tests(repo: Path, status_of_ruff: int = 0) -> tuple[dict[str, str
     script = [
         "#!/bin/bash",
         'case "$*" in',
-        "  *requirements_check*) ;;",
+        '  *requirements_check* | "-m venv"*) ;;',
+        f'  "-m bert_glue.requirements_audit"*) echo "$*" >>"{calls}" ;;',
         f'  "-m ruff"*) echo "$*" >>"{calls}"; exit {status_of_ruff} ;;',
         f'  "-m pytest"*) echo "$*" >>"{calls}" ;;',
         '  *) exec REAL "$@" ;;',
@@ -295,7 +296,8 @@ def test_the_gate_lints_then_runs_pytest_with_the_flags(repo: Path) -> None:
     shutil.copy(REPOSITORY / ".ci/run", repo / ".ci/run")
     command = ["bash", str(repo / ".ci/run"), "-k", "x"]
     subprocess.run(command, env=clean_environment(**settings), check=True, timeout=60)
-    lint, style, tests = calls.read_text().splitlines()
+    lint, style, audit, tests = calls.read_text().splitlines()
+    assert audit.startswith("-m bert_glue.requirements_audit ")
     assert (lint, style) == ("-m ruff check .", "-m ruff format --check .")
     assert "-m not slow" in tests and tests.endswith("-k x")
 
