@@ -131,13 +131,15 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
     try:
         hub_files.prepare_client()
         with _hub_mode(reason is not None, args.disable_tqdm or not sys.stderr.isatty()):
-            found = datasets.load_dataset(
-                # hf:// keeps a local folder of that name out of it
-                f"hf://datasets/{name}",
-                config,
-                revision=revision,
-                cache_dir=args.cache_dir,
-                token=args.token,
+            found = hub_files.with_retries(
+                lambda: datasets.load_dataset(
+                    # hf:// keeps a local folder of that name out of it
+                    f"hf://datasets/{name}",
+                    config,
+                    revision=revision,
+                    cache_dir=args.cache_dir,
+                    token=args.token,
+                )
             )
     except Exception as error:  # the libraries below raise some thirty types; all end here as one line
         raise DataError(_refusal(name, config, revision, reason, error, args)) from error

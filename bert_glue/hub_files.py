@@ -1,7 +1,7 @@
 """Files that came from the hub: asked for a limited number of times, and used only if their hash is the hub's.
 
-The hub's client compares sizes, not hashes, and goes on for ever with a server that cuts each answer. It
-names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
+The hub's client compares sizes, not hashes, and goes on for ever with a server that cuts each answer after
+its first 10 MB. It names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 MOST_REQUESTS = 10  # for one file in one run, resumed answers counted
+_PAUSES = (1.0, 3.0)  # seconds before the second and the third attempt
+
+T = TypeVar("T")
 
 
 class DamagedFileError(Exception):
@@ -47,6 +51,28 @@ def prepare_client() -> None:
         return client
 
     huggingface_hub.set_client_factory(factory)
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """The result of `action`, tried again where the server failed (HTTP 5xx), which the client does not do."""
+    for pause in _PAUSES:
+        try:
+            return action()
+        except Exception as error:
+            if not _is_server_error(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _is_server_error(error: BaseException | None) -> bool:
+    """True if the error, or what it was made of, is an answer of 500 to 599."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if 500 <= status < 600:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def damaged(files: Iterable[Path]) -> list[Path]:
@@ -95,8 +121,8 @@ def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
     pickles = ["pytorch_model*.bin"] if args.allow_pickle_weights else []
 
     def fetch(patterns: list[str], again: bool) -> Path:
-        return Path(
-            snapshot_download(
+        found = with_retries(
+            lambda: snapshot_download(
                 name,
                 revision=args.model_revision,
                 cache_dir=args.cache_dir,
@@ -107,6 +133,7 @@ def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
                 force_download=again,
             )
         )
+        return Path(found)
 
     prepare_client()
     folder = fetch(["*.json", "*.txt", "*.safetensors", *pickles], again=False)

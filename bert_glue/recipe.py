@@ -149,8 +149,10 @@ def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Rank
 
 def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
     """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
-    log.stop_signal = next(filter(None, ranks.gather(log.stop_signal)), None)
-    return log.stop_asked()
+    found = next(filter(None, ranks.gather(log.stop_signal)), None)
+    if found is not None:  # never set to None: a signal may come at any moment
+        log.stop_signal = found
+    return found is not None
 
 
 def _save(run_of: Run, is_stopped: bool) -> None:

@@ -172,7 +172,7 @@ def test_narrowed_embeddings_give_the_same_weights(tmp_path, monkeypatch, precis
     assert_close(weights(narrowed), weights(whole), 1e-6)
     table = weights(narrowed)["bert.embeddings.word_embeddings.weight"]
     start = torch.from_numpy(bert_tensors()["bert.embeddings.word_embeddings.weight"])
-    assert (table[-1] / start[-1]).mean() == pytest.approx(np.prod([1 - 5e-3 * 0.5 * (1 - s / 8) for s in range(6)]))
+    assert (table[-1] / start[-1]).mean() == pytest.approx(np.prod([1 - 5e-3 * 0.5 * (1 - s / 8) for s in range(8)]))
 
 
 # ---- evaluation while training, best weights, early stopping ----
