@@ -55,12 +55,25 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
     return replace(
         args,
         **recipe,
+        notices=(*args.notices, *_without_effect(args, given)),
         task_name=get_task(args.task_name).name if args.task_name else None,
         padding="max_length" if args.pad_to_max_length else args.padding,
         do_eval=args.do_eval or (args.do_train and evaluates),
         eval_steps=args.eval_steps or (args.logging_steps if by_steps else None),
         metric_for_best_model=metric.removeprefix("eval_") if metric else None,
     )
+
+
+def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
+    """Precision flags that this run does not use, one line each."""
+    is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
+    if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
+        yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16: fp32 is trained"
+    if args.loss_scale is not None and not (is_low and args.fp16):
+        why = "bf16 has the range of fp32" if is_low else "fp32 needs none"
+        yield f"--loss_scale {args.loss_scale} has no effect: {why}"
+    if args.amp_backend == "apex" and not (args.fp16 or args.bf16):
+        yield "--amp_backend apex has no effect without --fp16: fp32 is trained natively"
 
 
 def _required(args: Arguments) -> Iterator[Problem]:
@@ -213,7 +226,9 @@ def _expect(args: Arguments) -> Iterator[Problem]:
 def _precision(args: Arguments) -> Iterator[Problem]:
     if args.fp16 and args.bf16:
         yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions: give one")
-    if args.loss_scale != "dynamic" and not _is_positive(args.loss_scale):
+    if args.bf16 and args.amp_backend == "apex":
+        yield Problem(("bf16", "amp_backend"), "--amp_backend apex knows no bf16: give --fp16, or leave apex out")
+    if args.loss_scale not in (None, "dynamic") and not _is_positive(args.loss_scale):
         yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
 
 

@@ -170,7 +170,7 @@ class PrecisionArguments:
         "O0: fp32; O1: autocast; O2: low-precision model, fp32 masters; O3: all low precision",
         choices=("O0", "O1", "O2", "O3"),
     )
-    loss_scale: str = flag("1024.0", "a positive number, or dynamic")
+    loss_scale: str | None = flag(None, "a positive number, or dynamic; default: 1024, at O3 1; fp16 only")
     use_combine_grad: bool = flag(False, "gradients as views of one flat buffer, fused clip")
     amp_backend: str = flag("auto", "who does mixed precision", choices=("auto", "native", "apex"))
     fallback_precision: str = flag(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from bert_glue.device import has_slow_products
 from bert_glue.layout import LengthGroup, PackedLayout
 from bert_glue.noise import Noise
 
@@ -98,7 +99,12 @@ def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: 
 def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
     """CPU: sequences of similar length share one batched product."""
     PATHS_TAKEN.add("packed: products grouped by length")
-    return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site)
+    dtype, kind = query.dtype, query.device.type
+    if not has_slow_products(kind, dtype):
+        return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site)
+    with torch.autocast(kind, enabled=False):
+        query, key, value = query.float(), key.float(), value.float()
+        return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site).to(dtype)
 
 
 def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:

@@ -275,3 +275,15 @@ def has_packed_npu_attention() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@cache
+def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
+    """True if torch multiplies matrices of a 16-bit `dtype` in loops of its own, 10 to 40 times slower than fp32.
+
+    That is so on CPUs for which oneDNN has no kernels of that dtype (below AVX-512 on x86).
+    """
+    if kind != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())

@@ -119,7 +119,7 @@ def _arguments(requested: str, precision: dict[str, Any]) -> Any:
 def _recipe(requested: str) -> dict[str, Any]:
     """What the launchers' recipe ends with on the device."""
     from bert_glue.device import resolve_device
-    from bert_glue.precision import plan_precision
+    from bert_glue.precision_plan import plan_precision
 
     plan = plan_precision(_arguments(requested, {}), resolve_device(requested))
     return {"precision": plan.name, "note": plan.note}
@@ -168,7 +168,8 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     from bert_glue.model import LoadedModel
     from bert_glue.optim import build_optimizer
     from bert_glue.packed import PackedClassifier
-    from bert_glue.precision import Precision, plan_precision
+    from bert_glue.precision import Precision
+    from bert_glue.precision_plan import plan_precision
     from bert_glue.progress import ProgressLog
     from bert_glue.ranks import Ranks
     from bert_glue.tasks import own_task
@@ -183,7 +184,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
     precision = Precision(plan, module)
-    optimizer, _ = build_optimizer(args, precision.groups, precision.masters, precision.gradients)
+    optimizer, _ = build_optimizer(args, precision.leaves(per_parameter=False))
     assemble = Assembler("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
     run = Run(
         args, own_task("proof", ("text",), ("a", "b")), ranks, LoadedModel(module, None, {}, True), precision,

@@ -12,26 +12,42 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bert_glue.linear import Linear
+
 _UNDECAYED = ("bias", "norm.weight", "LayerNorm.weight", "layer_norm.weight")
 
 
 @dataclass
-class FlatGroup:
-    """Parameters that share a weight decay.
+class NamedGroup:
+    """Parameters that share a weight decay and a dtype.
 
     Args:
-        names: of the parameters, in the order of the buffer.
-        shapes: theirs.
-        data: `[elements]`, the parameters are views of it.
-        grad: `[elements]`, their gradients are views of it.
+        names: of the parameters.
+        parameters: themselves.
         is_decayed: whether weight decay applies.
     """
 
     names: list[str]
-    shapes: list[torch.Size]
+    parameters: list[nn.Parameter]
+    is_decayed: bool
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the parameters."""
+        return [p.shape for p in self.parameters]
+
+
+@dataclass
+class FlatGroup(NamedGroup):
+    """A group whose parameters lie in one buffer, in their order.
+
+    Args:
+        data: `[elements]`, the parameters are views of it.
+        grad: `[elements]`, their gradients are views of it.
+    """
+
     data: torch.Tensor
     grad: torch.Tensor
-    is_decayed: bool
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Slices of a buffer laid out as this group, by parameter name."""
@@ -39,25 +55,36 @@ class FlatGroup:
         return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
 
 
+def is_decayed(name: str) -> bool:
+    """True if weight decay applies to a parameter of this name: not to biases and norms."""
+    return not name.lower().endswith(tuple(ending.lower() for ending in _UNDECAYED))
+
+
+def named_groups(module: nn.Module) -> list[NamedGroup]:
+    """A module's trainable parameters, the decayed ones first; one used under two names comes once."""
+    groups: dict[tuple[bool, torch.dtype], NamedGroup] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decayed = is_decayed(name)
+            group = groups.setdefault((decayed, parameter.dtype), NamedGroup([], [], decayed))
+            group.names.append(name)
+            group.parameters.append(parameter)
+    return sorted(groups.values(), key=lambda group: not group.is_decayed)
+
+
 def flatten(module: nn.Module) -> list[FlatGroup]:
     """Move a module's trainable parameters into flat buffers, in place, and give them gradient views.
 
-    A parameter used under two names is stored once. All must have one dtype and one device.
+    All must be on one device; parameters of another dtype (BatchNorm at O2) are groups of their own.
     """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    groups = []
-    for is_decayed in (True, False):
-        members = [(n, p) for n, p in named if n.lower().endswith(tuple(u.lower() for u in _UNDECAYED)) != is_decayed]
-        if not members:
-            continue
-        total = sum(p.numel() for _, p in members)
-        data = torch.empty(total, dtype=members[0][1].dtype, device=members[0][1].device)
-        group = FlatGroup(
-            [n for n, _ in members], [p.shape for _, p in members], data, torch.zeros_like(data), is_decayed
-        )
-        grads = group.views(group.grad)
-        for (name, parameter), view in zip(members, group.views(data).values(), strict=True):
-            view.copy_(parameter.data)
-            parameter.data, parameter.grad = view, grads[name]
-        groups.append(group)
-    return groups
+    flat = []
+    for group in named_groups(module):
+        data = torch.cat([p.data.flatten() for p in group.parameters])
+        flat.append(FlatGroup(group.names, group.parameters, group.is_decayed, data, torch.zeros_like(data)))
+        data_views, grad_views = flat[-1].views(flat[-1].data), flat[-1].views(flat[-1].grad)
+        for name, parameter in zip(group.names, group.parameters, strict=True):
+            parameter.data, parameter.grad = data_views[name], grad_views[name]
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.adds_into_grad = True
+    return flat

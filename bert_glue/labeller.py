@@ -17,7 +17,8 @@ from bert_glue.labelled_output import Columns
 from bert_glue.launch_results import read_json_object
 from bert_glue.model import LoadedModel, load_model, read_config
 from bert_glue.own_data import text_columns
-from bert_glue.precision import InferencePrecision, plan_precision
+from bert_glue.precision import InferencePrecision
+from bert_glue.precision_plan import plan_precision
 from bert_glue.ranks import Ranks
 from bert_glue.splits import make_split
 from bert_glue.tables import Table

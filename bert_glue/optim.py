@@ -13,12 +13,9 @@ import torch
 
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
-from bert_glue.flat import FlatGroup
 from bert_glue.npu_optim import NoFusedOptimizer, npu_fused_adamw
 
 _WHOLE_PARAMETER = ("adafactor", "lamb")
-_FUSED_NPU = ("adamw_torch_npu_fused", "adamw_apex_fused_npu")  # Ascend apex's own steps under its amp only
-_FUSED = ("adamw_torch_fused", "adamw_apex_fused", *_FUSED_NPU)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -60,65 +57,116 @@ def is_elementwise(name: str) -> bool:
 
 
 def build_optimizer(
-    args: Arguments, groups: list[FlatGroup], buffers: list[torch.Tensor], grads: list[torch.Tensor]
+    args: Arguments, leaves: list[tuple[list[torch.nn.Parameter], bool]]
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer of `--optim` over fp32 masters or the parameters themselves.
+    """The optimizer of `--optim`, or the nearest one that this machine has.
 
     Args:
-        groups: layout of the buffers.
-        buffers: what is updated, `[elements]` each, one a group.
-        grads: their gradients, `[elements]` each.
+        leaves: (parameters, whether they are decayed) a group, as of `Precision.leaves`.
 
     Returns:
-        The optimizer, and what was really used, for the log.
+        The optimizer, and its name with the reason if it is not the one asked for.
 
     Raises:
         MachineError: `--strict_optim` and the named optimizer is not available here.
     """
-    options = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
-    if is_elementwise(args.optim):
-        params = []
-        for group, buffer, grad in zip(groups, buffers, grads, strict=True):
-            leaf = torch.nn.Parameter(buffer, requires_grad=True)
-            leaf.grad = grad
-            params.append({"params": [leaf], "weight_decay": args.weight_decay if group.is_decayed else 0.0})
-        return _adamw(args, params, options)
-    params = []
-    for group, buffer, grad in zip(groups, buffers, grads, strict=True):
-        leaves = []
-        for value, gradient in zip(group.views(buffer).values(), group.views(grad).values(), strict=True):
-            leaf = torch.nn.Parameter(value)
-            leaf.grad = gradient
-            leaves.append(leaf)
-        params.append({"params": leaves, "weight_decay": args.weight_decay if group.is_decayed else 0.0})
-    if args.optim == "lamb":
-        return Lamb(params, **options), "lamb"
+    params = [{"params": p, "weight_decay": args.weight_decay if decayed else 0.0} for p, decayed in leaves]
+    absent = ""
+    for name in (args.optim, *_NEAREST.get(args.optim, ())):
+        try:
+            optimizer = _BUILDERS[name](args, [dict(group) for group in params])
+        except _Absent as error:
+            absent = absent or str(error)
+            if args.strict_optim:
+                raise MachineError(f"--optim {name} --strict_optim: {error}") from error
+            continue
+        return optimizer, name if name == args.optim else f"{name} instead of {args.optim}: {absent}"
+    raise MachineError(f"--optim {args.optim}: {absent}")
+
+
+class _Absent(Exception):
+    """This machine has no such optimizer; the text says why."""
+
+
+def _adam_options(args: Arguments) -> dict:
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def _adamw_torch(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, foreach=True, **_adam_options(args))
+
+
+def _adamw_torch_fused(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    try:
+        return torch.optim.AdamW(params, fused=True, **_adam_options(args))
+    except RuntimeError as error:
+        raise _Absent(f"torch has no fused AdamW for {params[0]['params'][0].device.type}") from error
+
+
+def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[dict]], torch.optim.Optimizer]:
+    def build(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+        try:
+            import apex.optimizers
+        except Exception as error:  # an apex built for another torch fails in many ways
+            raise _Absent(f"apex.optimizers cannot be imported ({error})") from error
+        found = getattr(apex.optimizers, class_name, None)
+        if found is None:
+            raise _Absent(f"this apex has no {class_name}")
+        try:
+            return found(params, **_adam_options(args), **options)
+        except RuntimeError as error:
+            raise _Absent(f"{class_name} does not run here ({error})") from error
+
+    return build
+
+
+def _apex_fused_npu(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    if args.amp_backend != "apex":
+        raise _Absent("Ascend's apex runs it only under --amp_backend apex")
+    return _of_apex("NpuFusedAdamW")(args, params)
+
+
+def _torch_npu_fused(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    try:
+        return npu_fused_adamw(params, **_adam_options(args))
+    except NoFusedOptimizer as error:
+        raise _Absent(str(error)) from error
+
+
+def _adamw_hf(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    raise _Absent("transformers has removed it")
+
+
+def _lamb(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    return Lamb(params, **_adam_options(args))
+
+
+def _adafactor(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(params, lr=args.learning_rate, scale_parameter=False, relative_step=False), "adafactor"
+    return Adafactor(params, lr=args.learning_rate, scale_parameter=False, relative_step=False)
 
 
-def _adamw(args: Arguments, params: list[dict], options: dict) -> tuple[torch.optim.Optimizer, str]:
-    """torch's AdamW, fused where the device has it; bias correction is always on."""
-    wants_fused = args.optim in _FUSED
-    if args.optim in _FUSED_NPU and not (args.strict_optim and args.optim == "adamw_apex_fused_npu"):
-        try:
-            return npu_fused_adamw(params, **options), "adamw_torch_npu_fused"
-        except NoFusedOptimizer as error:
-            if args.strict_optim:
-                raise MachineError(f"--optim {args.optim} --strict_optim: {error}") from error
-    if args.strict_optim and args.optim in _FUSED[1:]:
-        raise MachineError(f"--optim {args.optim} --strict_optim: not available here; adamw_torch_fused is")
-    used = "adamw_torch_fused" if wants_fused else "adamw_torch"
-    try:
-        optimizer = torch.optim.AdamW(params, fused=wants_fused, **options)
-    except RuntimeError:  # no fused kernel for this device
-        optimizer, used = torch.optim.AdamW(params, foreach=True, **options), "adamw_torch (foreach)"
-    return optimizer, used
+_BUILDERS: dict[str, Callable[[Arguments, list[dict]], torch.optim.Optimizer]] = {
+    "adamw_torch": _adamw_torch,
+    "adamw_torch_fused": _adamw_torch_fused,
+    "adamw_apex_fused_npu": _apex_fused_npu,
+    "adamw_torch_npu_fused": _torch_npu_fused,
+    # Not apex's plain Adam: the same decoupled decay as everywhere here.
+    "adamw_apex_fused": _of_apex("FusedAdam", adam_w_mode=True, set_grad_none=False),
+    "adamw_hf": _adamw_hf,
+    "adafactor": _adafactor,
+    "lamb": _lamb,
+}
+
+# Instead of an absent optimizer, in this order.
+_NEAREST = {
+    "adamw_torch_fused": ("adamw_torch",),
+    "adamw_apex_fused_npu": ("adamw_torch_npu_fused", "adamw_torch_fused", "adamw_torch"),
+    "adamw_torch_npu_fused": ("adamw_torch_fused", "adamw_torch"),
+    "adamw_apex_fused": ("adamw_torch_fused", "adamw_torch"),
+    "adamw_hf": ("adamw_torch",),
+}
 
 
 def schedule(name: str, total_steps: int, warmup_steps: float) -> Callable[[int], float]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_glue.attention import attend
 from bert_glue.layout import PackedLayout
-from bert_glue.linear import Linear
+from bert_glue.linear import Linear, linear
 from bert_glue.noise import Noise, dropout
 
 ACTIVATIONS = {
@@ -103,8 +103,8 @@ class PackedLayer(nn.Module):
         if firsts is None:
             return self.qkv(x).view(len(x), 3, heads, -1).unbind(1)
         weight, bias = self.qkv.weight, self.qkv.bias
-        query = F.linear(x[firsts], weight[:hidden], bias[:hidden])
-        key_value = F.linear(x, weight[hidden:], bias[hidden:]).view(len(x), 2, heads, -1)
+        query = linear(x[firsts], weight[:hidden], bias[:hidden])
+        key_value = linear(x, weight[hidden:], bias[hidden:]).view(len(x), 2, heads, -1)
         return query.view(len(firsts), heads, -1), *key_value.unbind(1)
 
 

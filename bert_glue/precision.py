@@ -1,84 +1,35 @@
-"""O0 to O3: which dtype computes, where the fp32 masters live, how the loss is scaled.
+"""A model at one O-level (table: precision_plan.py): casts, fp32 masters, gradients and the loss scale.
 
-| level | model | masters | default scale | casts |
-|---|---|---|---|---|
-| O0 | fp32 | - | 1 | - |
-| O1 | fp32 | - | as given | autocast |
-| O2 | fp16 or bf16, LayerNorm too | fp32 | as given | logits go to fp32 |
-| O3 | fp16 or bf16 | none | 1 | logits go to fp32 |
-
-Semantics and constants are apex's (`apex.amp`, removed upstream in 2025); bf16 is our extension and
-needs no scale. Under a static scale nothing is ever skipped: a gradient that is not finite stops the
-run before the update.
+Gradients are views of flat buffers at every level (`--use_combine_grad`). At O2 and O3 the passes of one
+optimizer step are added up in fp32. Ranks add their gradients in the model's dtype, half the bytes, as
+torch's DDP does; where passes were added up before, in fp32. Each rank's share is of the mean over all
+samples, so that a sum over ranks leaves fp16 only where the same batch on one rank would.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from bert_glue.arguments import Arguments
-from bert_glue.device import Device
-from bert_glue.errors import DivergedError, MachineError
+from bert_glue.errors import DivergedError
 from bert_glue.flat import FlatGroup, flatten
+from bert_glue.precision_plan import PrecisionPlan
 
 _FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
-_SMALLEST_SCALE, _MOST_OVERFLOWS = 1.0, 50
+# Ours: apex halves for ever. From the largest scale to the smallest are 24 overflows.
+_SMALLEST_SCALE, MOST_OVERFLOWS = 1.0, 30
 
 
-@dataclass(frozen=True)
-class PrecisionPlan:
-    """What was decided for a run.
-
-    Args:
-        level: O0 to O3.
-        dtype: that products are computed in.
-        loss_scale: static scale, or None for dynamic.
-        note: a fallback that was taken, for every output; "" if none.
-    """
-
-    level: str
-    dtype: torch.dtype
-    loss_scale: float | None
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        """Such as "O2 fp16, loss scale 1024"."""
-        short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
-        if self.dtype != torch.float16 or self.loss_scale == 1.0:
-            return f"{self.level} {short}"
-        scale = "dynamic" if self.loss_scale is None else f"{self.loss_scale:g}"
-        return f"{self.level} {short}, loss scale {scale}"
-
-
-def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
-    """The precision asked for, checked against the device.
-
-    Raises:
-        MachineError: the device cannot train so and `--fallback_precision` is none.
-    """
-    fp32 = PrecisionPlan("O0", torch.float32, 1.0)
-    if not (args.fp16 or args.bf16) or args.fp16_opt_level == "O0":
-        return fp32
-    dtype = torch.float16 if args.fp16 else torch.bfloat16
-    asked = f"{'fp16' if args.fp16 else 'bf16'} {args.fp16_opt_level}"
-    if not device.supports(dtype):
-        if args.fallback_precision == "fp32":
-            note = f"this device has no native {asked.split()[0]}: trained in fp32 (O0) instead of {asked}"
-            return PrecisionPlan("O0", torch.float32, 1.0, note)
-        raise MachineError(
-            f"--{asked.split()[0]}: this device has no native support for it ({device.name}); "
-            "choose --bf16, no precision flag (fp32), or --fallback_precision fp32"
-        )
-    if args.amp_backend == "apex":
-        raise MachineError("--amp_backend apex: apex with amp is not installed here; native gives the same levels")
-    if args.fp16_opt_level == "O3" or dtype == torch.bfloat16:
-        return PrecisionPlan(args.fp16_opt_level, dtype, 1.0)
-    return PrecisionPlan(args.fp16_opt_level, dtype, None if args.loss_scale == "dynamic" else float(args.loss_scale))
+def convert(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
+    """Parameters and buffers to `dtype`, in place; BatchNorm stays in fp32 if `keeps_batch_norm`."""
+    for part in module.modules():
+        if keeps_batch_norm and isinstance(part, nn.modules.batchnorm._BatchNorm):
+            continue
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def _autocast(plan: PrecisionPlan, device: torch.device) -> AbstractContextManager:
@@ -97,7 +48,7 @@ class InferencePrecision:
         self.plan = plan
         module.requires_grad_(False)
         if plan.level in ("O2", "O3"):
-            module.to(plan.dtype)
+            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.device = next(module.parameters()).device
 
     def autocast(self) -> AbstractContextManager:
@@ -108,17 +59,22 @@ class InferencePrecision:
 class Precision:
     """A module's parameters at one O-level, its gradients, and the loss scale.
 
+    At O3 the masters are no more than room for the update, which is computed in fp32 and rounded: 16-bit
+    Adam moments underflow, and a weight would become infinite in the first step.
+
     Args:
         plan: what to do.
         module: on its device, in fp32; converted in place.
+        passes: forward passes of an optimizer step.
     """
 
-    def __init__(self, plan: PrecisionPlan, module: nn.Module):
+    def __init__(self, plan: PrecisionPlan, module: nn.Module, passes: int = 1):
         self.plan = plan
+        has_masters = plan.level in ("O2", "O3")
         # Masters start from the weights as stored, not from what is left of them after the cast.
-        exact = {name: p.detach() for name, p in module.named_parameters()} if plan.level == "O2" else {}
-        if plan.level in ("O2", "O3"):
-            module.to(plan.dtype)
+        exact = {name: p.detach() for name, p in module.named_parameters()} if has_masters else {}
+        if has_masters:
+            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.groups: list[FlatGroup] = flatten(module)
         device = self.groups[0].data.device
         self.is_dynamic = plan.loss_scale is None
@@ -126,11 +82,40 @@ class Precision:
         self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
         self.has_diverged = torch.zeros((), device=device)
         self.masters = [g.data for g in self.groups]
-        if plan.level == "O2":
+        self.gradients = [g.grad for g in self.groups]
+        if has_masters:
             self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
-        self.gradients = (
-            [torch.zeros_like(m) for m in self.masters] if plan.level == "O2" else [g.grad for g in self.groups]
-        )
+            self.gradients = [torch.zeros_like(m) for m in self.masters]
+        self._adds_passes = has_masters and passes > 1
+        self._copy_masters()
+
+    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+        """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
+
+        Args:
+            per_parameter: one view each, for optimizers that look at whole parameters; else one flat
+                parameter a group.
+        """
+        found = []
+        for group, master, gradient in zip(self.groups, self.masters, self.gradients, strict=True):
+            pieces = [(master, gradient)]
+            if per_parameter:
+                pieces = list(zip(group.views(master).values(), group.views(gradient).values(), strict=True))
+            leaves = [nn.Parameter(value) for value, _ in pieces]
+            for leaf, (_, grad) in zip(leaves, pieces, strict=True):
+                leaf.grad = grad
+            found.append((leaves, group.is_decayed))
+        return found
+
+    def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+        """Take note of the optimizer over `leaves`, None for evaluation alone; returns the one to use."""
+        return optimizer
+
+    def describe(self) -> str:
+        """How gradients are kept, one line for the log."""
+        sizes = " + ".join(f"{g.grad.numel():,} x {g.grad.element_size()} bytes" for g in self.groups)
+        summed = "fp32" if self._adds_passes else str(self.groups[0].grad.dtype).removeprefix("torch.")
+        return f"views of {len(self.groups)} flat buffers ({sizes}), one all-reduce each in {summed}, fused clip"
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass: autocast at O1, nothing otherwise."""
@@ -138,24 +123,46 @@ class Precision:
 
     def zero_gradients(self) -> None:
         """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""
-        for group in self.groups:
-            group.grad.zero_()
+        for buffer in (*(g.grad for g in self.groups), *(self.gradients if self._adds_passes else ())):
+            buffer.zero_()
+
+    def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
+        """Gradients of one forward pass, scaled.
+
+        Args:
+            loss: 0-d; None where this rank has no sample in the pass.
+            is_last: True in the optimizer step's last pass.
+        """
+        if loss is None:
+            return
+        (loss * self.scale).backward()
+        # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+        self.groups[0].grad[0] += 0.0 * loss.detach()
+        if self._adds_passes:
+            for gradient, group in zip(self.gradients, self.groups, strict=True):
+                gradient.add_(group.grad)
+                group.grad.zero_()
+
+    def unsummed(self) -> list[torch.Tensor]:
+        """What has still to be added over ranks after a step's last pass, `[elements]` each."""
+        return self.gradients if self._adds_passes else [group.grad for group in self.groups]
 
     def gather_gradients(self) -> torch.Tensor:
-        """Bring gradients to where the optimizer looks; returns their scaled L2 norm, 0-d fp32."""
-        if self.plan.level == "O2":
+        """Bring gradients to where the optimizer looks; returns their L2 norm without the scale, 0-d fp32."""
+        if not self._adds_passes:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
-                gradient.copy_(group.grad)
-        return torch.stack([gradient.float().norm() for gradient in self.gradients]).norm()
+                if gradient is not group.grad:
+                    gradient.copy_(group.grad)
+        return torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self.scale
 
-    def step(self, optimizer: torch.optim.Optimizer, scaled_norm: torch.Tensor, max_norm: float) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
         """Unscale, clip, update, and copy masters to the model, unless a gradient is not finite.
 
         Clip, scale and the check for overflow go into a fused optimizer as device numbers, so that no
         pass over the gradients and no wait for the host is spent on them.
 
         Args:
-            scaled_norm: of `gather_gradients`.
+            norm: of `gather_gradients`.
             max_norm: L2 norm gradients are clipped to, 0 for none.
 
         Returns:
@@ -165,13 +172,12 @@ class Precision:
             DivergedError: overflow persists at the smallest scale.
         """
         scale = self.scale
-        is_bad = (~torch.isfinite(scaled_norm)).float()
+        is_bad = (~torch.isfinite(norm)).float()
         if self.is_dynamic:
             if self._overflowed(bool(is_bad.item())):
                 return False
         else:
             self.has_diverged.copy_(torch.maximum(self.has_diverged, is_bad))
-        norm = scaled_norm / scale
         divisor = scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, self.has_diverged
@@ -179,13 +185,19 @@ class Precision:
             return True
         else:
             for gradient in self.gradients:
-                gradient.div_(divisor.to(gradient.dtype))
+                gradient.div_(divisor)
         optimizer.step()
-        if self.plan.level == "O2":
-            with torch.no_grad():
-                for group, master in zip(self.groups, self.masters, strict=True):
-                    group.data.copy_(master)
+        self._copy_masters()
         return True
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        """Round masters into the model; at O3 nothing of them is kept that the model does not have."""
+        for group, master in zip(self.groups, self.masters, strict=True):
+            if master is not group.data:
+                group.data.copy_(master)
+                if self.plan.level == "O3":
+                    master.copy_(group.data)
 
     def _overflowed(self, is_bad: bool) -> bool:
         """Dynamic scale after one backward: halve on overflow, double after enough clean steps."""
@@ -198,11 +210,8 @@ class Precision:
         self.skipped_steps += 1
         self.overflows_in_a_row += 1
         self.clean_steps = 0
-        if self.scale <= _SMALLEST_SCALE or self.overflows_in_a_row >= _MOST_OVERFLOWS:
-            raise DivergedError(
-                f"gradients overflow at loss scale {self.scale:g}, {self.overflows_in_a_row} times in a row: "
-                "lower --learning_rate, or train with --bf16 or in fp32"
-            )
+        if self.overflows_in_a_row >= MOST_OVERFLOWS:
+            raise DivergedError(too_many_overflows(self.overflows_in_a_row, self.scale))
         self.scale = max(self.scale / 2.0, _SMALLEST_SCALE)
         return True
 
@@ -213,12 +222,24 @@ class Precision:
             DivergedError: it happened; after a bad gradient no update was made.
         """
         if self.has_diverged.item():
-            raise DivergedError(
-                "gradients are not finite (NaN or Inf); the update was not made and nothing was saved since: "
-                "lower --learning_rate, check the data, or use --loss_scale dynamic with --fp16"
-            )
-        if not all(torch.isfinite(master).all() for master in self.masters):
-            raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")
+            raise DivergedError(BAD_GRADIENTS)
+        check_weights(self.masters)
+
+    def named_masters(self) -> dict[str, torch.Tensor]:
+        """fp32 masters under their parameters' names; empty where the model has all there is."""
+        if self.plan.level != "O2":
+            return {}
+        named: dict[str, torch.Tensor] = {}
+        for group, master in zip(self.groups, self.masters, strict=True):
+            named |= group.views(master)
+        return named
+
+    @torch.no_grad()
+    def load_masters(self, values: list[torch.Tensor]) -> None:
+        """Take back a copy of `masters`, into the model too."""
+        for master, value in zip(self.masters, values, strict=True):
+            master.copy_(value)
+        self._copy_masters()
 
     def scale_state(self) -> dict:
         """Numbers of the loss scale, for a checkpoint."""
@@ -233,3 +254,23 @@ class Precision:
         """Take back `scale_state`."""
         for name, value in state.items():
             setattr(self, name, value)
+
+
+BAD_GRADIENTS = (
+    "gradients are not finite (NaN or Inf); the update was not made and nothing was saved since: "
+    "lower --learning_rate, check the data, or use --loss_scale dynamic with --fp16"
+)
+
+
+def too_many_overflows(count: int, scale: float) -> str:
+    """The line that ends a run whose dynamic scale finds no bottom."""
+    return (
+        f"gradients overflowed {count} times in a row, at last with loss scale {scale:g}: "
+        "lower --learning_rate, or train with --bf16 or in fp32"
+    )
+
+
+def check_weights(masters: list[torch.Tensor]) -> None:
+    """Raises DivergedError if a weight is not finite; waits for the device."""
+    if not all(torch.isfinite(master).all() for master in masters):
+        raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")

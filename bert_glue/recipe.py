@@ -22,7 +22,7 @@ from bert_glue.expectations import missed, read_expectations
 from bert_glue.generators import seed_generators
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
-from bert_glue.precision import Precision, plan_precision
+from bert_glue.precision_plan import plan_precision
 from bert_glue.progress import ProgressLog
 from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
@@ -33,7 +33,7 @@ from bert_glue.text_tokens import tokenize
 from bert_glue.throughput import seconds_since_process_start
 from bert_glue.trackers import Trackers
 from bert_glue.training import Progress, Run
-from bert_glue.training_setup import assembler, fine_tune, narrow
+from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 from bert_glue.training_state import save_checkpoint, whole_weights
 
 
@@ -91,7 +91,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         reporting.show_example(data, splits["train"], model, log)
     narrowed, run_of = narrow(args, model, splits), None
     model.module.to(ranks.device.torch_device)
-    precision = Precision(plan, model.module)
+    precision = make_precision(args, plan, model.module, ranks)
     assemble = assembler(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision, log.stop_asked)
     results: dict = _facts(args, data, model, plan, ranks)
@@ -264,6 +264,7 @@ def _train_results(run_of: Run, plan) -> dict:
         "train_loss": progress.loss_sum / max(1, progress.step),
         "train_steps": progress.step,
         "train_collapsed": flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
+        "optimizer": run_of.optimizer_used,
         "train_skipped_updates": run_of.precision.skipped_steps,
         "train_samples_consumed": progress.samples,
         "train_samples": run_of.order.rows,

@@ -66,6 +66,7 @@ class Run:
         evaluate: gives `eval_*` results of the current weights.
         best_key: entry of those results that chooses the best checkpoint.
         saved_step: of the last checkpoint that was begun or resumed from.
+        optimizer_used: name of the optimizer that runs, for results.
     """
 
     args: Arguments
@@ -83,6 +84,7 @@ class Run:
     evaluate: Callable[[], dict]
     best_key: str
     narrowed: NarrowedEmbedding | None = None
+    optimizer_used: str = ""
     progress: Progress = field(default_factory=Progress)
     saver: Saver = field(default_factory=Saver)
     saved_step: int = 0
@@ -146,26 +148,24 @@ def train(run: Run) -> None:
         run.model.module.train()
         precision.zero_gradients()
         step_loss = torch.zeros_like(recent_loss)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
             noise.begin(progress.forward_passes)
             progress.forward_passes += 1
             if batch is None:
+                precision.backward(None, is_last=number == len(micro_batches))
                 continue
             with precision.autocast():
                 logits = run.model.module(**batch.inputs, noise=noise)
             loss = sample_losses(run.task, logits, batch.labels, args.label_smoothing_factor) / samples
-            (loss * precision.scale).backward()
+            precision.backward(loss, is_last=number == len(micro_batches))
             step_loss += loss.detach()
             run.meter.count(batch)
-        # A loss that is not finite stops the update on all ranks, as a gradient does, which may be finite still.
-        precision.groups[0].grad[0] += 0.0 * step_loss
-        ranks.sum([group.grad for group in precision.groups])
-        scaled_norm = precision.gather_gradients()
+        ranks.sum(precision.unsummed())
+        norm = precision.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        scale = precision.scale
-        if precision.step(run.optimizer, scaled_norm, args.max_grad_norm):
+        if precision.step(run.optimizer, norm, args.max_grad_norm):
             progress.updates += 1
             if run.narrowed is not None:
                 run.narrowed.count_decay(rate, args.weight_decay)
@@ -177,7 +177,7 @@ def train(run: Run) -> None:
         # ---- end of the step ----
         if _is_due(run, args.logging_steps) or (args.logging_first_step and progress.step == 1):
             ranks.sum([recent_loss])
-            _log_step(run, recent_loss.item(), rate, scaled_norm.item() / scale)
+            _log_step(run, recent_loss.item(), rate, norm.item())
             recent_loss.zero_()
         run.log.advance(progress.step, run.total_steps, run.epoch)
         if not _after_step(run, recent_loss):

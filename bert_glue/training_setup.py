@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-import torch
+from torch import nn
 
 from bert_glue import checkpoint
 from bert_glue.arguments import Arguments
@@ -16,6 +16,8 @@ from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
 from bert_glue.model import LoadedModel
 from bert_glue.optim import build_optimizer, is_elementwise
+from bert_glue.precision import InferencePrecision, Precision
+from bert_glue.precision_plan import PrecisionPlan
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
@@ -43,6 +45,20 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
         device=ranks.device.torch_device,
         renumber=narrowed.renumber if narrowed else None,
     )
+
+
+def make_precision(args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks) -> Precision | InferencePrecision:
+    """The module at the plan's level, natively or by apex; ready to evaluate, and with `--do_train` to train."""
+    if plan.backend == "apex":
+        from bert_glue.apex_amp import ApexPrecision
+
+        precision = ApexPrecision(plan, module, ranks, args.use_combine_grad)
+        if not args.do_train:
+            precision.attach(None)
+        return precision
+    if not args.do_train:
+        return InferencePrecision(plan, module)
+    return Precision(plan, module, args.gradient_accumulation_steps)
 
 
 def fine_tune(
@@ -74,13 +90,15 @@ def fine_tune(
             "lower --per_device_train_batch_size or leave the flag out"
         )
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
-    optimizer, used = build_optimizer(args, precision.groups, precision.masters, precision.gradients)
-    log.line(f"optimizer: {used}" + ("" if used == args.optim else f" (--optim {args.optim})"))
+    optimizer, used = build_optimizer(args, precision.leaves(not is_elementwise(args.optim)))
+    optimizer = precision.attach(optimizer)
+    log.line(f"optimizer: {used}")
+    log.line(f"gradients: {precision.describe()}")
     meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None)
     metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
     run_of = Run(
         args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,
-        lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed,
+        lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed, used,
     )  # fmt: skip
     _resume(run_of)
     log.line(
@@ -129,11 +147,7 @@ def _load_best(run_of: Run) -> None:
     if reason:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
     tensors = load_file(folder / "optimizer.safetensors")
-    with torch.no_grad():
-        for number, (master, group) in enumerate(zip(run_of.precision.masters, run_of.precision.groups, strict=True)):
-            master.copy_(tensors[f"parameters.{number}"])
-            if master is not group.data:
-                group.data.copy_(master)
+    run_of.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(run_of.precision.masters))])
     if run_of.narrowed is not None:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         run_of.narrowed.decay = state["narrowed_decay"]

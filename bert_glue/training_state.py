@@ -19,19 +19,13 @@ from bert_glue.training import Progress, Run
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:
     """The model under transformers' names, fp32 masters where there are some, the table whole."""
-    precision = run.precision
-    if precision.plan.level == "O2":
-        masters = {}
-        for group, master in zip(precision.groups, precision.masters, strict=True):
-            masters |= group.views(master)
-        low = {name: p.data for name, p in run.model.module.named_parameters()}
-        for name, p in run.model.module.named_parameters():
-            p.data = masters.get(name, p.data)
-        tensors = run.model.tensors()
-        for name, p in run.model.module.named_parameters():
-            p.data = low[name]
-    else:
-        tensors = run.model.tensors()
+    masters = run.precision.named_masters()
+    low = {name: p.data for name, p in run.model.module.named_parameters() if name in masters}
+    for name, p in run.model.module.named_parameters():
+        p.data = masters.get(name, p.data)
+    tensors = run.model.tensors()
+    for name, p in run.model.module.named_parameters():
+        p.data = low.get(name, p.data)
     if run.narrowed is not None:
         table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
         tensors[table] = run.narrowed.widen(tensors[table])
@@ -74,6 +68,7 @@ def _state(run: Run) -> dict:
     return {
         **asdict(run.progress),
         "loss_scale": run.precision.scale_state(),
+        "group_steps": [group.get("step") for group in run.optimizer.param_groups],
         "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
         "same": _must_be_same(run),
         "settings": _may_change(run),
@@ -91,6 +86,7 @@ def _must_be_same(run: Run) -> dict[str, object]:
     return {
         "model": shapes,
         "optimizer": type(run.optimizer).__name__,
+        "--amp_backend": run.precision.plan.backend,
         "training rows": order.rows,
         "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.micro_batch * order.accumulation,
         "--seed": run.args.seed,
@@ -174,6 +170,9 @@ def _resume(run: Run, folder: Path) -> list[str]:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
     then, now = state["settings"], _may_change(run)
     _load_optimizer(run, load_file(folder / "optimizer.safetensors"))
+    for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):
+        if step is not None:  # apex's FusedAdam counts steps there
+            group["step"] = step
     if then["precision"] == now["precision"]:
         run.precision.load_scale_state(state["loss_scale"])
     if run.narrowed:
@@ -200,10 +199,7 @@ def _difference(key: str, then: object, now: object) -> str:
 
 @torch.no_grad()
 def _load_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    for number, (master, group) in enumerate(zip(run.precision.masters, run.precision.groups, strict=True)):
-        master.copy_(tensors[f"parameters.{number}"])
-        if run.precision.plan.level == "O2":
-            group.data.copy_(master)
+    run.precision.load_masters([tensors[f"parameters.{number}"] for number in range(len(run.precision.masters))])
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         kind, number, *rest = name.split(".", 2)

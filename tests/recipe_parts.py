@@ -20,12 +20,12 @@ from bert_glue.arguments import Arguments
 from bert_glue.evaluation import Evaluator
 from bert_glue.generators import seed_generators
 from bert_glue.model import load_model
-from bert_glue.precision import Precision, plan_precision
+from bert_glue.precision_plan import plan_precision
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.sources import load_task_data
 from bert_glue.training import Run
-from bert_glue.training_setup import assembler, fine_tune, narrow
+from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 
 REPOSITORY = Path(__file__).parents[1]
 # More threads than these tiny products can use only make the tests wait for each other.
@@ -136,7 +136,7 @@ def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     model = load_model(args, data.task)
     splits = recipe._tokenize(args, data, model, log)
     narrowed = narrow(args, model, splits)
-    precision = Precision(plan_precision(args, ranks.device), model.module)
+    precision = make_precision(args, plan_precision(args, ranks.device), model.module, ranks)
     assemble = assembler(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
     return fine_tune(args, data.task, splits, model, evaluator, narrowed, log)

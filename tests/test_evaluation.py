@@ -15,7 +15,8 @@ from bert_glue import recipe
 from bert_glue.batching import Assembler, TokenSplit, evaluation_batches
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation import Evaluator, evaluate, predictions_of, row_losses
-from bert_glue.precision import Precision, PrecisionPlan
+from bert_glue.precision import Precision
+from bert_glue.precision_plan import PrecisionPlan
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import get_task
 from bert_glue.text_tokens import TokenTable

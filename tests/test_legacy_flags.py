@@ -112,7 +112,7 @@ def test_answers_point_at_flags_that_exist():
         ("--use_auth_token", "token", None, 1),
         ("--use_auth_token hf_x", "token", "hf_x", 1),
         ("--fp16_backend amp", "amp_backend", "native", 1),
-        ("--half_precision_backend apex", "amp_backend", "apex", 1),
+        ("--half_precision_backend apex", "amp_backend", "apex", 2),
         ("--device_id 3", "device", "3", 1),
         ("--distributed_process_group_timeout 60", "ddp_timeout", 60, 1),
         ("--max_val_samples 7", "max_eval_samples", 7, 1),

@@ -1,0 +1,223 @@
+"""`--amp_backend apex`: the levels as apex's `amp` does them, called the way the reference calls it.
+
+`amp.initialize(model, optimizer, opt_level, loss_scale, combine_grad)`, then `with amp.scale_loss(loss,
+optimizer)` around each backward. Ascend's apex has `combine_grad` and fused optimizers, NVIDIA's had amp
+until 2025-05. The same interface as `Precision`; what is ours on top: gradients that are not finite under
+a static scale end the run, masters and scale go into checkpoints.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from bert_glue.errors import DivergedError, MachineError
+from bert_glue.flat import NamedGroup, named_groups
+from bert_glue.precision import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
+from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.ranks import Ranks
+
+_NATIVE = "leave --amp_backend out: the native levels are the same"
+
+
+def load_amp(needs_combine_grad: bool) -> ModuleType:
+    """`apex.amp`.
+
+    Args:
+        needs_combine_grad: `--use_combine_grad` was given.
+
+    Raises:
+        MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad; with the fix.
+    """
+    if find_spec("apex") is None:
+        raise MachineError(f"--amp_backend apex: apex is not installed; install Ascend's apex, or {_NATIVE}")
+    try:
+        has_amp = find_spec("apex.amp") is not None
+        if has_amp:
+            from apex import amp
+    except Exception as error:  # an apex built for another torch fails in many ways
+        raise MachineError(f"--amp_backend apex: apex cannot be imported ({error}); {_NATIVE}") from error
+    if not has_amp:
+        raise MachineError(f"--amp_backend apex: this apex has no amp, which NVIDIA removed in 2025-05; {_NATIVE}")
+    if needs_combine_grad and not _takes_combine_grad(amp):
+        raise MachineError(
+            f"--use_combine_grad: this apex has no combine_grad, only Ascend's has; leave the flag out, or {_NATIVE}"
+        )
+    return amp
+
+
+def _takes_combine_grad(amp: ModuleType) -> bool:
+    return "combine_grad" in inspect.signature(amp.initialize).parameters
+
+
+class ApexPrecision:
+    """A module under apex's amp: the interface of `Precision`.
+
+    Args:
+        plan: its backend is apex.
+        module: on its device, in fp32; converted in place by `attach`.
+        ranks: gradients are added over them before amp looks at them.
+        combine_grad: Ascend's flat gradients and their fused clip.
+    """
+
+    def __init__(self, plan: PrecisionPlan, module: nn.Module, ranks: Ranks, combine_grad: bool):
+        self.plan, self.module, self.ranks, self.combine_grad = plan, module, ranks, combine_grad
+        self.amp = load_amp(combine_grad)
+        self.groups: list[NamedGroup] = named_groups(module)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.skipped_steps = self.overflows_in_a_row = 0
+        self._overflowed = False
+
+    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+        """(parameters, whether they are decayed) a group; amp wants the module's own."""
+        return [(group.parameters, group.is_decayed) for group in self.groups]
+
+    def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+        """Hand module and optimizer to amp; None for evaluation alone.
+
+        Raises:
+            MachineError: amp does not take this optimizer at this level.
+        """
+        scale = "dynamic" if self.plan.loss_scale is None else self.plan.loss_scale
+        options = {"opt_level": self.plan.level, "loss_scale": scale}
+        if _takes_combine_grad(self.amp):
+            options["combine_grad"] = self.combine_grad
+        try:
+            if optimizer is None:
+                self.amp.initialize(self.module, **options)
+                return None
+            _, self.optimizer = self.amp.initialize(self.module, optimizer, **options)
+        except RuntimeError as error:
+            raise MachineError(f"--amp_backend apex: {error}; {_NATIVE}") from error
+        self.optimizer.zero_grad()  # makes the masters, so that a checkpoint can be loaded into them
+        return self.optimizer
+
+    def describe(self) -> str:
+        """How gradients are kept, one line for the log."""
+        return "combined by apex, fused clip" if self.combine_grad else "one tensor a parameter, by apex"
+
+    def autocast(self) -> AbstractContextManager:
+        """Nothing: at O1 amp has patched torch's functions."""
+        return nullcontext()
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """What the optimizer updates, in the order of `groups`."""
+        if self.optimizer is None:
+            return [p for group in self.groups for p in group.parameters]
+        return list(self.amp.master_params(self.optimizer))
+
+    @property
+    def scale(self) -> float:
+        """Loss scale now."""
+        return next(iter(self.amp.state_dict().values()))["loss_scale"]
+
+    def zero_gradients(self) -> None:
+        """The optimizer's own way: combined gradients must stay where they are."""
+        self.optimizer.zero_grad()
+        self._overflowed = False
+
+    def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
+        """Gradients of one forward pass; after a step's last one they are added over ranks and unscaled.
+
+        Args:
+            loss: 0-d; None where this rank has no sample in the pass.
+            is_last: True in the optimizer step's last pass.
+        """
+        alone = self.ranks.world_size == 1
+        if loss is None:
+            if alone or not is_last:
+                return
+            # The other ranks wait for this one's share, which is zero.
+            loss = 0.0 * sum(p.float().sum() for group in self.groups for p in group.parameters)
+        before = self.scale
+        # Several ranks unscale once, after their sum; one rank after each pass, into fp32, as the reference.
+        options = {} if alone or is_last else {"delay_unscale": True}
+        with self.amp.scale_loss(loss, self.optimizer, **options) as scaled:
+            scaled.backward()
+            # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+            self.groups[0].parameters[0].grad.view(-1)[0] += 0.0 * loss.detach()
+            if is_last and not alone:
+                self._sum_over_ranks()
+        self._overflowed |= self.scale < before
+
+    def _sum_over_ranks(self) -> None:
+        gradients: dict[torch.dtype, list[torch.Tensor]] = {}
+        for group in self.groups:
+            for parameter in group.parameters:
+                if parameter.grad is not None:
+                    gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for same in gradients.values():
+            flat = torch.cat([gradient.flatten() for gradient in same])
+            self.ranks.sum([flat])
+            for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def unsummed(self) -> list[torch.Tensor]:
+        """Nothing: `backward` has added all over the ranks."""
+        return []
+
+    def gather_gradients(self) -> torch.Tensor:
+        """L2 norm of the unscaled gradients, 0-d fp32."""
+        norms = [p.grad.float().norm() for p in self.masters if p.grad is not None]
+        return torch.stack(norms).norm() if norms else torch.zeros(())
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
+        """Clip and update, unless amp skips for overflow; as `Precision.step`.
+
+        Raises:
+            DivergedError: gradients are not finite under a static scale, or overflow persists.
+        """
+        if self._overflowed:
+            optimizer.step()  # amp has put a step there that does nothing
+            self.skipped_steps += 1
+            self.overflows_in_a_row += 1
+            if self.overflows_in_a_row >= MOST_OVERFLOWS:
+                raise DivergedError(too_many_overflows(self.overflows_in_a_row, self.scale))
+            return False
+        self.overflows_in_a_row = 0
+        if not torch.isfinite(norm):
+            raise DivergedError(BAD_GRADIENTS)
+        if max_norm and self.combine_grad:
+            optimizer.clip_optimizer_grad_norm_fused(max_norm)
+        elif max_norm:
+            nn.utils.clip_grad_norm_(self.masters, max_norm)
+        optimizer.step()
+        return True
+
+    def check_finite(self) -> None:
+        """Raises DivergedError if a weight is not finite."""
+        check_weights(self.masters)
+
+    def named_masters(self) -> dict[str, torch.Tensor]:
+        """fp32 masters under their parameters' names; empty but at O2."""
+        if self.plan.level != "O2":
+            return {}
+        names = [name for group in self.groups for name in group.names]
+        return {name: master.detach() for name, master in zip(names, self.masters, strict=True)}
+
+    @torch.no_grad()
+    def load_masters(self, values: list[torch.Tensor]) -> None:
+        """Take back a copy of `masters`, into the model too."""
+        parameters = [p for group in self.groups for p in group.parameters]
+        for parameter, master, value in zip(parameters, self.masters, values, strict=True):
+            master.copy_(value)
+            parameter.copy_(value)
+
+    def scale_state(self) -> dict:
+        """amp's own state and our counts, for a checkpoint."""
+        return {
+            "amp": self.amp.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "overflows_in_a_row": self.overflows_in_a_row,
+        }
+
+    def load_scale_state(self, state: dict) -> None:
+        """Take back `scale_state`."""
+        self.amp.load_state_dict(state["amp"])
+        self.skipped_steps, self.overflows_in_a_row = state["skipped_steps"], state["overflows_in_a_row"]
