@@ -105,11 +105,14 @@ class ApexPrecision:
         """Nothing: at O1 amp has patched torch's functions."""
         return nullcontext()
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.groups for p in group.parameters]
+
     @property
     def masters(self) -> list[torch.Tensor]:
         """What the optimizer updates, in the order of `groups`."""
         if self.optimizer is None:
-            return [p for group in self.groups for p in group.parameters]
+            return self._parameters()
         return list(self.amp.master_params(self.optimizer))
 
     @property
@@ -134,24 +137,23 @@ class ApexPrecision:
             if alone or not is_last:
                 return
             # The other ranks wait for this one's share, which is zero.
-            loss = 0.0 * sum(p.float().sum() for group in self.groups for p in group.parameters)
+            loss = 0.0 * sum(p.float().sum() for p in self._parameters())
         before = self.scale
         # Several ranks unscale once, after their sum; one rank after each pass, into fp32, as the reference.
         options = {} if alone or is_last else {"delay_unscale": True}
         with self.amp.scale_loss(loss, self.optimizer, **options) as scaled:
             scaled.backward()
             # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
-            self.groups[0].parameters[0].grad.view(-1)[0] += 0.0 * loss.detach()
+            next(p.grad for p in self._parameters() if p.grad is not None).view(-1)[0] += 0.0 * loss.detach()
             if is_last and not alone:
                 self._sum_over_ranks()
         self._overflowed |= self.scale < before
 
     def _sum_over_ranks(self) -> None:
         gradients: dict[torch.dtype, list[torch.Tensor]] = {}
-        for group in self.groups:
-            for parameter in group.parameters:
-                if parameter.grad is not None:
-                    gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for same in gradients.values():
             flat = torch.cat([gradient.flatten() for gradient in same])
             self.ranks.sum([flat])
@@ -204,8 +206,7 @@ class ApexPrecision:
     @torch.no_grad()
     def load_masters(self, values: list[torch.Tensor]) -> None:
         """Take back a copy of `masters`, into the model too."""
-        parameters = [p for group in self.groups for p in group.parameters]
-        for parameter, master, value in zip(parameters, self.masters, values, strict=True):
+        for parameter, master, value in zip(self._parameters(), self.masters, values, strict=True):
             master.copy_(value)
             parameter.copy_(value)
 

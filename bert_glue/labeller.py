@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
         MachineError: the folder has no fine-tuned classifier, or the device cannot run it.
     """
     ranks = Ranks(args)
-    plan = plan_precision(args, ranks.device)
+    plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is for training
     model = load_model(args, task)
     if model.is_fresh:
         raise MachineError(f"--model {args.model_name_or_path}: has no classifier; fine-tune it first")

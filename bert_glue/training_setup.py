@@ -47,7 +47,9 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
     )
 
 
-def make_precision(args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks) -> Precision | InferencePrecision:
+def make_precision(
+    args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks
+) -> Precision | InferencePrecision:
     """The module at the plan's level, natively or by apex; ready to evaluate, and with `--do_train` to train."""
     if plan.backend == "apex":
         from bert_glue.apex_amp import ApexPrecision
