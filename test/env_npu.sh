@@ -7,11 +7,13 @@
 # environment already says so with etp_running_flag=true.
 
 find_cann() { # prints the set_env.sh of the CANN to use; a user's own installation goes first
-  local base folder
+  local base script
   for base in "${HOME:-/nonexistent}/Ascend" /usr/local/Ascend; do
-    for folder in "$base"/{cann,ascend-toolkit,nnae,cann/latest,ascend-toolkit/latest}; do
-      if [[ -r $folder/set_env.sh ]]; then
-        printf '%s\n' "$folder/set_env.sh"
+    # The names without a version are links to the one in use; where there is none, the newest version.
+    for script in "$base"/{cann,ascend-toolkit,nnae}{,/latest}/set_env.sh \
+      "$(printf '%s\n' "$base"/cann-*/set_env.sh | sort -V | tail -n 1)"; do
+      if [[ -r $script ]]; then
+        printf '%s\n' "$script"
         return
       fi
     done

@@ -210,6 +210,24 @@ def test_cann_of_the_home_folder_is_sourced(home_with_cann: Path) -> None:
     assert int(variables["HCCL_CONNECT_TIMEOUT"]) == 1200
 
 
+@pytest.mark.parametrize(
+    "folder", ["cann", "cann/latest", "cann-9.1.0", "ascend-toolkit", "ascend-toolkit/latest", "nnae", "nnae/latest"]
+)
+def test_cann_is_found_wherever_it_installs_itself(tmp_path: Path, folder: str) -> None:
+    write_script(tmp_path / "Ascend" / folder / "set_env.sh", f"export ASCEND_HOME_PATH={folder}\n")
+    assert npu_environment(tmp_path)["ASCEND_HOME_PATH"] == folder
+
+
+def test_of_several_versions_the_newest_is_taken(tmp_path: Path) -> None:
+    for version in ("9.1.0", "10.0.0", "8.5.0"):
+        write_script(tmp_path / f"Ascend/cann-{version}/set_env.sh", f"export ASCEND_HOME_PATH={version}\n")
+    assert npu_environment(tmp_path)["ASCEND_HOME_PATH"] == "10.0.0"
+
+
+def test_a_cann_that_is_already_chosen_stays(home_with_cann: Path) -> None:
+    assert npu_environment(home_with_cann, ASCEND_HOME_PATH="/opt/cann")["ASCEND_HOME_PATH"] == "/opt/cann"
+
+
 def test_the_newest_layout_goes_first(home_with_cann: Path) -> None:
     write_script(home_with_cann / "Ascend/cann/set_env.sh", "export ASCEND_HOME_PATH=cann\n")
     assert npu_environment(home_with_cann)["ASCEND_HOME_PATH"] == "cann"
@@ -225,6 +243,13 @@ def test_only_what_is_unset_is_set(home_with_cann: Path) -> None:
 @pytest.mark.parametrize("timeout", [180, 600, 1800, 7200])
 def test_hccl_gives_up_before_the_process_group(home_with_cann: Path, timeout: int) -> None:
     assert 60 <= int(npu_environment(home_with_cann, str(timeout))["HCCL_CONNECT_TIMEOUT"]) < timeout
+
+
+def test_a_longer_hccl_timeout_is_kept_and_named(home_with_cann: Path) -> None:
+    script = f'source "{REPOSITORY}/test/env_npu.sh"; npu_environment 600; echo "$HCCL_CONNECT_TIMEOUT"'
+    settings = {"PATH": os.environ["PATH"], "HOME": str(home_with_cann), "HCCL_CONNECT_TIMEOUT": "900"}
+    done = subprocess.run(["bash", "-c", script], env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout == "900\n" and "should be below --ddp_timeout 600" in done.stderr
 
 
 def test_a_prepared_environment_or_none_is_left_alone(home_with_cann: Path, tmp_path: Path) -> None:

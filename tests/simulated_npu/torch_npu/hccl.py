@@ -18,6 +18,10 @@ def _host(x):
 
 
 class _Hccl(dist.ProcessGroup):
+    @property
+    def _device_types(self):
+        return [torch.device("npu")]  # objects are gathered through tensors of this device
+
     def __init__(self, store, rank, size, timeout):
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)

@@ -34,7 +34,7 @@ class _FusionAttention(torch.autograd.Function):
             result = _attend(query.host, key.host, value.host, *settings)
         if CHIP.saturates:
             saturate(result)
-        return on_device(result, query.device.index)
+        return on_device(result)
 
     @staticmethod
     def backward(ctx, grad):
@@ -45,7 +45,7 @@ class _FusionAttention(torch.autograd.Function):
             result = _attend(*hosts, *ctx.settings)
         npu.set_rng_state(now)
         found = torch.autograd.grad(result, hosts, grad.host)
-        return *(on_device(x, grad.device.index) for x in found), *([None] * 4)
+        return *(on_device(x) for x in found), *([None] * 4)
 
 
 def npu_fusion_attention(

@@ -2,7 +2,8 @@
 
 A wrapper subclass per tensor and one `Memory` per allocation: views of one allocation share it, so that
 it can be moved under them, as `npu_change_data_ptr` does. Every operator that reaches the device runs on
-the host copies; mixing host and device tensors fails as it does on a device.
+the host copies; mixing host and device tensors fails as it does on a device. A process uses one device,
+its current one: torch's Python backends have a single index, which every tensor has inside torch.
 """
 
 from __future__ import annotations
@@ -67,11 +68,11 @@ class NpuTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, host: torch.Tensor, index: int, memory: Memory):
+    def __new__(cls, host: torch.Tensor, memory: Memory):
         offset = host.storage_offset() - memory.first // host.element_size()
         self = torch.Tensor._make_wrapper_subclass(
             cls, host.size(), strides=host.stride(), storage_offset=offset, dtype=host.dtype, layout=host.layout,
-            device=torch.device("npu", index),
+            device=torch.device("npu", 0),
         )  # fmt: skip
         self._memory, self._host, self._moves = memory, host, memory.moves
         return self
@@ -85,6 +86,10 @@ class NpuTensor(torch.Tensor):
             self._host = host.set_(self._memory.storage, first, self.size(), self.stride())
             self._moves = self._memory.moves
         return self._host
+
+    @property
+    def device(self):
+        return torch.device("npu", npu.current_device())
 
     @property
     def data(self):
@@ -125,20 +130,20 @@ class _Storage:
         return self.elements
 
 
-def on_device(host: torch.Tensor, index: int, known: dict[int, Memory] | None = None) -> NpuTensor:
+def on_device(host: torch.Tensor, known: dict[int, Memory] | None = None) -> NpuTensor:
     """A host tensor as one of the device; allocations are recognised in `known`, by address."""
     storage = host.untyped_storage()
-    memory = (known or {}).get(storage._cdata) or Memory(storage)
-    return NpuTensor(host, index, memory)
+    return NpuTensor(host, (known or {}).get(storage._cdata) or Memory(storage))
 
 
 def _is_npu(device) -> bool:
-    return device is not None and torch.device(device).type == "npu"
-
-
-def _index(device) -> int:
-    index = torch.device(device).index
-    return npu.current_device() if index is None else index
+    """True for the current device, or its only index inside torch; other devices are another process's."""
+    if device is None or torch.device(device).type != "npu":
+        return False
+    index = torch.device(device).index or 0
+    if index not in (0, npu.current_device()):
+        raise RuntimeError(f"simulated npu: this process is on npu:{npu.current_device()}, not on npu:{index}")
+    return True
 
 
 def _to_copy(x, device=None, non_blocking=False, pin_memory=False, **kwargs):
@@ -146,9 +151,7 @@ def _to_copy(x, device=None, non_blocking=False, pin_memory=False, **kwargs):
     result = aten._to_copy.default(host, **kwargs)
     if CHIP.saturates and isinstance(x, NpuTensor) and result.dtype != host.dtype:
         saturate(result)
-    if device is None:
-        return on_device(result, x.device.index)
-    return on_device(result, _index(device)) if _is_npu(device) else result
+    return on_device(result) if device is None or _is_npu(device) else result
 
 
 def _copy(to, source, non_blocking=False):
@@ -186,7 +189,6 @@ def run(function, args, kwargs):
     else:
         result = function(*args, **kwargs)
     goes_to_device = _is_npu(target) if target is not None else bool(tensors)
-    index = _index(target) if _is_npu(target) else tensors[0].device.index if tensors else 0
     same = {id(host): x for host, x in zip(hosts, flat, strict=True) if isinstance(x, NpuTensor)}
     known = {x._memory.storage._cdata: x._memory for x in reversed(tensors)}
     computes = not is_moving(function._schema.name.rpartition(":")[2])
@@ -198,7 +200,7 @@ def run(function, args, kwargs):
             raise RuntimeError(f"simulated {CHIP.name}: {function} has no bfloat16")
         if CHIP.saturates and computes:
             saturate(x)
-        return same.get(id(x)) if id(x) in same else on_device(x, index, known)
+        return same[id(x)] if id(x) in same else on_device(x, known)
 
     return pytree.tree_map(wrap, result)
 
