@@ -1,4 +1,4 @@
-"""Rules about the tree itself: what may not appear, how long things may be, which addresses are declared."""
+"""Rules about the tree itself: what may not appear, and how long things may be."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bert_glue import public_addresses
 from bert_glue.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,24 +25,16 @@ OPTIONAL_PACKAGES = {
     "torch_npu", "apex", "amp_C", "flash_attn",  # devices
     "huggingface_hub",  # comes with transformers
     "pyarrow", "pandas",  # come with datasets
+    "onnxruntime",  # export
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
 }  # fmt: skip
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
-ADDRESS = re.compile(r"(?:https?|ftp|git|ssh)://[^\s\"'`<>|)\]}\\]+|[\w.+-]+@[\w-]+\.(?:com|org|net|io|cn)\b")
-# Loopback, names reserved by RFC 2606, and addresses filled in at run time.
-NOT_PUBLIC = re.compile(r"//(localhost|127\.|0\.0\.0\.0|\[::1\]|[\w.-]*\.(example|invalid|test|local)\b|[{$%])")
 
 
 @cache
 def tree() -> tuple[Path, ...]:
-    """Files that are or will be committed; without git, all but hidden folders and results."""
-    command = ["git", "-C", str(REPOSITORY), "ls-files", "-co", "--exclude-standard", "-z"]
-    if shutil.which("git") and (REPOSITORY / ".git").exists():
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
-        files = [REPOSITORY / name for name in listed if name]
-    else:
-        files = [file for file in REPOSITORY.rglob("*") if not {".venv", "output"} & set(file.parts)]
-    return tuple(file for file in files if file.is_file())
+    """Files that are or will be committed."""
+    return tuple(public_addresses.tree(REPOSITORY))
 
 
 def relative(file: Path) -> str:
@@ -237,29 +230,3 @@ def test_started_scripts_stop_at_the_first_failure() -> None:
     started = [file for file in tree() if file.suffix == ".sh" and file.stat().st_mode & 0o100]
     assert started
     assert not [relative(file) for file in started if "\nset -euo pipefail\n" not in file.read_text()]
-
-
-# Addresses
-
-
-def addresses() -> set[tuple[str, str]]:
-    """(file, address) of every public address in the tree."""
-    found = set()
-    for name, text in texts():
-        if name not in ("public_address_statement.md", "tests/test_tree.py"):
-            for match in ADDRESS.finditer(text):
-                if not NOT_PUBLIC.search(match[0]):
-                    found.add((name, match[0].rstrip(".,;:")))
-    return found
-
-
-def declared() -> set[tuple[str, str]]:
-    lines = (REPOSITORY / "public_address_statement.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert all(len(row) == 5 for row in rows)
-    return {(row[2], row[3]) for row in rows[2:]}
-
-
-def test_every_public_address_is_declared_and_no_other() -> None:
-    assert addresses() - declared() == set(), "add a row to public_address_statement.md"
-    assert declared() - addresses() == set(), "this row's address is no longer in its file"
