@@ -90,6 +90,7 @@ class RunArguments:
         choices=("none", "all", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"),
         many=True,
     )
+    explain: int = flag(0, "rows of highest loss whose tokens the report shades; 0: off", "[0, inf)")
     run_name: str | None = flag(None, "name shown by trackers")
     disable_tqdm: bool = flag(False, "no progress bar")
     logging_steps: int = flag(500, "optimizer steps between log lines", "[1, inf)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue import checkpoint, reporting
+from bert_glue.analysis import analyse_splits, diagnostic, standard_errors
 from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
@@ -101,13 +102,14 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
             results |= _train_results(run_of, plan)
     results["train_runtime"] = times["train"]
     is_stopped = _is_stopped(ranks, log)
+    analysis: dict = {}
     try:
         with _timed(times, "evaluate"):
             if args.do_eval and not is_stopped:
-                results |= evaluate(evaluator, data.task, splits)
+                results |= _evaluate(args, data, model, splits, evaluator, analysis)
         with _timed(times, "predict"):
             if args.do_predict and not is_stopped:
-                results |= _predict(args, data, splits, evaluator)
+                results |= _predict(args, data, splits, evaluator, analysis)
     except EvaluationStopped:
         is_stopped = True
     with _timed(times, "save"):
@@ -122,7 +124,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         with checkpoint.plain_errors(Path(args.output_dir)):
             is_saved = run_of is not None and not is_stopped
             record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)
-            reporting.write_results(args, data, results, progress.history, record)
+            reporting.write_results(args, data, results, progress.history, record, analysis)
         if args.repeat and not is_stopped:
             log.line(check_outcome(read_run(args.repeat), record))
     return results
@@ -274,8 +276,20 @@ def _train_results(run_of: Run, plan) -> dict:
     }
 
 
-def _predict(args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator) -> dict:
-    """Write `predict_results_<task>.txt` of every test split, companions included."""
+def _evaluate(args, data: TaskData, model: LoadedModel, splits, evaluator: Evaluator, analysis: dict) -> dict:
+    """`eval_*` results of every labelled split; fills `analysis` on the first rank."""
+    kept: dict[str, np.ndarray] = {}
+    results = evaluate(evaluator, data.task, splits, kept)
+    if evaluator.ranks.is_first:
+        analysis["splits"] = analyse_splits(data, model, splits, evaluator, kept, args.explain)
+        results |= standard_errors(data.task, analysis["splits"])
+    return results
+
+
+def _predict(
+    args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator, analysis: dict
+) -> dict:
+    """Write `predict_results_<task>.txt` of every test split, companions included; diagnostics go into `analysis`."""
     results = {}
     for task, name, suffix in _prediction_splits(data.task, splits):
         begin = time.perf_counter()
@@ -285,6 +299,8 @@ def _predict(args: Arguments, data: TaskData, splits: dict[str, TokenSplit], eva
         if evaluator.ranks.is_first:
             with checkpoint.plain_errors(Path(args.output_dir)):
                 reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
+            if task.predicted_with and (found := diagnostic(task, args.data_path, predictions)):
+                analysis["diagnostic"] = found
     return results
 
 

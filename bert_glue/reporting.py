@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bert_glue.arguments import Arguments
+from bert_glue.model_card import model_card
+from bert_glue.report import run_page
 from bert_glue.tasks import GlueTask
 
 if TYPE_CHECKING:
@@ -49,9 +50,13 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     (folder / f"predict_results_{task.name}{suffix}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_results(args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict) -> None:
-    """All files of a finished run, into `--output_dir`; `record` is run.json."""
+def write_results(
+    args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict, analysis: dict
+) -> None:
+    """All files of a finished run, into `--output_dir`; `record` is run.json, `analysis` analysis.json."""
     folder = Path(args.output_dir)
+    if analysis:
+        write_json(folder / "analysis.json", analysis)
     write_json(folder / "all_results.json", results)
     for phase in ("train", "eval", "predict"):
         own = {k: v for k, v in results.items() if k.startswith(phase) or k in ("epoch", "task_name", "sample_data")}
@@ -63,29 +68,8 @@ def write_results(args: Arguments, data: TaskData, results: dict, history: list[
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
         (folder / "train_loss.tsv").write_text("\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
         curves(folder / "curves.png", history, data)
-        (folder / "README.md").write_text(model_card(data, results), encoding="utf-8")
-    (folder / "report.html").write_text(report(data, results, folder), encoding="utf-8")
-
-
-def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:
-    """(where, score x100, samples/s) of this run and of the published ones, this run first."""
-    keys = [f"eval_{task.headline}{suffix}" for _, suffix, _ in task.evaluation]
-    own = [results[key] for key in keys if results.get(key) is not None]
-    label = "this run" + (" (sample data, not GLUE)" if results["sample_data"] else "")
-    rows = [(f"{label}, {results['device_name']}", _percent(own, 100.0), _rate(results))]
-    for run in task.published:
-        speed = f"{run.samples_per_second:g}" if run.samples_per_second else "-"
-        rows.append((f"published: {run.where}, {run.epochs} epochs", _percent(run.scores, 1.0), speed))
-    return rows
-
-
-def _percent(values, factor: float) -> str:
-    return " / ".join(f"{value * factor:.2f}" for value in values) or "-"
-
-
-def _rate(results: dict) -> str:
-    rate = results.get("train_samples_per_second")
-    return "-" if rate is None else f"{rate:.1f}"
+        (folder / "README.md").write_text(model_card(data, results, record), encoding="utf-8")
+    (folder / "report.html").write_text(run_page(folder), encoding="utf-8")
 
 
 def summary(results: dict) -> list[str]:
@@ -124,53 +108,3 @@ def curves(path: Path, history: list[dict], data: TaskData) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{data.task.name}, {data.source}", fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def model_card(data: TaskData, results: dict) -> str:
-    """README.md of the saved model."""
-    rows = "\n".join(f"| {where} | {score} | {speed} |" for where, score, speed in table_rows(data.task, results))
-    return (
-        f"# {results['model_name_or_path']} fine-tuned on {data.task.name}\n\n"
-        f"Data: {data.source}. Precision: {results['precision']}. Batches: {results['batches']}. "
-        f"Device: {results['device_name']}, {results['world_size']} rank(s). Seed {results['seed']}.\n\n"
-        f"| run | {data.task.headline} x100 | samples/s |\n|---|---|---|\n{rows}\n\n"
-        "One seed is noise: compare means over several. Versions, settings and hashes are in run.json.\n"
-    )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto; }
-td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; }
-img { max-width: 100%; background: #fff; }
-"""
-
-
-def report(data: TaskData, results: dict, folder: Path) -> str:
-    """report.html: one file without network access, light and dark."""
-    import base64
-
-    def table(header: tuple[str, ...], rows: list[tuple]) -> str:
-        cells = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-        return f"<table><tr>{cells}</tr>{body}</table>"
-
-    picture = folder / "curves.png"
-    image = ""
-    if results.get("train_steps") and picture.is_file():
-        image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
-    title = f"{data.task.name}: {results['model_name_or_path']}"
-    flat = [(k, v) for k, v in results.items() if not isinstance(v, dict)]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<p>Data: {html.escape(data.source)}</p>"
-        + table(("run", f"{data.task.headline} x100", "samples/s"), table_rows(data.task, results))
-        + image
-        + "<h2>All results</h2>"
-        + table(("name", "value"), flat)
-        + "<h2>Seconds</h2>"
-        + table(("step", "seconds"), [(k, f"{v:.2f}") for k, v in results["seconds"].items()])
-        + "</html>\n"
-    )

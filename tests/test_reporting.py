@@ -60,7 +60,7 @@ def test_all_files_of_the_contract_are_there(own):
     expected = {
         "all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json",
         "predict_results_own.txt", "run.json", "README.md", "report.html", "curves.png", "train_loss.tsv",
-        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json",
+        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "analysis.json",
     }  # fmt: skip
     assert {p.name for p in own.folder.iterdir() if not p.name.startswith(".")} == expected
     assert (own.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -125,8 +125,7 @@ def test_reports_open_no_network(own):
     page = own.text("report.html")
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page, re.IGNORECASE)
     assert not re.search(r"<(script|link|iframe)|@import", page, re.IGNORECASE)
-    assert 'src="data:image/png;base64,' in page and "prefers" not in page.split("</style>")[1]
-    assert "color-scheme: light dark" in page
+    assert "color-scheme: light dark" in page and page.count("<svg") >= 4
     assert page.count("<tr>") > 20 and page.rstrip().endswith("</html>")
 
 
@@ -220,3 +219,25 @@ def test_the_console_shows_one_decoded_example(sample):
     at = next(i for i, line in enumerate(lines) if line.startswith("example: "))
     assert "[CLS]" in lines[at + 1] and lines[at + 1].count("[SEP]") == 2
     assert lines[at + 2].strip().removeprefix("label: ") in get_task("mnli").labels
+
+
+def test_the_model_card_has_recipe_and_hashes(own, sample):
+    card = own.text("README.md")
+    run = results_of(own.args, "run.json")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "- `--learning_rate 0.005`" in card
+    assert f"- model.safetensors: `{run['weights_sha256']}`" in card
+    assert f"- train: `{run['data']['sha256']['train']}`" in card
+    assert "Reads: sentence1, sentence2. Answers: no, yes." in card and "--output_dir" not in card
+    assert "Standard error of this run's score" in card
+    assert "- sample-data" in sample.text("README.md") and "this model is a demonstration" in sample.text("README.md")
+
+
+def test_the_curves_have_four_panels(own, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *words, **more: drawn.append(self))
+    history = results_of(own.args, "trainer_state.json")["log_history"]
+    data = type("Data", (), {"task": get_task("wnli"), "source": "x"})
+    reporting.curves(own.folder / "x.png", history, data)
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "learning_rate", "eval_accuracy", "loss_scale"]
