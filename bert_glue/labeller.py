@@ -78,7 +78,7 @@ def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
         MachineError: it has no config.json.
     """
     config = read_config(folder)
-    names = config.get("id2label") or {}
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     is_regression = config.get("problem_type") == "regression" or len(labels) == 1
     known = TASKS.get(config.get("finetuning_task") or "")

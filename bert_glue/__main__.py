@@ -1,0 +1,94 @@
+"""`bert-glue COMMAND ...`, the installed door to what `python -m bert_glue.<module>` and run_glue.py do.
+
+Each command is imported when it is called, so help and usage errors stay quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from bert_glue import __version__
+from bert_glue.errors import UsageError, did_you_mean, exit_code_of
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Args:
+        module: has `main(argv) -> exit code`.
+        before: flags put before the user's.
+    """
+
+    module: str
+    text: str
+    before: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command("run_glue", "fine-tune: run_glue.py with --do_train", ("--do_train",)),
+    "eval": Command("run_glue", "evaluate: run_glue.py with --do_eval", ("--do_eval",)),
+    "predict": Command("bert_glue.predict", "label a file or a stream"),
+    "sweep": Command("bert_glue.sweep", "tasks x seeds, a run per device"),
+    "submit": Command("bert_glue.submission", "the leaderboard's archive from finished runs"),
+    "report": Command("bert_glue.report", "report.html of a run, or of many"),
+    "export": Command("bert_glue.export", "ONNX, and the command for an Ascend OM model"),
+    "doctor": Command("bert_glue.doctor", "what this machine can run, and what to fix"),
+}
+
+
+def usage() -> str:
+    """The text of `bert-glue --help`."""
+    lines = [f"  {name:<9}{command.text}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help has its flags)", "", *lines])
+
+
+def completion() -> str:
+    """A script for bash: `source <(bert-glue completion)`; flags come from run_glue.py's own list."""
+    from bert_glue.arguments import FLAGS
+
+    flags = " ".join(f"--{name}" for name in FLAGS)
+    return (
+        "_bert_glue() {\n"
+        '  local word=${COMP_WORDS[COMP_CWORD]} words=""\n'
+        f'  if ((COMP_CWORD == 1)); then words="{" ".join(COMMANDS)}"\n'
+        f'  elif [[ ${{COMP_WORDS[1]}} == train || ${{COMP_WORDS[1]}} == eval ]]; then words="{flags}"; fi\n'
+        '  mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")\n'
+        "}\n"
+        "complete -o default -F _bert_glue bert-glue"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the command; 2 where there is no such command."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else ""
+    if name in ("", "-h", "--help"):
+        print(usage(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name in ("--version", "completion"):
+        print(__version__ if name == "--version" else completion())
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+
+        def refuse() -> int:
+            raise UsageError(did_you_mean("command", name, list(COMMANDS)))
+
+        return exit_code_of(refuse)
+    run: Callable[[list[str]], int] = import_module(command.module).main
+    return run([*_config_first(argv[1:], command.before)])
+
+
+def _config_first(argv: list[str], before: tuple[str, ...]) -> list[str]:
+    """The user's words with ours among them: a config file has to stay the first."""
+    from bert_glue.config_file import CONFIG_SUFFIXES
+
+    has_config = bool(before and argv and argv[0].lower().endswith(CONFIG_SUFFIXES))
+    return [*argv[:has_config], *before, *argv[has_config:]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""A finished run as ONNX, and the command for an Ascend OM model: `python -m bert_glue.export RUN --onnx`
+
+The graph takes what transformers' tokenizers give: `input_ids`, `attention_mask` and, where the model has
+token types, `token_type_ids`, each `[batch, seq_len]` int64 of any size; it gives `logits`
+`[batch, labels]`. Where onnxruntime is installed its logits are held against torch's for several shapes,
+and a model that differs is not kept. `<name>.atc.sh` beside it has CANN's command; atc itself is part of
+CANN and is not run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bert_glue.errors import MachineError, exit_code_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from bert_glue.model import LoadedModel
+
+_OPSET = 17  # the newest that both the tracer and CANN's parser know
+_SHAPES = ((1, 8), (3, 17), (8, 64))  # batch, seq_len
+_TOLERANCE = 1e-4  # of logits, fp32
+_LENGTHS = (32, 64, 96, 128)  # atc compiles the graph for each; its documentation advises three or four
+
+
+def load(name: str) -> LoadedModel:
+    """A fine-tuned classifier as transformers' own module, on the host, in fp32.
+
+    Raises:
+        MachineError: no such folder, or it has no fine-tuned classifier.
+    """
+    from bert_glue.arguments import Arguments
+    from bert_glue.labeller import task_of_model
+    from bert_glue.model import load_model, model_folder
+
+    args = Arguments(model_name_or_path=name, padding="longest")
+    model = load_model(args, task_of_model(model_folder(name, args))[0])
+    if model.is_fresh:
+        raise MachineError(f"{name}: has no classifier; fine-tune it first")
+    # The tracer writes plain matrix products, which every runtime has kernels for.
+    model.module.stock.set_attn_implementation("eager")
+    model.module.eval()
+    return model
+
+
+def input_names(model: LoadedModel) -> list[str]:
+    """Inputs of the graph, in order."""
+    has_types = "token_type_ids" in model.module.accepted and model.config.get("type_vocab_size", 0) > 1
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if has_types else [])]
+
+
+def example(model: LoadedModel, batch: int, seq_len: int) -> dict[str, torch.Tensor]:
+    """Random inputs `[batch, seq_len]`; every row but the first ends in padding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(batch * 1000 + seq_len)
+    seq_len = min(seq_len, model.position_limit)
+    lengths = torch.tensor([seq_len, *(max(1, seq_len - 3 * row) for row in range(1, batch))])
+    mask = (torch.arange(seq_len) < lengths[:, None]).long()
+    pad = model.config.get("pad_token_id") or 0
+    ids = torch.randint(0, model.config["vocab_size"], (batch, seq_len), generator=generator)
+    ids[ids == pad] = pad + 1
+    inputs = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
+    if "token_type_ids" in input_names(model):
+        inputs["token_type_ids"] = (torch.arange(seq_len) >= seq_len // 2).long().expand(batch, -1) * mask
+    return inputs
+
+
+def write_onnx(model: LoadedModel, path: Path) -> None:
+    """Traces the module into `path`, batch and length dynamic."""
+    import torch
+
+    names = input_names(model)
+
+    class Positional(torch.nn.Module):
+        """The tracer gives its inputs by position."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.module
+
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            return self.inner(**dict(zip(names, values, strict=True)))
+
+    axes = {name: {0: "batch", 1: "seq_len"} for name in names} | {"logits": {0: "batch"}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer's remarks on constants; `worst_difference` tells what counts
+        torch.onnx.export(
+            Positional(), tuple(example(model, 2, 16).values()), str(path), input_names=names, output_names=["logits"],
+            dynamic_axes=axes, opset_version=_OPSET, dynamo=False,
+        )  # fmt: skip
+
+
+def worst_difference(model: LoadedModel, path: Path) -> float:
+    """Largest difference of onnxruntime's logits from torch's over several batch sizes and lengths."""
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch, seq_len in _SHAPES:
+        inputs = example(model, batch, seq_len)
+        with torch.no_grad():
+            ours = model.module(**inputs).numpy()
+        theirs = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
+        worst = max(worst, float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("inf"))
+    return worst
+
+
+def atc_script(path: Path, names: list[str], batch: int) -> str:
+    """A script with CANN's command that makes `<path>.om`, compiled for the lengths of `_LENGTHS`."""
+    shapes = ";".join(f"{name}:{batch},-1" for name in names)
+    # One number for each -1 above, in the order of the inputs.
+    lengths = ";".join(",".join([str(length)] * len(names)) for length in _LENGTHS)
+    return (
+        "#!/usr/bin/env bash\n"
+        f"# {path.name} -> {path.stem}.om; needs CANN (source its set_env.sh first). SOC_VERSION: see npu-smi info.\n"
+        "# Rows are padded to the next of the lengths below, with attention_mask 0.\n"
+        "set -euo pipefail\n"
+        'cd "$(dirname "${BASH_SOURCE[0]}")"\n'
+        f"atc --framework=5 --model={path.name!r} --output={path.stem!r} --input_format=ND \\\n"
+        f'  --input_shape="{shapes}" \\\n'
+        f'  --dynamic_dims="{lengths}" \\\n'
+        '  --soc_version="${SOC_VERSION:?such as Ascend910B3}" "$@"\n'
+    )
+
+
+def export(name: str, path: Path, batch: int) -> list[str]:
+    """Writes the graph and the script; returns lines for the user.
+
+    Raises:
+        MachineError: no classifier, or the graph's logits differ from torch's.
+        CheckpointError: a file cannot be written.
+    """
+    from bert_glue.checkpoint import plain_errors
+
+    if find_spec("onnx") is None:
+        raise MachineError("--onnx: the package onnx is not installed (pip install onnx onnxruntime)")
+    model = load(name)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with plain_errors(path):
+        try:
+            aside.touch()  # torch names no reason where it cannot write
+            write_onnx(model, aside)
+            checked = "not checked: onnxruntime is not installed"
+            if find_spec("onnxruntime"):
+                worst = worst_difference(model, aside)
+                if not worst <= _TOLERANCE:
+                    raise MachineError(f"{path}: not kept, its logits differ from torch's by {worst:g}")
+                checked = f"logits equal torch's to {worst:.1e} in onnxruntime, {len(_SHAPES)} shapes"
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        script = path.with_suffix(".atc.sh")
+        script.write_text(atc_script(path, input_names(model), batch), encoding="utf-8")
+    return [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 usage, 4 no classifier or a graph that differs, 6 not written."""
+    parser = argparse.ArgumentParser(prog="python -m bert_glue.export", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", metavar="RUN", help="output folder of a run, a checkpoint, or a hub name")
+    parser.add_argument("--onnx", nargs="?", const="", metavar="FILE", help="default: model.onnx in RUN")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a batch in the OM model, default 1")
+    args = parser.parse_args(argv)
+    if args.onnx is None:
+        parser.error("nothing to do: give --onnx")
+    if args.batch < 1:
+        parser.error(f"--batch {args.batch} is not in [1, inf)")
+    path = Path(args.onnx or Path(args.run) / "model.onnx")
+
+    def write() -> int:
+        print("\n".join(export(args.run, path, args.batch)))
+        return 0
+
+    return exit_code_of(write)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
