@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue import checkpoint, reporting
-from bert_glue.analysis import analyse_splits, diagnostic, standard_errors
 from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
 from bert_glue.collapse import constant_loss, flat_loss
 from bert_glue.errors import DataError, ExpectationError
-from bert_glue.evaluation import EvaluationStopped, Evaluator, evaluate, predictions_of
+from bert_glue.evaluation import EvaluationStopped, Evaluator
 from bert_glue.expectations import missed, read_expectations
 from bert_glue.generators import seed_generators
 from bert_glue.lock import FolderLock
@@ -28,6 +27,7 @@ from bert_glue.progress import ProgressLog
 from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
 from bert_glue.repeat import check_inputs, check_outcome, read_run
+from bert_glue.scoring import evaluate_splits, predict_splits
 from bert_glue.sources import TaskData, load_task_data
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import tokenize
@@ -106,10 +106,10 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     try:
         with _timed(times, "evaluate"):
             if args.do_eval and not is_stopped:
-                results |= _evaluate(args, data, model, splits, evaluator, analysis)
+                results |= evaluate_splits(args, data, model, splits, evaluator, analysis)
         with _timed(times, "predict"):
             if args.do_predict and not is_stopped:
-                results |= _predict(args, data, splits, evaluator, analysis)
+                results |= predict_splits(args, data, splits, evaluator, analysis)
     except EvaluationStopped:
         is_stopped = True
     with _timed(times, "save"):
@@ -274,41 +274,3 @@ def _train_results(run_of: Run, plan) -> dict:
         "seconds_to_first_step": meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }
-
-
-def _evaluate(args, data: TaskData, model: LoadedModel, splits, evaluator: Evaluator, analysis: dict) -> dict:
-    """`eval_*` results of every labelled split; fills `analysis` on the first rank."""
-    kept: dict[str, np.ndarray] = {}
-    results = evaluate(evaluator, data.task, splits, kept)
-    if evaluator.ranks.is_first:
-        analysis["splits"] = analyse_splits(data, model, splits, evaluator, kept, args.explain)
-        results |= standard_errors(data.task, analysis["splits"])
-    return results
-
-
-def _predict(
-    args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator, analysis: dict
-) -> dict:
-    """Write `predict_results_<task>.txt` of every test split, companions included; diagnostics go into `analysis`."""
-    results = {}
-    for task, name, suffix in _prediction_splits(data.task, splits):
-        begin = time.perf_counter()
-        predictions = predictions_of(task, evaluator.logits(splits[name]))
-        results[f"predict_samples_{task.name}{suffix}"] = len(splits[name])
-        results[f"predict_samples_per_second_{task.name}{suffix}"] = len(predictions) / (time.perf_counter() - begin)
-        if evaluator.ranks.is_first:
-            with checkpoint.plain_errors(Path(args.output_dir)):
-                reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
-            if task.predicted_with and (found := diagnostic(task, args.data_path, predictions)):
-                analysis["diagnostic"] = found
-    return results
-
-
-def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tuple[GlueTask, str, str]]:
-    from bert_glue.tasks import companions
-
-    own = [(task, name, suffix) for name, suffix in task.test if name in splits]
-    others = [
-        (o, f"{o.name}:{name}", s) for o in companions(task) for name, s in o.test if f"{o.name}:{name}" in splits
-    ]
-    return own + others

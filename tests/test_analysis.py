@@ -161,7 +161,8 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     from bert_glue.evaluation import Evaluator
     from bert_glue.explain import token_scores
     from bert_glue.model import load_model
-    from bert_glue.precision import InferencePrecision, plan_precision
+    from bert_glue.precision import InferencePrecision
+    from bert_glue.precision_plan import plan_precision
     from bert_glue.progress import ProgressLog
     from bert_glue.ranks import Ranks
     from bert_glue.recipe import _tokenize
@@ -205,3 +206,13 @@ def test_analysis_is_strict_json(tmp_path):
     part = results_of(args, "analysis.json")["splits"]["validation"]
     assert "confusion" not in part and len(part["points"]) == 20 and part["hardest"][0]["probability"] is None
     assert json.loads((Path(args.output_dir) / "all_results.json").read_text())["eval_samples"] == 20
+
+
+def test_a_broken_diagnostic_does_not_cost_the_run(tmp_path):
+    from bert_glue.scoring import _diagnose
+
+    write_diagnostic(tmp_path, ["entailment", "maybe"])
+    analysis: dict = {}
+    args = arguments(tmp_path, data_path=str(tmp_path), model_name_or_path="x")
+    reason = _diagnose(args, get_task("ax"), np.zeros(2, int), analysis)["diagnostic_ax_reason"]
+    assert "diagnostic-full.tsv:3" in reason and analysis == {}
