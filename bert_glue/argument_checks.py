@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bert_glue.arguments import Arguments
 from bert_glue.errors import UsageError, did_you_mean
 from bert_glue.expectations import read_expectations
-from bert_glue.flag_values import read_number, shown
+from bert_glue.flag_values import read_number, read_steps, shown
 from bert_glue.tasks import GlueTask, get_task, own_task
 
 DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -31,7 +31,8 @@ class Problem(NamedTuple):
 
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
-    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _expect, _precision, _trackers)
+    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _expect)
+    checks += (_precision, _trackers, _profile)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -237,6 +238,23 @@ def _is_positive(text: str) -> bool:
         return read_number(text) > 0
     except ValueError:
         return False
+
+
+def _profile(args: Arguments) -> Iterator[Problem]:
+    if args.profile_steps is None:
+        return
+    try:
+        first, _ = read_steps(args.profile_steps)
+    except ValueError as error:
+        yield Problem(("profile_steps",), f"--profile_steps {error}")
+        return
+    if not args.do_train:
+        yield Problem(("profile_steps", "do_train"), "--profile_steps needs --do_train: training steps are traced")
+    elif 0 < args.max_steps < first:
+        yield Problem(
+            ("profile_steps", "max_steps"),
+            f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends before",
+        )
 
 
 def _trackers(args: Arguments) -> Iterator[Problem]:

@@ -191,6 +191,9 @@ class DeviceArguments:
     ddp_timeout: int = flag(1800, "seconds a rank waits for the others", "[1, inf)")
     ddp_backend: str | None = flag(None, "default: the device's own", choices=("hccl", "nccl", "gloo"))
     skip_steps: int = flag(0, "first optimizer steps left out of samples/s", "[0, inf)")
+    profile_steps: str | None = flag(
+        None, "first:last optimizer step to trace, from 1, both included; writes trace-<rank>.json"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

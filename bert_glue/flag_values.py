@@ -119,3 +119,15 @@ _READERS: dict[str, Callable[[Flag, str], Any]] = {
     "float": _read_ranged,
     "bool": lambda flag, text: read_bool(text),
 }
+
+
+def read_steps(text: str) -> tuple[int, int]:
+    """First and last optimizer step of a range, both meant, counted from 1.
+
+    Raises:
+        ValueError: not `first:last`, or no step at all.
+    """
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"{shown(text)} is not first:last, such as 10:15; steps count from 1, both are meant")
+    return int(found[1]), int(found[2])

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bert_glue.collapse import CollapseWatch
     from bert_glue.trackers import Trackers
+
+
+@dataclass
+class Progress:
+    """Where a run is; all of it goes into a checkpoint.
+
+    Args:
+        step: optimizer steps done, skipped ones included.
+        updates: optimizer steps that changed weights: the schedule's clock.
+        forward_passes: micro-batches done, the address of dropout masks.
+        samples: consumed by all ranks.
+        loss_sum: sum of the losses of all steps up to the last log line.
+        recent_loss, recent_steps: the same of the steps since then, as of the checkpoint.
+        history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
+        evaluated_step: of the last evaluation that ran to its end.
+        changes: settings that were changed by a resume, a line each.
+    """
+
+    step: int = 0
+    updates: int = 0
+    forward_passes: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    recent_loss: float = 0.0
+    recent_steps: int = 0
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    history: list[dict] = field(default_factory=list)
+    evaluated_step: int = 0
+    changes: list[str] = field(default_factory=list)
 
 
 class ProgressLog:

@@ -91,11 +91,13 @@ class Meter:
     flops: float = 0.0
     seconds: float = 0.0
     to_first_step: float | None = None
+    timed_steps: int = 0
     _began: float | None = None
+    _is_held: bool = False
 
     def start(self) -> None:
         """Run the clock from now on, if the skipped steps are over."""
-        if self.steps >= self.skip_steps and self._began is None:
+        if self.steps >= self.skip_steps and self._began is None and not self._is_held:
             self.device.synchronize()
             self._began = time.perf_counter()
 
@@ -105,6 +107,15 @@ class Meter:
             self.device.synchronize()
             self.seconds += time.perf_counter() - self._began
             self._began = None
+
+    def hold(self) -> None:
+        """Leave out all that comes until `release`: steps that are traced."""
+        self.stop()
+        self._is_held = True
+
+    def release(self) -> None:
+        """`start` runs the clock again."""
+        self._is_held = False
 
     def count(self, batch: Batch) -> None:
         """One forward and backward pass of this rank was given to the device."""
@@ -119,6 +130,7 @@ class Meter:
     def end_step(self) -> None:
         """One optimizer step is over."""
         self.steps += 1
+        self.timed_steps += self._began is not None
         if self.to_first_step is None:
             self.device.synchronize()
             self.to_first_step = seconds_since_process_start()
@@ -144,7 +156,7 @@ class Meter:
             "train_real_tokens_per_second": totals["real_tokens"] / self.seconds,
             "train_computed_tokens_per_second": totals["computed_tokens"] / self.seconds,
             "train_padding_percent": 100.0 * padding,
-            "train_timed_steps": self.steps - self.skip_steps,
+            "train_timed_steps": self.timed_steps,
             "train_timed_seconds": self.seconds,
         }
         if totals["flops"]:

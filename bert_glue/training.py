@@ -18,43 +18,13 @@ from bert_glue.model import LoadedModel
 from bert_glue.noise import Noise
 from bert_glue.optim import schedule
 from bert_glue.precision import Precision
-from bert_glue.progress import ProgressLog
+from bert_glue.profiling import NoTrace
+from bert_glue.progress import Progress, ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.saving import Saver
 from bert_glue.tasks import GlueTask
 from bert_glue.throughput import Meter
 from bert_glue.vocabulary import NarrowedEmbedding
-
-
-@dataclass
-class Progress:
-    """Where a run is; all of it goes into a checkpoint.
-
-    Args:
-        step: optimizer steps done, skipped ones included.
-        updates: optimizer steps that changed weights: the schedule's clock.
-        forward_passes: micro-batches done, the address of dropout masks.
-        samples: consumed by all ranks.
-        loss_sum: sum of the losses of all steps up to the last log line.
-        recent_loss, recent_steps: the same of the steps since then, as of the checkpoint.
-        history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
-        evaluated_step: of the last evaluation that ran to its end.
-        changes: settings that were changed by a resume, a line each.
-    """
-
-    step: int = 0
-    updates: int = 0
-    forward_passes: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    recent_loss: float = 0.0
-    recent_steps: int = 0
-    best_metric: float | None = None
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    history: list[dict] = field(default_factory=list)
-    evaluated_step: int = 0
-    changes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +35,7 @@ class Run:
         total_steps: optimizer steps of the whole run.
         evaluate: gives `eval_*` results of the current weights.
         best_key: entry of those results that chooses the best checkpoint.
+        trace: of the steps of --profile_steps.
         saved_step: of the last checkpoint that was begun or resumed from.
         optimizer_used: name of the optimizer that runs, for results.
     """
@@ -88,6 +59,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     saver: Saver = field(default_factory=Saver)
     saved_step: int = 0
+    trace: NoTrace = field(default_factory=NoTrace)
 
     @property
     def output_dir(self) -> Path:
@@ -144,6 +116,7 @@ def train(run: Run) -> None:
         batches = iter(())
     run.meter.start()
     for micro_batches, samples in batches:
+        run.trace.begin(progress.step + 1)
         # ---- one optimizer step: nothing here waits for the device, but for a dynamic loss scale ----
         run.model.module.train()
         precision.zero_gradients()
@@ -175,6 +148,7 @@ def train(run: Run) -> None:
         progress.recent_steps += 1
         run.meter.end_step()
         # ---- end of the step ----
+        run.trace.end(progress.step)
         if _is_due(run, args.logging_steps) or (args.logging_first_step and progress.step == 1):
             ranks.sum([recent_loss])
             _log_step(run, recent_loss.item(), rate, norm.item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -18,6 +19,7 @@ from bert_glue.model import LoadedModel
 from bert_glue.optim import build_optimizer, is_elementwise
 from bert_glue.precision import InferencePrecision, Precision
 from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.profiling import StepTrace
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
@@ -110,7 +112,7 @@ def fine_tune(
     )
     constant = constant_loss(task, split.labels, args.label_smoothing_factor)
     log.watch, log.ends_at_once = CollapseWatch(constant, total, run_of.progress.history), False
-    with run_of.saver:
+    with run_of.saver, _trace(run_of):
         train(run_of)
     ranks.wait()  # until the first one has written all checkpoints
     log.watch = None
@@ -118,6 +120,16 @@ def fine_tune(
     if args.load_best_model_at_end and run_of.progress.best_step:
         _load_best(run_of)
     return run_of
+
+
+def _trace(run_of: Run) -> AbstractContextManager:
+    """Traces `--profile_steps` meanwhile; what was begun is written, whatever ends training."""
+    steps, path = run_of.args.profile_steps, run_of.output_dir / f"trace-{run_of.ranks.rank}.json"
+    if steps is None:
+        return nullcontext()
+    done, total = run_of.progress.step, run_of.total_steps
+    run_of.trace = StepTrace(steps, done, total, run_of.ranks.device, run_of.meter, run_of.log, path)
+    return closing(run_of.trace)
 
 
 def _resume(run_of: Run) -> None:

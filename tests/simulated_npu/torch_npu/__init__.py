@@ -11,7 +11,7 @@ It proves calls and flow, never kernels or speed. With this folder's parent on P
 
 import atexit
 
-from torch_npu import hccl, npu, tensor  # noqa: F401
+from torch_npu import hccl, npu, profiler, tensor  # noqa: F401
 from torch_npu.operators import (  # noqa: F401
     get_npu_format,
     get_storage_size,
