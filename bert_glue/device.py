@@ -143,13 +143,11 @@ class Device:
         return int(_module(self.kind).max_memory_allocated())
 
     def profiler(self) -> Any:
-        """A profiler of the host and this device: start(), stop(), export_chrome_trace(path)."""
+        """A profiler of the host and all devices: start(), stop(), export_chrome_trace(path)."""
         if self.kind == "npu":
             torch_npu = _torch_npu()
-            activity = torch_npu.profiler.ProfilerActivity
-            return torch_npu.profiler.profile(activities=[activity.CPU, activity.NPU])
-        activity = torch.profiler.ProfilerActivity
-        return torch.profiler.profile(activities=[activity.CPU, *([] if self.is_host else [activity.CUDA])])
+            return torch_npu.profiler.profile()
+        return torch.profiler.profile()
 
     def memory(self) -> tuple[int, int] | None:
         """Free and total memory of the device, bytes; None for a CPU, whose memory is the host's."""

@@ -73,7 +73,7 @@ def runs(folder: Path) -> dict[str, dict]:
     lines["host"] = settings(folder, "host", **everything, device="cpu")
     lines["fused"] = settings(folder, "fused", **FUSED, strict_optim=True)
     lines["apex fused"] = settings(folder, "apex fused", optim="adamw_apex_fused_npu", use_combine_grad=True)
-    lines["second"] = settings(folder, "second", device="npu:1", max_steps=1)
+    lines["second"] = settings(folder, "second", device="npu:1", max_steps=1, profile_steps="1:1")
     make_model(folder / "noisy", dropout=0.1)
     for name, flags in {"O2": {**O2, "loss_scale": "dynamic"}, "fused": FUSED}.items():
         run = {**flags, "model_name_or_path": str(folder / "noisy"), "save_strategy": "steps", "save_steps": 3}
@@ -95,6 +95,13 @@ def test_the_device_is_called_simulated(runs: dict[str, dict], folder: Path) -> 
         assert "simulated Ascend910B1" in (folder / "O0 fp32" / file).read_text(), file
     assert "device: npu:1 (simulated" in runs["second"]["log"]
     assert results(folder, "second")["device"] == "npu:1"
+
+
+def test_steps_are_traced_by_torch_npus_profiler(runs: dict[str, dict], folder: Path) -> None:
+    """Its host part only: the simulated device has no activity of its own."""
+    trace = json.loads((folder / "second" / "trace-0.json").read_text())
+    assert "optimizer step 1" in {event.get("name") for event in trace["traceEvents"]}
+    assert "trace: optimizer steps 1 to 1" in runs["second"]["log"]
 
 
 def test_the_recipe_equals_the_hosts(runs: dict[str, dict], folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_every_call_of_torch_npu_is_one_it_has(wheel: Wheel) -> None:
     expected = {
         "torch_npu.npu_fusion_attention", "torch_npu.npu_get_float_status", "torch_npu.npu.set_compile_mode",
         "torch_npu.npu.set_device", "torch_npu.npu.get_rng_state", "torch_npu.npu.utils.is_support_inf_nan",
-        "torch_npu.optim.NpuFusedAdamW",
+        "torch_npu.optim.NpuFusedAdamW", "torch_npu.profiler.profile",
     }  # fmt: skip
     assert expected <= {use.name for use in uses}
 

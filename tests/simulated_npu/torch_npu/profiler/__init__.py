@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
 import torch
-
-
-class ProfilerActivity(Enum):
-    CPU = 0
-    NPU = 1
 
 
 class profile:  # noqa: N801 - torch_npu's name
     def __init__(self, *, activities=None):
-        assert set(activities) == {ProfilerActivity.CPU, ProfilerActivity.NPU}
-        self._host = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._host = torch.profiler.profile()
 
     def start(self):
         self._host.start()
