@@ -119,7 +119,11 @@ def padded_attention(query, key, value, layout, first_only, drop, noise, site) -
     columns = torch.arange(longest)[None, :]
     is_real = columns < lengths
     index = torch.where(is_real, starts + columns, starts).to(device, non_blocking=True)
-    mask = is_real.to(device, non_blocking=True)[:, None, None, :]
+    mask = is_real[:, None, None, :]
+    if device.type == "npu":
+        # A boolean mask becomes -inf, an overflow to chips that saturate; -1e4 is BERT's own (Devlin et al. 2019).
+        mask = torch.where(mask, 0.0, -1e4).to(query.dtype)
+    mask = mask.to(device, non_blocking=True)
     sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
     q, k, v = (
         x[rows].transpose(1, 2)

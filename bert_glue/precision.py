@@ -15,6 +15,7 @@ from torch import nn
 
 from bert_glue.errors import DivergedError
 from bert_glue.flat import FlatGroup, flatten
+from bert_glue.overflow import overflow_flag
 from bert_glue.precision_plan import PrecisionPlan
 
 _FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
@@ -87,6 +88,9 @@ class Precision:
             self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
             self.gradients = [torch.zeros_like(m) for m in self.masters]
         self._adds_passes = has_masters and passes > 1
+        # Chips that saturate keep gradients finite and tell of an overflow in a flag; ranks that saw one, 0-d.
+        self._flag = overflow_flag(device)
+        self._flagged = torch.zeros((), device=device)
         self._copy_masters()
 
     def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
@@ -125,6 +129,8 @@ class Precision:
         """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""
         for buffer in (*(g.grad for g in self.groups), *(self.gradients if self._adds_passes else ())):
             buffer.zero_()
+        if self._flag is not None:
+            self._flag.clear()
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
         """Gradients of one forward pass, scaled.
@@ -144,8 +150,12 @@ class Precision:
                 group.grad.zero_()
 
     def unsummed(self) -> list[torch.Tensor]:
-        """What has still to be added over ranks after a step's last pass, `[elements]` each."""
-        return self.gradients if self._adds_passes else [group.grad for group in self.groups]
+        """What has still to be added over ranks after a step's last pass, `[elements]` each, and a flag if any."""
+        buffers = self.gradients if self._adds_passes else [group.grad for group in self.groups]
+        if self._flag is None:
+            return buffers
+        self._flagged.copy_(self._flag.read())
+        return [*buffers, self._flagged]
 
     def gather_gradients(self) -> torch.Tensor:
         """Bring gradients to where the optimizer looks; returns their L2 norm without the scale, 0-d fp32."""
@@ -162,7 +172,7 @@ class Precision:
         pass over the gradients and no wait for the host is spent on them.
 
         Args:
-            norm: of `gather_gradients`.
+            norm: of `gather_gradients`; made NaN where the step is skipped.
             max_norm: L2 norm gradients are clipped to, 0 for none.
 
         Returns:
@@ -172,9 +182,10 @@ class Precision:
             DivergedError: overflow persists at the smallest scale.
         """
         scale = self.scale
-        is_bad = (~torch.isfinite(norm)).float()
+        is_bad = (~torch.isfinite(norm) | (self._flagged > 0)).float()
         if self.is_dynamic:
             if self._overflowed(bool(is_bad.item())):
+                norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
                 return False
         else:
             self.has_diverged.copy_(torch.maximum(self.has_diverged, is_bad))

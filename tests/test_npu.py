@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_parts import REPOSITORY, arguments, flags_of, make_model
+from recipe_parts import REPOSITORY, arguments, bert_tensors, flags_of, make_model
 from safetensors.numpy import load_file
 from simulated_runs import environment, run_all
 
@@ -81,11 +81,11 @@ def runs(folder: Path) -> dict[str, dict]:
         lines[f"resumed {name}"] = settings(
             folder, f"resumed {name}", **run, resume_from_checkpoint=str(folder / f"whole {name}" / "checkpoint-3")
         )
-    return run_all(folder, lines)
+    return run_all(folder, {**lines, **overflowing(folder)})
 
 
 def test_all_end_well(runs: dict[str, dict]) -> None:
-    assert {name: run["code"] for name, run in runs.items() if run["code"]} == {}, runs
+    assert {name: run["code"] for name, run in runs.items() if run["code"]} == {"static": 5}, runs
 
 
 def test_the_device_is_called_simulated(runs: dict[str, dict], folder: Path) -> None:
@@ -147,6 +147,19 @@ def test_resume_is_bit_exact(runs: dict[str, dict], folder: Path, name: str) -> 
 # Chips that differ
 
 
+def overflowing(folder: Path) -> dict[str, list[str]]:
+    """Runs whose fp16 gradients leave the range: at the first dynamic scales, and at a static one."""
+    last, pooler = "bert.encoder.layer.1.output.LayerNorm.weight", "bert.pooler.dense.weight"
+    plain = bert_tensors()
+    steep = {last: 1000.0 * plain[last], pooler: plain[pooler] / 1000.0}  # the pooler's gradient is 1000 times larger
+    make_model(folder / "steep", changes=steep)
+    run = {**O2, "model_name_or_path": str(folder / "steep"), "learning_rate": 1e-4}
+    return {
+        "dynamic": settings(folder, "dynamic", **run, loss_scale="dynamic"),
+        "static": settings(folder, "static", **run, loss_scale="1e6", max_steps=1),
+    }
+
+
 @pytest.fixture(scope="module")
 def old_chip(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     """One process on a 910A: no bf16, no TND, saturating."""
@@ -155,6 +168,7 @@ def old_chip(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
         "plain": settings(folder, "plain", **O2, loss_scale="dynamic", do_eval=True),
         "bf16": settings(folder, "bf16", bf16=True),
         "fallback": settings(folder, "fallback", bf16=True, fallback_precision="fp32", max_steps=1),
+        **overflowing(folder),
     }
     return folder, run_all(folder, lines, SIMULATED_NPU_CHIP="910A")
 
@@ -167,6 +181,18 @@ def test_a_chip_without_packed_attention_pads_inside_attention(old_chip, runs, f
     assert results(own, "plain")["device_name"] == "simulated Ascend910A"
     assert results(own, "plain")["train_skipped_updates"] == 0
     assert losses(own, "plain") == pytest.approx(losses(folder, "O2 fp16, loss scale dynamic"), rel=0.01)
+
+
+def test_an_overflow_that_saturates_is_seen(old_chip, runs, folder: Path) -> None:
+    """On a chip that gives the largest number instead of inf, as on one that gives inf."""
+    own, done = old_chip
+    skipped = results(own, "dynamic")["train_skipped_updates"]
+    assert 0 < skipped == results(folder, "dynamic")["train_skipped_updates"] < 8
+    assert done["dynamic"]["log"].count("grad_norm=None") == skipped
+    assert losses(own, "dynamic") == pytest.approx(losses(folder, "dynamic"), rel=0.01)
+    for run in (done["static"], runs["static"]):
+        assert run["code"] == 5 and "gradients are not finite" in run["log"]
+    assert results(own, "plain")["train_skipped_updates"] == 0  # and only a real one
 
 
 def test_a_chip_without_bf16_refuses_it_or_falls_back(old_chip) -> None:
