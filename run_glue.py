@@ -2,7 +2,8 @@
 """Fine-tune, evaluate and predict a GLUE task: `python run_glue.py --help`.
 
 Exit codes: 0 done, 2 usage, 3 data, 4 environment or device, 5 diverged, 6 checkpoint or disk,
-8 a bound of --expect was missed, 130 and 143 ended by SIGINT and SIGTERM after a checkpoint was saved.
+7 the other ranks were lost, 8 a bound of --expect was missed, 130 and 143 ended by SIGINT and SIGTERM
+after a checkpoint was saved.
 """
 
 import sys

@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
-    checks = (_required, _data, _task, _padding, _schedule, _evaluation, _metric, _expect)
+    checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (_precision, _trackers, _profile)
     return [problem for check in checks for problem in check(args)]
 
@@ -150,6 +150,15 @@ def _padding(args: Arguments) -> Iterator[Problem]:
         yield Problem(
             ("pad_to_max_length", "padding"),
             f"--pad_to_max_length contradicts --padding {args.padding}: give one",
+        )
+
+
+def _batch(args: Arguments) -> Iterator[Problem]:
+    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
+        yield Problem(
+            ("global_batch_size", "gradient_accumulation_steps"),
+            f"--global_batch_size {args.global_batch_size} sets the accumulation itself:"
+            f" leave --gradient_accumulation_steps {args.gradient_accumulation_steps} out",
         )
 
 

@@ -105,6 +105,18 @@ class TrainingArguments:
     per_device_train_batch_size: int = flag(8, "samples per device and forward pass", "[1, inf)")
     per_device_eval_batch_size: int = flag(8, "samples per device and forward pass", "[1, inf)")
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", "[1, inf)")
+    global_batch_size: int | None = flag(
+        None,
+        "samples per optimizer step on all ranks together; a forward pass then has at most"
+        " --per_device_train_batch_size of them per device, and accumulation follows",
+        "[1, inf)",
+    )
+    lr_scaling: str = flag(
+        "none",
+        "rule that fits --learning_rate to the samples per optimizer step",
+        choices=("none", "linear", "sqrt"),
+    )
+    lr_base_batch_size: int = flag(32, "samples per optimizer step that --learning_rate is meant for", "[1, inf)")
     learning_rate: float = flag(5e-5, "peak, per optimizer step", "[0, inf)")
     weight_decay: float = flag(0.0, "decoupled; not for biases and LayerNorm", "[0, inf)")
     adam_beta1: float = flag(0.9, "decay of the mean gradient", "[0, 1)")

@@ -16,7 +16,7 @@ import torch
 from bert_glue.layout import PackedLayout
 from bert_glue.text_tokens import TokenTable
 
-# Megabatches of group_by_length, in batches; as in transformers' LengthGroupedSampler.
+# Megabatches of group_by_length, in optimizer steps; as in transformers' LengthGroupedSampler.
 _MEGABATCH = 50
 
 
@@ -134,6 +134,8 @@ class TrainingOrder:
         accumulation: forward passes per optimizer step.
         seed: of the order.
         drop_last: leave out an epoch's last, smaller forward pass.
+        whole_steps: `drop_last` leaves out the last, smaller optimizer step, so that the samples of an epoch do
+            not depend on how a step is dealt out to passes and ranks.
         lengths: `[rows]`, given to keep samples of similar length together; None for plain shuffling.
     """
 
@@ -143,12 +145,24 @@ class TrainingOrder:
     seed: int
     drop_last: bool
     lengths: np.ndarray | None = field(default=None, compare=False)
+    whole_steps: bool = False
+
+    @property
+    def step_size(self) -> int:
+        """Samples of a full optimizer step."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def unit(self) -> int:
+        """Samples that an epoch is cut to a multiple of."""
+        if not self.drop_last:
+            return 1
+        return self.step_size if self.whole_steps else self.micro_batch
 
     @property
     def micro_batches_per_epoch(self) -> int:
         """Forward passes of one epoch."""
-        share = self.rows / self.micro_batch
-        return math.floor(share) if self.drop_last else math.ceil(share)
+        return math.ceil(self.rows // self.unit * self.unit / self.micro_batch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -160,7 +174,7 @@ class TrainingOrder:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         if self.lengths is None:
             return order
-        size = _MEGABATCH * self.micro_batch
+        size = _MEGABATCH * self.step_size
         parts = [order[i : i + size] for i in range(0, self.rows, size)]
         return np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from bert_glue import host
 from bert_glue.errors import MachineError, UsageError, did_you_mean
 from bert_glue.npu_install import explain
 
@@ -124,7 +124,7 @@ class Device:
             # Libraries that look for torch_npu import it unguarded; one that is broken must not end this run.
             sys.modules.setdefault("torch_npu", None)
         if self.is_host:
-            _keep_freed_pages()
+            host.keep_freed_pages()
             return
         _module(self.kind).set_device(self.index)
         if self.kind == "npu" and not self.is_simulated:
@@ -136,10 +136,26 @@ class Device:
         if not self.is_host:
             _module(self.kind).synchronize()
 
+    def mark(self) -> Any:
+        """A point in the work given to the device, for `seconds_between`; it waits for nothing.
+
+        An event; the host's clock on a CPU and on devices without events.
+        """
+        kind = None if self.is_host else getattr(_module(self.kind), "Event", None)
+        if kind is None:
+            return time.perf_counter()
+        event = kind(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to a later one, once the device has passed both (`synchronize`)."""
+        return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000.0
+
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
         if self.is_host:
-            return _peak_of_process()
+            return host.peak_memory()
         return int(_module(self.kind).max_memory_allocated())
 
     def profiler(self) -> Any:
@@ -176,15 +192,6 @@ class Device:
         return True
 
 
-def _peak_of_process() -> int:
-    try:
-        # Not getrusage: that also counts what the parent process held before exec.
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # a sandbox without /proc
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @cache
 def _cpu_flags() -> frozenset[str]:
     """Instruction-set names as /proc/cpuinfo spells them."""
@@ -200,22 +207,6 @@ def _cpu_supports(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return True  # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better
     return bool(_cpu_flags() & {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"})
-
-
-def _keep_freed_pages() -> None:
-    """Tell glibc to reuse freed blocks: by default each large tensor is new, zeroed pages every time.
-
-    Costs nothing but memory the process had already used; 10 to 30 % of a CPU training step.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _here() -> str:

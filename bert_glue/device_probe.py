@@ -174,7 +174,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     from bert_glue.ranks import Ranks
     from bert_glue.tasks import own_task
     from bert_glue.throughput import Meter
-    from bert_glue.training import Run
+    from bert_glue.training_run import Run
     from bert_glue.weights import initialise
 
     ranks = Ranks(args)

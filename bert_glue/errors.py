@@ -42,10 +42,22 @@ class CheckpointError(UserError):
     exit_code = 6
 
 
+class RankError(UserError):
+    """The ranks of a run lost each other: one ended, or did not answer in time."""
+
+    exit_code = 7
+
+
 class ExpectationError(UserError):
     """A bound of `--expect` was missed; all results were written."""
 
     exit_code = 8
+
+
+class BaselineError(UserError):
+    """A run was slower than the baseline it was held against; all results were written."""
+
+    exit_code = 9
 
 
 def did_you_mean(kind: str, name: str, choices: list[str]) -> str:

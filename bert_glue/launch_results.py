@@ -1,7 +1,8 @@
 """What a launcher asks of python: a task's published epochs, and the final lines of a finished run.
 
-    python -m bert_glue.launch_results task MRPC                  -> "mrpc 5"
-    python -m bert_glue.launch_results report OUTPUT --case acc   -> final lines, <CaseName>.log
+    python -m bert_glue.launch_results task MRPC --published 1p   -> "mrpc 5"
+    python -m bert_glue.launch_results baseline perf.json         -> exit code 2 if it is none
+    python -m bert_glue.launch_results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json
 
 The lines and the log's keys are those that the harnesses of Ascend ModelZoo read, so their names stay
 although some are odd ("images/sec"). Every figure comes from `all_results.json`; one that was not
@@ -17,13 +18,18 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_of
+from bert_glue.perf import compare, perf_of, read_baseline
 from bert_glue.tasks import TASKS, TRAINABLE
 
 SAMPLE_NOTE = "sample data, not GLUE"
 
 
-def published_epochs(name: str) -> tuple[str, int]:
-    """The canonical name of a task and the epochs of its published one-device run.
+# Rows of a task's published runs: Ascend NPU on one and on eight devices, and Hugging Face's bert-base-cased.
+_PUBLISHED = {"1p": 1, "8p": 3, "base": 4}
+
+
+def published_epochs(name: str, which: str = "1p") -> tuple[str, int]:
+    """The canonical name of a task and the epochs of one of its published runs: 1p, 8p or base.
 
     Raises:
         UsageError: not a task with training data.
@@ -32,7 +38,7 @@ def published_epochs(name: str) -> tuple[str, int]:
         known = did_you_mean("task", name.lower(), list(TRAINABLE))
         raise UsageError(f"--TASK: {known if name else 'missing. Choices: ' + ', '.join(TRAINABLE)}")
     task = TASKS[name.lower()]
-    return task.name, task.published[1].epochs  # row 1 of a task: 1p Ascend NPU
+    return task.name, task.published[_PUBLISHED[which]].epochs
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
@@ -88,11 +94,10 @@ def final_lines(results: dict[str, Any]) -> list[str]:
 
 
 def step_milliseconds(results: dict[str, Any]) -> str:
-    """Mean time of a step, ms: what ModelZoo's harness calls TrainingTime."""
-    speed = results.get("train_samples_per_second")
-    if not speed:
+    """Mean time of an optimizer step, ms: what ModelZoo's harness calls TrainingTime."""
+    if not results.get("train_samples_per_second"):
         return figure(results, "train_samples_per_second", 2)
-    return f"{results['per_device_train_batch_size'] * results['world_size'] * 1000 / speed:.2f}"
+    return f"{1000 * results['train_timed_seconds'] / results['train_timed_steps']:.2f}"
 
 
 def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
@@ -116,37 +121,57 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
     return log
 
 
-def report(output_dir: Path, case: str) -> None:
-    """Write `<CaseName>.log` into the folder of a finished run and print the final lines.
+def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
+    """Write `<CaseName>.log`, and `perf.json` for a performance run; print the final lines.
+
+    Args:
+        output_dir: folder of a finished run.
+        case: acc or perf.
+        baseline: `perf.json` that this run's is held against.
 
     Raises:
         MachineError: the results are missing, or lack a key every run has.
+        UsageError, BaselineError: see `perf.compare`.
     """
     results = read_results(output_dir)
     try:
         log = case_log(results, case)
+        perf = perf_of(results) if case == "perf" else None
     except KeyError as error:
         raise MachineError(f"{output_dir}: all_results.json has no {error}") from error
     text = "".join(f"{key} = {value}\n" for key, value in log.items())
     (output_dir / f"{log['CaseName']}.log").write_text(text, encoding="utf-8")
-    print("\n".join(final_lines(results)))
+    verdict = []
+    try:
+        if perf is not None and baseline is not None:
+            verdict = [compare(perf, baseline)]  # before perf.json is written: the baseline may be the last one
+    finally:
+        if perf is not None:
+            (output_dir / "perf.json").write_text(json.dumps(perf, indent=2) + "\n", encoding="utf-8")
+        print("\n".join([*verdict, *final_lines(results)]), flush=True)
 
 
 def main(argv: list[str]) -> int:
     """Exit code of one call from a launcher."""
     parser = argparse.ArgumentParser(prog="launch_results")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("task").add_argument("name")
+    of_task = commands.add_parser("task")
+    of_task.add_argument("name")
+    of_task.add_argument("--published", choices=tuple(_PUBLISHED), default="1p")
     of_report = commands.add_parser("report")
     of_report.add_argument("output_dir", type=Path)
     of_report.add_argument("--case", choices=("acc", "perf"), required=True)
+    of_report.add_argument("--baseline", type=Path)
+    commands.add_parser("baseline").add_argument("file", type=Path)
     arguments = parser.parse_args(argv)
 
     def answer() -> int:
         if arguments.command == "task":
-            print(*published_epochs(arguments.name))
+            print(*published_epochs(arguments.name, arguments.published))
+        elif arguments.command == "baseline":
+            read_baseline(arguments.file)
         else:
-            report(arguments.output_dir, arguments.case)
+            report(arguments.output_dir, arguments.case, arguments.baseline)
         return 0
 
     return exit_code_of(answer)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bert_glue.collapse import CollapseWatch
     from bert_glue.trackers import Trackers
+
+# A terminal and a launcher both pass one Ctrl-C on, and so do some schedulers with SIGTERM.
+_SAME_SIGNAL_SECONDS = 2.0
 
 
 @dataclass
@@ -64,6 +68,7 @@ class ProgressLog:
         self.stop_signal: int | None = None
         self.ends_at_once = True
         self.watch: CollapseWatch | None = None
+        self._signalled = 0.0
         self._bar: Any = None
         self._task: Any = None
         if watches_signals:
@@ -71,10 +76,19 @@ class ProgressLog:
                 signal.signal(number, self._ask_to_stop)
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
-        """First signal: finish the step, or leave the evaluation, and save. Second: end at once."""
-        if self.ends_at_once or self.stop_signal is not None:
+        """First signal: finish the step, or leave the evaluation, and save. A later one: end at once."""
+        is_again = self.stop_signal is not None and time.monotonic() - self._signalled > _SAME_SIGNAL_SECONDS
+        if self.ends_at_once or is_again:
             raise SystemExit(128 + number)
-        self.stop_signal = number
+        if self.stop_signal is None:
+            self.stop_signal, self._signalled = number, time.monotonic()
+
+    def ignore_signals(self) -> None:
+        """Nothing is left to stop: a launcher that clears up must not change the exit code."""
+        if self.watches_signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # Not SIG_IGN, which a process started from here would inherit.
+                signal.signal(number, lambda *_: None)
 
     def stop_asked(self) -> bool:
         """True once a signal asked this rank to stop."""

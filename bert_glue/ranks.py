@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from bert_glue.arguments import Arguments
 from bert_glue.device import Device, resolve_device
+from bert_glue.errors import RankError
 
 
 class Ranks:
@@ -19,6 +22,10 @@ class Ranks:
         rank: 0 to `world_size - 1`; rank 0 writes files and log lines.
         world_size: processes of the run.
         device: of this process.
+
+    Raises:
+        RankError: by every method that waits for the others, when one of them ended or did not answer
+            within `--ddp_timeout` seconds (nccl and hccl end the process themselves in the second case).
     """
 
     def __init__(self, args: Arguments):
@@ -31,15 +38,33 @@ class Ranks:
         self.device: Device = resolve_device(requested, local, args.use_cpu)
         self.device.activate(args.tf32)
         self.rank, self.world_size = 0, 1
+        self.timeout, self._is_lost = args.ddp_timeout, False
         if world > 1:
-            from accelerate.state import PartialState
+            self.rank, self.world_size = int(os.environ.get("RANK", local)), world
+            os.environ.setdefault("LOCAL_RANK", str(local))  # accelerate asks for it
+            self._together("meeting them", self._meet, args)
 
-            state = PartialState(
-                cpu=self.device.is_host,
-                backend=args.ddp_backend or self.device.collective_backend,
-                timeout=timedelta(seconds=args.ddp_timeout),
-            )
-            self.rank, self.world_size = state.process_index, state.num_processes
+    def _meet(self, args: Arguments) -> None:
+        from accelerate.state import PartialState
+
+        PartialState(
+            cpu=self.device.is_host,
+            backend=args.ddp_backend or self.device.collective_backend,
+            timeout=timedelta(seconds=args.ddp_timeout),
+        )
+
+    def _together(self, what: str, operation: Callable, *given: Any) -> None:
+        """Call an operation that all ranks take part in."""
+        began = time.monotonic()
+        try:
+            operation(*given)
+        except RuntimeError as error:
+            self._is_lost = True
+            reason = str(error).strip().splitlines()[0][:300]
+            raise RankError(
+                f"rank {self.rank} of {self.world_size} lost the other ranks while {what}, after "
+                f"{time.monotonic() - began:.1f} s (--ddp_timeout {self.timeout} s): {reason}"
+            ) from error
 
     @property
     def is_first(self) -> bool:
@@ -50,22 +75,22 @@ class Ranks:
         """Add each tensor over all ranks, in place, in one collective a tensor."""
         if self.world_size > 1:
             for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+                self._together("adding up numbers", torch.distributed.all_reduce, tensor)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
+        self._together("exchanging values", torch.distributed.all_gather_object, gathered, value)
         return gathered
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            self._together("waiting", torch.distributed.barrier)
 
     def close(self) -> None:
-        """End the process group, if there is one."""
-        if self.world_size > 1 and torch.distributed.is_initialized():
+        """End the process group, if there is one and all ranks are still in it."""
+        if self.world_size > 1 and torch.distributed.is_initialized() and not self._is_lost:
             torch.distributed.destroy_process_group()

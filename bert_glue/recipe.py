@@ -5,7 +5,6 @@ Each step is one function below; `run` is their order and keeps the times.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +14,16 @@ from bert_glue import checkpoint, reporting
 from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
-from bert_glue.collapse import constant_loss, flat_loss
 from bert_glue.errors import DataError, ExpectationError
 from bert_glue.evaluation import EvaluationStopped, Evaluator
 from bert_glue.expectations import missed, read_expectations
+from bert_glue.figures import facts, train_results
 from bert_glue.generators import seed_generators
+from bert_glue.global_batch import for_ranks
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
 from bert_glue.precision_plan import plan_precision
-from bert_glue.progress import ProgressLog
+from bert_glue.progress import Progress, ProgressLog
 from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
 from bert_glue.repeat import check_inputs, check_outcome, read_run
@@ -31,9 +31,9 @@ from bert_glue.scoring import evaluate_splits, predict_splits
 from bert_glue.sources import TaskData, load_task_data
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import tokenize
-from bert_glue.throughput import seconds_since_process_start
+from bert_glue.throughput import Phases, seconds_since_process_start
 from bert_glue.trackers import Trackers
-from bert_glue.training import Progress, Run
+from bert_glue.training_run import Run
 from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 from bert_glue.training_state import save_checkpoint, whole_weights
 
@@ -59,32 +59,34 @@ def run(args: Arguments) -> int:
             results = _steps(args, ranks, log)
         for line in reporting.summary(results):
             log.line(line)
-        lines = missed(results.get("expectations", []))
+        lines = ranks.gather(missed(results.get("expectations", [])))[0]  # speeds differ a little between ranks
+        code = _agree_to_leave(ranks, log)
         if lines:
             raise ExpectationError("\n".join(lines))
-        return 0 if log.stop_signal is None else 128 + log.stop_signal
     finally:
         log.close()
         trackers.close()
-        ranks.close()
+    ranks.close()  # not after an error: the others may never answer
+    return code
 
 
 def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
-    times, given = {"import_and_start": seconds_since_process_start()}, args
+    phase, given = Phases(), args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
-    for notice in args.notices:
-        log.line(f"note: {notice}")
+    args, derived = for_ranks(args, ranks.world_size)
+    for line in (*(f"note: {notice}" for notice in args.notices), *derived):
+        log.line(line)
     args = _with_sample_model(args, ranks)
-    with _timed(times, "data"):
+    with phase("data"):
         data = load_task_data(args, _needed(args))
         for line in (f"data: {data.source}", *data.warnings):
             log.line(line)
-    with _timed(times, "model"):
+    with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
-    with _timed(times, "provenance"):
+    with phase("provenance"):
         record = _provenance(given, data, model, ranks, log)
-    with _timed(times, "tokenize"):
+    with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
     plan = plan_precision(args, ranks.device)
     _say_how(args, model, plan, log)
@@ -95,28 +97,27 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     precision = make_precision(args, plan, model.module, ranks)
     assemble = assembler(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision, log.stop_asked)
-    results: dict = _facts(args, data, model, plan, ranks)
-    with _timed(times, "train"):
+    results: dict = facts(args, data, model, plan, ranks)
+    with phase("train"):
         if args.do_train:
-            run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
-            results |= _train_results(run_of, plan)
-    results["train_runtime"] = times["train"]
+            run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
+            results |= train_results(run_of, plan)
     is_stopped = _is_stopped(ranks, log)
     analysis: dict = {}
     try:
-        with _timed(times, "evaluate"):
+        with phase("evaluate"):
             if args.do_eval and not is_stopped:
                 results |= evaluate_splits(args, data, model, splits, evaluator, analysis)
-        with _timed(times, "predict"):
+        with phase("predict"):
             if args.do_predict and not is_stopped:
                 results |= predict_splits(args, data, splits, evaluator, analysis)
     except EvaluationStopped:
         is_stopped = True
-    with _timed(times, "save"):
+    with phase("save"):
         if run_of is not None:
             _save(run_of, is_stopped)
-    results["peak_memory_bytes"] = ranks.device.peak_memory()
-    results["seconds"] = times
+    results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
+    results["seconds"] = phase.seconds
     results["e2e_runtime"] = seconds_since_process_start()
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
@@ -149,6 +150,16 @@ def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Rank
     return record
 
 
+def _agree_to_leave(ranks: Ranks, log: ProgressLog) -> int:
+    """The exit code of all ranks: 0, or 128 + signal if any of them got one.
+
+    No rank goes before all results are written: a launcher ends the others when one has left.
+    """
+    signals = [number for number in ranks.gather(log.stop_signal) if number is not None]
+    log.ignore_signals()
+    return 128 + max(signals) if signals else 0
+
+
 def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
     """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
     found = next(filter(None, ranks.gather(log.stop_signal)), None)
@@ -164,19 +175,6 @@ def _save(run_of: Run, is_stopped: bool) -> None:
     if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
         with run_of.saver:
             save_checkpoint(run_of)
-
-
-class _timed:
-    """Notes in `times` how many seconds its block took."""
-
-    def __init__(self, times: dict[str, float], name: str):
-        self.times, self.name = times, name
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.times[self.name] = time.perf_counter() - self.began
 
 
 def _needed(args: Arguments) -> frozenset[str]:
@@ -233,44 +231,3 @@ def _say_how(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> Non
     for line in (*model.notes, plan.note):
         if line:
             log.line(f"note: {line}")
-
-
-def _facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ranks) -> dict:
-    """What was run, for every results file."""
-    return {
-        "task_name": data.task.name,
-        "headline_metric": data.task.headline,
-        "text_columns": list(data.task.columns),
-        "model_name_or_path": args.model_name_or_path,
-        "data": data.source,
-        "sample_data": data.is_sample,
-        "device": str(ranks.device.torch_device),
-        "device_name": ranks.device.name,
-        "world_size": ranks.world_size,
-        "precision": plan.name,
-        "fallback": plan.note,
-        "batches": "packed" if model.is_packed else "padded",
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "seed": args.seed,
-    }
-
-
-def _train_results(run_of: Run, plan) -> dict:
-    """`train_*` results of all ranks together."""
-    meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
-    smoothing = run_of.args.label_smoothing_factor
-    counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
-    keys = ("samples", "real_tokens", "computed_tokens", "flops")
-    totals = dict(zip(keys, map(sum, zip(*counts, strict=True)), strict=True))
-    return {
-        "train_loss": progress.loss_sum / max(1, progress.step),
-        "train_steps": progress.step,
-        "train_collapsed": flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
-        "optimizer": run_of.optimizer_used,
-        "train_skipped_updates": run_of.precision.skipped_steps,
-        "train_samples_consumed": progress.samples,
-        "train_samples": run_of.order.rows,
-        "epoch": run_of.epoch,
-        "seconds_to_first_step": meter.to_first_step,
-        **meter.rates(totals, plan.dtype),
-    }

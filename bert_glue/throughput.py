@@ -6,11 +6,16 @@ The device is synchronised before every reading. Evaluation and saving stop the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from bert_glue.batching import Batch
@@ -31,6 +36,36 @@ def seconds_since_process_start() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - _IMPORTED
     started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+class Phases:
+    """Seconds that a process spent in each named phase; where phases nest, a moment counts for the inner one.
+
+    `seconds["compile"]` is None: no graph is compiled here, all kernels run eagerly.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float | None] = {"import": seconds_since_process_start(), "compile": None}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block for `name`."""
+        self._charge()
+        self._open.append(name)
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
 
 
 def forward_flops(shape: EncoderShape, lengths: tuple[int, ...], first_only_last: bool = True) -> float:
@@ -92,14 +127,17 @@ class Meter:
     seconds: float = 0.0
     to_first_step: float | None = None
     timed_steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)
     _began: float | None = None
     _is_held: bool = False
+    _marks: list[Any] = field(default_factory=list)
 
     def start(self) -> None:
         """Run the clock from now on, if the skipped steps are over."""
         if self.steps >= self.skip_steps and self._began is None and not self._is_held:
             self.device.synchronize()
             self._began = time.perf_counter()
+            self._marks = [self.device.mark()]
 
     def stop(self) -> None:
         """Hold the clock: before evaluation, saving, and at the end."""
@@ -107,6 +145,7 @@ class Meter:
             self.device.synchronize()
             self.seconds += time.perf_counter() - self._began
             self._began = None
+            self.step_seconds += [self.device.seconds_between(a, b) for a, b in itertools.pairwise(self._marks)]
 
     def hold(self) -> None:
         """Leave out all that comes until `release`: steps that are traced."""
@@ -134,6 +173,8 @@ class Meter:
         if self.to_first_step is None:
             self.device.synchronize()
             self.to_first_step = seconds_since_process_start()
+        if self._began is not None:
+            self._marks.append(self.device.mark())
         self.start()
 
     def rates(self, totals: dict[str, float], dtype: torch.dtype) -> dict[str, float | str | None]:
@@ -144,8 +185,9 @@ class Meter:
             dtype: of the products, for the device's own rate.
 
         Returns:
-            `train_*` entries: samples and tokens per second, padding in percent, TFLOP/s of the model
-            over real tokens and its share of a product measured on this device (per rank).
+            `train_*` entries: samples and tokens per second, padding in percent, milliseconds of an
+            optimizer step (median, tenth and ninetieth percentile), TFLOP/s of the model over real tokens
+            and its share of a product measured on this device (per rank).
         """
         if self.seconds <= 0.0 or not totals["samples"]:
             reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
@@ -159,6 +201,8 @@ class Meter:
             "train_timed_steps": self.timed_steps,
             "train_timed_seconds": self.seconds,
         }
+        for name, share in (("median", 50), ("p10", 10), ("p90", 90)):
+            rates[f"train_step_ms_{name}"] = 1000.0 * float(np.percentile(self.step_seconds, share))
         if totals["flops"]:
             reference = gemm_rate(self.device, dtype)
             rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12

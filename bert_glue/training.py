@@ -1,75 +1,21 @@
-"""The training loop, and all that one run of it holds."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from bert_glue.arguments import Arguments
-from bert_glue.batching import Assembler, Batch, TokenSplit, TrainingOrder, ahead, rank_share
+from bert_glue.batching import Batch, ahead, rank_share
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation import EvaluationStopped
-from bert_glue.model import LoadedModel
 from bert_glue.noise import Noise
 from bert_glue.optim import schedule
-from bert_glue.precision import Precision
-from bert_glue.profiling import NoTrace
-from bert_glue.progress import Progress, ProgressLog
-from bert_glue.ranks import Ranks
-from bert_glue.saving import Saver
 from bert_glue.tasks import GlueTask
-from bert_glue.throughput import Meter
-from bert_glue.vocabulary import NarrowedEmbedding
-
-
-@dataclass
-class Run:
-    """All parts of one training run, built by recipe.py.
-
-    Args:
-        total_steps: optimizer steps of the whole run.
-        evaluate: gives `eval_*` results of the current weights.
-        best_key: entry of those results that chooses the best checkpoint.
-        trace: of the steps of --profile_steps.
-        saved_step: of the last checkpoint that was begun or resumed from.
-        optimizer_used: name of the optimizer that runs, for results.
-    """
-
-    args: Arguments
-    task: GlueTask
-    ranks: Ranks
-    model: LoadedModel
-    precision: Precision
-    optimizer: torch.optim.Optimizer
-    assemble: Assembler
-    split: TokenSplit
-    order: TrainingOrder
-    total_steps: int
-    meter: Meter
-    log: ProgressLog
-    evaluate: Callable[[], dict]
-    best_key: str
-    narrowed: NarrowedEmbedding | None = None
-    optimizer_used: str = ""
-    progress: Progress = field(default_factory=Progress)
-    saver: Saver = field(default_factory=Saver)
-    saved_step: int = 0
-    trace: NoTrace = field(default_factory=NoTrace)
-
-    @property
-    def output_dir(self) -> Path:
-        """Folder of this run's results."""
-        return Path(self.args.output_dir)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done, with the fraction."""
-        return self.progress.step / self.order.steps_per_epoch
+from bert_glue.training_run import Run
+from bert_glue.training_state import save_checkpoint
 
 
 def sample_losses(task: GlueTask, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -243,20 +189,20 @@ def _stop_asked(run: Run) -> bool:
 
 def save_now(run: Run, recent_loss: torch.Tensor) -> None:
     """Begin a checkpoint of the present step; `recent_loss` is this rank's share since the last log line."""
-    from bert_glue.training_state import save_checkpoint
-
     run.ranks.sum([recent_loss])
     run.progress.recent_loss = recent_loss.item()
     if not run.ranks.is_first:
         recent_loss.zero_()
-    save_checkpoint(run)
+    with run.phase("save"):
+        save_checkpoint(run)
 
 
 def _evaluate_now(run: Run) -> bool:
     """Evaluate, note the best and the gain; False, and nothing noted, where a signal cut it off."""
     args, progress = run.args, run.progress
     try:
-        results = run.evaluate()
+        with run.phase("evaluate"):
+            results = run.evaluate()
     except EvaluationStopped:
         return False
     entry = {"step": progress.step, "epoch": round(run.epoch, 4), **results}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from bert_glue.profiling import StepTrace
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.tasks import GlueTask
-from bert_glue.throughput import Meter
-from bert_glue.training import Run, train
+from bert_glue.throughput import Meter, Phases
+from bert_glue.training import train
+from bert_glue.training_run import Run
 from bert_glue.training_state import choose, resume
 from bert_glue.vocabulary import NarrowedEmbedding
 
@@ -73,6 +75,7 @@ def fine_tune(
     evaluator: Evaluator,
     narrowed: NarrowedEmbedding | None,
     log: ProgressLog,
+    phase: Phases | None = None,
 ) -> Run:
     """Build the run, resume it if asked, train, and end with the best weights if asked."""
     split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
@@ -87,11 +90,12 @@ def fine_tune(
         seed=args.seed if args.data_seed is None else args.data_seed,
         drop_last=args.dataloader_drop_last,
         lengths=split.table.lengths if grouped else None,
+        whole_steps=args.global_batch_size is not None,
     )
     if order.steps_per_epoch == 0:
         raise UsageError(
-            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.micro_batch}; "
-            "lower --per_device_train_batch_size or leave the flag out"
+            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.unit}; "
+            f"lower --{'global' if order.whole_steps else 'per_device_train'}_batch_size or leave the flag out"
         )
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
     optimizer, used = build_optimizer(args, precision.leaves(not is_elementwise(args.optim)))
@@ -103,6 +107,7 @@ def fine_tune(
     run_of = Run(
         args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,
         lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed, used,
+        phase or Phases(),
     )  # fmt: skip
     _resume(run_of)
     log.line(
@@ -112,9 +117,12 @@ def fine_tune(
     )
     constant = constant_loss(task, split.labels, args.label_smoothing_factor)
     log.watch, log.ends_at_once = CollapseWatch(constant, total, run_of.progress.history), False
+    began = time.perf_counter()
     with run_of.saver, _trace(run_of):
         train(run_of)
-    ranks.wait()  # until the first one has written all checkpoints
+    with run_of.phase("save"):
+        ranks.wait()  # until the first one has written all checkpoints
+    run_of.seconds = time.perf_counter() - began
     log.watch = None
     log.close()
     if args.load_best_model_at_end and run_of.progress.best_step:

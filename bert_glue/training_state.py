@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from bert_glue import checkpoint
 from bert_glue.errors import CheckpointError
 from bert_glue.generators import random_tensors, set_random_tensors
-from bert_glue.training import Progress, Run
+from bert_glue.progress import Progress
+from bert_glue.training_run import Run
 
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:
@@ -82,19 +83,16 @@ def _must_be_same(run: Run) -> dict[str, object]:
     if run.narrowed:
         shapes.pop("words.weight")
     order = run.order
-    is_grouped = order.lengths is not None
     return {
         "model": shapes,
         "optimizer": type(run.optimizer).__name__,
         "--amp_backend": run.precision.plan.backend,
         "training rows": order.rows,
-        "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.micro_batch * order.accumulation,
+        "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.step_size,
         "--seed": run.args.seed,
         "seed of the order": order.seed,
-        "--dataloader_drop_last": order.drop_last,
-        "grouping by length": is_grouped,
-        # Elsewhere the rows of a step do not depend on how they are dealt out to passes and ranks.
-        "batch size of all ranks": order.micro_batch if order.drop_last or is_grouped else None,
+        "samples an epoch is cut to a multiple of (--dataloader_drop_last)": order.unit,
+        "grouping by length": order.lengths is not None,
         "data (words in use; --do_eval, --do_predict and --max_*_samples count)": hashlib.sha256(words).hexdigest(),
     }
 

@@ -1,35 +1,53 @@
 # shellcheck shell=bash
-# Runs one recipe: flags, python, run_glue.py, final lines. Sourced by the launchers, which set
+# Runs one recipe: flags, python, run_glue.py on one device or on ranks, final lines. Sourced by the
+# launchers, which set
 #   NETWORK     folder in the repository's root, if it is there
 #   HUB_NAME    the same model on the hub
 #   CASE        acc (train and evaluate) or perf (train only)
 #   EPOCHS      default number of epochs; empty: the published one of the task
 #   RECIPE      flags of run_glue.py, as an array
+#   RANKS       default number of ranks on this host; unset: one process without torch's elastic launcher
+#   PUBLISHED   which published run gives the epochs: 1p (default), 8p or base
+#   TASK        default task, if there is one
+#   HOSTS       set where ranks may be on several hosts
 # and call `launch "$@"`.
 
+unset RANKS PUBLISHED TASK HOSTS # not those of the environment: a scheduler may have its own
 LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LIB")
 # shellcheck source=test/setup_python.sh
 source "$LIB/setup_python.sh"
 # shellcheck source=test/env_npu.sh
 source "$LIB/env_npu.sh"
+# shellcheck source=test/launch_ranks.sh
+source "$LIB/launch_ranks.sh"
 
 CHOICES=(--TASK --train_epochs --model --batch_size --device --data_path --output_dir --sample --help)
+PERF_CHOICES=(--baseline)
+
+perf_usage() {
+  [[ $CASE != perf ]] || cat <<TEXT
+  --baseline=FILE      perf.json of an earlier run; more than 5 % slower ends with exit code 9
+TEXT
+}
 
 usage() {
+  local devices="0, npu:1, cuda, cpu, ..."
+  [[ -z ${RANKS:-} ]] || devices="npu, cuda or cpu; each rank has its own"
   cat <<TEXT
 bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
 
-  --TASK=NAME          GLUE task, e.g. mrpc
+  --TASK=NAME          GLUE task, e.g. mrpc${TASK:+; default: $TASK}
   --sample             generated sample data (not GLUE) and a tiny BERT, if no --model is given; no network
   --model=NAME         folder or hub name; default: ./$NETWORK, else $HUB_NAME
   --data_path=FOLDER   data on this machine; default: the hub's
   --train_epochs=N     default: ${EPOCHS:-as published for the task}
   --batch_size=N       samples per device; default: 32
-  --device=NAME        0, npu:1, cuda, cpu, ...; default: the best there is
-  --output_dir=FOLDER  default: test/output/<task>/1p
+  --device=NAME        $devices; default: the best there is
+  --output_dir=FOLDER  default: test/output/<task>/<ranks>p
+$(perf_usage; rank_usage)
 Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed,
-8 a bound of --expect missed, 130/143 signals.
+8 a bound of --expect missed, 9 slower than the baseline, 130/143 signals.
 TEXT
 }
 
@@ -73,20 +91,37 @@ parse_flags() { # fills SETTING (by flag), SAMPLE and EXTRA (flags of run_glue.p
   done
 }
 
+extra_value() { # extra_value <flag of run_glue.py> <default>: its value after --, the last one
+  local at value=$2
+  for ((at = 0; at < ${#EXTRA[@]}; at++)); do
+    case ${EXTRA[at]} in
+      "--$1") value=${EXTRA[at + 1]:-$2} ;;
+      "--$1="*) value=${EXTRA[at]#*=} ;;
+    esac
+  done
+  printf '%s' "$value"
+}
+
 check_settings() { # what can be known before an installation of minutes; run_glue.py checks the rest
   local number='^[0-9]+(\.[0-9]+)?$' answer
   [[ ${SETTING[batch_size]:-32} =~ ^[1-9][0-9]*$ ]] || fail 2 "--batch_size: ${SETTING[batch_size]} is no number >= 1"
   [[ ${SETTING[train_epochs]:-1} =~ $number ]] || fail 2 "--train_epochs: ${SETTING[train_epochs]} is no number > 0"
   [[ -z ${SETTING[data_path]:-} || -d ${SETTING[data_path]} ]] ||
     fail 3 "--data_path: there is no folder ${SETTING[data_path]}"
+  check_rank_settings
   base_python
-  answer=$(cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results task "${SETTING[TASK]:-}") || exit $?
+  if [[ -n ${SETTING[baseline]:-} ]]; then
+    SETTING[baseline]=$(realpath -m -- "${SETTING[baseline]}")
+    (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results baseline "${SETTING[baseline]}") || exit $?
+  fi
+  answer=$(cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results task "${SETTING[TASK]:-${TASK:-}}" \
+    --published "${PUBLISHED:-1p}") || exit $?
   read -r TASK PUBLISHED_EPOCHS <<<"$answer"
 }
 
 build_command() { # fills COMMAND and OUTPUT
   local batch=${SETTING[batch_size]:-32} model=${SETTING[model]:-} epochs=${SETTING[train_epochs]:-}
-  OUTPUT=${SETTING[output_dir]:-$LIB/output/$TASK/1p}
+  OUTPUT=${SETTING[output_dir]:-$LIB/output/$TASK/$((NPROC * NNODES))p}
   COMMAND=("$ROOT/run_glue.py" --task_name "$TASK" --output_dir "$OUTPUT" "${RECIPE[@]}"
     --per_device_train_batch_size "$batch" --per_device_eval_batch_size "$batch")
   if [[ -n $SAMPLE ]]; then
@@ -116,20 +151,19 @@ preload_libgomp() { # aarch64: a libgomp loaded late finds no room for its threa
 }
 
 run_and_log() { # run_and_log <log> <command>...: screen and log get all output; the command's status
-  local log=$1 pipes child loggers=() status=0 signal=0
+  local log=$1 child loggers=() status=0
   shift
-  pipes=$(mktemp -d)
-  mkfifo "$pipes/out" "$pipes/err"
+  mkfifo "$SCRATCH/out" "$SCRATCH/err"
   # The loggers outlive every signal, so that the last words of the command are not lost.
-  (trap '' INT TERM HUP && exec tee -a "$log" <"$pipes/out") &
+  (trap '' INT TERM HUP && exec tee -a "$log" <"$SCRATCH/out") &
   loggers+=($!)
-  (trap '' INT TERM HUP && exec tee -a "$log" <"$pipes/err" >&2) &
+  (trap '' INT TERM HUP && exec tee -a "$log" <"$SCRATCH/err" >&2) &
   loggers+=($!)
-  trap 'signal=2; kill -INT "$child" 2>/dev/null || true' INT
-  trap 'signal=15; kill -TERM "$child" 2>/dev/null || true' TERM HUP
+  trap 'SIGNALLED=2; kill -INT "$child" 2>/dev/null || true' INT
+  trap 'SIGNALLED=15; kill -TERM "$child" 2>/dev/null || true' TERM HUP
   # A process group of its own (set -m): else bash starts background commands with SIGINT ignored.
   set -m
-  "$@" >"$pipes/out" 2>"$pipes/err" &
+  "$@" >"$SCRATCH/out" 2>"$SCRATCH/err" &
   child=$!
   set +m
   # `wait` returns early for a trapped signal, so the command's own status may only come from the last one.
@@ -138,9 +172,31 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   trap - INT TERM HUP
   kill -KILL -- "-$child" 2>/dev/null || true # whatever it left behind would hold the log open
   wait "${loggers[@]}" || true
-  rm -r -- "$pipes"
-  if ((status == 0 && signal)); then status=$((128 + signal)); fi
+  if ((status == 0 && SIGNALLED)); then status=$((128 + SIGNALLED)); fi
   return "$status"
+}
+
+run_one() { # one process
+  local log device=${SETTING[device]:-0} status=0
+  log=$OUTPUT/train_${device//[^A-Za-z0-9]/_}.log
+  keep_previous "$log"
+  run_and_log "$log" "$PYTHON" "${COMMAND[@]}" || status=$?
+  if ((status)); then
+    echo "error: run_glue.py stopped with exit code $status; its output: $log" >&2
+    exit "$status"
+  fi
+}
+
+run_ranks() { # one process a rank
+  local first=$((NODE_RANK * NPROC)) rank status=0
+  for ((rank = first; rank < first + NPROC; rank++)); do keep_previous "$OUTPUT/train_rank_$rank.log"; done
+  elastic_command
+  run_and_log "$OUTPUT/train_rank_$first.log" start_ranks "$PYTHON" "${COMMAND[@]}" || status=$?
+  judge_ranks "$status" || exit $?
+}
+
+keep_previous() {
+  [[ ! -e $1 ]] || mv -f -- "$1" "$1.previous"
 }
 
 prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
@@ -153,22 +209,27 @@ prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
 }
 
 launch() {
+  [[ -z ${RANKS:-} ]] || CHOICES+=("${RANK_CHOICES[@]}")
+  [[ -z ${HOSTS:-} ]] || CHOICES+=("${HOST_CHOICES[@]}")
+  [[ $CASE != perf ]] || CHOICES+=("${PERF_CHOICES[@]}")
   parse_flags "$@"
   check_settings
-  npu_environment
+  local group_timeout
+  group_timeout=$(extra_value ddp_timeout 1800)
+  [[ $group_timeout =~ ^[1-9][0-9]*$ ]] || fail 2 "--ddp_timeout: $group_timeout is no number of seconds >= 1"
+  npu_environment "$group_timeout"
   prepare_python
   build_command
   preload_libgomp
   mkdir -p -- "$OUTPUT" || fail 6 "--output_dir: cannot make $OUTPUT"
-  local log device=${SETTING[device]:-0} status=0
-  log=$OUTPUT/train_${device//[^A-Za-z0-9]/_}.log
-  [[ ! -e $log ]] || mv -f -- "$log" "$log.previous"
   export PYTHONUNBUFFERED=1
-  run_and_log "$log" "$PYTHON" "${COMMAND[@]}" || status=$?
-  if ((status)); then
-    echo "error: run_glue.py stopped with exit code $status; its output: $log" >&2
-    exit "$status"
-  fi
+  SIGNALLED=0
+  SCRATCH=$(mktemp -d)
+  trap 'rm -r -- "$SCRATCH"' EXIT
+  if [[ -n ${RANKS:-} ]]; then run_ranks; else run_one; fi
+  ((NODE_RANK == 0)) || return 0 # the first host has the results
   OUTPUT=$(cd "$OUTPUT" && pwd)
-  (cd "$ROOT" && "$PYTHON" -m bert_glue.launch_results report "$OUTPUT" --case "$CASE")
+  local baseline=()
+  [[ -z ${SETTING[baseline]:-} ]] || baseline=(--baseline "${SETTING[baseline]}")
+  (cd "$ROOT" && "$PYTHON" -m bert_glue.launch_results report "$OUTPUT" --case "$CASE" ${baseline[@]+"${baseline[@]}"})
 }

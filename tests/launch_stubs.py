@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "requirements_check")
+_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "launch_ranks", "perf", "requirements_check")
 
 # Records how it was called, then does what STUB_* says.
 STUB_RUN_GLUE = """
@@ -20,8 +20,9 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 argv = sys.argv[1:]
 output = Path(argv[argv.index("--output_dir") + 1])
+rank = os.environ.get("RANK")
 def note(name, text):
-    (output / name).write_text(text)
+    (output / (name if rank is None else f"{name}.{rank}")).write_text(text)
 for number in (signal.SIGINT, signal.SIGTERM):
     def stop(number, frame):
         note("got_signal", str(number)); print("saved a checkpoint")
@@ -33,15 +34,45 @@ if "STUB_ORPHAN" in os.environ:
     note("orphan", str(subprocess.Popen(["sleep", "60"]).pid))
 if "STUB_SLEEP" in os.environ:
     note("sleeping", ""); time.sleep(float(os.environ["STUB_SLEEP"]))
+if "STUB_MEET" in os.environ:  # ask the other ranks, over the store that they were told of, where they write
+    from datetime import timedelta
+    from torch.distributed import TCPStore
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=60))
+    store.set(f"place {rank}", str(output))
+    note("met", store.get(f"place {1 - int(rank)}").decode())
+actions = json.loads(os.environ.get("STUB_RANKS", "{}"))
+if actions:
+    action, _, number = actions.get(rank, "wait").partition(" ")
+    time.sleep(0.5)
+    if action == "crash":
+        raise RuntimeError("a bug on purpose")
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "hang":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    if action == "exit":
+        sys.exit(int(number))
+    if action == "done":
+        sys.exit(0)
+    time.sleep(60)
 if "STUB_EXIT" in os.environ:
     sys.exit(int(os.environ["STUB_EXIT"]))
 results = {"task_name": argv[argv.index("--task_name") + 1], "model_name_or_path": "x/bert-stub",
     "device": "cpu",
     "train_samples_per_second": 200.0, "train_loss": 0.25, "train_runtime": 10.0, "e2e_runtime": 61.04,
-    "eval_f1": 0.9029, "headline_metric": "f1", "world_size": 1, "per_device_train_batch_size": 32,
-    "sample_data": "--sample" in argv}
+    "eval_f1": 0.9029, "headline_metric": "f1", "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1, "global_batch_size": 32 * int(os.environ.get("WORLD_SIZE", 1)),
+    "train_timed_steps": 10, "train_timed_seconds": 1.6, "train_step_ms_median": 159.0, "train_step_ms_p10": 150.0,
+    "train_step_ms_p90": 171.0, "max_seq_length": 128, "precision": "O2 fp16", "batches": "packed",
+    "device_name": "stub", "peak_memory_bytes": 5,
+    "seconds": {"import": 1.0, "compile": None, "data": 1.0, "tokenize": 2.0, "model": 1.0, "train": 9.0,
+    "evaluate": 1.0, "save": 0.5}, "sample_data": "--sample" in argv}
 results.update(json.loads(os.environ.get("STUB_RESULTS", "{}")))
-note("all_results.json", json.dumps(results))
+if rank in (None, "0"):
+    (output / "all_results.json").write_text(json.dumps(results))
 """
 
 # A python without the requirements. Everything but these three calls is the real one's business.

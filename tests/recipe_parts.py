@@ -24,7 +24,7 @@ from bert_glue.precision_plan import plan_precision
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
 from bert_glue.sources import load_task_data
-from bert_glue.training import Run
+from bert_glue.training_run import Run
 from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 
 REPOSITORY = Path(__file__).parents[1]

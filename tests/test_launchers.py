@@ -230,6 +230,60 @@ def test_published_epochs() -> None:
     assert epochs == table  # 1p column of the ModelZoo page
 
 
+def perf_run(repo: Path, speed: float | None, *flags: str, **results) -> subprocess.CompletedProcess[str]:
+    figures = {"train_samples_per_second": speed, "train_samples_per_second_reason": "too short", **results}
+    return launch(repo, "--TASK=mrpc", *flags, launcher="train_performance_1p.sh", STUB_RESULTS=json.dumps(figures))
+
+
+def test_a_performance_run_is_held_against_its_baseline(repo: Path) -> None:
+    assert perf_run(repo, 200.0).returncode == 0
+    perf = repo / "test/output/mrpc/1p/perf.json"
+    first = json.loads(perf.read_text())
+    assert first["samples_per_second"] == 200.0 and first["step_ms"] == {"median": 159.0, "p10": 150.0, "p90": 171.0}
+    assert (
+        first["seconds"]["data"] == 3.0 and first["seconds"]["compile"] is None and first["reasons"]["seconds.compile"]
+    )
+    stored = repo.parent / "stored perf.json"
+    shutil.copy(perf, stored)
+    same = perf_run(repo, 191.0, "--baseline", "stored perf.json")
+    assert same.returncode == 0 and "Performance : 0.955 x the baseline's 200.000 samples/s" in same.stdout
+    assert same.stdout.splitlines()[-4].startswith("Final Performance samples/sec : 191.000")
+    slow = perf_run(repo, 189.0, "--baseline", "stored perf.json")
+    assert slow.returncode == 9
+    assert slow.stderr.splitlines()[-1].startswith("error: slower than the baseline by more than 5%: 0.945 x")
+    assert json.loads(perf.read_text())["samples_per_second"] == 189.0
+    itself = perf_run(repo, 170.0, f"--baseline={perf}")
+    assert itself.returncode == 9  # against what the file held before
+
+
+@pytest.mark.parametrize(
+    ("speed", "results", "says"),
+    [
+        (500.0, {"device_name": "a faster stub"}, "device_name 'stub', now 'a faster stub'"),
+        (500.0, {"world_size": 8}, "world_size 1, now 8"),
+        (500.0, {"per_device_train_batch_size": 64}, "per_device_train_batch_size 32, now 64"),
+        (500.0, {"precision": "O0 fp32", "task_name": "rte"}, "precision 'O2 fp16', now 'O0 fp32'; task_name 'mrpc'"),
+        (None, {}, "this run has no samples/s: too short"),
+    ],
+)
+def test_another_setup_is_not_compared(repo: Path, speed, results: dict, says: str) -> None:
+    assert perf_run(repo, 200.0).returncode == 0
+    stored = repo / "test/output/mrpc/1p/perf.json"
+    shutil.copy(stored, repo.parent / "stored.json")
+    done = perf_run(repo, speed, "--baseline=stored.json", **results)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 1, "setup": {}, "samples_per_second": null}'])
+def test_what_is_no_baseline_is_said_before_anything_runs(repo: Path, text: str | None) -> None:
+    if text is not None:
+        (repo.parent / "perf.json").write_text(text)
+    done = perf_run(repo, 200.0, "--baseline=perf.json")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "perf.json" in done.stderr
+    assert not (repo / "test/output").exists()
+
+
 # Signals
 
 

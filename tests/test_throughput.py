@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe_parts import arguments, fit, results_of
+from recipe_parts import arguments, changed, fit, results_of
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bert_glue import recipe, throughput, training_setup, training_state
+from bert_glue import recipe, throughput, training, training_setup
 from bert_glue.batching import Batch
 from bert_glue.device import Device
 from bert_glue.layout import PackedLayout
@@ -106,7 +107,7 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(tmp_path, monkey
     noted(Meter, "start", "start")
     noted(Meter, "stop", "stop")
     noted(training_setup, "evaluate", "work", {"eval_accuracy": 0.5})
-    noted(training_state, "save_checkpoint", "work")
+    noted(training, "save_checkpoint", "work")
     fit(arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1))
     assert events.count("work") == 6 and events.count("stop") == 4
     for at, word in enumerate(events):
@@ -141,6 +142,72 @@ def test_rates_of_a_meter_with_a_known_clock(monkeypatch):
     assert rates["train_computed_tokens_per_second"] == 32.0
     assert rates["train_padding_percent"] == pytest.approx(37.5)
     assert (rates["train_timed_steps"], rates["train_timed_seconds"]) == (3, 10.0)
+    assert meter.step_seconds == [2.0, 3.0, 5.0]  # neither the skipped step nor the evaluation
+    assert rates["train_step_ms_median"] == 3000.0
+    assert rates["train_step_ms_p10"] < 3000.0 < rates["train_step_ms_p90"] <= 5000.0
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("skip", [0, 5])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_rate_is_that_of_an_independent_count(tmp_path, monkeypatch, drop_last, accumulation, skip, resumes):
+    """A forward pass takes 1 s of a clock of our own, an evaluation 100 and a save 50; 2 or 4 steps an epoch."""
+    clock, passes, steps = SimpleNamespace(now=0.0), [], []
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(throughput, "gemm_rate", lambda *_: 1e9)
+
+    def slow(owner, name: str, seconds: float, note=lambda result: None) -> None:
+        original = getattr(owner, name)
+
+        def call(*given, **named):
+            clock.now += seconds
+            result = original(*given, **named)
+            note(result)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    slow(PackedClassifier, "forward", 1.0, lambda logits: passes.append(len(logits)))
+    slow(training, "save_checkpoint", 50.0)
+    monkeypatch.setattr(training_setup, "evaluate", lambda *_: setattr(clock, "now", clock.now + 100.0) or {})
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append((sum(passes), len(passes))))
+    args = arguments(
+        tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=accumulation, skip_steps=skip,
+        dataloader_drop_last=drop_last, num_train_epochs=8.0, eval_strategy="epoch", save_strategy="epoch",
+    )  # fmt: skip
+    try:
+        run = fit(args)
+        if resumes:
+            half = run.output_dir / f"checkpoint-{4 * run.order.steps_per_epoch}"
+            passes.clear(), steps.clear()
+            run = fit(changed(args, resume_from_checkpoint=str(half), output_dir=str(tmp_path / "resumed")))
+    finally:
+        hook.remove()
+    assert run.order.steps_per_epoch == (3 if drop_last else 4) // accumulation + (drop_last and accumulation == 2)
+    samples, seconds = (last - first for last, first in zip(steps[-1], ([(0, 0), *steps])[skip], strict=True))
+    rates = run.meter.rates(totals(run.meter), torch.float32)
+    assert rates["train_samples_per_second"] == pytest.approx(samples / seconds, rel=0.005)
+    assert rates["train_timed_seconds"] == seconds and rates["train_timed_steps"] == len(steps) - skip
+    assert rates["train_step_ms_median"] == 1000.0 * accumulation or accumulation == 2
+
+
+def test_a_moment_counts_for_the_inner_phase(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
+    phase = throughput.Phases()
+    for _ in range(2):
+        with phase("train"):
+            clock.now += 5.0
+            with phase("evaluate"):
+                clock.now += 2.0
+            clock.now += 1.0
+        clock.now += 100.0
+    with pytest.raises(ValueError), phase("save"):
+        clock.now += 3.0
+        raise ValueError
+    assert phase.seconds.pop("import") > 0
+    assert phase.seconds == {"compile": None, "train": 12.0, "evaluate": 4.0, "save": 3.0}
 
 
 def test_nothing_left_to_time_is_null_with_the_reason(tmp_path):

@@ -1,0 +1,200 @@
+"""One rank of a launcher, and the launcher's verdict on all ranks of this host. Imports nothing heavy.
+
+    python launch_ranks.py below command...               becomes the command, which ends when its parent does
+    python launch_ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
+    python launch_ranks.py verdict NOTES LOGS --status S --signal N     -> exit code of the launcher
+    python launch_ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
+
+torch's launcher ends all ranks when one fails, but waits 30 s for each that does not listen, tells the
+user's signal and its own clearing up apart no more than the ranks can, and leaves grandchildren behind.
+So a rank runs below a small process that knows how the other ranks of this host ended: NOTES is a folder
+of this launch on this host, where each rank leaves `<rank>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# Seconds after another rank failed: until a rank that is not ending by itself is asked to, and is made to.
+_ASKED, _MADE = 1.0, 4.0
+_LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
+_LAST_LINES = 10
+
+
+def log_of(logs: Path, rank: int) -> Path:
+    """The log of one rank."""
+    return logs / f"train_rank_{rank}.log"
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _read_notes(notes: Path) -> list[dict[str, Any]]:
+    """What each rank of this host left, in the order of ranks."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in notes.glob("*.json")]
+    return sorted(found, key=lambda note: note["rank"])
+
+
+def _write_note(notes: Path, note: dict[str, Any]) -> None:
+    aside = notes / f".{note['rank']}"
+    aside.write_text(json.dumps(note), encoding="utf-8")
+    os.replace(aside, notes / f"{note['rank']}.json")
+
+
+def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
+    """Run one rank's command to its end; returns its exit code, 128 + signal if one killed it.
+
+    The host's first rank writes to the launcher's two pipes, `NOTES/out` and `NOTES/err`, others to their log.
+    """
+    rank, is_shown = int(os.environ["RANK"]), os.environ["LOCAL_RANK"] == "0"
+    paths = (notes / "out", notes / "err") if is_shown else (log_of(logs, rank),) * 2
+    with paths[0].open("ab") as out, paths[1].open("ab") as err:
+        note = {"rank": rank, "code": None, "is_cleared": False, "time": 0.0}
+        _write_note(notes, note)
+        _die_with_parent()
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0, preexec_fn=_die_with_parent
+        )
+
+        def pass_on(number: int, frame: object) -> None:
+            if any(other["code"] for other in _read_notes(notes)):
+                # Not the user: torch's launcher ends the ranks because one has failed.
+                # What a failing rank tears down brings others to their end first: let it say its own reason.
+                threading.Timer(_ASKED, clear).start()
+                threading.Timer(_MADE, child.kill).start()
+            else:
+                child.send_signal(number)
+
+        def clear() -> None:
+            note["is_cleared"] = child.poll() is None
+            child.terminate()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, pass_on)
+        code = child.wait()
+        _kill_group(child.pid)
+    note |= {"code": code, "time": time.time()}
+    _write_note(notes, note)
+    os._exit(code if code >= 0 else 128 - code)  # a pending timer must not hold us
+
+
+def _kill_group(group: int) -> None:
+    """End what a rank left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _described(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _root(failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """The failure that caused the others: not of a rank that was cleared away or lost its peers; the earliest."""
+    return min(failed, key=lambda note: (note["is_cleared"], note["code"] == _LOST, note["time"]))
+
+
+def _last_lines(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as log:
+            log.seek(max(0, file.stat().st_size - 8192))
+            return log.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+    except OSError:
+        return []
+
+
+def verdict(notes: Path, logs: Path, status: int, signal_number: int) -> tuple[int, list[str]]:
+    """How a launch ended.
+
+    Args:
+        status: exit code of torch's launcher.
+        signal_number: signal the launcher got from its user, 0 if none.
+
+    Returns:
+        The exit code for the user (0; 128 + signal; 2 to 6 and 8 as a rank gave it; 4 if no rank started; else 7)
+        and lines that say which rank failed first, how, and what it said last.
+    """
+    ranks = _read_notes(notes)
+    launcher_log = logs / "launcher.log"
+    failed = [note for note in ranks if note["code"]]
+    stopped = 128 + signal_number
+    if signal_number and all(note["code"] in (stopped, -signal_number) or note["is_cleared"] for note in failed):
+        return stopped, []
+    if not ranks and status:
+        lines = [line for line in _last_lines(launcher_log) if line.strip()][-1:]
+        return 4, [f"no rank was started; torch's launcher ended with {status}: {launcher_log}", *lines]
+    if not failed:
+        return (_LOST, [f"torch's launcher ended with {status}: {launcher_log}"]) if status else (0, [])
+    root = _root(failed)
+    code = root["code"] if root["code"] in _DOCUMENTED else _LOST
+    log = log_of(logs, root["rank"])
+    lines = [f"rank {root['rank']} {_described(root['code'])}; the last lines of {log}:"]
+    return code, lines + [f"  {line}" for line in _last_lines(log)]
+
+
+def network_to(host: str) -> tuple[str, str]:
+    """This host's own address on the way to `host`, and the interface that has it ("" if it is not IPv4).
+
+    Raises:
+        OSError: there is no such host, or no way to it.
+    """
+    family, kind, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # a datagram socket only asks for the route, nothing is sent
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return address, name
+    return address, ""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of one rank, or of the launcher."""
+    if argv[:1] == ["network"]:
+        try:
+            print(*network_to(argv[1]))
+        except OSError:
+            return 4
+        return 0
+    if argv[:1] == ["below"]:
+        _die_with_parent()
+        os.execvp(argv[1], argv[1:])
+    parser = argparse.ArgumentParser(prog="launch_ranks")
+    parser.add_argument("action", choices=("rank", "verdict"))
+    parser.add_argument("notes", type=Path)
+    parser.add_argument("logs", type=Path)
+    if argv[:1] == ["rank"]:
+        arguments = parser.parse_args(argv[:3])
+        return run_rank(arguments.notes, arguments.logs, argv[3:])
+    parser.add_argument("--status", type=int, required=True)
+    parser.add_argument("--signal", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    code, lines = verdict(arguments.notes, arguments.logs, arguments.status, arguments.signal)
+    for number, line in enumerate(lines):
+        print(line if number else f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+# shellcheck shell=bash disable=SC2034
+# Several ranks: their flags, and torch's elastic launcher on this host. Sourced by launch_lib.sh.
+
+RANK_CHOICES=(--nproc)
+HOST_CHOICES=(--nnodes --node_rank --master_addr --master_port)
+
+rank_usage() {
+  [[ -z ${RANKS:-} ]] || cat <<TEXT
+  --nproc=N            ranks on this host; default: $RANKS
+TEXT
+  [[ -z ${HOSTS:-} ]] || cat <<TEXT
+  --nnodes=N           hosts; start this launcher once on each, with the same --output_dir (a shared folder)
+  --node_rank=N        0 to nnodes - 1; 0 on the host of --master_addr
+  --master_addr=NAME   name or address of the first host
+  --master_port=N      default: 29500
+TEXT
+}
+
+check_rank_settings() { # sets NPROC, NNODES and NODE_RANK
+  local counts='^[1-9][0-9]{0,4}$' device=${SETTING[device]:-} node=${SETTING[node_rank]:-0} port=${SETTING[master_port]:-29500}
+  NPROC=${SETTING[nproc]:-${RANKS:-1}} NNODES=${SETTING[nnodes]:-1}
+  [[ $NPROC =~ $counts ]] || fail 2 "--nproc: $NPROC is no number >= 1"
+  [[ $NNODES =~ $counts ]] || fail 2 "--nnodes: $NNODES is no number >= 1"
+  NODE_RANK=$node
+  if [[ ! $node =~ ^(0|[1-9][0-9]{0,4})$ ]] || ((node >= NNODES)); then
+    fail 2 "--node_rank: $node is not one of 0 to $((NNODES - 1)) (--nnodes $NNODES)"
+  fi
+  if [[ ! $port =~ $counts ]] || ((port > 65535)); then fail 2 "--master_port: $port is no port"; fi
+  [[ $NNODES == 1 || -n ${SETTING[master_addr]:-} ]] || fail 2 "--nnodes $NNODES needs --master_addr"
+  [[ -z ${RANKS:-} || $device != *:* ]] ||
+    fail 2 "--device $device: each rank takes a device of its own; give ${device%%:*}"
+}
+
+use_network_of() { # use_network_of <first host>: ranks talk over the interface that leads there
+  local address interface
+  read -r address interface < <("$PYTHON" "$ROOT/bert_glue/launch_ranks.py" network "$1") ||
+    fail 4 "--master_addr $1: no such host, or no way to it"
+  [[ -z $interface ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+  [[ -z $interface ]] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+  [[ -n ${HCCL_SOCKET_IFNAME:-} ]] || export HCCL_IF_IP=${HCCL_IF_IP:-$address}
+}
+
+elastic_command() { # fills ELASTIC: torch's launcher, the command of a rank is to follow
+  ELASTIC=("$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" below
+    "$PYTHON" -m torch.distributed.run --nproc-per-node="$NPROC" --max-restarts=0 --monitor-interval=0.1)
+  if ((NNODES > 1)); then
+    use_network_of "${SETTING[master_addr]}"
+    ELASTIC+=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="${SETTING[master_addr]}"
+      --master-port="${SETTING[master_port]:-29500}" --rdzv-conf="timeout=$(extra_value ddp_timeout 1800)")
+  else
+    ELASTIC+=(--standalone --local-addr=127.0.0.1) # the kernel chooses the port
+  fi
+  ELASTIC+=(--no-python "$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" rank "$SCRATCH" "$OUTPUT")
+  local cores
+  cores=$(nproc 2>/dev/null || echo "$NPROC")
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
+  # After a signal ranks may take this many seconds for their checkpoint (torch's own 30 are few).
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
+}
+
+start_ranks() { # start_ranks <command>...: what torch's launcher itself says goes to launcher.log
+  # It holds the two pipes open until it ends; the first rank opens them by their names.
+  exec 3>&1 4>&2 "${ELASTIC[@]}" "$@" >"$OUTPUT/launcher.log" 2>&1
+}
+
+judge_ranks() { # judge_ranks <status of torch's launcher>: says which rank failed first; the launcher's status
+  "$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" verdict "$SCRATCH" "$OUTPUT" --status "$1" --signal "$SIGNALLED"
+}
