@@ -67,11 +67,12 @@ def write_model(folder: Path, shape: str, vocab: Path) -> str:
 
     import torch
     from hf_recipe import MODEL_SHAPES
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     words = len(vocab.read_text(encoding="utf-8").splitlines())
-    BertForSequenceClassification(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)
+    # Without a head: tasks have one, two or three labels.
+    BertModel(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)
     shutil.copy(vocab, folder / "vocab.txt")
     settings = {"do_lower_case": "uncased" in vocab.name, "tokenizer_class": "BertTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
