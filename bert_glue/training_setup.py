@@ -14,6 +14,7 @@ from bert_glue import checkpoint
 from bert_glue.arguments import Arguments
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
 from bert_glue.collapse import CollapseWatch, constant_loss
+from bert_glue.device import has_slow_products
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
 from bert_glue.model import LoadedModel
@@ -102,6 +103,8 @@ def fine_tune(
     optimizer = precision.attach(optimizer)
     log.line(f"optimizer: {used}")
     log.line(f"gradients: {precision.describe()}")
+    if has_slow_products(ranks.device.kind, precision.plan.dtype):
+        log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
     meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None)
     metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
     run_of = Run(

@@ -290,5 +290,32 @@ def test_two_ranks_are_one_with_the_same_global_batch(amp, tmp_path, level, pass
     assert [entry["grad_norm"] for entry in history] == pytest.approx(norms, rel=2e-2)
 
 
+# ---- apex's FusedAdam without amp ----
+
+
+def test_fused_adam_alone_trains_as_torchs_adamw(amp, tmp_path):
+    flags = {"max_steps": 8, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_grad_norm": 0.3}
+    theirs = fit(arguments(tmp_path, optim="adamw_apex_fused", strict_optim=True, **flags))
+    assert theirs.optimizer_used == "adamw_apex_fused" and not amp.CALLS
+    assert losses(theirs) == pytest.approx(losses(fit(arguments(tmp_path, optim="adamw_torch", **flags))), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True, "fp16_opt_level": "O2"}])
+def test_fused_adam_resumes_with_its_step(amp, tmp_path, precision):
+    """It counts steps in its groups, where state_dict()["state"] does not have them."""
+    check_resume(tmp_path, {"optim": "adamw_apex_fused", **precision})
+
+
+def test_a_fused_adam_without_kernels_is_replaced(amp, tmp_path, monkeypatch):
+    import apex.optimizers
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+
+    monkeypatch.setattr(apex.optimizers, "FusedAdam", refuse)
+    run = fit(arguments(tmp_path, optim="adamw_apex_fused", max_steps=1))
+    assert run.optimizer_used.startswith("adamw_torch_fused instead of adamw_apex_fused: FusedAdam does not run here")
+
+
 def test_load_amp_gives_the_module(amp):
     assert load_amp(needs_combine_grad=True) is amp

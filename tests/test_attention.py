@@ -209,3 +209,24 @@ def test_npu_without_the_packed_kernel_pads(monkeypatch, fusion_calls, first_onl
 
 def test_each_kind_of_device_has_its_function():
     assert set(ATTENTION) == set(device.KINDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slow_products_are_computed_in_fp32_and_rounded(monkeypatch, dtype):
+    """Where a CPU has no kernels of a dtype: the fp32 product of the same 16-bit numbers, rounded once."""
+    from bert_glue import linear
+
+    monkeypatch.setattr(linear, "has_slow_products", lambda kind, dtype: dtype != torch.float32)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 64).to(dtype), torch.randn(3, 64).to(dtype), torch.randn(3).to(dtype)
+    exact = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    assert torch.equal(linear.linear(x, weight, bias), exact)
+    with torch.autocast("cpu", dtype=dtype):  # O1: fp32 in, 16 bits out
+        assert torch.equal(linear.linear(x.float(), weight.float(), bias.float()), exact)
+    layer = linear.Linear(64, 3).to(dtype)
+    layer.adds_into_grad = True
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    view = layer.weight.grad
+    layer(x).float().sum().backward()
+    assert layer.weight.grad is view and torch.equal(view[0], x.float().sum(0).to(dtype))

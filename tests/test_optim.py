@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bert_glue.arguments import Arguments
+from bert_glue.errors import MachineError
 from bert_glue.flat import flatten
 from bert_glue.optim import build_optimizer, is_elementwise, schedule
 from bert_glue.precision import Precision
@@ -183,3 +184,104 @@ def test_schedules_are_transformers(name, warmup):
 def test_one_step_of_warmup_alone():
     assert [schedule("linear", 1, 0.0)(step) for step in (0, 1)] == [1.0, 0.0]
     assert schedule("cosine", 4, 4.0)(4) == pytest.approx(1.0)
+
+
+# ---- which optimizer runs ----
+
+# Name -> what a CPU without apex and torch_npu has instead, and a word of the reason; None: it is here.
+ON_A_BARE_CPU = {
+    "adamw_torch": None,
+    "adamw_torch_fused": None,
+    "adamw_apex_fused_npu": ("adamw_torch_fused", "only under --amp_backend apex"),
+    "adamw_torch_npu_fused": ("adamw_torch_fused", "not on cpu"),
+    "adamw_apex_fused": ("adamw_torch_fused", "No module named 'apex'"),
+    "adamw_hf": ("adamw_torch", "transformers has removed it"),
+    "adafactor": None,
+    "lamb": None,
+}
+
+
+def built(optim: str, **changes):
+    precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), Net())
+    args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY, **changes)
+    return build_optimizer(args, precision.leaves(not is_elementwise(optim)))
+
+
+def test_every_name_is_in_the_table():
+    from bert_glue.arguments import FLAGS
+
+    assert set(ON_A_BARE_CPU) == set(FLAGS["optim"].choices)
+
+
+@pytest.mark.parametrize("name", ON_A_BARE_CPU)
+def test_an_absent_optimizer_is_replaced_by_the_nearest_and_named(name):
+    optimizer, used = built(name)
+    if ON_A_BARE_CPU[name] is None:
+        assert used == name
+        return
+    nearest, reason = ON_A_BARE_CPU[name]
+    assert used.startswith(f"{nearest} instead of {name}: ") and reason in used
+    assert type(optimizer) is torch.optim.AdamW and bool(optimizer.defaults["fused"]) == (nearest != "adamw_torch")
+
+
+@pytest.mark.parametrize("name", ON_A_BARE_CPU)
+def test_strict_optim_refuses_what_is_not_here(name):
+    if ON_A_BARE_CPU[name] is None:
+        assert built(name, strict_optim=True)[1] == name
+        return
+    with pytest.raises(MachineError) as caught:
+        built(name, strict_optim=True)
+    assert caught.value.exit_code == 4
+    assert str(caught.value).startswith(f"--optim {name} --strict_optim: ")
+    assert ON_A_BARE_CPU[name][1] in str(caught.value)
+
+
+def test_a_device_without_fused_adamw(monkeypatch):
+    real = torch.optim.AdamW
+
+    def without_fused(params, fused=False, **options):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return real(params, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", without_fused)
+    optimizer, used = built("adamw_torch_fused")
+    assert used == "adamw_torch instead of adamw_torch_fused: torch has no fused AdamW for cpu"
+    assert optimizer.defaults["foreach"]
+    assert built("adamw_apex_fused")[1].startswith("adamw_torch instead of adamw_apex_fused: ")
+    with pytest.raises(MachineError, match="--optim adamw_torch_fused --strict_optim: torch has no fused AdamW"):
+        built("adamw_torch_fused", strict_optim=True)
+
+
+def test_log_and_results_name_the_optimizer_that_ran(tmp_path, monkeypatch):
+    from bert_glue import recipe
+
+    lines = []
+    monkeypatch.setattr(recipe.ProgressLog, "line", lambda self, text: lines.append(text))
+    args = recipe_parts.arguments(tmp_path, optim="adamw_hf", max_steps=2)
+    assert recipe.run(args) == 0
+    said = "adamw_torch instead of adamw_hf: transformers has removed it"
+    assert f"optimizer: {said}" in lines
+    assert recipe_parts.results_of(args)["optimizer"] == said
+    assert said in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+@pytest.mark.parametrize("level", ["O0", "O2", "O3"])
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "lamb", "adafactor"])
+def test_scale_and_clip_reach_every_optimizer(name, level, max_norm):
+    """A scale of 2**20 around small gradients: the same masters as with no scale at all, to fp32 rounding."""
+    results = []
+    for scale in (1.0, 2.0**20):
+        precision = Precision(PrecisionPlan(level, torch.bfloat16 if level != "O0" else torch.float32, scale), Net())
+        args = Arguments(optim=name, learning_rate=0.01, weight_decay=DECAY)
+        optimizer, _ = build_optimizer(args, precision.leaves(not is_elementwise(name)))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            for group in precision.groups:
+                group.grad.copy_(torch.randn(group.grad.shape, generator=generator)).mul_(scale)
+            assert precision.step(optimizer, precision.gather_gradients(), max_norm)
+        results.append(precision.masters)
+    for plain, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(scaled, plain, atol=1e-6, rtol=0)
+    assert {m.dtype for m in results[0]} == {torch.float32}

@@ -256,3 +256,240 @@ def test_dynamic_fp16_learns_and_its_log_is_json(with_fp16, monkeypatch, tmp_pat
     for before, entry in zip(history, history[1:], strict=False):
         assert (before["learning_rate"] == entry["learning_rate"]) == (before in skipped)
     assert skipped and len(skipped) < 8
+
+
+# ---- apex's table, cell by cell: level, what the cell says, for fp16 and bf16 ----
+
+LEVELS = ["O0", "O1", "O2", "O3"]
+
+
+def plan_of(level: str, dtype: torch.dtype, scale: float | None = 1.0) -> PrecisionPlan:
+    return PrecisionPlan(level, FP32 if level == "O0" else dtype, scale)
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.batch_norm, self.LayerNorm = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.LayerNorm(self.batch_norm(self.dense(x)))
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("level", LEVELS)
+class TestTable:
+    def test_model_dtype(self, level, dtype):
+        module = WithBatchNorm()
+        Precision(plan_of(level, dtype), module)
+        expected = dtype if level in ("O2", "O3") else FP32
+        assert module.dense.weight.dtype == module.dense.bias.dtype == expected
+        assert module.LayerNorm.weight.dtype == expected  # facts: LayerNorm goes fp16
+
+    def test_batch_norm(self, level, dtype):
+        """fp32 at O2 alone of the converted ones, statistics too, and it trains."""
+        module = WithBatchNorm()
+        state = Precision(plan_of(level, dtype), module)
+        expected = dtype if level == "O3" else FP32
+        assert module.batch_norm.weight.dtype == module.batch_norm.running_mean.dtype == expected
+        assert module.batch_norm.num_batches_tracked.dtype == torch.int64
+        before = module.batch_norm.weight.detach().clone()
+        optimizer, _ = build_optimizer(Arguments(learning_rate=0.1), state.leaves(per_parameter=False))
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(module.dense.weight.dtype)
+        with state.autocast():
+            loss = module(x).float().pow(3).sum()
+        state.backward(loss)
+        state.step(optimizer, state.gather_gradients(), 0.0)
+        assert not torch.equal(module.batch_norm.weight, before)
+
+    def test_masters(self, level, dtype):
+        """O2 keeps what rounding loses: many updates below the dtype's resolution add up, at O3 they vanish."""
+        module = net()
+        state = Precision(plan_of(level, dtype), module)
+        optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.leaves(per_parameter=False))
+        start = module[1].weight.detach().clone()
+        assert torch.equal(start.float(), torch.ones(4))
+        for _ in range(200):  # each 1e-5; at 1.0 fp16 has steps of 1e-3, bf16 of 8e-3
+            set_gradients(state, -1.0)
+            state.step(optimizer, state.gather_gradients(), 0.0)
+        kept = {}
+        for group, master in zip(state.groups, state.masters, strict=True):
+            kept |= group.views(master)
+        moved = (kept["1.weight"] - 1.0).tolist()
+        assert moved == pytest.approx([0.0 if level == "O3" else 2e-3] * 4, rel=0.01)
+        assert bool(state.named_masters()) == (level == "O2")
+        if level in ("O2", "O3"):
+            assert all(torch.equal(kept[n].to(dtype), p) for n, p in module.named_parameters())
+
+    def test_masters_start_exact(self, level, dtype):
+        """From the weights as stored, though the model has them rounded."""
+        exact = {name: p.detach().clone() for name, p in net().named_parameters()}
+        state = Precision(plan_of(level, dtype), net())
+        kept = {}
+        for group, master in zip(state.groups, state.masters, strict=True):
+            kept |= group.views(master)
+        expected = {n: p.to(dtype).float() for n, p in exact.items()} if level == "O3" else exact
+        assert all(torch.equal(kept[name], value) for name, value in expected.items())
+
+    def test_default_scale(self, with_fp16, level, dtype):
+        kind = "fp16" if dtype == FP16 else "bf16"
+        plan = plan_precision(Arguments(**{kind: True}, fp16_opt_level=level), Device("cpu"))
+        assert plan.loss_scale == (1024.0 if dtype == FP16 and level in ("O1", "O2") else 1.0)
+
+    @pytest.mark.parametrize(("given", "scale"), [("dynamic", None), ("64", 64.0)])
+    def test_given_scale(self, with_fp16, level, dtype, given, scale):
+        """As with apex a given one overrides a level's own, at O3 too; fp32 and bf16 need none."""
+        kind = "fp16" if dtype == FP16 else "bf16"
+        plan = plan_precision(Arguments(**{kind: True}, fp16_opt_level=level, loss_scale=given), Device("cpu"))
+        assert plan.loss_scale == (scale if dtype == FP16 and level != "O0" else 1.0)
+
+    def test_casts(self, level, dtype):
+        """O1 alone casts around functions; what comes out feeds an fp32 loss at every level."""
+        module = net()
+        state = Precision(plan_of(level, dtype), module)
+        low = module[0].weight.dtype
+        with state.autocast():
+            inner = module[0](torch.ones(2, 4, dtype=low))
+            assert torch.is_autocast_enabled("cpu") == (level == "O1")
+        assert inner.dtype == (FP32 if level == "O0" else dtype)
+        from bert_glue.tasks import get_task
+        from bert_glue.training import sample_losses
+
+        assert sample_losses(get_task("mrpc"), inner[:, :2], torch.tensor([0, 1]), 0.0).dtype == FP32
+
+    def test_clip_acts_on_unscaled_fp32_gradients(self, level, dtype):
+        """Scaled by 1024 a gradient of norm 0.9 is not clipped to 1; one of norm 30 is, to 0.5 %."""
+        state = Precision(plan_of(level, dtype, 1024.0), net())
+        count = sum(g.grad.numel() for g in state.groups)
+        for norm, expected in ((0.9, 0.9), (30.0, 1.0)):
+            for group in state.groups:
+                group.grad.fill_(1024.0 * norm / count**0.5)
+            found = state.gather_gradients()
+            assert found.item() == pytest.approx(norm, rel=5e-3) and found.dtype == FP32
+            (leaves, _), (others, _) = state.leaves(per_parameter=True)
+            sgd = torch.optim.SGD([*leaves, *others], lr=1.0)
+            state.step(sgd, found, 1.0)
+            clipped = torch.stack([g.norm() for g in state.gradients]).norm()
+            assert clipped.item() == pytest.approx(expected, rel=5e-3)
+            assert {g.dtype for g in state.gradients} == {FP32}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "lamb", "adafactor"])
+def test_o3_survives_what_16_bit_moments_do_not(optim):
+    """Gradients of 1e-5: their squares are 0 in fp16, and AdamW in fp16 divides by that."""
+    _, state, optimizer = build(PrecisionPlan("O3", FP16, 1.0), optim, rate=1e-3)
+    for _ in range(3):
+        state.step(optimizer, set_gradients(state, 1e-5), 1.0)
+    state.check_finite()
+    assert all(torch.equal(m, m.half().float()) for m in state.masters)
+
+
+def test_passes_of_one_step_add_up_in_fp32():
+    """512 passes of 1: bf16 stays at 256. The sum over ranks is of those fp32 sums then."""
+    module = net()
+    state = Precision(PrecisionPlan("O2", BF16, 1.0), module, passes=512)
+    state.zero_gradients()
+    for _ in range(512):
+        state.backward(module[2].bias.float().sum())
+    assert state.unsummed() is state.gradients
+    gathered = {}
+    state.gather_gradients()
+    for group, gradient in zip(state.groups, state.gradients, strict=True):
+        gathered |= group.views(gradient)
+    assert gathered["2.bias"].tolist() == [512.0, 512.0]
+    state.zero_gradients()
+    assert not any(g.any() for g in (*state.gradients, *(group.grad for group in state.groups)))
+
+
+def test_an_overflow_of_the_sum_over_ranks_is_an_overflow():
+    """Two ranks with 60000 each, finite in fp16, are inf together; all see the same sum and decide alike."""
+    _, state, optimizer = build(PrecisionPlan("O2", FP16, None))
+    before = [m.clone() for m in state.masters]
+    set_gradients(state, 60000.0)
+    for buffer in state.unsummed():
+        buffer += buffer.clone()
+    assert not state.step(optimizer, state.gather_gradients(), 1.0)
+    assert state.skipped_steps == 1 and all(map(torch.equal, state.masters, before))
+    fixed = build(PrecisionPlan("O2", FP16, 1024.0))[1]
+    set_gradients(fixed, 60000.0)
+    for buffer in fixed.unsummed():
+        buffer += buffer.clone()
+    fixed.step(optimizer, fixed.gather_gradients(), 1.0)
+    with pytest.raises(DivergedError):
+        fixed.check_finite()
+
+
+# ---- --use_combine_grad: what it promises, natively at every level ----
+
+
+class CountingRanks:
+    """Stands for two ranks with equal gradients, and counts collectives."""
+
+    world_size, rank, is_first = 2, 0, True
+
+    def __init__(self, real):
+        self.device, self.sums = real.device, []
+
+    def sum(self, tensors):
+        self.sums.append([tensor.numel() for tensor in tensors])
+
+    def gather(self, value):
+        return [value]
+
+    def wait(self): ...
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "lamb"])
+@pytest.mark.parametrize("flags", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=["O0", "O2"])
+def test_gradients_are_views_of_flat_buffers_and_summed_once_each(tmp_path, flags, optim):
+    from bert_glue.training import train
+
+    run = fit(arguments(tmp_path, max_steps=1, optim=optim, use_combine_grad=True, **flags))
+    parameters = dict(run.model.module.named_parameters())
+    sizes = [group.grad.numel() for group in run.precision.groups]
+    assert len(sizes) == 2 and sum(sizes) == sum(p.numel() for p in parameters.values())
+    for _ in range(2):  # and they still are after a step
+        for group in run.precision.groups:
+            start, end = group.grad.data_ptr(), group.grad.data_ptr() + group.grad.nbytes
+            for name in group.names:
+                grad = parameters[name].grad
+                assert start <= grad.data_ptr() and grad.data_ptr() + grad.nbytes <= end and grad.is_contiguous()
+                assert start <= grad.data_ptr() < end
+        run.ranks, run.total_steps = CountingRanks(run.ranks), 2
+        run.progress.step = 1
+        train(run)
+        gradient_sums = [sums for sums in run.ranks.sums if sums != [1]]  # [1]: the loss, for the log
+        assert gradient_sums == [sizes]
+
+
+def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
+    from bert_glue import recipe
+
+    lines = []
+    monkeypatch.setattr(recipe.ProgressLog, "line", lambda self, text: lines.append(text))
+    fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), recipe_parts_log())
+    (line,) = [line for line in lines if line.startswith("gradients: ")]
+    assert "views of 2 flat buffers" in line and "x 2 bytes" in line
+    assert "one all-reduce each in bfloat16, fused clip" in line
+
+
+def recipe_parts_log():
+    from bert_glue.progress import ProgressLog
+
+    return ProgressLog(True, False, watches_signals=False)
+
+
+def test_flags_without_effect_are_told():
+    from bert_glue.command_line import parse
+
+    base = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
+    told = {
+        "--loss_scale 1024.0": "--loss_scale 1024.0 has no effect: fp32 needs none",
+        "--bf16 --loss_scale dynamic": "--loss_scale dynamic has no effect: bf16 has the range of fp32",
+        "--fp16 --fp16_opt_level O0 --loss_scale 8": "--loss_scale 8 has no effect: fp32 needs none",
+        "--fp16_opt_level O2": "--fp16_opt_level O2 has no effect without --fp16 or --bf16: fp32 is trained",
+    }
+    for words, notice in told.items():
+        assert parse([*base, *words.split()]).notices == (notice,)
+    assert parse([*base, "--fp16", "--fp16_opt_level", "O3", "--loss_scale", "1024.0"]).notices == ()
