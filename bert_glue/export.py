@@ -36,10 +36,13 @@ def load(name: str) -> LoadedModel:
     Raises:
         MachineError: no such folder, or it has no fine-tuned classifier.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from bert_glue.arguments import Arguments
     from bert_glue.labeller import task_of_model
     from bert_glue.model import load_model, model_folder
 
+    disable_progress_bar()  # of reading one file
     args = Arguments(model_name_or_path=name, padding="longest")
     model = load_model(args, task_of_model(model_folder(name, args))[0])
     if model.is_fresh:
@@ -92,9 +95,10 @@ def write_onnx(model: LoadedModel, path: Path) -> None:
     axes = {name: {0: "batch", 1: "seq_len"} for name in names} | {"logits": {0: "batch"}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's remarks on constants; `worst_difference` tells what counts
+        # In evaluation mode itself: the tracer puts the mode it found back, dropout included.
         torch.onnx.export(
-            Positional(), tuple(example(model, 2, 16).values()), str(path), input_names=names, output_names=["logits"],
-            dynamic_axes=axes, opset_version=_OPSET, dynamo=False,
+            Positional().eval(), tuple(example(model, 2, 16).values()), str(path), input_names=names,
+            output_names=["logits"], dynamic_axes=axes, opset_version=_OPSET, dynamo=False,
         )  # fmt: skip
 
 

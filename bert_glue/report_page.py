@@ -42,7 +42,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .45rem .7rem; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child > * { border-top: 0; } th { color: var(--soft); font-weight: 600; background: var(--card); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td:first-child:not(.number) { min-width: 8rem; } td code { display: inline-block; min-width: 10rem; }
+td:not(.number) { min-width: 7.5rem; } td code { display: inline-block; min-width: 10rem; }
 th .en { display: inline-block; } th .en::first-letter { text-transform: uppercase; }
 tr.own td { font-weight: 600; background: var(--card); }
 .texts td:nth-child(2) { min-width: 15rem; overflow-wrap: anywhere; }

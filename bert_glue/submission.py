@@ -198,7 +198,9 @@ def build(runs: list[Path], output: Path, partial: bool, allow_sample: bool) -> 
     found, lines = collect(runs, allow_sample)
     constants = fill(found)
     if constants and not partial:
-        tasks = ", ".join(dict.fromkeys(entry.task.name for entry in ENTRIES if entry.file in constants))
+        # AX comes with the run of the task whose model predicts it.
+        names = (entry.task.predicted_with or entry.task.name for entry in ENTRIES if entry.file in constants)
+        tasks = ", ".join(dict.fromkeys(names))
         raise DataError(
             f"missing: {', '.join(constants)} (tasks: {tasks}); the leaderboard takes complete archives only. "
             "Give their runs, or --partial to fill them with a constant"

@@ -39,7 +39,9 @@ def test_the_graph_is_written_with_its_inputs(tmp_path, family):
 @needs_onnxruntime
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_onnxruntime_gives_torchs_logits(tmp_path, family):
-    stock = write_model(tmp_path / "model", family, labels=3)
+    """Of a model that was trained with dropout, too."""
+    dropout = "dropout" if family == "distilbert" else "hidden_dropout_prob"
+    stock = write_model(tmp_path / "model", family, labels=3, **{dropout: 0.5})
     model = export.load(str(tmp_path / "model"))
     export.write_onnx(model, tmp_path / "x.onnx")
     assert export.worst_difference(model, tmp_path / "x.onnx") < 1e-5
