@@ -209,7 +209,7 @@ def _appendix(results: dict, origin: dict) -> str:
         return f"<details><summary>{both(key)}</summary>{table((both('name'), both('what')), cells)}</details>"
 
     flat = {name: value for name, value in results.items() if not isinstance(value, dict)}
-    seconds = {name: round(value, 2) for name, value in results.get("seconds", {}).items()}
+    seconds = {name: value and round(value, 2) for name, value in results.get("seconds", {}).items()}
     kept = {name: value for name, value in origin.items() if name != "arguments"}
     return block("everything", flat) + block("seconds", seconds) + (block("origin", kept) if kept else "")
 

@@ -17,3 +17,16 @@ def own_token_cache(tmp_path_factory):
         del os.environ["BERT_GLUE_CACHE"]
     else:
         os.environ["BERT_GLUE_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def own_rank_variables():
+    """A test of ranks in this process must not make the next one wait for peers."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -180,7 +180,7 @@ def test_changed_settings_are_said_in_one_line_and_kept(saved, tmp_path):
 
 def test_another_precision_starts_its_own_loss_scale(saved, tmp_path):
     run, notes = resumed(saved, tmp_path, bf16=True, fp16_opt_level="O2")
-    assert "precision O2 bf16 (was O0 fp32)" in notes[0]
+    assert "precision O2 bf16 (was O0 fp32)" in "\n".join(notes)
     assert run.progress.step == 4
 
 
