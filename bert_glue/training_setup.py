@@ -120,17 +120,22 @@ def fine_tune(
     )
     constant = constant_loss(task, split.labels, args.label_smoothing_factor)
     log.watch, log.ends_at_once = CollapseWatch(constant, total, run_of.progress.history), False
-    began = time.perf_counter()
-    with run_of.saver, _trace(run_of):
-        train(run_of)
-    with run_of.phase("save"):
-        ranks.wait()  # until the first one has written all checkpoints
-    run_of.seconds = time.perf_counter() - began
+    _train(run_of)
     log.watch = None
     log.close()
     if args.load_best_model_at_end and run_of.progress.best_step:
         _load_best(run_of)
     return run_of
+
+
+def _train(run_of: Run) -> None:
+    """Train, until the first rank has written all checkpoints."""
+    began = time.perf_counter()
+    with run_of.saver, _trace(run_of):
+        train(run_of)
+    with run_of.phase("save"):
+        run_of.ranks.wait()
+    run_of.seconds = time.perf_counter() - began
 
 
 def _trace(run_of: Run) -> AbstractContextManager:
