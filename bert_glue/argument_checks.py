@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
-    checks += (_precision, _trackers, _profile)
+    checks += (_precision, _trackers, _profile, _trained)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -264,6 +264,21 @@ def _profile(args: Arguments) -> Iterator[Problem]:
             ("profile_steps", "max_steps"),
             f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends before",
         )
+
+
+def _trained(args: Arguments) -> Iterator[Problem]:
+    """Which weights are trained."""
+    for name in ("lora_rank", "freeze_encoder"):
+        if getattr(args, name) and not args.do_train:
+            yield Problem((name, "do_train"), f"--{name} needs --do_train: a saved model has its adapters merged")
+    if args.lora_rank is not None and args.freeze_encoder:
+        yield Problem(
+            ("lora_rank", "freeze_encoder"),
+            "--freeze_encoder trains the head alone, --lora_rank adapters too: give one",
+        )
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        if args.lora_rank is None and getattr(args, name):
+            yield Problem((name, "lora_rank"), f"--{name} needs --lora_rank")
 
 
 def _trackers(args: Arguments) -> Iterator[Problem]:

@@ -41,6 +41,13 @@ class ModelArguments:
     allow_pickle_weights: bool = flag(False, "read pytorch_model.bin, which may run code; else safetensors only")
     hidden_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     attention_probs_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
+    freeze_encoder: bool = flag(False, "train the head alone (pooler and classifier)")
+    lora_rank: int | None = flag(None, "train the head and adapters of this rank (LoRA, package peft)", "[1, inf)")
+    lora_alpha: float | None = flag(None, "adapters count alpha / rank times; default: twice the rank", "(0, inf)")
+    lora_dropout: float = flag(0.0, "probability, before the adapters", "[0, 1)")
+    lora_target_modules: str | None = flag(
+        None, "names of adapted layers, or all-linear; default: query and value", many=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,6 +144,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     aside = folder / f".writing-{os.getpid()}"
     with plain_errors(folder):
         try:
+            folder.mkdir(exist_ok=True)
             settle(folder)
             aside.mkdir()
             write(aside)

@@ -40,7 +40,8 @@ def load(name: str) -> LoadedModel:
 
     from bert_glue.arguments import Arguments
     from bert_glue.labeller import task_of_model
-    from bert_glue.model import load_model, model_folder
+    from bert_glue.model import load_model
+    from bert_glue.model_folder import model_folder
 
     disable_progress_bar()  # of reading one file
     args = Arguments(model_name_or_path=name, padding="longest")

@@ -25,6 +25,7 @@ def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Rank
         "world_size": ranks.world_size,
         "precision": plan.name,
         "fallback": plan.note,
+        "trained": model.trained,
         "batches": "packed" if model.is_packed else "padded",
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

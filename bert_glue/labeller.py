@@ -15,7 +15,8 @@ from bert_glue.errors import DataError, DivergedError, MachineError, UsageError
 from bert_glue.evaluation import Evaluator, softmax
 from bert_glue.labelled_output import Columns
 from bert_glue.launch_results import read_json_object
-from bert_glue.model import LoadedModel, load_model, read_config
+from bert_glue.model import LoadedModel, load_model
+from bert_glue.model_folder import read_config
 from bert_glue.own_data import text_columns
 from bert_glue.precision import InferencePrecision
 from bert_glue.precision_plan import plan_precision

@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_glue.device import has_slow_products
+from bert_glue.low_rank import LowRank
+from bert_glue.noise import Noise
+
+_LOW_RANK_SITES = 1 << 20  # above every address of a dropout in the model itself
 
 
 class _LinearIntoGrad(torch.autograd.Function):
@@ -30,7 +34,7 @@ class _LinearIntoGrad(torch.autograd.Function):
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`[rows, in] -> [rows, out]`, as `F.linear`.
 
     Where a CPU has no products of a 16-bit dtype, they are computed in fp32 and rounded, as tensor cores
@@ -42,15 +46,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     if not has_slow_products(kind, dtype):
         return F.linear(x, weight, bias)
     with torch.autocast(kind, enabled=False):
-        return F.linear(*(tensor.to(dtype).float() for tensor in (x, weight, bias))).to(dtype)
+        in_fp32 = (tensor if tensor is None else tensor.to(dtype).float() for tensor in (x, weight, bias))
+        return F.linear(*in_fp32).to(dtype)
 
 
 class Linear(nn.Linear):
-    """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`, always with a bias."""
+    """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`, always with a bias.
+
+    With `low_rank` set, its term is added; `noise` and `site` are for that term's dropout.
+    """
 
     adds_into_grad = False  # set where gradients are flat views of the parameters' own dtype
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.low_rank: LowRank | None = None
+
+    def forward(self, x: torch.Tensor, noise: Noise | None = None, site: int = 0) -> torch.Tensor:
         """Into `.grad` where that is a flat view and no cast is in between; plain autograd otherwise."""
         kind = x.device.type
         if (
@@ -61,5 +73,12 @@ class Linear(nn.Linear):
             or torch.is_autocast_enabled(kind)
             or has_slow_products(kind, x.dtype)
         ):
-            return linear(x, self.weight, self.bias)
+            return self.rows(x, slice(None), noise, site)
         return _LinearIntoGrad.apply(x, self.weight, self.bias)
+
+    def rows(self, x: torch.Tensor, which: slice, noise: Noise | None, site: int) -> torch.Tensor:
+        """Some of the outputs: `[rows, in_features] -> [rows, which]`."""
+        y = linear(x, self.weight[which], self.bias[which])
+        if self.low_rank is None:
+            return y
+        return self.low_rank.add(y, x, linear, noise, _LOW_RANK_SITES + site, which)

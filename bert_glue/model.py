@@ -6,23 +6,26 @@ path the model was trained on.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bert_glue import hub_files
+from bert_glue.adapters import Adapter, choose_trained, plain_names
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES, why_not_packed
+from bert_glue.model_folder import first_line, model_folder, read_config
 from bert_glue.packed import PackedClassifier
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import TextTokenizer
 from bert_glue.weights import (
-    check_not_lfs_pointer,
     initialise,
     load_packed,
     packed_tensors,
@@ -59,6 +62,9 @@ class LoadedModel:
         why_padded: reason of a padded run, for the log; "" if packed.
         notes: lines for the log (head started anew, labels reordered).
         files: the weights it was loaded from.
+        frozen: parameters that are not trained, as they were loaded, on the host, by name.
+        adapter: LoRA, which `module` then holds; None without.
+        trained: what is trained, for results.
     """
 
     module: nn.Module
@@ -68,6 +74,22 @@ class LoadedModel:
     why_padded: str = ""
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapter: Adapter | None = None
+    trained: str = "all"
+
+    @cached_property
+    def frozen_hash(self) -> str:
+        """SHA-256 of what is not trained; "" if all is."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.frozen.items()):
+            found.update(name.encode() + tensor.numpy().tobytes())
+        return found.hexdigest() if self.frozen else ""
+
+    @property
+    def passes(self) -> int:
+        """Times an encoder's forward products are computed in a training step: forward, to inputs, to weights."""
+        return 3 if not self.frozen else 1 if self.adapter is None else 2
 
     @property
     def is_fresh(self) -> bool:
@@ -87,12 +109,19 @@ class LoadedModel:
         )
         return self.config.get("max_position_embeddings", 1 << 30) - next(offsets, 0)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the weights under transformers' names, on the host."""
+    def tensors(self, masters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Copies of the weights under transformers' names, on the host; an adapter's under peft's beside them.
+
+        Args:
+            masters: instead of parameters of the module, by name.
+        """
+        values = {**self.frozen, **(masters or {})}
         if self.is_packed:
-            return packed_tensors(self.module, FAMILIES[self.config["model_type"]])
-        stock = self.module.stock.state_dict()
-        return {name: value.detach().cpu().clone() for name, value in stock.items()}
+            return packed_tensors(self.module, FAMILIES[self.config["model_type"]], values)
+        # By identity: one parameter may be stored under two names.
+        owner = {id(p): values[name] for name, p in self.module.named_parameters() if name in values}
+        stock = self.module.stock.state_dict(keep_vars=True)
+        return plain_names({name: owner.get(id(p), p).detach().cpu().clone() for name, p in stock.items()})
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put back what `tensors` gave."""
@@ -102,67 +131,26 @@ class LoadedModel:
             self.module.stock.load_state_dict(tensors)
 
     def save(self, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Write config.json, model.safetensors and the tokenizer's files into `folder`."""
+        """Write config.json, model.safetensors and the tokenizer's files into `folder`; LoRA is merged."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors or self.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = tensors or self.tensors()
+        if self.adapter is not None:
+            tensors = self.adapter.merged(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
 
 
-def model_folder(name: str, args: Arguments) -> Path:
-    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
-
-    Raises:
-        MachineError: neither a folder nor to be had from the hub; the message says what to do.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise MachineError(f"--model_name_or_path {name}: no such folder")
-    from bert_glue.hub_data import start_probe
-
-    # The hub's client waits for minutes on a server that accepts and never answers.
-    probe = start_probe()
-    unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
-    try:
-        return hub_files.fetch_model(name, args, is_offline=unreachable is not None)
-    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
-        why = unreachable or _first_line(error)
-        if isinstance(error, hub_files.DamagedFileError):
-            why = str(error)
-        raise MachineError(
-            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
-            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
-            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder.
-
-    Raises:
-        MachineError: missing, a Git-LFS pointer, or not JSON.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MachineError(f"{folder} has no config.json")
-    check_not_lfs_pointer(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config if isinstance(config, dict) else {}
-    except ValueError as error:
-        raise MachineError(f"{path} is not JSON: {error}") from error
-
-
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
-    """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32."""
+    """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
+    model = _load(args, task)
+    choose_trained(args, model)
+    return model
+
+
+def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     folder = model_folder(args.model_name_or_path, args)
     config_folder = model_folder(args.config_name, args) if args.config_name else folder
     tokenizer_folder = model_folder(args.tokenizer_name, args) if args.tokenizer_name else folder
@@ -261,7 +249,7 @@ def _stock(
             dtype=torch.float32,
         )
     except Exception as error:
-        raise MachineError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+        raise MachineError(f"transformers cannot load {folder}: {first_line(error)}") from error
     if args.gradient_checkpointing:
         stock.gradient_checkpointing_enable()
     fresh = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_glue.attention import attend
 from bert_glue.layout import PackedLayout
-from bert_glue.linear import Linear, linear
+from bert_glue.linear import Linear
 from bert_glue.noise import Noise, dropout
 
 ACTIVATIONS = {
@@ -90,21 +90,22 @@ class PackedLayer(nn.Module):
             firsts: positions of each sequence's first token, `[sequences]`, in the last layer.
         """
         shape = self.shape
-        query, key, value = self._projections(x, firsts)
+        query, key, value = self._projections(x, firsts, noise, site)
         context = attend(query, key, value, layout, firsts is not None, shape.attention_dropout, noise, site).flatten(1)
         residual = x if firsts is None else x[firsts]
-        attended = self.attention_output(context)
+        attended = self.attention_output(context, noise, site)
         x = self.attention_norm(dropout(attended, shape.hidden_dropout, noise, site + 1, residual))
-        inner = ACTIVATIONS[shape.activation](self.feed_forward(x))
-        return self.output_norm(dropout(self.feed_forward_output(inner), shape.output_dropout, noise, site + 2, x))
+        inner = ACTIVATIONS[shape.activation](self.feed_forward(x, noise, site + 1))
+        outer = self.feed_forward_output(inner, noise, site + 2)
+        return self.output_norm(dropout(outer, shape.output_dropout, noise, site + 2, x))
 
-    def _projections(self, x, firsts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _projections(self, x, firsts, noise, site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, heads = self.shape.hidden, self.shape.heads
         if firsts is None:
-            return self.qkv(x).view(len(x), 3, heads, -1).unbind(1)
-        weight, bias = self.qkv.weight, self.qkv.bias
-        query = linear(x[firsts], weight[:hidden], bias[:hidden])
-        key_value = linear(x, weight[hidden:], bias[hidden:]).view(len(x), 2, heads, -1)
+            return self.qkv(x, noise, site + 3).view(len(x), 3, heads, -1).unbind(1)
+        # The site of the query's mask is one that the last layer, the only one here, leaves to the next.
+        query = self.qkv.rows(x[firsts], slice(0, hidden), noise, site + 4)
+        key_value = self.qkv.rows(x, slice(hidden, None), noise, site + 3).view(len(x), 2, heads, -1)
         return query.view(len(firsts), heads, -1), *key_value.unbind(1)
 
 

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from bert_glue.arguments import Arguments
     from bert_glue.labelled_output import ToFile, ToStandardOutput
     from bert_glue.labeller import build_labeller, columns_of, task_of_model
-    from bert_glue.model import model_folder
+    from bert_glue.model_folder import model_folder
 
     input_kind, output_kind = _kind(options, "input"), _kind(options, "output")
     log = sys.stderr if options.output == STANDARD else sys.stdout

@@ -27,6 +27,7 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
     "scikit-learn",
+    "peft",
 )
 _NOT_SCORES = ("runtime", "per_second")
 

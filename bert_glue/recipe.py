@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_glue import checkpoint, reporting
+from bert_glue import adapters, checkpoint, reporting
 from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
@@ -171,7 +171,13 @@ def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
 def _save(run_of: Run, is_stopped: bool) -> None:
     """The model of a finished run; if a signal came, the checkpoint it can be finished from."""
     if not is_stopped and run_of.ranks.is_first:
-        checkpoint.replace_files(run_of.output_dir, lambda folder: run_of.model.save(folder, whole_weights(run_of)))
+        model, weights = run_of.model, whole_weights(run_of)
+        checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
+        folder = run_of.output_dir / adapters.FOLDER
+        if model.adapter is not None:
+            checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
+        elif folder.exists():
+            run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
     if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
         with run_of.saver:
             save_checkpoint(run_of)
@@ -228,6 +234,8 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: Progress
 def _say_how(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
     path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
     log.line(f"precision: {plan.name}; batches: {path}")
+    if model.frozen:
+        log.line(f"trained: {model.trained}")
     for line in (*model.notes, plan.note):
         if line:
             log.line(f"note: {line}")

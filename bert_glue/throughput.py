@@ -114,11 +114,13 @@ class Meter:
         device: synchronised before each reading of the clock.
         skip_steps: optimizer steps left out at the start.
         shape: sizes for the operation count; None leaves it out.
+        passes: a training step's operations in forward passes of the encoder.
     """
 
     device: Device
     skip_steps: int
     shape: EncoderShape | None = None
+    passes: int = 3
     steps: int = 0
     samples: int = 0
     real_tokens: int = 0
@@ -164,7 +166,7 @@ class Meter:
         self.real_tokens += batch.real_tokens
         self.computed_tokens += batch.computed_tokens
         if self.shape is not None and "layout" in batch.inputs:
-            self.flops += 3 * forward_flops(self.shape, batch.inputs["layout"].lengths)
+            self.flops += self.passes * forward_flops(self.shape, batch.inputs["layout"].lengths)
 
     def end_step(self) -> None:
         """One optimizer step is over."""

@@ -34,7 +34,8 @@ from bert_glue.vocabulary import NarrowedEmbedding
 
 def narrow(args: Arguments, model: LoadedModel, splits: dict[str, TokenSplit]) -> NarrowedEmbedding | None:
     """Leave unused embedding rows out of training where the optimizer cannot tell the difference."""
-    if not (args.do_train and model.is_packed and is_elementwise(args.optim)):
+    is_trained = args.do_train and model.is_packed and model.module.words.weight.requires_grad
+    if not (is_trained and is_elementwise(args.optim)):
         return None
     return NarrowedEmbedding(model.module, list(splits.values()), model.module.shape.pad_token_id or 0)
 
@@ -105,7 +106,7 @@ def fine_tune(
     log.line(f"gradients: {precision.describe()}")
     if has_slow_products(ranks.device.kind, precision.plan.dtype):
         log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
-    meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None)
+    meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None, model.passes)
     metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
     run_of = Run(
         args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,

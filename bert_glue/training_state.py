@@ -19,14 +19,8 @@ from bert_glue.training_run import Run
 
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The model under transformers' names, fp32 masters where there are some, the table whole."""
-    masters = run.precision.named_masters()
-    low = {name: p.data for name, p in run.model.module.named_parameters() if name in masters}
-    for name, p in run.model.module.named_parameters():
-        p.data = masters.get(name, p.data)
-    tensors = run.model.tensors()
-    for name, p in run.model.module.named_parameters():
-        p.data = low.get(name, p.data)
+    """The model as `LoadedModel.tensors`, fp32 masters where there are some, the embedding table whole."""
+    tensors = run.model.tensors(run.precision.named_masters())
     if run.narrowed is not None:
         table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
         tensors[table] = run.narrowed.widen(tensors[table])
@@ -82,9 +76,11 @@ def _must_be_same(run: Run) -> dict[str, object]:
     shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
     if run.narrowed:
         shapes.pop("words.weight")
-    order = run.order
+    order, frozen = run.order, run.model.frozen_hash
     return {
         "model": shapes,
+        **({"weights that are not trained (--model_name_or_path)": frozen} if frozen else {}),
+        **(run.model.adapter.settings if run.model.adapter else {}),
         "optimizer": type(run.optimizer).__name__,
         "--amp_backend": run.precision.plan.backend,
         "training rows": order.rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -148,16 +149,31 @@ def load_packed(
     return fresh
 
 
-def packed_tensors(module: PackedClassifier, family: Family) -> dict[str, torch.Tensor]:
-    """The module's parameters under transformers' names, as contiguous host tensors."""
-    parameters = dict(module.named_parameters())
+def packed_tensors(
+    module: PackedClassifier, family: Family, values: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The module's parameters under transformers' names, as contiguous host tensors; adapters under peft's.
+
+    Args:
+        values: instead of the module's own, by our parameter name.
+    """
+    parameters = {**dict(module.named_parameters()), **(values or {})}
     named: dict[str, torch.Tensor] = {}
     for ours, theirs in weight_names(family, module.shape).items():
-        value = parameters[ours].detach().cpu()
         parts = theirs if isinstance(theirs, tuple) else (theirs,)
-        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
-            named[part] = piece.contiguous().clone()
+        named |= _pieces(parameters[ours], parts)
+        part = module.get_submodule(ours.rpartition(".")[0])
+        if ours.endswith(".weight") and getattr(part, "low_rank", None) is not None:
+            adapted = [parts[n].removesuffix("weight") for n in part.low_rank.parts]
+            for own, kind in (("down", "lora_A"), ("up", "lora_B")):
+                value = parameters[ours.removesuffix("weight") + f"low_rank.{own}"]
+                named |= _pieces(value, [f"{name}{kind}.weight" for name in adapted])
     return named
+
+
+def _pieces(value: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    chunks = value.detach().cpu().chunk(len(names))
+    return {name: piece.contiguous().clone() for name, piece in zip(names, chunks, strict=True)}
 
 
 @torch.no_grad()

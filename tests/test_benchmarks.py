@@ -95,3 +95,21 @@ def test_the_quality_table_and_the_rows_already_there(quality, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = quality.table(quality.read_rows(file)).splitlines()[-1]
     assert line.startswith("| mrpc | 115 | f1 | 2 | 85.0 ± 7.1 | 80.0 ± 0.0 | +5.0 ± 63.5 | - |")
+
+
+def test_adapters_are_measured_against_all_weights(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import hf_recipe
+
+    shape = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    monkeypatch.setitem(hf_recipe.MODEL_SHAPES, "tiny", shape)
+    found = _script("adapters").measure("tiny", [5, 9], 2)
+    elements = {mode: figures["optimizer_elements"] for mode, figures in found.items()}
+    head = 16 * 16 + 16 + 2 * 16 + 2
+    assert elements["frozen"] == head and elements["lora_8"] == head + 2 * 2 * 8 * (16 + 16)
+    assert elements["all"] > 8000 * 16 > elements["lora_8_all_linear"]
+    assert found["all"]["speedup_cpu_seconds"] == 1.0 and found["frozen"]["speedup_clock"] > 0

@@ -18,7 +18,8 @@ from bert_glue.arguments import Arguments
 from bert_glue.batching import Assembler, TokenSplit
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES
-from bert_glue.model import LoadedModel, load_model, model_folder, read_config
+from bert_glue.model import LoadedModel, load_model
+from bert_glue.model_folder import model_folder, read_config
 from bert_glue.splits import Split
 from bert_glue.tasks import get_task
 

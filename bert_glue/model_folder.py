@@ -1,0 +1,66 @@
+"""From `--model_name_or_path` to a local folder, and its config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bert_glue import hub_files
+from bert_glue.arguments import Arguments
+from bert_glue.errors import MachineError
+from bert_glue.weights import check_not_lfs_pointer
+
+
+def model_folder(name: str, args: Arguments) -> Path:
+    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
+
+    Raises:
+        MachineError: neither a folder nor to be had from the hub; the message says what to do.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise MachineError(f"--model_name_or_path {name}: no such folder")
+    from bert_glue.hub_data import start_probe
+
+    # The hub's client waits for minutes on a server that accepts and never answers.
+    probe = start_probe()
+    unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
+    try:
+        return hub_files.fetch_model(name, args, is_offline=unreachable is not None)
+    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
+        why = unreachable or first_line(error)
+        if isinstance(error, hub_files.DamagedFileError):
+            why = str(error)
+        raise MachineError(
+            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
+            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
+            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, for one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        MachineError: missing, a Git-LFS pointer, or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise MachineError(
+            f"{folder} holds adapters alone; give the folder of the merged model, one above if it is ours"
+        )
+    if not path.is_file():
+        raise MachineError(f"{folder} has no config.json")
+    check_not_lfs_pointer(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+    except ValueError as error:
+        raise MachineError(f"{path} is not JSON: {error}") from error
