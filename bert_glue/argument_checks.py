@@ -282,6 +282,6 @@ def _trained(args: Arguments) -> Iterator[Problem]:
 
 
 def _trackers(args: Arguments) -> Iterator[Problem]:
-    chosen = re.split(",", args.report_to)
+    chosen = re.split(",", args.report_to or "")
     if "none" in chosen and len(chosen) > 1:
         yield Problem(("report_to",), f"--report_to {args.report_to}: none goes alone")

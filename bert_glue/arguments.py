@@ -91,9 +91,9 @@ class RunArguments:
     data_seed: int | None = flag(None, "of the order of samples; default: --seed", "[0, 4294967295]")
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or auto for the newest sound one")
     repeat: str | None = flag(None, "run.json of a finished run: do it once more and compare the weights' hash")
-    report_to: str = flag(
-        "none",
-        "trackers, several allowed",
+    report_to: str | None = flag(
+        None,
+        "trackers, several allowed; default: tensorboard where it is installed",
         choices=("none", "all", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"),
         many=True,
     )

@@ -30,7 +30,7 @@ def convert(flag: Flag, text: str) -> Any:
     Raises:
         ValueError: `text` is no value of this flag; the message is one line and goes after the flag's name.
     """
-    if flag.optional and text.lower() in NONE_WORDS:
+    if flag.optional and text.lower() in NONE_WORDS and text not in flag.choices:
         return None
     return _READERS[flag.kind](flag, text)
 

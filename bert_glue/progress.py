@@ -106,6 +106,8 @@ class ProgressLog:
         """One log entry, numbers shortened."""
         if self.trackers is not None:
             self.trackers.log(entry, entry["step"])
+            for problem in self.trackers.problems():
+                self.line(f"note: {problem}")
         parts = []
         for name, value in entry.items():
             if isinstance(value, float):

@@ -65,7 +65,8 @@ def run(args: Arguments) -> int:
             raise ExpectationError("\n".join(lines))
     finally:
         log.close()
-        trackers.close()
+        for line in trackers.close():
+            log.line(f"note: {line}")
     ranks.close()  # not after an error: the others may never answer
     return code
 

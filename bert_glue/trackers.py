@@ -1,14 +1,49 @@
-"""Experiment trackers behind `--report_to`, through accelerate; off unless asked for."""
+"""Experiment trackers behind `--report_to`, through accelerate: tensorboard where installed, others on request.
+
+Each tracker lives in a thread of its own that reads a queue: one that hangs or fails costs the run nothing but
+a line of the log, and at the end at most `CLOSE_SECONDS`.
+"""
 
 from __future__ import annotations
 
 import netrc
 import os
+import queue
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from bert_glue.arguments import Arguments
+from bert_glue.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError
+
+CLOSE_SECONDS = 20.0  # for all trackers together to send what they hold
+
+
+class _Worker(threading.Thread):
+    """One tracker: started, fed and closed by this thread alone, as some of them ask for.
+
+    A daemon: a tracker that hangs does not keep the process. `problem` is a line once it has failed.
+    """
+
+    def __init__(self, kind: type, name: str, args: Arguments):
+        super().__init__(daemon=True, name=f"tracker {name}")
+        self.kind, self.tracker_name, self.args = kind, name, args
+        self.entries: queue.SimpleQueue[tuple[dict, int] | None] = queue.SimpleQueue()
+        self.problem: str | None = None
+
+    def run(self) -> None:
+        """Until `None` is read."""
+        doing = "it does not start"
+        try:
+            tracker = _start(self.kind, self.args)
+            doing = "it has failed and gets no more"
+            while (entry := self.entries.get()) is not None:
+                values, step = entry
+                tracker.log(values, step=step)
+            tracker.finish()
+        except BaseException as error:  # each tracker fails in its own way, some by SystemExit
+            self.problem = f"--report_to {self.tracker_name}: {doing}: {_first_line(error)}"
 
 
 class Trackers:
@@ -20,35 +55,66 @@ class Trackers:
     `notes` are lines for the log.
 
     Raises:
-        MachineError: a tracker's package is not installed or does not start.
+        MachineError: a named tracker's package is not installed.
     """
 
     def __init__(self, args: Arguments, is_first: bool):
-        self._trackers: list[Any] = []
+        self._workers: list[_Worker] = []
         self.notes: list[str] = []
-        names = [name for name in args.report_to.split(",") if name != "none"]
-        if not names or not is_first:
+        if args.report_to == "none" or not is_first:
             return
+        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
         available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-        for name in available if names == ["all"] else names:
+        for name in _names(args.report_to, available):
             if name not in available:
                 here = ", ".join(available) or "none"
                 raise MachineError(f"--report_to {name}: its package is not installed (available: {here})")
             self.notes += _stay_offline_without_login(name)
-            self._trackers.append(_start(LOGGER_TYPE_TO_CLASS[name], name, args))
+            self._workers.append(_Worker(LOGGER_TYPE_TO_CLASS[name], name, args))
+        if self._workers and not PartialState._shared_state:
+            PartialState(cpu=True)  # accelerate's trackers log through it; several ranks have made one already
+        for worker in self._workers:
+            worker.start()
 
     def log(self, values: dict, step: int) -> None:
-        """Numbers of one log entry; texts and nulls are left out."""
+        """Numbers of one log entry; texts and nulls are left out. Waits for nothing."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        for tracker in self._trackers:
-            tracker.log(numbers, step=step)
+        for worker in self._workers:
+            worker.entries.put((numbers, step))
 
-    def close(self) -> None:
-        """Let every tracker write what it still holds."""
-        for tracker in self._trackers:
-            tracker.finish()
+    def problems(self) -> list[str]:
+        """A line for each tracker that failed since the last call."""
+        failed = [worker for worker in self._workers if worker.problem]
+        self._workers = [worker for worker in self._workers if worker not in failed]
+        return [worker.problem or "" for worker in failed]
+
+    def close(self) -> list[str]:
+        """Let every tracker write what it still holds, for a limited time; lines on those that did not."""
+        until = time.monotonic() + CLOSE_SECONDS
+        for worker in self._workers:
+            worker.entries.put(None)
+        for worker in self._workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        lines, open_still = self.problems(), [worker for worker in self._workers if worker.is_alive()]
+        self._workers = []
+        return lines + [
+            f"--report_to {worker.tracker_name}: not done after {CLOSE_SECONDS:g} s, left alone; "
+            "what it did not send is in --output_dir too"
+            for worker in open_still
+        ]
+
+
+def _names(report_to: str | None, available: list[str]) -> list[str]:
+    if report_to is None:
+        return ["tensorboard"] if "tensorboard" in available else []
+    known = FLAGS["report_to"].choices
+    return [name for name in available if name in known] if report_to == "all" else report_to.split(",")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # tracker -> (its key, its mode, the file a login leaves, the host in it)
@@ -80,15 +146,12 @@ def _has_login(file: Path, host: str) -> bool:
         return False
 
 
-def _start(kind: type, name: str, args: Arguments) -> Any:
+def _start(kind: type, args: Arguments) -> Any:
     run_name = args.run_name or Path(args.output_dir).name
-    try:
-        tracker = kind(run_name, logging_dir=args.output_dir) if kind.requires_logging_directory else kind(run_name)
-        if hasattr(tracker, "start"):
-            tracker.start()
-        tracker.store_init_configuration(
-            {k: v for k, v in vars(args).items() if isinstance(v, str | int | float) and k != "token"}
-        )
-        return tracker
-    except Exception as error:  # each tracker fails in its own way
-        raise MachineError(f"--report_to {name}: it does not start: {error}") from error
+    folder = {"logging_dir": str(Path(args.output_dir) / "runs")} if kind.requires_logging_directory else {}
+    tracker = kind(run_name, **folder)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    settings = {n: v for n, v in vars(args).items() if isinstance(v, str | int | float) and not FLAGS[n].secret}
+    tracker.store_init_configuration(settings)
+    return tracker

@@ -120,7 +120,7 @@ def arguments(folder: Path, **changes) -> Arguments:
     if not {"train_file", "sample", "data_path"} & set(changes):
         changes |= make_data(folder / "data")
     settings = {
-        "do_train": True, "output_dir": str(folder / "out"), "use_cpu": True, "disable_tqdm": True,
+        "do_train": True, "output_dir": str(folder / "out"), "use_cpu": True, "disable_tqdm": True, "report_to": "none",
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 5e-3, "num_train_epochs": 2.0,
         "max_seq_length": 32,
     }  # fmt: skip
