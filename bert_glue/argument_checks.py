@@ -6,33 +6,23 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePath
-from typing import NamedTuple
 
 from bert_glue.arguments import Arguments
-from bert_glue.errors import UsageError, did_you_mean
+from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.expectations import read_expectations
 from bert_glue.flag_values import read_number, read_steps, shown
 from bert_glue.tasks import GlueTask, get_task, own_task
+from bert_glue.weight_checks import trained_problems, upload_notices, upload_problems
 
 DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _FILES = ("train_file", "validation_file", "test_file")
 _WORK = ("do_train", "do_eval", "do_predict")
 
 
-class Problem(NamedTuple):
-    """One line for the user, and the flags it is about.
-
-    A problem is left out where one of its flags was already reported: it would only be an echo.
-    """
-
-    flags: tuple[str, ...]
-    text: str
-
-
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
-    checks += (_precision, _trackers, _profile, _trained)
+    checks += (_precision, _trackers, _profile, trained_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -56,7 +46,7 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
     return replace(
         args,
         **recipe,
-        notices=(*args.notices, *_without_effect(args, given)),
+        notices=(*args.notices, *_without_effect(args, given), *upload_notices(args)),
         task_name=get_task(args.task_name).name if args.task_name else None,
         padding="max_length" if args.pad_to_max_length else args.padding,
         do_eval=args.do_eval or (args.do_train and evaluates),
@@ -264,21 +254,6 @@ def _profile(args: Arguments) -> Iterator[Problem]:
             ("profile_steps", "max_steps"),
             f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends before",
         )
-
-
-def _trained(args: Arguments) -> Iterator[Problem]:
-    """Which weights are trained."""
-    for name in ("lora_rank", "freeze_encoder"):
-        if getattr(args, name) and not args.do_train:
-            yield Problem((name, "do_train"), f"--{name} needs --do_train: a saved model has its adapters merged")
-    if args.lora_rank is not None and args.freeze_encoder:
-        yield Problem(
-            ("lora_rank", "freeze_encoder"),
-            "--freeze_encoder trains the head alone, --lora_rank adapters too: give one",
-        )
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
-        if args.lora_rank is None and getattr(args, name):
-            yield Problem((name, "lora_rank"), f"--{name} needs --lora_rank")
 
 
 def _trackers(args: Arguments) -> Iterator[Problem]:

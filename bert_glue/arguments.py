@@ -97,6 +97,10 @@ class RunArguments:
         choices=("none", "all", "tensorboard", "wandb", "mlflow", "swanlab", "trackio"),
         many=True,
     )
+    push_to_hub: bool = flag(False, "send the finished model and its card to the hub")
+    hub_model_id: str | None = flag(None, "where to: name or owner/name; default: the name of --output_dir")
+    hub_token: str | None = flag(None, "token that may write; default: --token, HF_TOKEN, the saved login", secret=True)
+    hub_private_repo: bool = flag(False, "a repository made by --push_to_hub is private")
     explain: int = flag(0, "rows of highest loss whose tokens the report shades; 0: off", "[0, inf)")
     run_name: str | None = flag(None, "name shown by trackers")
     disable_tqdm: bool = flag(False, "no progress bar")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 
 class UserError(Exception):
@@ -79,3 +80,13 @@ def exit_code_of(action: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+class Problem(NamedTuple):
+    """One line for the user, and the flags it is about.
+
+    A problem is left out where one of its flags was already reported: it would only be an echo.
+    """
+
+    flags: tuple[str, ...]
+    text: str

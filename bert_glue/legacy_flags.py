@@ -74,6 +74,8 @@ _RENAMED = {
     "no_cuda": "use_cpu",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
 }
 
 _CHANGED = {
@@ -123,9 +125,7 @@ _WITHOUT_EFFECT = {
     ),
     "SIGTERM always saves a checkpoint first": "enable_jit_checkpoint",
     "resume continues exactly where the checkpoint was": ("ignore_data_skip restore_callback_states_from_checkpoint"),
-    "no effect without --push_to_hub": (
-        "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token"
-    ),
+    "--push_to_hub sends once, at the end": "hub_always_push hub_strategy",
     "only for Ray": "ray_scope",
 }
 
@@ -141,9 +141,8 @@ _REFUSED = {
     "not for BERT encoders": "past_index",
     "SageMaker model parallelism is not supported": "mp_parameters",
     "there is one training loop": "use_legacy_prediction_loop",
-    "nothing is uploaded; use `hf upload` on --output_dir": (
-        "push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token"
-    ),
+    "--push_to_hub sends to the main branch": "hub_revision",
+    "the owner stands before the name: --hub_model_id OWNER/NAME": "push_to_hub_organization",
     "gone from PyTorch": "torchdynamo",
     "not supported; see --device": "use_mps_device",
     "compiled models are not supported": (

@@ -42,7 +42,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks
         "bert_glue": __version__,
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in _PACKAGES},
-        "argv": [a.replace(args.token, "***") if args.token else a for a in sys.argv],
+        "argv": [_without_secrets(word, args) for word in sys.argv],
         "working_directory": os.getcwd(),
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
         "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
@@ -70,6 +70,12 @@ def with_outcome(
         "scores": scores,
         "weights_sha256": file_hash(weights) if is_saved and weights.is_file() else None,
     }
+
+
+def _without_secrets(word: str, args: Arguments) -> str:
+    for name in (name for name, flag in FLAGS.items() if flag.secret and getattr(args, name)):
+        word = word.replace(getattr(args, name), "***")
+    return word
 
 
 def _version(package: str) -> str | None:

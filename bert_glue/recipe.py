@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_glue import adapters, checkpoint, reporting
+from bert_glue import adapters, checkpoint, hub_upload, reporting
 from bert_glue.argument_checks import metric_names
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
@@ -53,6 +53,7 @@ def run(args: Arguments) -> int:
     shows = ranks.is_first and args.log_level in ("debug", "info")
     log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
     try:
+        place = hub_upload.claim(args) if args.push_to_hub and ranks.is_first else None
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
             for note in filter(None, (lock.note, *trackers.notes)):
                 log.line(f"note: {note}")
@@ -68,6 +69,8 @@ def run(args: Arguments) -> int:
         for line in trackers.close():
             log.line(f"note: {line}")
     ranks.close()  # not after an error: the others may never answer
+    if place and code == 0:
+        log.line(f"sent to {hub_upload.push(args, place)}")
     return code
 
 

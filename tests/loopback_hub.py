@@ -6,6 +6,7 @@ that the hub path is tested with the real client libraries and without a network
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -100,13 +101,51 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:  # noqa: N802
-        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if urlsplit(self.path).path.endswith(f"/paths-info/{self.server.commit}"):
+        asked = self._body()
+        path = urlsplit(self.path).path
+        if path in self.server.fails:
+            self._send(self.server.fails[path], b'{"error": "the service says no"}', "application/json")
+        elif self._is_upload(path):
+            self._upload(path, asked)
+        elif urlsplit(self.path).path.endswith(f"/paths-info/{self.server.commit}"):
             paths = _asked_paths(asked)
             found = [self.server.root / path for path in paths if (self.server.root / path).exists()]
             self._json([self._entry(path) for path in found])
         else:
             self._missing("RepoNotFound")
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _is_upload(self, path: str) -> bool:
+        return path in ("/api/repos/create", "/api/validate-yaml") or path.endswith(("/preupload/main", "/commit/main"))
+
+    def _upload(self, path: str, asked: bytes) -> None:
+        """What `create_repo` and `create_commit` ask for; files come whole, in the commit."""
+        self.server.tokens.append(self.headers.get("Authorization"))
+        if path == "/api/repos/create":
+            name = json.loads(asked)["name"]
+            self.server.created.append(json.loads(asked))
+            self._json({"url": f"{self.server.url}/someone/{name}", "name": f"someone/{name}"})
+        elif path == "/api/validate-yaml":
+            yaml.safe_load(json.loads(asked)["content"].split("---")[1])
+            self._json({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            files = [file["path"] for file in json.loads(asked)["files"]]
+            self._json({"files": [{"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        else:
+            lines = [json.loads(line) for line in asked.splitlines()]
+            added = [line["value"] for line in lines if line["key"] == "file"]
+            self.server.sent |= {file["path"]: base64.b64decode(file["content"]) for file in added}
+            place = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            self._json({"commitUrl": f"{self.server.url}/{place}/commit/1", "commitOid": "1", "success": True})
 
     def _file(self, rest: str) -> None:
         revision, _, name = rest.partition("/")
@@ -157,9 +196,13 @@ def _asked_paths(body: bytes) -> list[str]:
 
 @contextmanager
 def serve(root: Path, name: str, commit: str) -> Iterator[ThreadingHTTPServer]:
-    """Serves `root` as the data set `name`; the server's `url` is for HF_ENDPOINT, `asked` the log."""
+    """Serves `root` as the data set `name`; the server's `url` is for HF_ENDPOINT, `asked` the log.
+
+    Uploads: `created` repositories, `sent` files, `tokens`; `fails` maps a path to the status of its refusal.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.root, server.name, server.commit, server.asked = root, name, commit, []
+    server.tokens, server.created, server.sent, server.fails = [], [], {}, {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
