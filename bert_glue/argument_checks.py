@@ -95,7 +95,7 @@ def _data(args: Arguments) -> Iterator[Problem]:
     for name in ("data_path", "sample"):
         if getattr(args, name) and not args.task_name:
             yield Problem((name, "task_name"), f"--{name} needs --task_name: which task is it")
-    if args.dataset_name and args.task_name:
+    if args.dataset_name and args.task_name and args.hub == "huggingface":
         yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one")
     if args.dataset_config_name and not args.dataset_name:
         yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")

@@ -33,6 +33,9 @@ class ModelArguments:
     config_name: str | None = flag(None, "config of another model than --model_name_or_path")
     tokenizer_name: str | None = flag(None, "tokenizer of another model than --model_name_or_path")
     cache_dir: str | None = flag(None, "folder for downloads; default: that of the hub (HF_HOME)")
+    hub: str = flag(
+        "huggingface", "where names of models and data sets are looked up", choices=("huggingface", "modelscope")
+    )
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     use_fast_tokenizer: bool = flag(True, "tokenizer written in Rust")
     token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 PACKAGES = (
     "torch", "torch_npu", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub",
-    "numpy", "scipy", "scikit-learn", "apex", "flash_attn", "optuna", "peft",
+    "numpy", "scipy", "scikit-learn", "apex", "flash_attn", "optuna", "peft", "modelscope",
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 1 << 30

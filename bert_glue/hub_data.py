@@ -67,15 +67,15 @@ class _Probe(threading.Thread):
         return self.reason
 
 
-def start_probe() -> _Probe | None:
-    """A running probe; None where the user asked for offline mode."""
+def start_probe(endpoint: str | None = None) -> _Probe | None:
+    """A running probe of an address, by default the hub's; None where the user asked for offline mode."""
     hub_files.use_ca_bundle()
     from huggingface_hub import constants
 
     asked = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if constants.HF_HUB_OFFLINE or asked:
         return None
-    probe = _Probe(constants.ENDPOINT)
+    probe = _Probe(endpoint or constants.ENDPOINT)
     probe.start()
     return probe
 

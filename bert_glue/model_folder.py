@@ -22,6 +22,10 @@ def model_folder(name: str, args: Arguments) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MachineError(f"--model_name_or_path {name}: no such folder")
+    if args.hub == "modelscope":
+        from bert_glue import modelscope_hub
+
+        return modelscope_hub.fetch_model(name, args)
     from bert_glue.hub_data import start_probe
 
     # The hub's client waits for minutes on a server that accepts and never answers.

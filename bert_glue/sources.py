@@ -6,7 +6,7 @@
 | --data_path FOLDER | saved data sets, data files or GLUE's TSV files: `data_folder.py` |
 | --train_file, --validation_file, --test_file | one's own files: `own_data.py` |
 | --dataset_name | another data set of the hub, or a folder written ./NAME |
-| none of these | GLUE itself from the hub: `hub_data.py` |
+| none of these | GLUE itself from the hub: `hub_data.py`, or with `--hub modelscope`: `modelscope_hub.py` |
 
 A task name is never looked up as a local folder.
 """
@@ -70,12 +70,14 @@ def load_task_data(args: Arguments, needed: frozenset[str]) -> TaskData:
         DataError: the source cannot be reached, lacks a split, or is broken (file:line).
     """
     task = get_task(args.task_name) if args.task_name else None
+    is_copy = task is not None and args.hub == "modelscope"
     has_files = any(getattr(args, name) for name in _FILES)
     chosen = {
         "--sample": (args.sample, _from_sample),
         "--data_path": (args.data_path, _from_folder),
         "--train_file, --validation_file, --test_file": (has_files, _from_files),
-        "--dataset_name": (args.dataset_name, _from_dataset),
+        # On ModelScope copies of GLUE have several names: with --task_name it says which.
+        "--dataset_name": (args.dataset_name and not is_copy, _from_dataset),
     }
     named = {flag: load for flag, (is_given, load) in chosen.items() if is_given}
     if len(named) > 1:
@@ -117,12 +119,12 @@ def _from_sample(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
 
 
 def _from_hub(args: Arguments, task: GlueTask, needed: frozenset[str]) -> TaskData:
-    from bert_glue.hub_data import GLUE_NAME, GLUE_REVISION, open_hub
+    open_task, place = _glue_of(args)
 
     def read(other: GlueTask, names: dict[str, str], is_labelled: bool) -> None:
-        data = open_hub(GLUE_NAME, other.name, GLUE_REVISION, args)
+        data = open_task(other.name)
         for split, key in names.items():
-            table = _hub_table(data, split, f"{GLUE_NAME}@{GLUE_REVISION} {other.name}")
+            table = _hub_table(data, split, f"{place} {other.name}")
             labelled = is_labelled and split not in {test for test, _ in other.test}
             splits[key] = make_split(other, key, table, labelled)
 
@@ -134,8 +136,19 @@ def _from_hub(args: Arguments, task: GlueTask, needed: frozenset[str]) -> TaskDa
             read(other, {split: key}, False)
         except DataError as error:
             warnings.append(f"{other.name} is not predicted: {str(error).splitlines()[0]}")
-    source = f"hub {GLUE_NAME}@{GLUE_REVISION} {task.name}"
-    return TaskData(task, splits, source, warnings=tuple(warnings))
+    return TaskData(task, splits, f"hub {place} {task.name}", warnings=tuple(warnings))
+
+
+def _glue_of(args: Arguments) -> tuple[Callable[[str], Any], str]:
+    """A function that opens a task's data on the hub of `--hub`, and the name of the whole."""
+    from bert_glue.hub_data import GLUE_NAME, GLUE_REVISION, open_hub
+
+    if args.hub == "huggingface":
+        return lambda config: open_hub(GLUE_NAME, config, GLUE_REVISION, args), f"{GLUE_NAME}@{GLUE_REVISION}"
+    from bert_glue import modelscope_hub
+
+    name = args.dataset_name or GLUE_NAME
+    return lambda config: modelscope_hub.open_data(name, config, args), f"modelscope:{name}"
 
 
 def _hub_table(data: Any, split: str, origin: str) -> Table:
@@ -189,13 +202,13 @@ def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str]) 
 
 
 def _from_dataset(args: Arguments, task: GlueTask | None, needed: frozenset[str]) -> TaskData:
-    from bert_glue.hub_data import open_folder, open_hub, revision_of
+    from bert_glue.hub_data import open_folder, revision_of
 
     name, config = args.dataset_name, args.dataset_config_name
     if name.startswith((".", "/", "~")):
         data, origin = open_folder(str(Path(name).expanduser()), config, args), name
     else:
-        data = open_hub(name, config, None, args)
+        data = _open(name, config, args)
         origin = "@".join(filter(None, (name, revision_of(next(iter(data.values()))))))
     origin = " ".join(filter(None, (origin, config)))
 
@@ -204,6 +217,14 @@ def _from_dataset(args: Arguments, task: GlueTask | None, needed: frozenset[str]
         return _hub_table(data, part, origin)
 
     return _own(task, name.rstrip("/").rsplit("/", 1)[-1], needed, set(data), read, origin)
+
+
+def _open(name: str, config: str | None, args: Arguments) -> Any:
+    from bert_glue import hub_data, modelscope_hub
+
+    if args.hub == "modelscope":
+        return modelscope_hub.open_data(name, config, args)
+    return hub_data.open_hub(name, config, None, args)
 
 
 def _own(

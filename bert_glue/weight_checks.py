@@ -32,6 +32,8 @@ def upload_problems(args: Arguments) -> Iterator[Problem]:
     """Of --push_to_hub and its place."""
     if args.push_to_hub and not args.do_train:
         yield Problem(("push_to_hub", "do_train"), "--push_to_hub needs --do_train: a trained model is sent")
+    if args.push_to_hub and args.hub != "huggingface":
+        yield Problem(("push_to_hub", "hub"), f"--push_to_hub sends to Hugging Face's hub, not to --hub {args.hub}")
     if args.hub_model_id and not re.fullmatch(_HUB_NAME, args.hub_model_id):
         yield Problem(("hub_model_id",), f"--hub_model_id {shown(args.hub_model_id)} is not NAME or OWNER/NAME")
 

@@ -24,9 +24,9 @@ _PLATFORM = ("--python-version", "3.11", "--implementation", "cp", "--platform",
 _SECONDS = 240
 
 
-def fetch_wheel(folder: Path) -> Path:
+def fetch_wheel(folder: Path, package: str = "torch_npu", pin: str = PIN) -> Path:
     """The wheel, from `folder` or by pip; skips the test where it cannot be had."""
-    pattern = f"torch_npu-{PIN}-*.whl"
+    pattern = f"{package}-{pin}-*.whl"
     found = next(folder.glob(pattern), None)
     if found is not None:
         return found
@@ -34,12 +34,12 @@ def fetch_wheel(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
         command += ["--timeout", "15", "--disable-pip-version-check", "-q", "--dest", aside, *_PLATFORM]
         try:
-            done = subprocess.run([*command, f"torch_npu=={PIN}"], capture_output=True, text=True, timeout=_SECONDS)
+            done = subprocess.run([*command, f"{package}=={pin}"], capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:
-            pytest.skip(f"torch_npu {PIN} was not downloaded within {_SECONDS} s")
+            pytest.skip(f"{package} {pin} was not downloaded within {_SECONDS} s")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"torch_npu {PIN} cannot be downloaded: {last}")
+            pytest.skip(f"{package} {pin} cannot be downloaded: {last}")
         downloaded = next(Path(aside).glob(pattern))
         os.replace(downloaded, folder / downloaded.name)
     return folder / downloaded.name

@@ -26,7 +26,7 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub",  # comes with transformers
     "pyarrow", "pandas",  # come with datasets
     "onnxruntime",  # export
-    "peft",  # --lora_rank
+    "peft", "modelscope",  # --lora_rank, --hub
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
 }  # fmt: skip
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
