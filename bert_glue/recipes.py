@@ -8,7 +8,9 @@ from bert_glue.config_file import CONFIG_SUFFIXES
 from bert_glue.errors import UsageError, did_you_mean
 from bert_glue.tasks import get_task
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_ROOM = Path(__file__).resolve().parent
+# In a checkout beside the package, installed within it.
+FOLDER = next((f for f in (_ROOM.parent / "configs", _ROOM / "configs") if (f / "stable").is_dir()), _ROOM / "configs")
 
 
 def recipe_names() -> list[str]:

@@ -96,6 +96,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     for name in ("pyproject.toml", "README.md", "LICENSE", "run_glue.py", "requirements.txt"):
         shutil.copy(REPOSITORY / name, folder / name)
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
     shutil.copytree(REPOSITORY / "bert_glue", folder / "bert_glue", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "."]
     done = subprocess.run([*command, "-w", "dist"], cwd=folder, capture_output=True, text=True)
@@ -107,7 +108,8 @@ def test_the_wheel_holds_the_program_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     ours = {f"bert_glue/{path.name}" for path in (REPOSITORY / "bert_glue").glob("*.py")}
-    assert {*ours, "run_glue.py"} <= names
+    recipes = {f"bert_glue/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").glob("*/*.json")}
+    assert {*ours, *recipes, "run_glue.py"} <= names and len(recipes) == 27
     assert all(name.startswith("bert_glue/") or name == "run_glue.py" for name in names)
 
 
@@ -135,5 +137,7 @@ def test_the_installed_command_runs_from_an_empty_folder(wheel, tmp_path):
     (empty / "in.jsonl").write_text('{"sentence1": "a dog runs", "sentence2": "a cat runs"}\n')
     assert run("predict", "--model", "out", "--input", "in.jsonl", "--output", "out.csv").returncode == 0
     assert (empty / "out.csv").read_text().startswith("sentence1,sentence2,prediction,")
+    recipe = ["--recipe", "stable", "--print_config"]
+    assert '"num_train_epochs": 20.0' in run("train", *sample, "--do_train", *recipe).stdout
     assert run("report", "out").stdout == "wrote out/report.html\n"
     assert run("submit", "out").returncode == 3
