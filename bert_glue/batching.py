@@ -46,16 +46,24 @@ class Batch:
     Args:
         inputs: keyword arguments of the module.
         labels: `[samples]` on the module's device, None where unlabelled.
-        samples: rows in it.
-        real_tokens: tokens of those rows.
+        lengths: tokens of each sample, on the host.
         computed_tokens: tokens the model runs, padding and filler included.
     """
 
     inputs: dict
     labels: torch.Tensor | None
-    samples: int
-    real_tokens: int
+    lengths: tuple[int, ...]
     computed_tokens: int
+
+    @property
+    def samples(self) -> int:
+        """Rows in it."""
+        return len(self.lengths)
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of those rows."""
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,9 @@ class Assembler:
         begins, ends = table.borders[rows], table.borders[rows + 1]
         ids = [table.ids[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
         labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
-        real = int((ends - begins).sum())
         build = self._packed if self.padding == "packed" else self._padded
         inputs, computed = build(ids, table.second_at[rows])
-        return Batch(inputs, labels, len(rows), real, computed)
+        return Batch(inputs, labels, tuple((ends - begins).tolist()), computed)
 
     def _packed(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
         lengths = tuple(len(i) for i in ids)

@@ -22,7 +22,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES, why_not_packed
 from bert_glue.model_folder import first_line, model_folder, read_config
-from bert_glue.packed import PackedClassifier
+from bert_glue.packed import EncoderShape, PackedClassifier
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import TextTokenizer
 from bert_glue.weights import (
@@ -95,6 +95,13 @@ class LoadedModel:
     def is_fresh(self) -> bool:
         """True if a part of it, such as the head, was not in the checkpoint and starts at random."""
         return any(note.startswith(_FRESH) for note in self.notes)
+
+    @property
+    def shape(self) -> EncoderShape | None:
+        """Sizes of the encoder and its head; None for a family that cannot be packed."""
+        if why_not_packed(self.config) is not None:
+            return None
+        return FAMILIES[self.config["model_type"]].shape(self.config, len(self.config["id2label"]))
 
     @property
     def position_limit(self) -> int:

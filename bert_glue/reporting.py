@@ -76,14 +76,9 @@ def summary(results: dict) -> list[str]:
     """Last lines of a run's log."""
     lines = ["***** results *****" + (" (sample data, not GLUE)" if results["sample_data"] else "")]
     shown = (
-        "eval_",
-        "train_loss",
-        "train_samples_per_second",
-        "train_padding",
-        "train_share",
-        "epoch",
-        "e2e",
-    )
+        "eval_", "train_loss", "train_samples_per_second", "train_real_tokens", "train_computed_tokens",
+        "train_padding", "train_model_tflops", "train_share", "device_gemm", "epoch", "e2e",
+    )  # fmt: skip
     for name, value in results.items():
         if name.startswith(shown) or name in ("device_name", "precision", "fallback", "batches"):
             if isinstance(value, float):

@@ -113,14 +113,16 @@ class Meter:
     Args:
         device: synchronised before each reading of the clock.
         skip_steps: optimizer steps left out at the start.
-        shape: sizes for the operation count; None leaves it out.
+        shape: sizes for the operation count; None leaves it out, for encoders whose operations we do not know.
         passes: a training step's operations in forward passes of the encoder.
+        first_only_last: as in `forward_flops`.
     """
 
     device: Device
     skip_steps: int
     shape: EncoderShape | None = None
     passes: int = 3
+    first_only_last: bool = True
     steps: int = 0
     samples: int = 0
     real_tokens: int = 0
@@ -165,8 +167,8 @@ class Meter:
         self.samples += batch.samples
         self.real_tokens += batch.real_tokens
         self.computed_tokens += batch.computed_tokens
-        if self.shape is not None and "layout" in batch.inputs:
-            self.flops += self.passes * forward_flops(self.shape, batch.inputs["layout"].lengths)
+        if self.shape is not None:
+            self.flops += self.passes * forward_flops(self.shape, batch.lengths, self.first_only_last)
 
     def end_step(self) -> None:
         """One optimizer step is over."""
@@ -189,7 +191,8 @@ class Meter:
         Returns:
             `train_*` entries: samples and tokens per second, padding in percent, milliseconds of an
             optimizer step (median, tenth and ninetieth percentile), TFLOP/s of the model over real tokens
-            and its share of a product measured on this device (per rank).
+            (padding is work, but none of the model's) and its share of a product measured on this device (per
+            rank).
         """
         if self.seconds <= 0.0 or not totals["samples"]:
             reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
@@ -205,9 +208,11 @@ class Meter:
         }
         for name, share in (("median", 50), ("p10", 10), ("p90", 90)):
             rates[f"train_step_ms_{name}"] = 1000.0 * float(np.percentile(self.step_seconds, share))
-        if totals["flops"]:
-            reference = gemm_rate(self.device, dtype)
-            rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12
-            rates["device_gemm_tflops_per_second"] = reference / 1e12
-            rates["train_share_of_gemm"] = self.flops / self.seconds / reference
+        if self.shape is None:
+            reason = "this encoder's operations are not counted, only those of the families that can be packed"
+            return rates | {"train_share_of_gemm": None, "train_share_of_gemm_reason": reason}
+        reference = gemm_rate(self.device, dtype)
+        rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12
+        rates["device_gemm_tflops_per_second"] = reference / 1e12
+        rates["train_share_of_gemm"] = self.flops / self.seconds / reference
         return rates

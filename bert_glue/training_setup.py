@@ -106,7 +106,7 @@ def fine_tune(
     log.line(f"gradients: {precision.describe()}")
     if has_slow_products(ranks.device.kind, precision.plan.dtype):
         log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
-    meter = Meter(ranks.device, args.skip_steps, model.module.shape if model.is_packed else None, model.passes)
+    meter = Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed)
     metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
     run_of = Run(
         args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,

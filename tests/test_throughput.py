@@ -87,6 +87,31 @@ def test_flops_of_a_run_are_three_forwards(tmp_path):
     assert run.meter.flops == expected
 
 
+def test_flops_of_a_padded_run_are_those_torch_counts(tmp_path):
+    """Three forwards of a whole last layer: real tokens only, though padding is computed too."""
+    run = fit(arguments(tmp_path, max_steps=1, padding="longest", per_device_train_batch_size=3))
+    lengths = run.split.table.lengths[run.order.step(run.order.permutation(0), 0)[0]]
+    assert run.meter.flops == 3 * forward_flops(run.model.shape, tuple(lengths.tolist()), first_only_last=False)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run.model.module.stock.set_attn_implementation("eager")  # torch counts nothing of its fused CPU kernel
+    ids = torch.ones(4, 9, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run.model.module.eval()(input_ids=ids, attention_mask=ids)
+    head = 2 * run.model.shape.hidden * run.model.shape.labels * 4
+    assert forward_flops(run.model.shape, (9,) * 4, first_only_last=False) == counter.get_total_flops() - head
+
+
+def test_operations_of_other_encoders_are_null_with_the_reason(tmp_path):
+    meter = Meter(Device("cpu"), skip_steps=0)
+    meter.start()
+    meter.count(batch(2))
+    meter.end_step()
+    meter.stop()
+    rates = meter.rates(totals(meter), torch.float32)
+    assert rates["train_share_of_gemm"] is None and "not counted" in rates["train_share_of_gemm_reason"]
+
+
 def totals(meter: Meter) -> dict[str, float]:
     keys = ("samples", "real_tokens", "computed_tokens", "flops")
     return {key: getattr(meter, key) for key in keys}
@@ -117,7 +142,7 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(tmp_path, monkey
 
 
 def batch(samples: int) -> Batch:
-    return Batch({}, None, samples, 10 * samples, 16 * samples)
+    return Batch({}, None, (10,) * samples, 16 * samples)
 
 
 def test_rates_of_a_meter_with_a_known_clock(monkeypatch):
