@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,24 @@ def test_the_migration_page_is_what_the_tables_say():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "migration.md").read_text(encoding="utf-8") == module.page()
+
+
+@pytest.mark.parametrize("name", ["results.md", "benchmarks.md"])
+def test_measurements_are_what_the_files_hold(name):
+    spec = importlib.util.spec_from_file_location("make_measurements", ROOT / "docs" / "make_measurements.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == module.PAGES[name]()
+
+
+def test_the_docs_are_complete():
+    pages = {"architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
+    assert pages <= {page.stem for page in PAGES}
+    faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").lower()
+    for subject in ("eight devices", "libgomp", "wnli", "hf_hub_offline", "mirror", "modelscope"):
+        assert subject in faq
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

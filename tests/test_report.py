@@ -303,15 +303,20 @@ def test_in_a_browser(tmp_path, width, dark):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_a_screenshot_shows_a_page(tmp_path, run):
+def test_screenshots_in_both_languages(tmp_path, run, monkeypatch):
     from matplotlib.image import imread
 
-    (run / "report.html").write_text(report.run_page(run))
-    target = tmp_path / "page.png"
-    words = [CHROMIUM, "--headless=new", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--no-sandbox"] if os.geteuid() == 0 else []
-    words += ["--window-size=1280,1600", f"--screenshot={target}", (run / "report.html").as_uri()]
-    subprocess.run(words, capture_output=True, timeout=120)
-    picture = imread(target)
-    assert picture.shape[:2] == (1600, 1280)
-    assert 0.001 < (picture[..., :3].std(2) > 0.05).mean() < 0.5  # coloured lines, mostly paper
+    pictures = {}
+    for language in ("en", "zh"):
+        monkeypatch.setattr("bert_glue.report_page.starts_chinese", lambda is_chinese=language == "zh": is_chinese)
+        (run / "report.html").write_text(report.run_page(run))
+        target = tmp_path / f"{language}.png"
+        words = [CHROMIUM, "--headless=new", "--disable-gpu", f"--user-data-dir={tmp_path / language}"]
+        words += ["--no-sandbox"] if os.geteuid() == 0 else []
+        words += ["--window-size=1280,1600", f"--screenshot={target}", (run / "report.html").as_uri()]
+        subprocess.run(words, capture_output=True, timeout=120)
+        pictures[language] = imread(target)[..., :3]
+    for picture in pictures.values():
+        assert picture.shape[:2] == (1600, 1280)
+        assert 0.001 < (picture.std(2) > 0.05).mean() < 0.5  # coloured lines, mostly paper
+    assert 0.005 < (pictures["en"] != pictures["zh"]).any(2).mean() < 0.9
