@@ -48,7 +48,7 @@ Made by `docs/make_measurements.py` from `benchmarks/results/quality.jsonl` and 
 
 MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU cores, fp32, batch 32, against the stock
 Hugging Face Trainer with dynamic padding, by `benchmarks/quality.py`; scores x100, mean and deviation over seeds
-where there are several. Where a line has one seed its difference is not to be told from chance. A dash was not measured.
+where there are several. With one seed a difference is not to be told from chance. A dash was not measured.
 
 {_script("quality").table(rows)}
 
@@ -82,7 +82,7 @@ Made by `docs/make_measurements.py` from `benchmarks/results/`. Machines are noi
 round, in which all runs take their turn on the same rows, model, threads and precision; the median is shown.
 
 `benchmarks/throughput.py` measures ours against the stock Hugging Face Trainer. HF default pads to 128 tokens, HF best
-pads to each batch's longest and keeps similar lengths together. Share of GEMM: operations of the model on real tokens, in
+pads to each batch's longest and keeps similar lengths together. Share of GEMM: operations on real tokens, in
 the rate of a plain matrix product on the same machine. Nothing was measured on an NPU or a GPU: none was at hand.
 
 {"".join(f"{part}" + chr(10) for part in parts).rstrip()}
