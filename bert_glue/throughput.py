@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bert_glue.batching import Batch
-from bert_glue.device import Device
+from bert_glue.device import Device, has_slow_products
 from bert_glue.packed import EncoderShape
 
 _IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -211,6 +211,8 @@ class Meter:
         if self.shape is None:
             reason = "this encoder's operations are not counted, only those of the families that can be packed"
             return rates | {"train_share_of_gemm": None, "train_share_of_gemm_reason": reason}
+        # Where 16-bit products are computed in fp32 and rounded, torch's own emulation would flatter the share.
+        dtype = torch.float32 if has_slow_products(self.device.kind, dtype) else dtype
         reference = gemm_rate(self.device, dtype)
         rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12
         rates["device_gemm_tflops_per_second"] = reference / 1e12

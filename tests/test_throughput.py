@@ -250,6 +250,22 @@ def test_the_devices_own_rate_is_a_rate():
     assert time.perf_counter() - began < 10
 
 
+def test_a_share_is_of_the_products_that_are_computed(monkeypatch):
+    """A CPU without 16-bit products computes them in fp32: no share of an emulation a hundred times as slow."""
+    asked = []
+    monkeypatch.setattr(throughput, "gemm_rate", lambda device, dtype: asked.append(dtype) or 1e9)
+    for slow in (True, False):
+        monkeypatch.setattr(throughput, "has_slow_products", lambda *_, slow=slow: slow)
+        meter = Meter(Device("cpu"), 0, shape())
+        meter.start()
+        meter.count(batch(2))
+        meter.end_step()
+        meter.stop()
+        rates = meter.rates(totals(meter), torch.bfloat16)
+        assert rates["train_share_of_gemm"] == pytest.approx(rates["train_model_tflops_per_second"] * 1e12 / 1e9)
+    assert asked == [torch.float32, torch.bfloat16]
+
+
 def test_an_emulated_dtype_does_not_take_minutes():
     began = time.perf_counter()
     assert gemm_rate(Device("cpu"), torch.float16, 0.1) > 0
