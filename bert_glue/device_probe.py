@@ -67,10 +67,14 @@ def _devices_of(kind: str) -> dict[str, Any]:
 def _describe(device: Any) -> dict[str, Any]:
     import torch
 
+    from bert_glue.device import has_slow_products
+
     about: dict[str, Any] = {"device": str(device.torch_device), "name": device.name, "fp32": True}
     memory = None
     try:
         about["bf16"], about["fp16"] = device.supports(torch.bfloat16), device.supports(torch.float16)
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        about["fp32_products"] = [name for name, dtype in halves.items() if has_slow_products(device.kind, dtype)]
         memory = device.memory()
     except Exception as error:  # a device in use by others, or a driver without this call
         about["problem"] = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,8 +40,9 @@ def _devices(report: dict[str, Any]) -> list[str]:
         parts = [device["name"]]
         if device["total_bytes"]:
             parts.append(f"{device['free_bytes'] / GIB:.1f} of {device['total_bytes'] / GIB:.1f} GiB free")
+        rounded = device.get("fp32_products") or ()
         has = [name for name in ("fp32", "bf16", "fp16") if device.get(name)]
-        parts.append("native " + ", ".join(has))
+        parts.append("trains in " + ", ".join(f"{n} (products in fp32)" if n in rounded else n for n in has))
         if device.get("problem"):
             parts.append(device["problem"])
         rows.append(_row(device["device"], "; ".join(parts)))
