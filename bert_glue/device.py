@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -151,6 +152,16 @@ class Device:
     def seconds_between(self, first: Any, second: Any) -> float:
         """Seconds from one mark to a later one, once the device has passed both (`synchronize`)."""
         return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000.0
+
+    def read_later(self, number: torch.Tensor) -> Callable[[], float]:
+        """The number in a `[1]` tensor as of now; the call waits for the work given so far and for no more."""
+        if self.is_host:
+            value = number.item()
+            return lambda: value
+        copy = torch.empty(1, dtype=number.dtype, pin_memory=True)
+        copy.copy_(number, non_blocking=True)
+        wait = getattr(self.mark(), "synchronize", self.synchronize)
+        return lambda: (wait(), copy.item())[1]
 
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""

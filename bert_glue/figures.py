@@ -53,6 +53,8 @@ def train_results(run_of: Run, plan) -> dict:
         "train_samples_consumed": progress.samples,
         "train_samples": run_of.order.rows,
         "epoch": run_of.epoch,
+        # Of one step and rank; null with apex, which adds them up itself.
+        "train_gradient_bytes": sum(b.numel() * b.element_size() for b in run_of.precision.unsummed()) or None,
         "seconds_to_first_step": meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }

@@ -14,6 +14,8 @@ from torch import nn
 
 from bert_glue.linear import Linear
 
+# Elements: every buffer begins where a device's widest loads may begin.
+_ALIGNED = 64
 _UNDECAYED = ("bias", "norm.weight", "LayerNorm.weight", "layer_norm.weight")
 
 
@@ -72,19 +74,47 @@ def named_groups(module: nn.Module) -> list[NamedGroup]:
     return sorted(groups.values(), key=lambda group: not group.is_decayed)
 
 
-def flatten(module: nn.Module) -> list[FlatGroup]:
+def side_by_side(buffers: list[torch.Tensor], is_joint: bool = True) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Zeros as large as some flat buffers, in one allocation a dtype: one operation then reaches all.
+
+    Args:
+        is_joint: False gives each an allocation of its own, for optimizers that move allocations.
+
+    Returns:
+        The zeros, `[elements]` each; and the allocations that hold them, whose last one ends with two elements
+        that belong to none.
+    """
+    device = buffers[0].device
+    if not is_joint:
+        alone = [torch.zeros_like(buffer) for buffer in buffers]
+        return alone, [*alone, torch.zeros(2, device=device)]
+    found, joint = {}, []
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+        same = [at for at, buffer in enumerate(buffers) if buffer.dtype == dtype]
+        sizes = [-(-buffers[at].numel() // _ALIGNED) * _ALIGNED for at in same]
+        joint.append(torch.zeros(sum(sizes) + 2, dtype=dtype, device=device))
+        for at, piece in zip(same, joint[-1][:-2].split(sizes), strict=True):
+            found[at] = piece[: buffers[at].numel()]
+    return [found[at] for at in range(len(buffers))], joint
+
+
+def flatten(module: nn.Module, is_joint: bool = True) -> tuple[list[FlatGroup], list[torch.Tensor]]:
     """Move a module's trainable parameters into flat buffers, in place, and give them gradient views.
 
     All must be on one device; parameters of another dtype (BatchNorm at O2) are groups of their own.
+
+    Returns:
+        The groups; and the allocations of their gradients, see `side_by_side`.
     """
-    flat = []
-    for group in named_groups(module):
-        data = torch.cat([p.data.flatten() for p in group.parameters])
-        flat.append(FlatGroup(group.names, group.parameters, group.is_decayed, data, torch.zeros_like(data)))
-        data_views, grad_views = flat[-1].views(flat[-1].data), flat[-1].views(flat[-1].grad)
+    flat, groups = [], named_groups(module)
+    buffers = [torch.cat([p.data.flatten() for p in group.parameters]) for group in groups]
+    grads, allocations = side_by_side(buffers, is_joint)
+    for group, data, grad in zip(groups, buffers, grads, strict=True):
+        flat.append(FlatGroup(group.names, group.parameters, group.is_decayed, data, grad))
+        data_views, grad_views = flat[-1].views(data), flat[-1].views(grad)
         for name, parameter in zip(group.names, group.parameters, strict=True):
             parameter.data, parameter.grad = data_views[name], grad_views[name]
     for part in module.modules():
         if isinstance(part, Linear):
             part.adds_into_grad = True
-    return flat
+    return flat, allocations

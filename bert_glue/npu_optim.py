@@ -16,6 +16,13 @@ class NoFusedOptimizer(Exception):
     """This machine, or these parameters, cannot have the NPU's fused optimizer; the text says why."""
 
 
+def moves_allocations(optim: str, device: torch.device) -> bool:
+    """True if the optimizer of `--optim` may put gradients elsewhere in a device's memory."""
+    from bert_glue.device import torch_npu_of
+
+    return optim in ("adamw_apex_fused_npu", "adamw_torch_npu_fused") and torch_npu_of(device) is not None
+
+
 def npu_fused_adamw(params: list[dict], **options) -> torch.optim.Optimizer:
     """torch_npu's fused AdamW.
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bert_glue.errors import DivergedError
-from bert_glue.flat import FlatGroup, flatten
+from bert_glue.flat import FlatGroup, flatten, side_by_side
 from bert_glue.overflow import overflow_flag
 from bert_glue.precision_plan import PrecisionPlan
 
@@ -67,16 +67,18 @@ class Precision:
         plan: what to do.
         module: on its device, in fp32; converted in place.
         passes: forward passes of an optimizer step.
+        is_joint: False where the optimizer moves its gradients' allocations, see `side_by_side`.
     """
 
-    def __init__(self, plan: PrecisionPlan, module: nn.Module, passes: int = 1):
+    def __init__(self, plan: PrecisionPlan, module: nn.Module, passes: int = 1, is_joint: bool = True):
         self.plan = plan
         has_masters = plan.level in ("O2", "O3")
         # Masters start from the weights as stored, not from what is left of them after the cast.
         exact = {name: p.detach() for name, p in module.named_parameters()} if has_masters else {}
         if has_masters:
             convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
-        self.groups: list[FlatGroup] = flatten(module)
+        self.groups: list[FlatGroup]
+        self.groups, self._unsummed = flatten(module, is_joint or has_masters)
         device = self.groups[0].data.device
         self.is_dynamic = plan.loss_scale is None
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
@@ -84,13 +86,16 @@ class Precision:
         self.has_diverged = torch.zeros((), device=device)
         self.masters = [g.data for g in self.groups]
         self.gradients = [g.grad for g in self.groups]
+        self._zeroed = self._unsummed
+        self._adds_passes = has_masters and passes > 1
         if has_masters:
             self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
-            self.gradients = [torch.zeros_like(m) for m in self.masters]
-        self._adds_passes = has_masters and passes > 1
+            self.gradients, allocations = side_by_side(self.masters, is_joint)
+        if self._adds_passes:
+            self._zeroed, self._unsummed = [*self._unsummed, *allocations], allocations
         # Chips that saturate keep gradients finite and tell of an overflow in a flag; ranks that saw one, 0-d.
         self._flag = overflow_flag(device)
-        self._flagged = torch.zeros((), device=device)
+        self._flagged = self._unsummed[-1][-2]
         self._copy_masters()
 
     def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
@@ -118,8 +123,9 @@ class Precision:
     def describe(self) -> str:
         """How gradients are kept, one line for the log."""
         sizes = " + ".join(f"{g.grad.numel():,} x {g.grad.element_size()} bytes" for g in self.groups)
-        summed = "fp32" if self._adds_passes else str(self.groups[0].grad.dtype).removeprefix("torch.")
-        return f"views of {len(self.groups)} flat buffers ({sizes}), one all-reduce each in {summed}, fused clip"
+        summed = " and ".join(dict.fromkeys(str(b.dtype).removeprefix("torch.") for b in self._unsummed))
+        collectives = f"{len(self._unsummed)} all-reduce(s) a step in {summed}"
+        return f"views of {len(self.groups)} flat buffers ({sizes}), {collectives}, fused clip"
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass: autocast at O1, nothing otherwise."""
@@ -127,7 +133,7 @@ class Precision:
 
     def zero_gradients(self) -> None:
         """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""
-        for buffer in (*(g.grad for g in self.groups), *(self.gradients if self._adds_passes else ())):
+        for buffer in self._zeroed:
             buffer.zero_()
         if self._flag is not None:
             self._flag.clear()
@@ -150,12 +156,14 @@ class Precision:
                 group.grad.zero_()
 
     def unsummed(self) -> list[torch.Tensor]:
-        """What has still to be added over ranks after a step's last pass, `[elements]` each, and a flag if any."""
-        buffers = self.gradients if self._adds_passes else [group.grad for group in self.groups]
-        if self._flag is None:
-            return buffers
-        self._flagged.copy_(self._flag.read())
-        return [*buffers, self._flagged]
+        """What has still to be added over ranks after a step's last pass: flat buffers, `[elements]` each.
+
+        The last element of the last one is free for a number that is to be added up with the gradients; the
+        one before it tells of an overflow.
+        """
+        if self._flag is not None:
+            self._flagged.copy_(self._flag.read())
+        return self._unsummed
 
     def gather_gradients(self) -> torch.Tensor:
         """Bring gradients to where the optimizer looks; returns their L2 norm without the scale, 0-d fp32."""

@@ -13,6 +13,7 @@ from bert_glue.errors import DivergedError
 from bert_glue.evaluation import EvaluationStopped
 from bert_glue.noise import Noise
 from bert_glue.optim import schedule
+from bert_glue.ranks import StepSum
 from bert_glue.tasks import GlueTask
 from bert_glue.training_run import Run
 from bert_glue.training_state import save_checkpoint
@@ -50,7 +51,7 @@ def train(run: Run) -> None:
     """
     args, progress, ranks, precision = run.args, run.progress, run.ranks, run.precision
     factor = schedule(args.lr_scheduler_type, run.total_steps, args.warmup_steps)
-    noise = Noise(args.seed, ranks.rank)
+    noise, add_up = Noise(args.seed, ranks.rank), StepSum(ranks)
     # Sum over the steps since the last log line; each rank has its share, a resumed one is the first rank's.
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
@@ -63,7 +64,7 @@ def train(run: Run) -> None:
     run.meter.start()
     for micro_batches, samples in batches:
         run.trace.begin(progress.step + 1)
-        # ---- one optimizer step: nothing here waits for the device, but for a dynamic loss scale ----
+        # ---- one optimizer step: one collective; nothing waits for the device, but for a dynamic loss scale ----
         run.model.module.train()
         precision.zero_gradients()
         step_loss = torch.zeros_like(recent_loss)
@@ -79,7 +80,7 @@ def train(run: Run) -> None:
             precision.backward(loss, is_last=number == len(micro_batches))
             step_loss += loss.detach()
             run.meter.count(batch)
-        ranks.sum(precision.unsummed())
+        stop_asked = add_up(precision.unsummed(), run.log.stop_asked())
         norm = precision.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:
@@ -100,7 +101,7 @@ def train(run: Run) -> None:
             _log_step(run, recent_loss.item(), rate, norm.item())
             recent_loss.zero_()
         run.log.advance(progress.step, run.total_steps, run.epoch)
-        if not _after_step(run, recent_loss):
+        if not _after_step(run, recent_loss, stop_asked):
             break
     run.meter.stop()
     ranks.sum([recent_loss])
@@ -165,11 +166,10 @@ def _goes_on_after_resume(run: Run, recent_loss: torch.Tensor) -> bool:
     return _has_patience(run)
 
 
-def _after_step(run: Run, recent_loss: torch.Tensor) -> bool:
+def _after_step(run: Run, recent_loss: torch.Tensor, stop_asked: bool = False) -> bool:
     """Evaluation, checkpoint and early stopping where they are due; False ends training."""
     run.saver.check()
     must_evaluate, must_save = _must_evaluate(run), _must_save(run)
-    stop_asked = _stop_asked(run)
     if not (must_evaluate or must_save or stop_asked):
         return True
     run.meter.stop()
@@ -180,11 +180,6 @@ def _after_step(run: Run, recent_loss: torch.Tensor) -> bool:
         save_now(run, recent_loss)
     run.meter.start()
     return not stop_asked and _has_patience(run)
-
-
-def _stop_asked(run: Run) -> bool:
-    """True on every rank if a signal asked any of them to stop."""
-    return any(run.ranks.gather(run.log.stop_asked())) if run.log.watches_signals else False
 
 
 def save_now(run: Run, recent_loss: torch.Tensor) -> None:

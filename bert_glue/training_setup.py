@@ -18,6 +18,7 @@ from bert_glue.device import has_slow_products
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
 from bert_glue.model import LoadedModel
+from bert_glue.npu_optim import moves_allocations
 from bert_glue.optim import build_optimizer, is_elementwise
 from bert_glue.precision import InferencePrecision, Precision
 from bert_glue.precision_plan import PrecisionPlan
@@ -66,7 +67,8 @@ def make_precision(
         return precision
     if not args.do_train:
         return InferencePrecision(plan, module)
-    return Precision(plan, module, args.gradient_accumulation_steps)
+    is_joint = not moves_allocations(args.optim, ranks.device.torch_device)
+    return Precision(plan, module, args.gradient_accumulation_steps, is_joint)
 
 
 def fine_tune(

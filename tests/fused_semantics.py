@@ -45,7 +45,7 @@ def loss(module: nn.Module, step: int) -> torch.Tensor:
 
 def ours(module: nn.Module, drops_gradients: bool) -> dict[str, torch.Tensor]:
     """Weights after some steps on flat buffers; as the loop does it, or with gradients dropped in between."""
-    groups = flatten(module.to("npu"))
+    groups, _ = flatten(module.to("npu"), is_joint=False)
     params = []
     for group in groups:
         leaf = nn.Parameter(group.data)

@@ -134,7 +134,7 @@ def decayed_by_transformers(module: nn.Module) -> set[str]:
 
 
 def decayed_by_us(module: nn.Module) -> set[str]:
-    return {name for group in flatten(copy.deepcopy(module)) if group.is_decayed for name in group.names}
+    return {name for group in flatten(copy.deepcopy(module))[0] if group.is_decayed for name in group.names}
 
 
 @pytest.mark.parametrize("padding", ["packed", "longest"])

@@ -123,7 +123,7 @@ def test_every_family_is_compared():
 def test_equals_the_padded_run_with_gradients_in_flat_buffers(model_type):
     stock = stock_model(model_type)
     module = packed_like(stock)
-    groups = flatten(module)
+    groups, _ = flatten(module)
     buffers = [group.grad.data_ptr() for group in groups]
     _compare(stock, module, LENGTH_SETS[0])
     views = {name: view for group in groups for name, view in group.views(group.grad).items()}

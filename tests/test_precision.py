@@ -392,7 +392,8 @@ def test_passes_of_one_step_add_up_in_fp32():
     state.zero_gradients()
     for _ in range(512):
         state.backward(module[2].bias.float().sum())
-    assert state.unsummed() is state.gradients
+    (summed,) = state.unsummed()
+    assert summed.dtype == FP32 and summed.data_ptr() == state.gradients[0].data_ptr()
     gathered = {}
     state.gather_gradients()
     for group, gradient in zip(state.groups, state.gradients, strict=True):
@@ -442,7 +443,7 @@ class CountingRanks:
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "lamb"])
 @pytest.mark.parametrize("flags", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=["O0", "O2"])
-def test_gradients_are_views_of_flat_buffers_and_summed_once_each(tmp_path, flags, optim):
+def test_gradients_are_views_of_flat_buffers_and_summed_in_one_collective(tmp_path, flags, optim):
     from bert_glue.training import train
 
     run = fit(arguments(tmp_path, max_steps=1, optim=optim, use_combine_grad=True, **flags))
@@ -459,8 +460,9 @@ def test_gradients_are_views_of_flat_buffers_and_summed_once_each(tmp_path, flag
         run.ranks, run.total_steps = CountingRanks(run.ranks), 2
         run.progress.step = 1
         train(run)
-        gradient_sums = [sums for sums in run.ranks.sums if sums != [1]]  # [1]: the loss, for the log
-        assert gradient_sums == [sizes]
+        (gradient_sum,) = [sums for sums in run.ranks.sums if sums != [1]]  # [1]: the loss, for the log
+        (elements,) = gradient_sum
+        assert sum(sizes) + 2 <= elements < sum(sizes) + 2 + 64 * len(sizes)
 
 
 def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
@@ -471,7 +473,7 @@ def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
     fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), recipe_parts_log())
     (line,) = [line for line in lines if line.startswith("gradients: ")]
     assert "views of 2 flat buffers" in line and "x 2 bytes" in line
-    assert "one all-reduce each in bfloat16, fused clip" in line
+    assert "1 all-reduce(s) a step in bfloat16, fused clip" in line
 
 
 def recipe_parts_log():

@@ -339,7 +339,7 @@ class StopsAt(ProgressLog):
         self.watches_signals, self.last = True, step
 
     def advance(self, step: int, total: int, epoch: float) -> None:
-        if step == self.last:
+        if step == self.last - 1:
             self.stop_signal = 15
 
 

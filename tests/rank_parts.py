@@ -1,0 +1,144 @@
+"""Ranks of a run as forks of one process that has imported everything: a run of eight costs little more than one.
+
+python rank_parts.py WORLD FUNCTION FOLDER      each rank writes what FUNCTION returns to FOLDER/<rank>.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+SIZES = range(1, 68)
+GLOBAL_BATCH = 8
+
+
+def on_ranks(world: int, function: str, folder: Path, timeout: float = 240.0) -> list[Any]:
+    """What a function of this module returned on each rank, in the order of ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, __file__, str(world), function, str(folder)],
+        capture_output=True, text=True, timeout=timeout, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def same_run(folder: Path) -> dict[str, Any]:
+    """A short run with one global batch on any number of ranks: its numbers, rows and collectives."""
+    import torch
+    from recipe_parts import arguments, fit, losses
+
+    from bert_glue import ranks as ranks_module
+    from bert_glue.batching import Assembler
+    from bert_glue.global_batch import for_ranks
+
+    rows, collectives = [], []
+    assemble = Assembler.__call__
+
+    def noted(self, split, members):
+        if split.name == "train":
+            rows.append(members.tolist())
+        return assemble(self, split, members)
+
+    Assembler.__call__ = noted
+    for name in ("all_reduce", "all_gather_object", "barrier"):
+        original = getattr(torch.distributed, name)
+
+        def counted(*given, name=name, original=original):
+            collectives.append(name)
+            return original(*given)
+
+        setattr(torch.distributed, name, counted)
+    in_steps = []
+    add_up = ranks_module.StepSum.__call__
+
+    def between(self, *given):
+        in_steps.append(len(collectives))
+        return add_up(self, *given)
+
+    ranks_module.StepSum.__call__ = between
+    args = arguments(
+        folder.parent / "parts", num_train_epochs=2.0, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH,
+        output_dir=str(folder / "out"), logging_steps=4,
+    )  # fmt: skip
+    args, _ = for_ranks(args, int(os.environ.get("WORLD_SIZE", "1")))
+    run = fit(args)
+    return {
+        "losses": losses(run),
+        "norms": [entry["grad_norm"] for entry in run.progress.history],
+        "samples": run.progress.samples,
+        "counted": run.meter.samples,
+        "rows": rows,
+        "collectives": [later - earlier for earlier, later in zip(in_steps, in_steps[1:], strict=False)],
+        "weight": float(sum(master.double().sum() for master in run.precision.masters)),
+    }
+
+
+def evaluations(folder: Path) -> dict[str, list]:
+    """First token and length of every row by a model that echoes them, at each size; and this rank's share."""
+    from test_evaluation import echo_evaluator, split_of
+
+    from bert_glue.batching import evaluation_batches
+
+    evaluator = echo_evaluator(4)
+    ranks = evaluator.ranks
+    found: dict[str, list] = {"echoes": [], "lengths": [], "rows": []}
+    for size in SIZES:
+        split = split_of(size)
+        logits = evaluator.logits(split)
+        found["echoes"].append(logits[:, 0].tolist())
+        found["lengths"].append((logits[:, 1] == split.table.lengths).all().item())
+        shares = evaluation_batches(split.table.lengths, 4, ranks.rank, ranks.world_size)
+        found["rows"].append([row for share in shares for row in share.tolist()])
+    return found
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """A run of which the last rank alone is asked to stop, in the middle of its fifth step."""
+    from recipe_parts import arguments, fit
+    from test_training import StopsAt
+
+    from bert_glue import checkpoint
+
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    args = arguments(folder.parent / "parts", max_steps=20, output_dir=str(folder / "out"))
+    run = fit(args, StopsAt(5) if last else StopsAt(1000))
+    return {"step": run.progress.step, "saved": [f.name for f in checkpoint.list_checkpoints(run.output_dir)]}
+
+
+def main(world: int, function: str, folder: Path) -> int:
+    """Fork the ranks, wait for all; 1 if one failed."""
+    import accelerate.state  # noqa: F401  all that is slow to import, once
+    import recipe_parts  # noqa: F401
+    import test_evaluation  # noqa: F401
+    import test_training  # noqa: F401
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the parent's
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            (folder / f"{rank}.json").write_text(json.dumps(globals()[function](folder)))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return int(any([os.waitpid(child, 0)[1] for child in children]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
