@@ -2,7 +2,7 @@
 
     python launch_ranks.py below command...               becomes the command, which ends when its parent does
     python launch_ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
-    python launch_ranks.py verdict NOTES LOGS --status S --signal N     -> exit code of the launcher
+    python launch_ranks.py verdict NOTES LOGS --launcher_log FILE --status S --signal N
     python launch_ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
 
 torch's launcher ends all ranks when one fails, but waits 30 s for each that does not listen, tells the
@@ -120,10 +120,11 @@ def _last_lines(file: Path) -> list[str]:
         return []
 
 
-def verdict(notes: Path, logs: Path, status: int, signal_number: int) -> tuple[int, list[str]]:
+def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_number: int) -> tuple[int, list[str]]:
     """How a launch ended.
 
     Args:
+        launcher_log: what torch's launcher said.
         status: exit code of torch's launcher.
         signal_number: signal the launcher got from its user, 0 if none.
 
@@ -132,7 +133,6 @@ def verdict(notes: Path, logs: Path, status: int, signal_number: int) -> tuple[i
         and lines that say which rank failed first, how, and what it said last.
     """
     ranks = _read_notes(notes)
-    launcher_log = logs / "launcher.log"
     failed = [note for note in ranks if note["code"]]
     stopped = 128 + signal_number
     if signal_number and all(note["code"] in (stopped, -signal_number) or note["is_cleared"] for note in failed):
@@ -187,10 +187,11 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["rank"]:
         arguments = parser.parse_args(argv[:3])
         return run_rank(arguments.notes, arguments.logs, argv[3:])
+    parser.add_argument("--launcher_log", type=Path, required=True)
     parser.add_argument("--status", type=int, required=True)
     parser.add_argument("--signal", type=int, required=True)
     arguments = parser.parse_args(argv)
-    code, lines = verdict(arguments.notes, arguments.logs, arguments.status, arguments.signal)
+    code, lines = verdict(arguments.notes, arguments.logs, arguments.launcher_log, arguments.status, arguments.signal)
     for number, line in enumerate(lines):
         print(line if number else f"error: {line}", file=sys.stderr)
     return code

@@ -33,7 +33,7 @@ check_rank_settings() { # sets NPROC, NNODES and NODE_RANK
 
 use_network_of() { # use_network_of <first host>: ranks talk over the interface that leads there
   local address interface
-  read -r address interface < <("$PYTHON" "$ROOT/bert_glue/launch_ranks.py" network "$1") ||
+  read -r address interface < <("$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" network "$1") ||
     fail 4 "--master_addr $1: no such host, or no way to it"
   [[ -z $interface ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
   [[ -z $interface ]] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
@@ -58,11 +58,16 @@ elastic_command() { # fills ELASTIC: torch's launcher, the command of a rank is 
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 }
 
-start_ranks() { # start_ranks <command>...: what torch's launcher itself says goes to launcher.log
-  # It holds the two pipes open until it ends; the first rank opens them by their names.
-  exec 3>&1 4>&2 "${ELASTIC[@]}" "$@" >"$OUTPUT/launcher.log" 2>&1
+launcher_log() { # what torch's launcher itself says: a file a host, as all may write to one folder
+  printf '%s' "$OUTPUT/launcher_$NODE_RANK.log"
+}
+
+start_ranks() { # start_ranks <command>...
+  # torch's launcher holds the two pipes open until it ends; the first rank opens them by their names.
+  exec 3>&1 4>&2 "${ELASTIC[@]}" "$@" >"$(launcher_log)" 2>&1
 }
 
 judge_ranks() { # judge_ranks <status of torch's launcher>: says which rank failed first; the launcher's status
-  "$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" verdict "$SCRATCH" "$OUTPUT" --status "$1" --signal "$SIGNALLED"
+  "$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" verdict "$SCRATCH" "$OUTPUT" \
+    --launcher_log "$(launcher_log)" --status "$1" --signal "$SIGNALLED"
 }

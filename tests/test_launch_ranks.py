@@ -319,14 +319,14 @@ def notes_of(folder: Path, *codes: int | None, cleared: tuple[int, ...] = (), la
 )
 def test_verdict(tmp_path, codes, cleared, status, signal_number, expected, says) -> None:
     notes = notes_of(tmp_path / "notes", *codes, cleared=cleared)
-    code, lines = verdict(notes, tmp_path, status, signal_number)
+    code, lines = verdict(notes, tmp_path, tmp_path / "none.log", status, signal_number)
     assert code == expected
     assert says in "".join(lines[:1]) and bool(lines) == bool(says)
 
 
 def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
     notes = notes_of(tmp_path / "notes", 1, 1, late=(0,))
-    assert verdict(notes, tmp_path, 1, 0)[1][0].startswith("rank 1")
+    assert verdict(notes, tmp_path, tmp_path / "none.log", 1, 0)[1][0].startswith("rank 1")
 
 
 def test_the_way_to_this_host_is_one_of_its_interfaces() -> None:
