@@ -158,7 +158,7 @@ class Device:
         if self.is_host:
             value = number.item()
             return lambda: value
-        copy = torch.empty(1, dtype=number.dtype, pin_memory=True)
+        copy = torch.empty(1, dtype=number.dtype, pin_memory=not self.is_simulated)
         copy.copy_(number, non_blocking=True)
         wait = getattr(self.mark(), "synchronize", self.synchronize)
         return lambda: (wait(), copy.item())[1]

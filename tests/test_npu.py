@@ -246,6 +246,18 @@ def test_two_ranks_in_low_precision(runs: dict[str, dict], folder: Path, name: s
     assert losses(folder, f"two {name}") == pytest.approx(losses(folder, name), rel=0.02)
 
 
+@pytest.mark.slow
+def test_two_ranks_skip_the_same_steps_on_a_chip_that_saturates(old_chip) -> None:
+    """One rank's overflow is in no gradient of the other: the flag itself is added over ranks."""
+    own, _ = old_chip
+    words = overflowing(own)["dynamic"]
+    words[words.index("--output_dir") + 1] = str(own / "two")
+    words += ["--per_device_train_batch_size", "4"]
+    two_ranks(words, SIMULATED_NPU_CHIP="910A")
+    assert results(own, "two")["train_skipped_updates"] > 0
+    assert losses(own, "two") == pytest.approx(losses(own, "dynamic"), rel=0.02)
+
+
 # The fused optimizer's buffer
 
 
