@@ -29,7 +29,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
         sys.exit(int(os.environ.get("STUB_STOP", 0)))
     signal.signal(number, stop)
 note("called.json", json.dumps({"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ)}))
-print("to stdout"); print("to stderr", file=sys.stderr)
+sys.stdout.write("to stdout\\n"); sys.stderr.write("to stderr\\n")
 if "STUB_ORPHAN" in os.environ:
     note("orphan", str(subprocess.Popen(["sleep", "60"]).pid))
 if "STUB_SLEEP" in os.environ:
