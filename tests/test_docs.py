@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -33,8 +34,18 @@ def test_measurements_are_what_the_files_hold(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == module.PAGES[name]()
 
 
+def test_the_tables_of_scaling_are_what_was_measured():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    found = json.loads((ROOT / "benchmarks" / "results" / "scaling-cpu-2-cores.json").read_text(encoding="utf-8"))
+    assert module.page(found) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
 def test_the_docs_are_complete():
-    pages = {"architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
+    pages = {"scaling", "architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
     assert pages <= {page.stem for page in PAGES}
     faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").lower()
     for subject in ("eight devices", "libgomp", "wnli", "hf_hub_offline", "mirror", "modelscope"):
