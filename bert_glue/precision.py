@@ -171,7 +171,11 @@ class Precision:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
-        return torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self.scale
+        norm = torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self.scale
+        if self._flag is not None:
+            # Gradients of two ranks, each in range, may have left it as they were added up: the same on all ranks.
+            self._flagged.add_(self._flag.read())
+        return norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
         """Unscale, clip, update, and copy masters to the model, unless a gradient is not finite.
