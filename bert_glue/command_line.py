@@ -22,7 +22,7 @@ from bert_glue.errors import UsageError
 from bert_glue.flag_values import convert, shown
 from bert_glue.help_text import help_text
 from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
-from bert_glue.recipes import recipe_file
+from bert_glue.recipes import recipe_file, without_effect_of
 
 _OWN_SWITCHES = ("help", "print_config", "version")
 
@@ -196,9 +196,10 @@ class _Settings:
         except UsageError as error:
             self._report(str(error), "recipe")
             self.reported.add("task_name")  # an unknown task is this same error
-        self.values = {**recipe.values, **chosen}
+        unused, notice = without_effect_of(recipe.values.keys(), chosen)
+        self.values = {**{name: value for name, value in recipe.values.items() if name not in unused}, **chosen}
         self.problems += recipe.problems
-        self.notices += recipe.notices
+        self.notices += recipe.notices + notice
         self.reported |= recipe.reported
 
     def _read_entry(self, entry: Entry) -> None:

@@ -1,6 +1,6 @@
-"""What a launcher asks of python: a task's published epochs, and the final lines of a finished run.
+"""What a launcher asks of python: whether task and recipe exist, and the final lines of a finished run.
 
-    python -m bert_glue.launch_results task MRPC --published 1p   -> "mrpc 5"
+    python -m bert_glue.launch_results task MRPC --recipe stable  -> "mrpc 5", epochs of bert-base-cased
     python -m bert_glue.launch_results baseline perf.json         -> exit code 2 if it is none
     python -m bert_glue.launch_results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json
 
@@ -19,17 +19,14 @@ from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_of
 from bert_glue.perf import compare, perf_of, read_baseline
+from bert_glue.recipes import recipe_file
 from bert_glue.tasks import TASKS, TRAINABLE
 
 SAMPLE_NOTE = "sample data, not GLUE"
 
 
-# Rows of a task's published runs: Ascend NPU on one and on eight devices, and Hugging Face's bert-base-cased.
-_PUBLISHED = {"1p": 1, "8p": 3, "base": 4}
-
-
-def published_epochs(name: str, which: str = "1p") -> tuple[str, int]:
-    """The canonical name of a task and the epochs of one of its published runs: 1p, 8p or base.
+def base_epochs(name: str) -> tuple[str, int]:
+    """The canonical name of a task and the epochs that Hugging Face published for bert-base-cased.
 
     Raises:
         UsageError: not a task with training data.
@@ -38,7 +35,7 @@ def published_epochs(name: str, which: str = "1p") -> tuple[str, int]:
         known = did_you_mean("task", name.lower(), list(TRAINABLE))
         raise UsageError(f"--TASK: {known if name else 'missing. Choices: ' + ', '.join(TRAINABLE)}")
     task = TASKS[name.lower()]
-    return task.name, task.published[_PUBLISHED[which]].epochs
+    return task.name, task.published[-1].epochs
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
@@ -157,7 +154,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     of_task = commands.add_parser("task")
     of_task.add_argument("name")
-    of_task.add_argument("--published", choices=tuple(_PUBLISHED), default="1p")
+    of_task.add_argument("--recipe", default="reference")
     of_report = commands.add_parser("report")
     of_report.add_argument("output_dir", type=Path)
     of_report.add_argument("--case", choices=("acc", "perf"), required=True)
@@ -167,7 +164,9 @@ def main(argv: list[str]) -> int:
 
     def answer() -> int:
         if arguments.command == "task":
-            print(*published_epochs(arguments.name, arguments.published))
+            answer = base_epochs(arguments.name)
+            recipe_file(arguments.recipe, answer[0])
+            print(*answer)
         elif arguments.command == "baseline":
             read_baseline(arguments.file)
         else:

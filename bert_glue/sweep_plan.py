@@ -15,7 +15,7 @@ from bert_glue.arguments import FLAGS
 from bert_glue.command_line import as_config, parse
 from bert_glue.config_file import CONFIG_SUFFIXES, read_config, value_text
 from bert_glue.errors import UsageError
-from bert_glue.launch_results import published_epochs
+from bert_glue.launch_results import base_epochs
 from bert_glue.recipes import recipe_file
 from bert_glue.sample import SAMPLE_RECIPE
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask
@@ -129,7 +129,7 @@ def tasks_of(text: str) -> list[GlueTask]:
     """
     names = list(TRAINABLE) if text == "all" else [part.strip() for part in text.split(",")]
     for name in names:
-        published_epochs(name)  # its error names the choices
+        base_epochs(name)  # its error names the choices
     return [TASKS[name] for name in dict.fromkeys(name.lower() for name in names)]
 
 

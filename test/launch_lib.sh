@@ -4,15 +4,17 @@
 #   NETWORK     folder in the repository's root, if it is there
 #   HUB_NAME    the same model on the hub
 #   CASE        acc (train and evaluate) or perf (train only)
-#   EPOCHS      default number of epochs; empty: the published one of the task
-#   RECIPE      flags of run_glue.py, as an array
+#   RECIPE      of configs/, unless --recipe names another
+#   CHANGES     flags that this launcher changes in RECIPE, as an array; another recipe is taken as it is
+#   FLAGS       flags of run_glue.py with any recipe, as an array
+#   EPOCHS      default number of epochs; base: those published for bert-base-cased; unset: the recipe's
 #   RANKS       default number of ranks on this host; unset: one process without torch's elastic launcher
-#   PUBLISHED   which published run gives the epochs: 1p (default), 8p or base
 #   TASK        default task, if there is one
 #   HOSTS       set where ranks may be on several hosts
 # and call `launch "$@"`.
 
-unset RANKS PUBLISHED TASK HOSTS # not those of the environment: a scheduler may have its own
+unset RANKS CHANGES TASK HOSTS # not those of the environment: a scheduler may have its own
+EPOCHS=""
 LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LIB")
 # shellcheck source=test/setup_python.sh
@@ -23,16 +25,20 @@ source "$LIB/env_npu.sh"
 source "$LIB/launch_ranks.sh"
 
 CHOICES=(--TASK --train_epochs --model --batch_size --device --data_path --output_dir --sample --help)
+ACC_CHOICES=(--recipe)
 PERF_CHOICES=(--baseline)
 
-perf_usage() {
-  [[ $CASE != perf ]] || cat <<TEXT
-  --baseline=FILE      perf.json of an earlier run; more than 5 % slower ends with exit code 9
-TEXT
+case_usage() {
+  if [[ $CASE == perf ]]; then
+    echo "  --baseline=FILE      perf.json of an earlier run; more than 5 % slower ends with exit code 9"
+  else
+    echo "  --recipe=NAME        stable: what we recommend; or a config file; default: $RECIPE, as published"
+  fi
 }
 
 usage() {
-  local devices="0, npu:1, cuda, cpu, ..."
+  local devices="0, npu:1, cuda, cpu, ..." epochs="the recipe's"
+  [[ -z $EPOCHS ]] || epochs=${EPOCHS/base/as published}
   [[ -z ${RANKS:-} ]] || devices="npu, cuda or cpu; each rank has its own"
   cat <<TEXT
 bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
@@ -41,11 +47,11 @@ bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
   --sample             generated sample data (not GLUE) and a tiny BERT, if no --model is given; no network
   --model=NAME         folder or hub name; default: ./$NETWORK, else $HUB_NAME
   --data_path=FOLDER   data on this machine; default: the hub's
-  --train_epochs=N     default: ${EPOCHS:-as published for the task}
-  --batch_size=N       samples per device; default: 32
+  --train_epochs=N     default: $epochs
+  --batch_size=N       samples per device; default: the recipe's, 32 as published
   --device=NAME        $devices; default: the best there is
   --output_dir=FOLDER  default: test/output/<task>/<ranks>p
-$(perf_usage; rank_usage)
+$(case_usage; rank_usage)
 Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed,
 8 a bound of --expect missed, 9 slower than the baseline, 130/143 signals.
 TEXT
@@ -115,26 +121,29 @@ check_settings() { # what can be known before an installation of minutes; run_gl
     (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results baseline "${SETTING[baseline]}") || exit $?
   fi
   answer=$(cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results task "${SETTING[TASK]:-${TASK:-}}" \
-    --published "${PUBLISHED:-1p}") || exit $?
-  read -r TASK PUBLISHED_EPOCHS <<<"$answer"
+    --recipe "${SETTING[recipe]:-$RECIPE}") || exit $?
+  read -r TASK BASE_EPOCHS <<<"$answer"
 }
 
 build_command() { # fills COMMAND and OUTPUT
-  local batch=${SETTING[batch_size]:-32} model=${SETTING[model]:-} epochs=${SETTING[train_epochs]:-}
+  local model=${SETTING[model]:-} epochs=${SETTING[train_epochs]:-} batch=${SETTING[batch_size]:-}
   OUTPUT=${SETTING[output_dir]:-$LIB/output/$TASK/$((NPROC * NNODES))p}
-  COMMAND=("$ROOT/run_glue.py" --task_name "$TASK" --output_dir "$OUTPUT" "${RECIPE[@]}"
-    --per_device_train_batch_size "$batch" --per_device_eval_batch_size "$batch")
+  COMMAND=("$ROOT/run_glue.py" --task_name "$TASK" --output_dir "$OUTPUT" "${FLAGS[@]}"
+    --recipe "${SETTING[recipe]:-$RECIPE}")
+  if [[ -z ${SETTING[recipe]:-} || ${SETTING[recipe]} == "$RECIPE" ]]; then
+    COMMAND+=(${CHANGES[@]+"${CHANGES[@]}"})
+    # Learning rate and epochs as published teach a tiny BERT nothing: run_glue.py has its own for --sample.
+    [[ -n $SAMPLE ]] || epochs=${epochs:-${EPOCHS/base/$BASE_EPOCHS}}
+  fi
   if [[ -n $SAMPLE ]]; then
-    # Learning rate and epochs of the published recipe teach a tiny BERT nothing: run_glue.py has its own.
     COMMAND+=(--sample)
   else
     if [[ -z $model && -d $ROOT/$NETWORK ]]; then model=$ROOT/$NETWORK; fi
     model=${model:-$HUB_NAME}
-    epochs=${epochs:-${EPOCHS:-$PUBLISHED_EPOCHS}}
-    COMMAND+=(--learning_rate 2e-5)
   fi
   [[ -z $model ]] || COMMAND+=(--model_name_or_path "$model")
   [[ -z $epochs ]] || COMMAND+=(--num_train_epochs "$epochs")
+  [[ -z $batch ]] || COMMAND+=(--per_device_train_batch_size "$batch" --per_device_eval_batch_size "$batch")
   [[ -z ${SETTING[device]:-} ]] || COMMAND+=(--device "${SETTING[device]}")
   [[ -z ${SETTING[data_path]:-} ]] || COMMAND+=(--data_path "${SETTING[data_path]}")
   COMMAND+=(${EXTRA[@]+"${EXTRA[@]}"})
@@ -211,7 +220,7 @@ prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
 launch() {
   [[ -z ${RANKS:-} ]] || CHOICES+=("${RANK_CHOICES[@]}")
   [[ -z ${HOSTS:-} ]] || CHOICES+=("${HOST_CHOICES[@]}")
-  [[ $CASE != perf ]] || CHOICES+=("${PERF_CHOICES[@]}")
+  if [[ $CASE == perf ]]; then CHOICES+=("${PERF_CHOICES[@]}"); else CHOICES+=("${ACC_CHOICES[@]}"); fi
   parse_flags "$@"
   check_settings
   local group_timeout

@@ -8,13 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_lib.sh"
 NETWORK=bert-base-cased
 HUB_NAME=google-bert/bert-base-cased
 CASE=acc
-EPOCHS=""
 RANKS=8
-PUBLISHED=base
-RECIPE=(
-  --do_train --do_eval --max_seq_length 128 --dataloader_drop_last
-  --fp16 --fp16_opt_level O1 --loss_scale 1024.0 --fallback_precision fp32
-  --optim adamw_apex_fused_npu --use_combine_grad --skip_steps 5
-  --save_strategy steps --save_steps 50000
-)
+EPOCHS=base
+RECIPE=reference_8p
+CHANGES=(--fp16_opt_level O1)
+FLAGS=(--do_train --do_eval --fallback_precision fp32)
 launch "$@"

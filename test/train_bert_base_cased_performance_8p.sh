@@ -10,10 +10,7 @@ HUB_NAME=google-bert/bert-base-cased
 CASE=perf
 EPOCHS=1
 RANKS=8
-RECIPE=(
-  --do_train --max_seq_length 128 --dataloader_drop_last
-  --fp16 --fp16_opt_level O1 --loss_scale 1024.0 --fallback_precision fp32
-  --optim adamw_apex_fused_npu --use_combine_grad --skip_steps 5
-  --save_strategy no
-)
+RECIPE=reference_8p
+CHANGES=(--fp16_opt_level O1 --save_strategy no)
+FLAGS=(--do_train --fallback_precision fp32)
 launch "$@"

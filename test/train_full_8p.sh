@@ -8,13 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_lib.sh"
 NETWORK=bert-large-cased
 HUB_NAME=google-bert/bert-large-cased
 CASE=acc
-EPOCHS=""
 RANKS=8
-PUBLISHED=8p
-RECIPE=(
-  --do_train --do_eval --max_seq_length 128 --dataloader_drop_last
-  --fp16 --fp16_opt_level O2 --loss_scale 1024.0 --fallback_precision fp32
-  --optim adamw_apex_fused_npu --use_combine_grad --skip_steps 5
-  --save_strategy steps --save_steps 50000
-)
+RECIPE=reference_8p
+FLAGS=(--do_train --do_eval --fallback_precision fp32)
 launch "$@"

@@ -9,10 +9,7 @@ NETWORK=bert-large-cased
 HUB_NAME=google-bert/bert-large-cased
 CASE=perf
 EPOCHS=1
-RECIPE=(
-  --do_train --max_seq_length 128 --dataloader_drop_last
-  --fp16 --fp16_opt_level O2 --loss_scale 1024.0 --fallback_precision fp32
-  --optim adamw_apex_fused_npu --use_combine_grad --skip_steps 5
-  --save_strategy no
-)
+RECIPE=reference
+CHANGES=(--skip_steps 5 --save_strategy no)
+FLAGS=(--do_train --fallback_precision fp32)
 launch "$@"

@@ -11,10 +11,7 @@ CASE=perf
 EPOCHS=80
 RANKS=8
 TASK=wnli
-RECIPE=(
-  --do_train --max_seq_length 128 --dataloader_drop_last
-  --fp16 --fp16_opt_level O2 --loss_scale 1024.0 --fallback_precision fp32
-  --optim adamw_apex_fused_npu --use_combine_grad --skip_steps 5
-  --save_strategy no
-)
+RECIPE=reference_8p
+CHANGES=(--save_strategy no)
+FLAGS=(--do_train --fallback_precision fp32)
 launch "$@"

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "launch_ranks", "perf", "requirements_check")
+_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "launch_ranks", "perf", "requirements_check",
+                  "recipes", "config_file", "arguments", "flag_values")  # fmt: skip
 
 # Records how it was called, then does what STUB_* says.
 STUB_RUN_GLUE = """
@@ -113,6 +114,7 @@ def copy_repository(tmp_path: Path) -> Path:
     (root / "bert_glue").mkdir()
     for name in _PLAIN_MODULES:
         shutil.copy(REPOSITORY / "bert_glue" / f"{name}.py", root / "bert_glue")
+    shutil.copytree(REPOSITORY / "configs", root / "configs")
     for file in REPOSITORY.glob("requirements*.txt"):
         shutil.copy(file, root)
     (root / "run_glue.py").write_text(STUB_RUN_GLUE, encoding="utf-8")
