@@ -10,7 +10,11 @@ from bert_glue.errors import BaselineError, UsageError
 
 # A run may be slower than its baseline by this share: the same run twice differs by less on a quiet machine.
 TOLERANCE = 0.05
-_FORMAT = 1
+FORMAT = 1
+SETUP = (
+    "task_name", "sample_data", "device_name", "world_size", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "global_batch_size", "max_seq_length", "precision", "batches",
+)  # fmt: skip
 _FIGURES = {
     "samples_per_second": "train_samples_per_second",
     "real_tokens_per_second": "train_real_tokens_per_second",
@@ -35,7 +39,7 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
         rank with most) and `seconds` of each phase. A figure that was not measured is null, with
         `reasons`.
     """
-    perf: dict[str, Any] = {"format": _FORMAT, "setup": _setup(results)}
+    perf: dict[str, Any] = {"format": FORMAT, "setup": setup_of(results)}
     perf |= {name: results.get(key) for name, key in _FIGURES.items()}
     perf["step_ms"] = {part: results.get(f"train_step_ms_{part}") for part in ("median", "p10", "p90")}
     perf["seconds"] = _seconds(results["seconds"])
@@ -47,13 +51,9 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
     return perf
 
 
-def _setup(results: dict[str, Any]) -> dict[str, Any]:
+def setup_of(results: dict[str, Any]) -> dict[str, Any]:
     """What decides about speed; of a model its name, wherever it lies."""
-    kept = (
-        "task_name", "sample_data", "device_name", "world_size", "per_device_train_batch_size",
-        "gradient_accumulation_steps", "global_batch_size", "max_seq_length", "precision", "batches",
-    )  # fmt: skip
-    setup = {name: results[name] for name in kept}
+    setup = {name: results[name] for name in SETUP}
     setup["model"] = PurePath(results["model_name_or_path"] or "unnamed").name
     setup["device"] = results["device"].partition(":")[0]
     return setup
@@ -76,7 +76,7 @@ def read_baseline(file: Path) -> dict[str, Any]:
         perf = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--baseline {file}: cannot be read ({error})") from error
-    if not isinstance(perf, dict) or perf.get("format") != _FORMAT or not isinstance(perf.get("setup"), dict):
+    if not isinstance(perf, dict) or perf.get("format") != FORMAT or not isinstance(perf.get("setup"), dict):
         raise UsageError(f"--baseline {file}: not a perf.json of this program")
     if not isinstance(perf.get("samples_per_second"), int | float):
         raise UsageError(f"--baseline {file}: it holds no samples/s")

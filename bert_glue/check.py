@@ -1,0 +1,181 @@
+"""`bert-glue check RUN...`: finished runs held against a baseline, or a new baseline made of them.
+
+    bert-glue check OUTPUT                        against configs/baselines/<device>.json
+    bert-glue check OUTPUT --baseline FILE        against a file, which may be an earlier run's perf.json
+    bert-glue check OUTPUT... --write FILE        make FILE of these runs, or add them to it
+
+Scores are compared where data, model, samples per step, rate and epochs are those of the baseline, speeds where
+device and batches are. Runs that differ in nothing but their seed are compared by their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bert_glue.baseline import (
+    DECIDES_SCORES,
+    DECIDES_SPEED,
+    FOLDER,
+    Group,
+    entry_of,
+    group_runs,
+    read_entries,
+    write_entries,
+)
+from bert_glue.errors import BaselineError, ExpectationError, UsageError, exit_code_of
+from bert_glue.perf import TOLERANCE
+
+# Below its mean by more than two errors a score is called missed: one sound run in forty would be.
+_ERRORS = 2.0
+
+
+class Row(NamedTuple):
+    """One line of the table; `verdict` is ok, MISSED, SLOW or a reason why it was not compared."""
+
+    task: str
+    figure: str
+    value: str
+    wanted: str
+    verdict: str
+
+
+def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
+    """Rows of one group: its scores and its speed beside those of the nearest entry of its task."""
+    task = group.setup["task_name"]
+    of_task = [entry for entry in entries if entry["setup"].get("task_name") == task]
+    if not of_task:
+        return [Row(task, "-", "-", "-", "not compared: the baseline has no such task")]
+    rows = []
+    if scored := [entry for entry in of_task if entry.get("metrics")]:
+        nearest, differences = _nearest(scored, group.setup, DECIDES_SCORES)
+        rows += [_score_row(group, key, band, differences) for key, band in nearest["metrics"].items()]
+    if timed := [entry for entry in of_task if entry.get("samples_per_second") is not None]:
+        nearest, differences = _nearest(timed, group.setup, DECIDES_SPEED)
+        rows.append(_speed_row(group, nearest["samples_per_second"], differences))
+    return rows
+
+
+def _nearest(entries: list[dict[str, Any]], setup: dict[str, Any], names: tuple[str, ...]) -> tuple[dict, list[str]]:
+    """The entry that differs least in `names`, and in what it does."""
+    found = [(_differences(entry, setup, names), entry) for entry in entries]
+    differences, nearest = min(found, key=lambda pair: len(pair[0]))
+    return nearest, differences
+
+
+def _differences(entry: dict[str, Any], setup: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """What of `names` the entry has otherwise; what it leaves out decides nothing."""
+    known = entry["setup"]
+    other = [name for name in names if name in known and not _same(known[name], setup.get(name))]
+    return [f"{name} {known[name]!r}, here {setup.get(name)!r}" for name in other]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float):
+        return abs(one - other) <= 1e-3 * abs(one)
+    return one == other
+
+
+def _score_row(group: Group, key: str, band: dict[str, Any], differences: list[str]) -> Row:
+    task, least, value = group.setup["task_name"], band["mean"] - _ERRORS * band["error"], group.mean(f"eval_{key}")
+    wanted = f"{band['mean']:.4f} +- {band['error']:.4f}, at least {least:.4f}"
+    if value is None:
+        return Row(task, key, "null", wanted, "not compared: a run has no such score")
+    if differences:
+        return Row(task, key, _of(value, group), wanted, f"not compared: {'; '.join(differences)}")
+    return Row(task, key, _of(value, group), wanted, "ok" if value >= least else "MISSED")
+
+
+def _of(value: float, group: Group, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" + (f" (mean of {len(group.runs)})" if len(group.runs) > 1 else "")
+
+
+def _speed_row(group: Group, speed: float, differences: list[str]) -> Row:
+    task, least, value = group.setup["task_name"], (1.0 - TOLERANCE) * speed, group.mean("train_samples_per_second")
+    wanted = f"{speed:.1f}, at least {least:.1f}"
+    if value is None:
+        reason = group.runs[0].get("train_samples_per_second_reason") or "not measured"
+        return Row(task, "samples/s", "null", wanted, f"not compared: {reason}")
+    if differences:
+        return Row(task, "samples/s", _of(value, group, 1), wanted, f"not compared: {'; '.join(differences)}")
+    return Row(task, "samples/s", _of(value, group, 1), wanted, "ok" if value >= least else "SLOW")
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Rows under their names, in columns."""
+    every = [Row("task", "figure", "run", "baseline", ""), *rows]
+    widths = [max(len(row[column]) for row in every) for column in range(4)]
+    padded = (zip(row[:4], widths, strict=True) for row in every)
+    lines = ["  ".join(text.ljust(width) for text, width in cells) for cells in padded]
+    return [f"{line}  {row.verdict}".rstrip() for line, row in zip(lines, every, strict=True)]
+
+
+def verdict(rows: list[Row]) -> None:
+    """Raise what the rows come to.
+
+    Raises:
+        ExpectationError: a score was missed, whatever the speeds are.
+        BaselineError: a speed was.
+        UsageError: nothing could be compared.
+    """
+    bad = [row for row in rows if row.verdict in ("MISSED", "SLOW")]
+    lines = [f"{row.task}: {row.figure} is {row.value}, the baseline {row.wanted}" for row in bad]
+    if any(row.verdict == "MISSED" for row in bad):
+        raise ExpectationError("\n".join(lines))
+    if bad:
+        raise BaselineError("\n".join(lines))
+    if not any(row.verdict == "ok" for row in rows):
+        raise UsageError("nothing could be compared: give --baseline the file of such runs, or make one with --write")
+
+
+def default_file(groups: list[Group]) -> Path:
+    """`configs/baselines/<device>.json` of the runs' device.
+
+    Raises:
+        UsageError: the runs are of several devices, or there is none for theirs.
+    """
+    devices = sorted({group.setup["device"] for group in groups})
+    known = sorted(path.stem for path in FOLDER.glob("*.json"))
+    if len(devices) > 1 or devices[0] not in known:
+        raise UsageError(
+            f"--baseline is needed: there is one for {', '.join(known)}, the runs are of {', '.join(devices)}"
+        )
+    return FOLDER / f"{devices[0]}.json"
+
+
+def _run(options: argparse.Namespace) -> int:
+    groups = group_runs(options.runs)
+    if options.write:
+        source = options.source or f"measured on {', '.join(sorted({g.setup['device_name'] for g in groups}))}"
+        print(*write_entries(options.write, [entry_of(g, not options.scores_only, source) for g in groups]), sep="\n")
+        return 0
+    file = options.baseline or default_file(groups)
+    entries = read_entries(file)
+    rows = [row for group in groups for row in check(group, entries)]
+    print(f"baseline: {file}", *table(rows), sep="\n", flush=True)
+    verdict(rows)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 usage, 4 no run there, 6 not written, 8 a score missed, 9 slower by more than 5 %."""
+    parser = argparse.ArgumentParser(prog="bert-glue check", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, or of a suite of runs")
+    add("--baseline", type=Path, metavar="FILE", help="default: configs/baselines/<device>.json")
+    add("--write", type=Path, metavar="FILE", help="make a baseline of the runs instead, or add them to it")
+    add("--scores_only", action="store_true", help="with --write: no samples/s, as on a machine that was not quiet")
+    add("--source", help="with --write: a note on where the figures come from; default: the device's name")
+    options = parser.parse_args(argv)
+    if options.write and options.baseline:
+        parser.error("--write and --baseline: give one")
+    missing = [str(folder) for folder in options.runs if not folder.is_dir()]
+    if missing:
+        parser.error(f"{', '.join(missing)}: no such folder")
+    return exit_code_of(lambda: _run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
