@@ -33,6 +33,8 @@ COMMANDS = {
     "predict": Command("bert_glue.predict", "label a file or a stream"),
     "sweep": Command("bert_glue.sweep", "tasks x seeds, a run per device"),
     "submit": Command("bert_glue.submission", "the leaderboard's archive from finished runs"),
+    "soup": Command("bert_glue.soup", "one model with the mean of several runs' weights"),
+    "check": Command("bert_glue.check", "finished runs against a baseline, or a new baseline of them"),
     "report": Command("bert_glue.report", "report.html of a run, or of many"),
     "export": Command("bert_glue.export", "ONNX, and the command for an Ascend OM model"),
     "doctor": Command("bert_glue.doctor", "what this machine can run, and what to fix"),

@@ -34,12 +34,28 @@ class Labeller:
     Args:
         task: as it was trained; `columns` are this input's, in the order the model reads them.
         limit: tokens a row is cut to.
+        others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
     """
 
     task: GlueTask
     model: LoadedModel
     evaluator: Evaluator
     limit: int
+    others: tuple[Labeller, ...] = ()
+
+    def answers(self, table: Table) -> np.ndarray:
+        """Probabilities `[rows, labels]`, or scores `[rows, 1]`, of this model alone, float64.
+
+        Raises:
+            DataError: a text is missing or is no text (file:line).
+            DivergedError: the model's outputs are not finite.
+        """
+        texts = table.renamed({name: name for name in self.task.columns})
+        tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit)
+        logits = self.evaluator.logits(TokenSplit("input", tokens, None))
+        if not np.isfinite(logits).all():
+            raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
+        return logits.astype(np.float64) if self.task.is_regression else softmax(logits)
 
     def label(self, table: Table) -> Columns:
         """The table's columns, then the model's.
@@ -48,24 +64,19 @@ class Labeller:
             DataError: a text is missing or is no text (file:line), or a column of ours is there already.
             DivergedError: the model's outputs are not finite.
         """
-        texts = table.renamed({name: name for name in self.task.columns})
-        tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit)
-        logits = self.evaluator.logits(TokenSplit("input", tokens, None))
-        own = _own_columns(self.task, logits)
+        own = _own_columns(self.task, np.mean([one.answers(table) for one in (self, *self.others)], axis=0))
         if taken := [name for name in own if name in table.columns]:
             raise DataError(f"{table.origin}: the input has a column {taken[0]!r} already; rename it")
         return {**table.columns, **own}
 
 
-def _own_columns(task: GlueTask, logits: np.ndarray) -> Columns:
-    """Predictions and probabilities of `[rows, labels]` logits."""
-    if not np.isfinite(logits).all():
-        raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
+def _own_columns(task: GlueTask, answers: np.ndarray) -> Columns:
+    """Predictions and probabilities of `[rows, labels]` probabilities, or of `[rows, 1]` scores."""
     if task.is_regression:
         low, high = task.score_range or (-np.inf, np.inf)
-        return {"prediction": np.clip(logits[:, 0].astype(np.float64), low, high).round(6).tolist()}
-    shares = softmax(logits).round(6)
-    labels = [task.labels[at] for at in logits.argmax(1)]
+        return {"prediction": np.clip(answers[:, 0], low, high).round(6).tolist()}
+    shares = answers.round(6)
+    labels = [task.labels[at] for at in answers.argmax(1)]
     return {
         "prediction": labels,
         **{f"probability_{name}": shares[:, at].tolist() for at, name in enumerate(task.labels)},

@@ -1,8 +1,9 @@
 """Labels a file or a stream with a fine-tuned model: `python -m bert_glue.predict --model RUN --input FILE`.
 
-Rows are read, tokenized, run packed and written in chunks, so memory does not grow with the file. The
-output has all columns of the input, then `prediction` and, for classes, `probability_<label>`, rounded to
-6 decimals. A command that was killed goes on where it was when it is given again.
+Several models are an ensemble: the mean of their probabilities (of their scores) answers. Rows are read,
+tokenized, run packed and written in chunks, so memory does not grow with the file. The output has all columns
+of the input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. A command that
+was killed goes on where it was when it is given again.
 """
 
 from __future__ import annotations
@@ -61,22 +62,28 @@ def run(options: argparse.Namespace) -> int:
     input_kind, output_kind = _kind(options, "input"), _kind(options, "output")
     log = sys.stderr if options.output == STANDARD else sys.stdout
     args = Arguments(
-        model_name_or_path=options.model, device=options.device, bf16=options.bf16, fp16=options.fp16,
+        model_name_or_path=options.model[0], device=options.device, bf16=options.bf16, fp16=options.fp16,
         per_device_eval_batch_size=options.per_device_eval_batch_size, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    folder = model_folder(options.model, args)
-    task, settings = task_of_model(folder)
-    length = options.max_seq_length or settings.get("max_seq_length") or args.max_seq_length
-    args = replace(args, max_seq_length=length)
+    folders = [model_folder(name, args) for name in options.model]
+    (task, settings), *others = (task_of_model(folder) for folder in folders)
+    for name, (other, _) in zip(options.model[1:], others, strict=True):
+        if other.labels != task.labels:
+            answers = [", ".join(t.labels) or "a score" for t in (other, task)]
+            raise UsageError(f"--model {name} answers {answers[0]}, --model {options.model[0]} {answers[1]}")
     chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
     task = replace(task, columns=columns_of(task, settings, options.text_columns, first))
-    labeller = build_labeller(args, task)
+    alone = []
+    for name, (_, own) in zip(options.model, [(task, settings), *others], strict=True):
+        length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
+        alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), task))
+    labeller = replace(alone[0], others=tuple(alone[1:]))
     output: ToFile | ToStandardOutput = (
         ToStandardOutput(output_kind)
         if options.output == STANDARD
-        else ToFile(options.output, output_kind, _identity(args, labeller, folder, output_kind), options.overwrite)
+        else ToFile(options.output, output_kind, _identity(args, labeller, folders, output_kind), options.overwrite)
     )
     try:
         _label_all(labeller, _from_first(first, tables), output, log)
@@ -115,16 +122,16 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
     )  # fmt: skip
 
 
-def _identity(args: Arguments, labeller: Labeller, folder: Path, kind: str) -> dict[str, Any]:
+def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:
     """All that decides the bytes of the output, by the names a user knows."""
     from bert_glue.checkpoint import file_hash
     from bert_glue.weights import weight_files
 
     return {
-        "model": [file_hash(path) for path in weight_files(folder, args.allow_pickle_weights)],
-        "tokenizer": labeller.model.tokenizer.fingerprint,
+        "model": [file_hash(path) for folder in folders for path in weight_files(folder, args.allow_pickle_weights)],
+        "tokenizer": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
         "--text_columns": list(labeller.task.columns),
-        "--max_seq_length": labeller.limit,
+        "--max_seq_length": [one.limit for one in (labeller, *labeller.others)],
         "--per_device_eval_batch_size": args.per_device_eval_batch_size,
         "precision": labeller.evaluator.precision.plan.name,
         "device": labeller.evaluator.ranks.device.kind,
@@ -150,7 +157,8 @@ def _kind(options: argparse.Namespace, part: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bert_glue.predict", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="output folder of a run, a checkpoint, or a hub name")
+    add("--model", required=True, nargs="+", action="extend", metavar="NAME",
+        help="output folder of a run, checkpoint, or hub name; several: the mean of their probabilities")  # fmt: skip
     add("--input", required=True, type=Path, help=f"{', '.join(STREAMED)}; - is standard input")
     add("--output", required=True, type=Path, help="likewise; - is standard output")
     add("--input_format", choices=STREAMED, help="default: by the extension, jsonl for -")

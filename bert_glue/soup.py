@@ -1,0 +1,139 @@
+"""`bert-glue soup RUN RUN... --output_dir FOLDER`: one model with the mean of several runs' weights.
+
+For runs from the same pre-trained weights that differ in their seed or settings (Wortsman et al. 2022, arXiv
+2203.05482, the uniform soup). It costs at inference what one model costs, unlike an ensemble (`bert-glue predict
+--model RUN RUN...`). Runs whose heads started at different random weights may not lie in one basin: score the soup
+before it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import MachineError, UsageError, exit_code_of
+
+# What of a config.json says nothing about the function.
+_NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+
+
+def check_alike(folders: list[Path]) -> dict[str, Any]:
+    """Hold the runs together.
+
+    Returns:
+        config.json of the first one.
+
+    Raises:
+        UsageError: two are the same weights, or differ in more than their weights; the first difference is named.
+        MachineError: one is no folder of a model.
+    """
+    from bert_glue.checkpoint import file_hash
+    from bert_glue.model_folder import read_config
+    from bert_glue.text_tokens import TextTokenizer
+    from bert_glue.weights import weight_files
+
+    found: dict[Path, dict[str, Any]] = {}
+    hashes: dict[tuple[str, ...], Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise MachineError(f"{folder}: no such folder")
+        config = {name: value for name, value in read_config(folder).items() if name not in _NAMES}
+        if not config.get("id2label"):
+            raise MachineError(f"{folder}: not a fine-tuned classifier")
+        weights = tuple(map(file_hash, weight_files(folder, False)))
+        if weights in hashes:
+            raise UsageError(f"{folder} has the same weights as {hashes[weights]}")
+        hashes[weights] = folder
+        pretrained = {"pre-trained weights (run.json)": _start(folder)}
+        tokenizer = {"tokenizer": TextTokenizer(folder, True, False).fingerprint}
+        found[folder] = config | pretrained | tokenizer
+    first = folders[0]
+    for folder, facts in found.items():
+        for name in sorted(found[first].keys() | facts.keys()):
+            if (then := found[first].get(name)) != (now := facts.get(name)):
+                short = f": {then!r} and {now!r}" if len(f"{then}{now}") < 100 else ""
+                raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights have no mean")
+    return read_config(first)
+
+
+def _start(folder: Path) -> Any:
+    """Hashes of the weights that a run started from; None where it does not say."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def mean_weights(folders: list[Path]) -> dict[str, Any]:
+    """The mean of the runs' weights, computed in fp64, one run in memory beside it.
+
+    Raises:
+        UsageError: names or shapes differ.
+    """
+    from bert_glue.weights import read_tensors, weight_files
+
+    total: dict[str, Any] = {}
+    kinds = {}
+    for folder in folders:
+        tensors = read_tensors(weight_files(folder, False))
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if kinds and shapes != kinds:
+            other = sorted(name for name in shapes.keys() | kinds.keys() if shapes.get(name) != kinds.get(name))
+            raise UsageError(f"{folders[0]} and {folder} differ in names, shapes or types of weights: {other[0]}")
+        kinds = shapes
+        for name, tensor in tensors.items():
+            total[name] = tensor.double() + total[name] if name in total else tensor.double()
+    return {name: (tensor / len(folders)).to(kinds[name][1]).contiguous() for name, tensor in total.items()}
+
+
+def cook(folders: list[Path], output_dir: Path) -> None:
+    """Write the model, its tokenizer and soup.json, which says of what it was made.
+
+    Raises:
+        UsageError: see `check_alike`; or `output_dir` is one of the runs, or has a model already.
+        CheckpointError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from bert_glue import checkpoint
+    from bert_glue.text_tokens import TextTokenizer
+
+    if (output_dir / "config.json").exists():
+        raise UsageError(f"--output_dir {output_dir}: there is a model already")
+    config = check_alike(folders)
+    tensors = mean_weights(folders)
+    made_of = [{"run": str(folder), "sha256": checkpoint.file_hash(folder / "model.safetensors")} for folder in folders]
+
+    def write(into: Path) -> None:
+        save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+        (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (into / "soup.json").write_text(json.dumps({"mean_of": made_of}, indent=2) + "\n", encoding="utf-8")
+        TextTokenizer(folders[0], True, False).save(into)
+
+    with checkpoint.plain_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace_files(output_dir, write)
+    print(f"{output_dir}: mean of {len(folders)} runs; not scored: bert-glue eval --model_name_or_path {output_dir}")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 usage or runs that do not match, 4 no model there, 5 weights not finite, 6 not written."""
+    parser = argparse.ArgumentParser(prog="bert-glue soup", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run or a checkpoint")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the new model")
+    options = parser.parse_args(argv)
+    if len(options.runs) < 2:
+        parser.error("give two runs or more")
+
+    def answer() -> int:
+        cook(options.runs, options.output_dir)
+        return 0
+
+    return exit_code_of(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
