@@ -5,13 +5,15 @@
 
 Each (task, run, seed) is a process of its own, its scores one line of `--rows`; ended by anything, the
 first command goes on with what is missing. `ours` is packed fp32 (O0), `ours_bf16_O2` its bf16 O2, `hf` the
-stock Trainer of hf_recipe.py with dynamic padding. Both draw their batches at random from their own
-generators, so seeds are pairs only by name; the interval of the difference is Student's t over those pairs.
+stock Trainer of hf_recipe.py with dynamic padding; other runs are `ours` with one technique. `hf` and `ours` draw
+their batches from generators of their own, so seeds are pairs only by name; the interval of the difference is
+Student's t over those pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -36,6 +38,14 @@ PLAN: dict[str, tuple[int, int | None]] = {
     "mnli": (60, 1000),
 }
 RUNS = {"ours": (), "ours_bf16_O2": ("--bf16", "--fp16_opt_level", "O2"), "hf": ()}
+# Beside `ours`, which they are held against: same seed, same first weights, same batches.
+TECHNIQUES = {
+    "layerwise_0.9": ("--layerwise_lr_decay", "0.9"),
+    "reinit_1": ("--reinit_layers", "1"),
+    "ema_0.98": ("--ema_decay", "0.98"),
+    "rdrop_1": ("--rdrop_alpha", "1"),
+    "fgm_0.5": ("--fgm_epsilon", "0.5"),
+}
 
 
 def command(args: argparse.Namespace, task: str, run: str, seed: int, out: Path) -> list[str]:
@@ -54,7 +64,7 @@ def command(args: argparse.Namespace, task: str, run: str, seed: int, out: Path)
         sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path", args.model, "--task_name", task, *shared,
         "--do_train", "--do_eval", "--max_steps", str(steps), "--per_device_train_batch_size", "32",
         "--per_device_eval_batch_size", "32", "--save_strategy", "no", "--use_cpu", "--output_dir", str(out),
-        *RUNS[run],
+        *{**RUNS, **TECHNIQUES}[run],
     ]  # fmt: skip
 
 
@@ -124,6 +134,24 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def technique_table(rows: list[dict]) -> str:
+    """Markdown: per task, metric and technique the scores (x100) with and without it, over common seeds."""
+    lines = ["| task | metric | technique | seeds | plain | with it | difference, points |", "|" + "---|" * 7]
+    for task, run in itertools.product(PLAN, TECHNIQUES):
+        found = {
+            name: {row["seed"]: row for row in rows if (row["task"], row["run"]) == (task, name)}
+            for name in ("ours", run)
+        }
+        seeds = sorted(found["ours"].keys() & found[run].keys())
+        for metric in found[run][seeds[0]]["scores"] if seeds else ():
+            plain, tried = ({n: found[name][n]["scores"][metric] or 0.0 for n in seeds} for name in ("ours", run))
+            lines.append(
+                f"| {task} | {metric} | {run} | {len(seeds)} | {_cell(list(plain.values()))} "
+                f"| {_cell(list(tried.values()))} | {difference(tried, plain)} |"
+            )
+    return "\n".join(lines)
+
+
 def _cell(values: list[float]) -> str:
     if not values:
         return "-"
@@ -137,7 +165,7 @@ def main() -> int:
     parser.add_argument("--model", help="folder of a BERT-family model")
     parser.add_argument("--data_path", help="as for run_glue.py")
     parser.add_argument("--tasks", default=",".join(PLAN))
-    parser.add_argument("--runs", default="ours,hf", help=f"some of {', '.join(RUNS)}")
+    parser.add_argument("--runs", default="ours,hf", help=f"some of {', '.join([*RUNS, *TECHNIQUES])}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--warmup_steps", type=float, default=0.0, help="below 1: share of all steps")
@@ -146,7 +174,8 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of --rows and end")
     args = parser.parse_args()
     if args.table:
-        print(table(read_rows(args.rows)))
+        rows = read_rows(args.rows)
+        print(technique_table(rows) if any(row["run"] in TECHNIQUES for row in rows) else table(rows))
         return 0
     if not (args.model and args.data_path):
         parser.error("give --model and --data_path, or --table")

@@ -12,6 +12,7 @@ from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.expectations import read_expectations
 from bert_glue.flag_values import read_number, read_steps, shown
 from bert_glue.tasks import GlueTask, get_task, own_task
+from bert_glue.technique_checks import technique_problems, techniques_without_effect
 from bert_glue.weight_checks import trained_problems, upload_notices, upload_problems
 
 DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -22,7 +23,7 @@ _WORK = ("do_train", "do_eval", "do_predict")
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
-    checks += (_precision, _trackers, _profile, trained_problems, upload_problems)
+    checks += (technique_problems, _precision, _trackers, _profile, trained_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -57,6 +58,7 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
 
 def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
     """Precision flags that this run does not use, one line each."""
+    yield from techniques_without_effect(args)
     is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
     if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
         yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16: fp32 is trained"

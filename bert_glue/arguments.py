@@ -146,6 +146,11 @@ class TrainingArguments:
     )
     warmup_steps: float = flag(0.0, "optimizer steps; below 1: share of all steps", "[0, inf)")
     label_smoothing_factor: float = flag(0.0, "probability spread over the other classes", "[0, 1)")
+    layerwise_lr_decay: float = flag(1.0, "factor of the learning rate from each layer to the one below", "(0, 1]")
+    reinit_layers: int = flag(0, "top layers that start anew, with BERT's pooler", "[0, inf)")
+    ema_decay: float = flag(0.0, "of the averaged weights that are evaluated and saved; 0: no average", "[0, 1)")
+    rdrop_alpha: float = flag(0.0, "weight of what two dropout passes differ by (R-Drop)", "[0, inf)")
+    fgm_epsilon: float = flag(0.0, "L2 norm of an adversarial move of each row's word embeddings (FGM)", "[0, inf)")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, about 1.3x the time")
     optim: str = flag(
         "adamw_torch_fused",

@@ -7,7 +7,8 @@ the reference's `--use_combine_grad`, for every optimizer that works element by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from bert_glue.linear import Linear
 _ALIGNED = 64
 _UNDECAYED = ("bias", "norm.weight", "LayerNorm.weight", "layer_norm.weight")
 
+# Factor of the learning rate by parameter name; None: 1 for all.
+Rates = Mapping[str, float] | None
+
 
 @dataclass
 class NamedGroup:
@@ -27,11 +31,13 @@ class NamedGroup:
         names: of the parameters.
         parameters: themselves.
         is_decayed: whether weight decay applies.
+        rate: factor of the learning rate.
     """
 
     names: list[str]
     parameters: list[nn.Parameter]
     is_decayed: bool
+    rate: float = field(default=1.0, kw_only=True)
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -62,13 +68,17 @@ def is_decayed(name: str) -> bool:
     return not name.lower().endswith(tuple(ending.lower() for ending in _UNDECAYED))
 
 
-def named_groups(module: nn.Module) -> list[NamedGroup]:
-    """A module's trainable parameters, the decayed ones first; one used under two names comes once."""
-    groups: dict[tuple[bool, torch.dtype], NamedGroup] = {}
+def named_groups(module: nn.Module, rates: Rates = None) -> list[NamedGroup]:
+    """A module's trainable parameters, the decayed ones first; one used under two names comes once.
+
+    Args:
+        rates: factor of the learning rate by parameter name; None: 1 for all.
+    """
+    groups: dict[tuple[bool, torch.dtype, float], NamedGroup] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            decayed = is_decayed(name)
-            group = groups.setdefault((decayed, parameter.dtype), NamedGroup([], [], decayed))
+            decayed, rate = is_decayed(name), rates[name] if rates else 1.0
+            group = groups.setdefault((decayed, parameter.dtype, rate), NamedGroup([], [], decayed, rate=rate))
             group.names.append(name)
             group.parameters.append(parameter)
     return sorted(groups.values(), key=lambda group: not group.is_decayed)
@@ -98,7 +108,9 @@ def side_by_side(buffers: list[torch.Tensor], is_joint: bool = True) -> tuple[li
     return [found[at] for at in range(len(buffers))], joint
 
 
-def flatten(module: nn.Module, is_joint: bool = True) -> tuple[list[FlatGroup], list[torch.Tensor]]:
+def flatten(
+    module: nn.Module, is_joint: bool = True, rates: Rates = None
+) -> tuple[list[FlatGroup], list[torch.Tensor]]:
     """Move a module's trainable parameters into flat buffers, in place, and give them gradient views.
 
     All must be on one device; parameters of another dtype (BatchNorm at O2) are groups of their own.
@@ -106,11 +118,11 @@ def flatten(module: nn.Module, is_joint: bool = True) -> tuple[list[FlatGroup], 
     Returns:
         The groups; and the allocations of their gradients, see `side_by_side`.
     """
-    flat, groups = [], named_groups(module)
+    flat, groups = [], named_groups(module, rates)
     buffers = [torch.cat([p.data.flatten() for p in group.parameters]) for group in groups]
     grads, allocations = side_by_side(buffers, is_joint)
     for group, data, grad in zip(groups, buffers, grads, strict=True):
-        flat.append(FlatGroup(group.names, group.parameters, group.is_decayed, data, grad))
+        flat.append(FlatGroup(group.names, group.parameters, group.is_decayed, data, grad, rate=group.rate))
         data_views, grad_views = flat[-1].views(data), flat[-1].views(grad)
         for name, parameter in zip(group.names, group.parameters, strict=True):
             parameter.data, parameter.grad = data_views[name], grad_views[name]

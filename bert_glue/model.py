@@ -19,8 +19,9 @@ from torch import nn
 
 from bert_glue.adapters import Adapter, choose_trained, plain_names
 from bert_glue.arguments import Arguments
-from bert_glue.errors import MachineError
-from bert_glue.families import FAMILIES, why_not_packed
+from bert_glue.errors import MachineError, UsageError
+from bert_glue.families import FAMILIES, weight_names, why_not_packed
+from bert_glue.layerwise import reinitialise
 from bert_glue.model_folder import first_line, model_folder, read_config
 from bert_glue.packed import EncoderShape, PackedClassifier
 from bert_glue.tasks import GlueTask
@@ -167,7 +168,7 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     for flag, key in zip(flags, family.dropout_keys if family else flags, strict=True):
         if getattr(args, flag) is not None:
             config[key] = getattr(args, flag)
-    stored_labels = _stored_labels(config)
+    stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
     config = _with_labels(config, task)
     reason = why_not_packed(config)
     if reason is None and args.padding not in ("auto", "packed"):
@@ -176,11 +177,13 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
         raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
     tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
     can_pack = why_not_packed(config) is None
-    packed, notes = _packed(folder, config, args, stored_labels, task) if can_pack else (None, [])
+    if args.reinit_layers and not can_pack:
+        raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
+    packed, notes = _packed(folder, config, args, stored_labels, task, earlier) if can_pack else (None, [])
     files = weight_files(folder, args.allow_pickle_weights)
     if reason is None:
         return LoadedModel(packed, tokenizer, config, True, notes=notes, files=files)
-    module, stock_notes = _stock(folder, config, args, stored_labels, task)
+    module, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
     if packed is not None:
         # A padded run for comparison starts from the packed run's weights, a fresh head included.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
@@ -188,7 +191,7 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
 
 
 def _packed(
-    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
 ) -> tuple[PackedClassifier, list[str]]:
     """Our own module with a checkpoint's weights, and notes; fixes the architecture in `config`."""
     family = FAMILIES[config["model_type"]]
@@ -198,12 +201,28 @@ def _packed(
     except KeyError as error:
         raise MachineError(f"{folder / 'config.json'} has no {error}") from error
     module = PackedClassifier(shape, args.gradient_checkpointing)
-    initialise(module, config.get("initializer_range", 0.02))
+    deviation = config.get("initializer_range", 0.02)
+    initialise(module, deviation)
     tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
+    if earlier:
+        for name in ("head_output.weight", "head_output.bias"):
+            tensors.pop(weight_names(family, shape)[name], None)
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
-    if fresh:
-        return module, [_FRESH + ", ".join(fresh)]
-    return module, _reorder_head(module.head_output, stored_labels, task)
+    notes = [_FRESH + ", ".join(fresh) + _of(earlier)] if fresh else []
+    notes = notes or _reorder_head(module.head_output, stored_labels, task)
+    if args.reinit_layers:
+        notes.append(reinitialise(module, args.reinit_layers, deviation))
+    return module, notes
+
+
+def _earlier_task(config: dict, args: Arguments, task: GlueTask) -> str:
+    """The other task that a checkpoint to be trained on was fine-tuned for, "" if none: its head is of no use."""
+    earlier = str(config.get("finetuning_task") or "").lower()
+    return earlier if args.do_train and earlier != task.name else ""
+
+
+def _of(earlier: str) -> str:
+    return f" (the checkpoint's head is for {earlier})" if earlier else ""
 
 
 def _stored_labels(config: dict) -> list[str]:
@@ -238,7 +257,7 @@ def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[st
 
 
 def _stock(
-    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
 ) -> tuple[PaddedClassifier, list[str]]:
     """transformers' own module, for padded runs and for encoders that cannot be packed; and notes."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -251,7 +270,7 @@ def _stock(
             output_loading_info=True,
             config=settings,
             trust_remote_code=args.trust_remote_code,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes or bool(earlier),
             use_safetensors=None if args.allow_pickle_weights else True,
             dtype=torch.float32,
         )
@@ -264,7 +283,10 @@ def _stock(
     encoder = [name for name in fresh if name.startswith(f"{stock.base_model_prefix}.") and "pooler" not in name]
     if encoder:
         raise MachineError(f"the weights do not fit config.json: {', '.join(encoder[:5])} missing or of another shape")
-    if fresh:
-        return PaddedClassifier(stock), [_FRESH + ", ".join(fresh)]
     heads = [part for part in stock.modules() if isinstance(part, nn.Linear) and part.out_features == task.num_labels]
+    if earlier and not fresh and heads:
+        initialise(heads[-1], config.get("initializer_range", 0.02))
+        fresh = [name for name, part in stock.named_modules() if part is heads[-1]]
+    if fresh:
+        return PaddedClassifier(stock), [_FRESH + ", ".join(fresh) + _of(earlier)]
     return PaddedClassifier(stock), _reorder_head(heads[-1], stored_labels, task) if heads else []

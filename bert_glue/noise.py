@@ -22,10 +22,12 @@ class Noise:
     Args:
         seed: run seed, >= 0.
         rank: rank of this process, >= 0; ranks draw different masks.
+        branch: of several forward passes over one batch, >= 0; they draw different masks.
     """
 
-    def __init__(self, seed: int, rank: int = 0):
+    def __init__(self, seed: int, rank: int = 0, branch: int = 0):
         self.seed, self.rank, self.step = seed, rank, 0
+        self._branch = [branch] if branch else []
 
     def begin(self, step: int) -> None:
         """Say which forward of the run comes next (micro-batches counted from 0)."""
@@ -39,7 +41,7 @@ class Noise:
             site: address of the dropout within the model.
         """
         count = int(np.prod(shape))
-        bits = np.random.SFC64([self.seed, self.rank, self.step, site]).random_raw(-(-count // 4))
+        bits = np.random.SFC64([self.seed, self.rank, self.step, site, *self._branch]).random_raw(-(-count // 4))
         draws = torch.from_numpy(bits.view(np.int16))[:count]
         # The last level stays: int16 cannot hold one threshold more.
         return (draws >= min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2).view(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bert_glue.errors import DivergedError
-from bert_glue.flat import FlatGroup, flatten, side_by_side
+from bert_glue.flat import FlatGroup, Rates, flatten, side_by_side
 from bert_glue.overflow import overflow_flag
 from bert_glue.precision_plan import PrecisionPlan
 
@@ -66,11 +66,14 @@ class Precision:
     Args:
         plan: what to do.
         module: on its device, in fp32; converted in place.
-        passes: forward passes of an optimizer step.
+        passes: backward passes of an optimizer step.
         is_joint: False where the optimizer moves its gradients' allocations, see `side_by_side`.
+        rates: factor of the learning rate by parameter name; None: 1 for all.
     """
 
-    def __init__(self, plan: PrecisionPlan, module: nn.Module, passes: int = 1, is_joint: bool = True):
+    def __init__(
+        self, plan: PrecisionPlan, module: nn.Module, passes: int = 1, is_joint: bool = True, rates: Rates = None
+    ):
         self.plan = plan
         has_masters = plan.level in ("O2", "O3")
         # Masters start from the weights as stored, not from what is left of them after the cast.
@@ -78,7 +81,7 @@ class Precision:
         if has_masters:
             convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.groups: list[FlatGroup]
-        self.groups, self._unsummed = flatten(module, is_joint or has_masters)
+        self.groups, self._unsummed = flatten(module, is_joint or has_masters, rates)
         device = self.groups[0].data.device
         self.is_dynamic = plan.loss_scale is None
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale

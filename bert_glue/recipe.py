@@ -5,6 +5,7 @@ Each step is one function below; `run` is their order and keeps the times.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,11 +109,12 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
             results |= train_results(run_of, plan)
     is_stopped = _is_stopped(ranks, log)
     analysis: dict = {}
+    averaged = run_of.averaged if run_of else nullcontext
     try:
-        with phase("evaluate"):
+        with averaged(), phase("evaluate"):
             if args.do_eval and not is_stopped:
                 results |= evaluate_splits(args, data, model, splits, evaluator, analysis)
-        with phase("predict"):
+        with averaged(), phase("predict"):
             if args.do_predict and not is_stopped:
                 results |= predict_splits(args, data, splits, evaluator, analysis)
     except EvaluationStopped:

@@ -160,15 +160,15 @@ class Meter:
         """`start` runs the clock again."""
         self._is_held = False
 
-    def count(self, batch: Batch) -> None:
-        """One forward and backward pass of this rank was given to the device."""
+    def count(self, batch: Batch, times: int = 1) -> None:
+        """One batch of this rank was given to the device, run forward and backward `times` times."""
         if self._began is None:
             return
         self.samples += batch.samples
         self.real_tokens += batch.real_tokens
         self.computed_tokens += batch.computed_tokens
         if self.shape is not None:
-            self.flops += self.passes * forward_flops(self.shape, batch.lengths, self.first_only_last)
+            self.flops += times * self.passes * forward_flops(self.shape, batch.lengths, self.first_only_last)
 
     def end_step(self) -> None:
         """One optimizer step is over."""

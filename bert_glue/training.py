@@ -6,25 +6,15 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from bert_glue.batching import Batch, ahead, rank_share
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation import EvaluationStopped
-from bert_glue.noise import Noise
+from bert_glue.objectives import Objective
 from bert_glue.optim import schedule
 from bert_glue.ranks import StepSum
-from bert_glue.tasks import GlueTask
 from bert_glue.training_run import Run
 from bert_glue.training_state import save_checkpoint
-
-
-def sample_losses(task: GlueTask, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum over `[samples]` of squared errors or (smoothed) cross-entropies, in fp32, 0-d."""
-    logits = logits.float()
-    if task.is_regression:
-        return F.mse_loss(logits[:, 0], labels, reduction="sum")
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
 def training_batches(run: Run) -> Iterator[tuple[list[Batch | None], int]]:
@@ -51,7 +41,7 @@ def train(run: Run) -> None:
     """
     args, progress, ranks, precision = run.args, run.progress, run.ranks, run.precision
     factor = schedule(args.lr_scheduler_type, run.total_steps, args.warmup_steps)
-    noise, add_up = Noise(args.seed, ranks.rank), StepSum(ranks)
+    objective, add_up = Objective(args, run.task, run.model.module, ranks.rank), StepSum(ranks)
     # Sum over the steps since the last log line; each rank has its share, a resumed one is the first rank's.
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
@@ -69,26 +59,26 @@ def train(run: Run) -> None:
         precision.zero_gradients()
         step_loss = torch.zeros_like(recent_loss)
         for number, batch in enumerate(micro_batches, 1):
-            noise.begin(progress.forward_passes)
+            objective.begin(progress.forward_passes)
             progress.forward_passes += 1
             if batch is None:
                 precision.backward(None, is_last=number == len(micro_batches))
                 continue
-            with precision.autocast():
-                logits = run.model.module(**batch.inputs, noise=noise)
-            loss = sample_losses(run.task, logits, batch.labels, args.label_smoothing_factor) / samples
-            precision.backward(loss, is_last=number == len(micro_batches))
-            step_loss += loss.detach()
-            run.meter.count(batch)
+            for loss, shown in objective.losses(batch, samples, precision.autocast):
+                precision.backward(loss, is_last=number == len(micro_batches))
+                step_loss += shown
+            run.meter.count(batch, objective.passes)
         stop_asked = add_up(precision.unsummed(), run.log.stop_asked())
         norm = precision.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
         if precision.step(run.optimizer, norm, args.max_grad_norm):
             progress.updates += 1
             if run.narrowed is not None:
                 run.narrowed.count_decay(rate, args.weight_decay)
+            if run.average is not None:
+                run.average.update(progress.updates)
         progress.step += 1
         progress.samples += samples
         recent_loss += step_loss
@@ -103,6 +93,7 @@ def train(run: Run) -> None:
         run.log.advance(progress.step, run.total_steps, run.epoch)
         if not _after_step(run, recent_loss, stop_asked):
             break
+    objective.close()
     run.meter.stop()
     ranks.sum([recent_loss])
     progress.loss_sum += recent_loss.item()
@@ -196,7 +187,7 @@ def _evaluate_now(run: Run) -> bool:
     """Evaluate, note the best and the gain; False, and nothing noted, where a signal cut it off."""
     args, progress = run.args, run.progress
     try:
-        with run.phase("evaluate"):
+        with run.averaged(), run.phase("evaluate"):
             results = run.evaluate()
     except EvaluationStopped:
         return False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from bert_glue.arguments import Arguments
+from bert_glue.average import WeightAverage
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
 from bert_glue.model import LoadedModel
 from bert_glue.precision import Precision
@@ -34,6 +36,7 @@ class Run:
         optimizer_used: name of the optimizer that runs, for results.
         trace: of the steps of --profile_steps.
         saved_step: of the last checkpoint that was begun or resumed from.
+        average: of the weights, where `--ema_decay` asks for one.
     """
 
     args: Arguments
@@ -58,6 +61,11 @@ class Run:
     seconds: float = 0.0
     saved_step: int = 0
     trace: NoTrace = field(default_factory=NoTrace)
+    average: WeightAverage | None = None
+
+    def averaged(self) -> AbstractContextManager:
+        """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""
+        return self.average.in_place() if self.average else nullcontext()
 
     @property
     def output_dir(self) -> Path:

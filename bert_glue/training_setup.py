@@ -9,14 +9,17 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from torch import nn
+from torch.optim import Optimizer
 
 from bert_glue import checkpoint
 from bert_glue.arguments import Arguments
+from bert_glue.average import WeightAverage
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
 from bert_glue.collapse import CollapseWatch, constant_loss
 from bert_glue.device import has_slow_products
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
+from bert_glue.layerwise import rate_factors
 from bert_glue.model import LoadedModel
 from bert_glue.npu_optim import moves_allocations
 from bert_glue.optim import build_optimizer, is_elementwise
@@ -68,7 +71,10 @@ def make_precision(
     if not args.do_train:
         return InferencePrecision(plan, module)
     is_joint = not moves_allocations(args.optim, ranks.device.torch_device)
-    return Precision(plan, module, args.gradient_accumulation_steps, is_joint)
+    is_shared = getattr(getattr(module, "shape", None), "shared_layers", False)
+    rates = rate_factors((name for name, _ in module.named_parameters()), args.layerwise_lr_decay, is_shared)
+    passes = args.gradient_accumulation_steps * (2 if args.fgm_epsilon else 1)
+    return Precision(plan, module, passes, is_joint, rates)
 
 
 def fine_tune(
@@ -103,6 +109,7 @@ def fine_tune(
         )
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
     optimizer, used = build_optimizer(args, precision.leaves(not is_elementwise(args.optim)))
+    _set_rates(optimizer, precision, narrowed)
     optimizer = precision.attach(optimizer)
     log.line(f"optimizer: {used}")
     log.line(f"gradients: {precision.describe()}")
@@ -115,6 +122,7 @@ def fine_tune(
         lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed, used,
         phase or Phases(),
     )  # fmt: skip
+    _start_techniques(run_of)
     _resume(run_of)
     log.line(
         f"training: {len(split)} rows, {order.steps_per_epoch} steps an epoch, {total} steps, "
@@ -129,6 +137,30 @@ def fine_tune(
     if args.load_best_model_at_end and run_of.progress.best_step:
         _load_best(run_of)
     return run_of
+
+
+def _set_rates(optimizer: Optimizer, precision: Precision, narrowed: NarrowedEmbedding | None) -> None:
+    """Give each group of the optimizer its factor of the learning rate."""
+    for group, flat in zip(optimizer.param_groups, precision.groups, strict=True):
+        group["rate_factor"] = flat.rate
+        if narrowed and "words.weight" in flat.names:
+            narrowed.rate = flat.rate
+
+
+def _start_techniques(run_of: Run) -> None:
+    """Begin the average of `--ema_decay`, and say what the other techniques come to."""
+    args, log = run_of.args, run_of.log
+    if args.ema_decay:
+        run_of.average = WeightAverage(run_of.precision, run_of.narrowed, args.ema_decay)
+    if args.layerwise_lr_decay != 1.0:
+        lowest = min(group.rate for group in run_of.precision.groups)
+        log.line(f"learning rates: head and top layer {args.learning_rate:g}, lowest {args.learning_rate * lowest:g}")
+    shape = getattr(run_of.model.module, "shape", None)
+    drops = (
+        (shape.hidden_dropout, shape.attention_dropout, shape.output_dropout, *shape.head_dropouts) if shape else (1,)
+    )
+    if args.rdrop_alpha and not any(drops):
+        log.line("note: --rdrop_alpha has no effect: this model has no dropout (--hidden_dropout_prob)")
 
 
 def _train(run_of: Run) -> None:
@@ -181,9 +213,11 @@ def _load_best(run_of: Run) -> None:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
     tensors = load_file(folder / "optimizer.safetensors")
     run_of.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(run_of.precision.masters))])
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     if run_of.narrowed is not None:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         run_of.narrowed.decay = state["narrowed_decay"]
+    if run_of.average is not None:
+        run_of.average.load(tensors, state["average_row_decay"])
     run_of.log.line(
         f"best checkpoint: step {run_of.progress.best_step}, {run_of.best_key} {run_of.progress.best_metric}"
     )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bert_glue import checkpoint
+from bert_glue.average import WeightAverage
 from bert_glue.errors import CheckpointError
 from bert_glue.generators import random_tensors, set_random_tensors
 from bert_glue.progress import Progress
@@ -19,11 +20,12 @@ from bert_glue.training_run import Run
 
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The model as `LoadedModel.tensors`, fp32 masters where there are some, the embedding table whole."""
-    tensors = run.model.tensors(run.precision.named_masters())
-    if run.narrowed is not None:
-        table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
-        tensors[table] = run.narrowed.widen(tensors[table])
+    """The model to be used, as `LoadedModel.tensors`: fp32 masters where there are some, the embedding table whole."""
+    with run.averaged():
+        tensors = run.model.tensors(run.precision.named_masters())
+        if run.narrowed is not None:
+            table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+            tensors[table] = run.narrowed.widen(tensors[table])
     return tensors
 
 
@@ -65,6 +67,7 @@ def _state(run: Run) -> dict:
         "loss_scale": run.precision.scale_state(),
         "group_steps": [group.get("step") for group in run.optimizer.param_groups],
         "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
+        "average_row_decay": run.average.row_decay if run.average else None,
         "same": _must_be_same(run),
         "settings": _may_change(run),
     }
@@ -83,6 +86,7 @@ def _must_be_same(run: Run) -> dict[str, object]:
         **(run.model.adapter.settings if run.model.adapter else {}),
         "optimizer": type(run.optimizer).__name__,
         "--amp_backend": run.precision.plan.backend,
+        "--layerwise_lr_decay": run.args.layerwise_lr_decay,
         "training rows": order.rows,
         "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.step_size,
         "--seed": run.args.seed,
@@ -95,7 +99,8 @@ def _must_be_same(run: Run) -> dict[str, object]:
 
 _SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "label_smoothing_factor", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "max_grad_norm", "ema_decay", "rdrop_alpha", "fgm_epsilon", "label_smoothing_factor", "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
     "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
 )  # fmt: skip
@@ -119,7 +124,7 @@ def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
         for name, value in state.items():
             value = value if torch.is_tensor(value) else torch.tensor(value)
             tensors[f"state.{number}.{name}"] = value.detach().cpu().contiguous().clone()
-    return tensors
+    return {**tensors, **(run.average.tensors() if run.average else {})}
 
 
 def choose(run: Run, wanted: str) -> tuple[Path | None, list[str], str]:
@@ -163,7 +168,8 @@ def _resume(run: Run, folder: Path) -> list[str]:
         differences = "; ".join(filter(None, other))
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
     then, now = state["settings"], _may_change(run)
-    _load_optimizer(run, load_file(folder / "optimizer.safetensors"))
+    tensors = load_file(folder / "optimizer.safetensors")
+    _load_optimizer(run, tensors)
     for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):
         if step is not None:  # apex's FusedAdam counts steps there
             group["step"] = step
@@ -171,6 +177,10 @@ def _resume(run: Run, folder: Path) -> list[str]:
         run.precision.load_scale_state(state["loss_scale"])
     if run.narrowed:
         run.narrowed.decay = state["narrowed_decay"]
+    if run.average and then["--ema_decay"]:
+        run.average.load(tensors, state["average_row_decay"])
+    elif run.average:
+        run.average = WeightAverage(run.precision, run.narrowed, run.args.ema_decay)  # from the weights as they are now
     run.progress = Progress(**{name: state[name] for name in asdict(Progress())})
     run.saved_step = run.progress.step
     # Of a rank there was not: its generators stay as --seed set them.

@@ -21,6 +21,8 @@ class NarrowedEmbedding:
         module: with an embedding `words`.
         splits: all data this run reads, training and other.
         pad_id: kept too, because filler tokens use it.
+
+    `rate` is the factor of the learning rate that its rows have, `decay` what is left of the others.
     """
 
     def __init__(self, module: nn.Module, splits: list[TokenSplit], pad_id: int):
@@ -32,12 +34,12 @@ class NarrowedEmbedding:
         self.rows = torch.from_numpy(np.flatnonzero(used))
         self.renumber = (np.cumsum(used) - 1).astype(np.int32)
         self.full = table
-        self.decay = 1.0
+        self.decay, self.rate = 1.0, 1.0
         module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
 
     def count_decay(self, learning_rate: float, weight_decay: float) -> None:
         """Note one optimizer step's decoupled weight decay for the rows left out."""
-        self.decay *= 1.0 - learning_rate * weight_decay
+        self.decay *= 1.0 - self.rate * learning_rate * weight_decay
 
     def widen(self, narrow: torch.Tensor) -> torch.Tensor:
         """The whole table: trained rows put in, the others decayed. `[used, width] -> [vocab, width]`."""

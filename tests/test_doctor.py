@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import device_probe, doctor, doctor_checks, training
+from bert_glue import device_probe, doctor, doctor_checks, objectives
 from bert_glue.command_line import parse
 from bert_glue.errors import DivergedError
 
@@ -335,22 +335,29 @@ def test_weights_that_do_not_move_are_no_proof(monkeypatch) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_no_proof(monkeypatch) -> None:
-    real = training.sample_losses
-    monkeypatch.setattr(training, "sample_losses", lambda *args: real(*args) * float("nan"))
+    real = objectives.sample_losses
+    monkeypatch.setattr(objectives, "sample_losses", lambda *args: real(*args) * float("nan"))
     with pytest.raises(DivergedError):
         device_probe._training("cpu", {"fp16": False})
 
 
 def test_the_recipe_is_the_launchers() -> None:
-    """RECIPE of the launcher, word for word."""
-    text = (REPOSITORY / "test/train_full_1p.sh").read_text().replace("\n", " ")
-    words = re.search(r"RECIPE=\((.*?)\)", text)[1].split()
-    launcher = parse([*words, "--sample", "--task_name=sst2", "--output_dir=nowhere"])
+    """Recipe, changes and flags of the launcher, word for word."""
+    text = (REPOSITORY / "test/train_full_1p.sh").read_text()
+    words = [word for name in ("CHANGES", "FLAGS") for word in re.search(rf"{name}=\((.*?)\)", text)[1].split()]
+    launcher = parse(
+        [
+            f"--recipe={re.search('RECIPE=(.*)', text)[1]}",
+            *words,
+            "--sample",
+            "--task_name=sst2",
+            "--output_dir=nowhere",
+        ]
+    )
     ours = device_probe._arguments("auto", {})
     for name in ("learning_rate", "logging_steps", "max_steps", "seed", "save_strategy", "disable_tqdm"):
         ours = replace(ours, **{name: getattr(launcher, name)})
-    batches = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32, "num_train_epochs": 3.0}
-    assert replace(launcher, **batches, dataloader_drop_last=False, recipe="reference") == ours
+    assert replace(launcher, dataloader_drop_last=False) == ours
 
 
 def test_interruption_is_no_traceback(tmp_path: Path) -> None:

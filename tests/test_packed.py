@@ -17,12 +17,12 @@ from bert_glue.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.flat import flatten
 from bert_glue.model import load_model
 from bert_glue.noise import Noise
+from bert_glue.objectives import sample_losses
 from bert_glue.packed import PackedClassifier
 from bert_glue.sample import sample_rows
 from bert_glue.splits import Split
 from bert_glue.tasks import TASKS
 from bert_glue.text_tokens import TextTokenizer, TokenTable
-from bert_glue.training import sample_losses
 from bert_glue.vocabulary import NarrowedEmbedding
 from bert_glue.weights import load_packed, normalise_names, packed_tensors, read_tensors, weight_files
 

@@ -11,7 +11,7 @@ import torch
 from recipe_parts import arguments, changed, fit, losses
 from safetensors.torch import load_file
 
-from bert_glue import checkpoint, evaluation, training
+from bert_glue import checkpoint, evaluation, objectives
 from bert_glue.errors import CheckpointError, DivergedError
 from bert_glue.progress import ProgressLog
 from bert_glue.saving import Saver
@@ -97,14 +97,14 @@ def test_an_error_in_the_last_one_ends_the_run(tmp_path, monkeypatch):
 
 def test_a_sound_checkpoint_is_finished_though_the_run_diverges(tmp_path, monkeypatch):
     slowly(monkeypatch, 0.5)
-    original = training.sample_losses
+    original = objectives.sample_losses
     calls = []
 
     def bad(*arguments):
         calls.append(1)
         return original(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "sample_losses", bad)
+    monkeypatch.setattr(objectives, "sample_losses", bad)
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     with pytest.raises(DivergedError):
         fit(args)

@@ -16,9 +16,9 @@ from bert_glue import checkpoint, training_setup
 from bert_glue.batching import TrainingOrder
 from bert_glue.errors import DivergedError, UsageError
 from bert_glue.evaluation import Evaluator, evaluate
+from bert_glue.objectives import sample_losses
 from bert_glue.progress import ProgressLog
 from bert_glue.tasks import get_task
-from bert_glue.training import sample_losses
 from bert_glue.training_state import whole_weights
 
 
