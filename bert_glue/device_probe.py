@@ -170,6 +170,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
 
     from bert_glue.batching import Assembler, TrainingOrder
     from bert_glue.model import LoadedModel
+    from bert_glue.npu_optim import moves_allocations
     from bert_glue.optim import build_optimizer
     from bert_glue.packed import PackedClassifier
     from bert_glue.precision import Precision
@@ -187,7 +188,8 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     module = PackedClassifier(_tiny_shape())
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
-    precision = Precision(plan, module)
+    is_joint = not moves_allocations(args.optim, ranks.device.torch_device)
+    precision = Precision(plan, module, is_joint=is_joint)
     optimizer, _ = build_optimizer(args, precision.leaves(per_parameter=False))
     assemble = Assembler("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
     run = Run(

@@ -1,9 +1,8 @@
 """A model at one O-level (table: precision_plan.py): casts, fp32 masters, gradients and the loss scale.
 
-Gradients are views of flat buffers at every level (`--use_combine_grad`). At O2 and O3 the passes of one
-optimizer step are added up in fp32. Ranks add their gradients in the model's dtype, half the bytes, as
-torch's DDP does; where passes were added up before, in fp32. Each rank's share is of the mean over all
-samples, so that a sum over ranks leaves fp16 only where the same batch on one rank would.
+Gradients are views of flat buffers at every level (`--use_combine_grad`). At O2 and O3 the passes of one optimizer
+step are added up in fp32. Ranks add their gradients in the model's dtype, half the bytes, as torch's DDP does; where
+passes were added up before, in fp32. Each rank's share is of the mean over all samples.
 """
 
 from __future__ import annotations
@@ -175,8 +174,7 @@ class Precision:
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
         norm = torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self.scale
-        if self._flag is not None:
-            # Gradients of two ranks, each in range, may have left it as they were added up: the same on all ranks.
+        if self._flag is not None:  # gradients of two ranks, each in range, may have left it as they were added up
             self._flagged.add_(self._flag.read())
         return norm
 

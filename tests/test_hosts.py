@@ -131,7 +131,7 @@ def test_a_lost_host_ends_the_other_and_a_new_launch_goes_on(hosts: TwoHosts, tm
 
 def test_slurm_recipe(tmp_path: Path) -> None:
     repo = copy_repository(tmp_path)
-    shutil.copytree(REPOSITORY / "configs/slurm", repo / "configs/slurm")
+    shutil.copytree(REPOSITORY / "configs/slurm", repo / "configs/slurm", dirs_exist_ok=True)
     tools = tmp_path / "tools"
     # Two tasks, of which we let the first host be this one; it would wait for the second one's launcher.
     write_script(tools / "srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n')
