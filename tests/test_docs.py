@@ -44,6 +44,18 @@ def test_the_tables_of_scaling_are_what_was_measured():
     assert module.page(found) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_techniques_is_what_the_rows_hold():
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    rows = module.read_rows(ROOT / "benchmarks" / "results" / "techniques.jsonl")
+    assert module.technique_table(rows) in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    plain = module.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    assert [row for row in rows if row["run"] == "ours"] == [row for row in plain if row in rows]
+
+
 def test_the_docs_are_complete():
     pages = {"scaling", "architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
     assert pages <= {page.stem for page in PAGES}
