@@ -40,7 +40,7 @@ def log_of(logs: Path, rank: int) -> Path:
     return logs / f"train_rank_{rank}.log"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel for SIGKILL when the parent ends, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -67,9 +67,9 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
     with paths[0].open("ab") as out, paths[1].open("ab") as err:
         note = {"rank": rank, "code": None, "is_cleared": False, "time": 0.0}
         _write_note(notes, note)
-        _die_with_parent()
+        die_with_parent()
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0, preexec_fn=_die_with_parent
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0, preexec_fn=die_with_parent
         )
 
         def pass_on(number: int, frame: object) -> None:
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> int:
             return 4
         return 0
     if argv[:1] == ["below"]:
-        _die_with_parent()
+        die_with_parent()
         os.execvp(argv[1], argv[1:])
     parser = argparse.ArgumentParser(prog="launch_ranks")
     parser.add_argument("action", choices=("rank", "verdict"))

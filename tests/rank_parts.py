@@ -120,10 +120,12 @@ def main(world: int, function: str, folder: Path) -> int:
     import test_training  # noqa: F401
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    from bert_glue.launch_ranks import die_with_parent
+
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the parent's
+    # It comes after the forks: its thread may hold a lock of the C library, which a fork then never gets back.
+    reading, writing = os.pipe()
     children = []
     for rank in range(world):
         child = os.fork()
@@ -131,12 +133,16 @@ def main(world: int, function: str, folder: Path) -> int:
             children.append(child)
             continue
         try:
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            die_with_parent()
+            port = int.from_bytes(os.read(reading, 2), "big")
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
             (folder / f"{rank}.json").write_text(json.dumps(globals()[function](folder)))
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, store.port.to_bytes(2, "big") * world)
     return int(any([os.waitpid(child, 0)[1] for child in children]))
 
 
