@@ -14,7 +14,7 @@ from bert_glue.sweep_plan import SweepRun
 
 COLUMNS = (
     "task", "split", "trial", "chosen", "metric", "runs", "missing", "mean", "std", "standard_error_of_mean", "best",
-    "best_seed", "worst", "majority_baseline", "accuracy_error_points", "collapsed_seeds", "mean_without_collapsed",
+    "best_seed", "worst", "majority_baseline", "standard_error_of_dev", "collapsed_seeds", "mean_without_collapsed",
     "samples_per_second", "sample_data",
 )  # fmt: skip
 
@@ -28,7 +28,8 @@ def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]
 
     Returns:
         `groups`: one a task, evaluation split and choice of flags, figures x100 (points), null where
-        there are too few runs; `runs`: one a run, with its state.
+        there are too few runs; `standard_error_of_dev` is the metric's over other dev sets of the same
+        size. `runs`: one a run, with its state.
     """
     found = {run.folder: run.results() for run in runs}
     groups: dict[tuple[str, tuple], list[SweepRun]] = {}
@@ -74,9 +75,9 @@ def _group(
     values, sound = [v for v, _ in scored], [v for v, seed in scored if seed not in lost]
     speeds = [r["train_samples_per_second"] for _, _, r in done if r.get("train_samples_per_second") is not None]
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    errors = [
-        r[f"eval_accuracy_error_points{suffix}"] for _, _, r in done if r.get(f"eval_accuracy_error_points{suffix}")
-    ]
+    given = [(seed, r.get(f"eval_{task.headline}_standard_error{suffix}")) for seed, _, r in done]
+    # 0 is that of a perfect score; that of a constant prediction says only that redrawing it gives the same again.
+    errors = [error for seed, error in given if error is not None and (error > 0 or seed not in lost)]
     baseline = next((r.get(f"eval_majority_baseline{suffix}") for _, _, r in done), None)
     return {
         "task": task.name,
@@ -93,7 +94,7 @@ def _group(
         "best_seed": max(scored, default=(None, None))[1],
         "worst": min(values, default=None),
         "majority_baseline": None if baseline is None else 100 * baseline,
-        "accuracy_error_points": statistics.fmean(errors) if errors else None,
+        "standard_error_of_dev": 100 * statistics.fmean(errors) if errors else None,
         "collapsed_seeds": lost,
         "mean_without_collapsed": statistics.fmean(sound) if sound else None,
         "samples_per_second": statistics.fmean(speeds) if speeds else None,
@@ -149,7 +150,7 @@ def _cell(value: Any) -> Any:
 
 def lines(summary: dict[str, Any]) -> list[str]:
     """The groups as a plain table, notes below."""
-    header = ("task", "metric", "runs", "mean", "std", "best", "majority", "acc. error", "collapsed seeds")
+    header = ("task", "metric", "runs", "mean", "std", "best", "majority", "dev error", "collapsed seeds")
     rows = [header]
     for group in summary["groups"]:
         name = " ".join([group["task"], *(f"{k}={v}" for k, v in group["chosen"].items())])
@@ -157,7 +158,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
             name = f"{group['task']} trial {group['trial']}"
         if group["split"] != "validation":
             name += f" {group['split'].removeprefix('validation_')}"
-        figures = (_points(group[k]) for k in ("mean", "std", "best", "majority_baseline", "accuracy_error_points"))
+        figures = (_points(group[k]) for k in ("mean", "std", "best", "majority_baseline", "standard_error_of_dev"))
         of_all = f"{group['runs']}/{group['runs'] + group['missing']}"
         lost = ",".join(map(str, group["collapsed_seeds"])) or "-"
         rows.append((name, group["metric"], of_all, *figures, lost))
@@ -165,7 +166,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
     found = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if any(group["sample_data"] for group in summary["groups"]):
         found.append("sample data, not GLUE")
-    found.append("points (x100); majority: the metric of a constant prediction; acc. error: of the dev set's size")
+    found.append("points (x100); majority: the metric of a constant prediction")
+    found.append("dev error: standard error of the metric from the dev set's size alone, mean over runs")
     return found
 
 

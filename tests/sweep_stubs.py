@@ -59,7 +59,7 @@ for metric in ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
     for suffix in ("", "_mm"):
         results[f"eval_{metric}{suffix}"] = score
         results[f"eval_majority_baseline{suffix}"] = 0.4
-        results[f"eval_accuracy_error_points{suffix}"] = 2.0
+        results[f"eval_{metric}_standard_error{suffix}"] = 0.02
 (folder / "all_results.json").write_text(json.dumps({**results, **plan.get("results", {})}))
 """
 

@@ -312,6 +312,13 @@ def test_a_performance_run_is_held_against_its_baseline(repo: Path) -> None:
     assert itself.returncode == 9  # against what the file held before
 
 
+def test_what_perf_json_has_no_figure_for_has_the_runs_reason(repo: Path) -> None:
+    reasons = {"train_share_of_gemm": None, "train_share_of_gemm_reason": "not counted for this encoder"}
+    assert perf_run(repo, 200.0, **reasons).returncode == 0
+    perf = json.loads((repo / "test/output/mrpc/1p/perf.json").read_text())
+    assert perf["share_of_gemm"] is None and perf["reasons"]["share_of_gemm"] == "not counted for this encoder"
+
+
 @pytest.mark.parametrize(
     ("speed", "results", "says"),
     [

@@ -17,10 +17,11 @@ import pytest
 from launch_stubs import clean_environment
 from sweep_stubs import REPOSITORY, Sweep, is_alive, stub_repository, wait_until
 
+from bert_glue.analysis import standard_errors
 from bert_glue.errors import UsageError
 from bert_glue.sweep import _slots
 from bert_glue.sweep_plan import Suite, plan, seeds_of, tasks_of
-from bert_glue.sweep_summary import summarise
+from bert_glue.sweep_summary import lines, summarise, write
 from bert_glue.tasks import TASKS, TRAINABLE
 
 
@@ -296,7 +297,7 @@ def test_figures_are_numpys(sweep: Sweep) -> None:
         "worst": points.min(),
         "mean_without_collapsed": points[[0, 1, 3]].mean(),
         "majority_baseline": 40.0,
-        "accuracy_error_points": 2.0,
+        "standard_error_of_dev": 2.0,
     }
     assert {name: group[name] for name in expected} == pytest.approx(expected)
     assert (group["best_seed"], group["collapsed_seeds"], group["metric"]) == (2, [3], "f1")
@@ -304,6 +305,41 @@ def test_figures_are_numpys(sweep: Sweep) -> None:
         (row,) = csv.DictReader(file)
     assert float(row["mean"]) == pytest.approx(points.mean()) and row["collapsed_seeds"] == "3"
     assert f"{points.mean():.2f}" in done.stdout and f"{points.std(ddof=1):.2f}" in done.stdout
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_every_task_has_the_dev_sets_error_of_its_headline_metric(tmp_path: Path, name: str) -> None:
+    """Under the keys that a run writes, MNLI's two splits apart; the error of a perfect seed is 0, and counts."""
+    task = TASKS[name]
+    runs = plan(Suite(tmp_path, "m", ()), [task], [1, 2, 3], [])
+    for run, error in zip(runs, (0.03, 0.0, None), strict=True):
+        splits = {
+            split: {"suffix": suffix, "standard_error": None if error is None else error * (at + 1)}
+            for at, (split, suffix, _) in enumerate(task.evaluation)
+        }
+        scores = {"seed": run.seed} | {f"eval_{task.headline}{suffix}": 0.5 for _, suffix, _ in task.evaluation}
+        run.folder.mkdir(parents=True)
+        run.note_settings()
+        (run.folder / "all_results.json").write_text(json.dumps(scores | standard_errors(task, splits)))
+    summary = summarise(runs, {})
+    found = [(group["split"], group["standard_error_of_dev"]) for group in summary["groups"]]
+    assert found == [(split, pytest.approx(1.5 * (at + 1))) for at, (split, _, _) in enumerate(task.evaluation)]
+    write(tmp_path, summary)
+    with (tmp_path / "summary.csv").open() as file:
+        assert [float(row["standard_error_of_dev"]) for row in csv.DictReader(file)] == [error for _, error in found]
+    header, *rows = lines(summary)
+    assert "dev error" in header and all("1.50" in row or "3.00" in row for row in rows[: len(found)])
+
+
+def test_a_constant_prediction_is_not_taken_for_certainty(sweep: Sweep) -> None:
+    """Redrawing a constant prediction gives the same f1 or correlation again: a spread of 0, which is no error."""
+    lost = {"eval_collapsed": "all predictions are the same", "eval_f1_standard_error": 0.0}
+    sweep.stub = {"mrpc-2": {"results": lost}}
+    assert sweep.run(*MRPC, "1,2").returncode == 0
+    assert sweep.group("mrpc")["standard_error_of_dev"] == pytest.approx(2.0)
+    sweep.stub = {"qqp-1": {"results": lost}}
+    assert sweep.run("--tasks=qqp", "--seeds=1").returncode == 0
+    assert sweep.group("qqp")["standard_error_of_dev"] is None
 
 
 def test_each_learning_rate_and_each_mnli_split_is_a_group(sweep: Sweep) -> None:
@@ -414,5 +450,6 @@ def test_real_runs_on_the_sample_killed_and_continued(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "wnli/seed1/all_results.json").read_text())
     assert group["mean"] == pytest.approx(100 * results["eval_accuracy"]) and group["sample_data"]
     assert group["majority_baseline"] == pytest.approx(50.0)
+    assert group["standard_error_of_dev"] == pytest.approx(100 * results["eval_accuracy_standard_error"])
     assert not list(tmp_path.glob("wnli/seed1/checkpoint-*"))
     assert (tmp_path / "wnli/seed1/model.safetensors").is_file()
