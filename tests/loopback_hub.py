@@ -1,4 +1,4 @@
-"""A hub of one data set on 127.0.0.1: what `datasets` and `huggingface_hub` ask for, and no more.
+"""A hub of one data set and some models on 127.0.0.1: what `datasets` and `huggingface_hub` ask for, and no more.
 
 Serves generated parquet files with the official columns and ClassLabel features of `nyu-mll/glue`, so
 that the hub path is tested with the real client libraries and without a network.
@@ -53,10 +53,10 @@ CONFIGS = {
 }
 
 
-def make_repository(folder: Path) -> None:
+def make_repository(folder: Path, configs: dict = CONFIGS) -> None:
     """Writes README.md and <config>/<split>-00000-of-00001.parquet."""
     cards, infos = [], []
-    for config, (columns, names, splits) in CONFIGS.items():
+    for config, (columns, names, splits) in configs.items():
         label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float32")
         features = datasets.Features(
             {
@@ -89,7 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802 (name given by http.server)
         path = unquote(urlsplit(self.path).path).strip("/")
         base, commit = self.server.name, self.server.commit
-        if path.startswith(f"datasets/{base}/resolve/"):
+        model = next((m for m in self.server.models if f"{path}/".startswith((f"{m}/", f"api/models/{m}/"))), None)
+        self.root = self.server.models.get(model, self.server.root)
+        if model:
+            self._model(model, path)
+        elif path.startswith(f"datasets/{base}/resolve/"):
             self._file(path.removeprefix(f"datasets/{base}/resolve/"))
         elif path in (f"api/datasets/{base}", f"api/datasets/{base}/revision/{commit}"):
             self._json({"id": base, "sha": commit, "private": False, "tags": [], "downloads": 0})
@@ -100,8 +104,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    def _model(self, name: str, path: str) -> None:
+        place = f"api/models/{name}"
+        if path.startswith(f"{name}/resolve/"):
+            self._file(path.removeprefix(f"{name}/resolve/"))
+        elif path.startswith(f"{place}/tree/"):
+            self._tree("")
+        elif path in (place, f"{place}/revision/main", f"{place}/revision/{self.server.commit}"):
+            files = [{"rfilename": file.name} for file in sorted(self.root.iterdir())]
+            known = {"id": name, "modelId": name, "sha": self.server.commit, "private": False, "tags": []}
+            self._json({**known, "siblings": files})
+        else:
+            self._missing("RepoNotFound")
+
     def do_POST(self) -> None:  # noqa: N802
-        asked = self._body()
+        asked, self.root = self._body(), self.server.root
         path = urlsplit(self.path).path
         if path in self.server.fails:
             self._send(self.server.fails[path], b'{"error": "the service says no"}', "application/json")
@@ -109,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._upload(path, asked)
         elif urlsplit(self.path).path.endswith(f"/paths-info/{self.server.commit}"):
             paths = _asked_paths(asked)
-            found = [self.server.root / path for path in paths if (self.server.root / path).exists()]
+            found = [self.root / path for path in paths if (self.root / path).exists()]
             self._json([self._entry(path) for path in found])
         else:
             self._missing("RepoNotFound")
@@ -149,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, rest: str) -> None:
         revision, _, name = rest.partition("/")
-        file = self.server.root / name
+        file = self.root / name
         if revision not in (self.server.commit, "main"):
             self._missing("RevisionNotFound")
         elif not file.is_file():
@@ -158,14 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, file.read_bytes(), "application/octet-stream")
 
     def _tree(self, folder: str) -> None:
-        root = self.server.root / folder
+        root = self.root / folder
         if root.is_dir():
             self._json([self._entry(path) for path in sorted(root.iterdir())])
         else:
             self._missing("EntryNotFound")
 
     def _entry(self, path: Path) -> dict:
-        name = path.relative_to(self.server.root).as_posix()
+        name = path.relative_to(self.root).as_posix()
         if path.is_dir():
             return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
         return {"type": "file", "path": name, "oid": _etag(path.read_bytes()), "size": path.stat().st_size}
@@ -195,13 +212,15 @@ def _asked_paths(body: bytes) -> list[str]:
 
 
 @contextmanager
-def serve(root: Path, name: str, commit: str) -> Iterator[ThreadingHTTPServer]:
+def serve(root: Path, name: str, commit: str, models: dict[str, Path] | None = None) -> Iterator[ThreadingHTTPServer]:
     """Serves `root` as the data set `name`; the server's `url` is for HF_ENDPOINT, `asked` the log.
 
+    Models: names and their folders, each file as of `commit`.
     Uploads: `created` repositories, `sent` files, `tokens`; `fails` maps a path to the status of its refusal.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.root, server.name, server.commit, server.asked = root, name, commit, []
+    server.models = models or {}
     server.tokens, server.created, server.sent, server.fails = [], [], {}, {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

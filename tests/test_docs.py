@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
-
-from bert_glue.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -79,45 +76,3 @@ def test_rooms_named_in_the_architecture_exist():
     rooms = set(re.findall(r"\b(\w+\.py)\b", text))
     assert len(rooms) > 20
     assert not [room for room in rooms if not list(ROOT.glob(f"**/{room}"))]
-
-
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-
-
-def _blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def _commands(page: Path) -> list[list[str]]:
-    """Words of each command of the page's bash blocks, continued lines joined, comments left out."""
-    lines = "\n".join(_blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def test_both_languages_show_the_same_commands_outputs_and_tables():
-    english, chinese = READMES
-    for language in ("bash", "text"):
-        assert _blocks(english, language) == _blocks(chinese, language)
-    counts = [[text.count(mark) for mark in ("\n## ", "\n### ", "\n|")] for text in map(Path.read_text, READMES)]
-    assert counts[0] == counts[1]
-    figures = [re.findall(r"^\|.*\d\.\d.*\|$", page.read_text(encoding="utf-8"), re.MULTILINE) for page in READMES]
-    numbers = [[re.findall(r"\d+\.\d+", line) for line in lines] for lines in figures]
-    assert numbers[0] == numbers[1]
-
-
-@pytest.mark.parametrize("words", _commands(READMES[0]), ids=" ".join)
-def test_every_command_of_the_readme_is_understood(words):
-    """Up to where data, a model or a device would be needed."""
-    if words[:2] == ["python", "run_glue.py"]:
-        assert parse(words[2:]).do_train
-    elif words[0] == "bash":
-        launcher = (ROOT / words[1]).read_text(encoding="utf-8")
-        library = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "test").glob("*.sh"))
-        own = words[2 : words.index("--")] if "--" in words else words[2:]
-        flags = [word.partition("=")[0] for word in own if word.startswith("--")]
-        assert not [flag for flag in flags if flag not in launcher + library]
-    else:
-        assert words[:2] == ["python", "-m"]
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        source = importlib.util.find_spec(words[2]).origin
-        assert not [flag for flag in flags if f'"{flag}"' not in Path(source).read_text(encoding="utf-8")]

@@ -51,9 +51,9 @@ def glue_rows(task, split, rows=3):
     ]
 
 
-def make_glue(root, task):
+def make_glue(root, task, rows=lambda split: 3):
     for split, tsv in task.tsv.items():
-        write(root / task.folder / tsv.file, *glue_rows(task, split))
+        write(root / task.folder / tsv.file, *glue_rows(task, split, rows(split)))
 
 
 # --- one source -------------------------------------------------------------------------------------

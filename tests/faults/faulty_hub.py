@@ -11,28 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import loopback_hub
 
 
 class FaultyHandler(loopback_hub._Handler):
     """`server.fault` is what happens to the files whose path ends with `server.target`, `server.times` times."""
-
-    def do_GET(self) -> None:  # noqa: N802 (name given by http.server)
-        path = unquote(urlsplit(self.path).path).strip("/")
-        base, commit = self.server.name, self.server.commit
-        if path.startswith(f"{base}/resolve/"):
-            self._file(path.removeprefix(f"{base}/resolve/"))
-        elif path in (f"api/models/{base}", f"api/models/{base}/revision/main", f"api/models/{base}/revision/{commit}"):
-            names = [{"rfilename": file.name} for file in sorted(self.server.root.iterdir())]
-            self._json({"id": base, "modelId": base, "sha": commit, "private": False, "tags": [], "siblings": names})
-        elif path.startswith(f"api/models/{base}/tree/"):
-            self._tree("")
-        else:
-            super().do_GET()
-
-    do_HEAD = do_GET  # noqa: N815
 
     def _file(self, rest: str) -> None:
         server = self.server
@@ -103,6 +87,7 @@ def serve(
     server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyHandler)
     server.daemon_threads = True
     server.root, server.name, server.commit, server.asked = root, name, commit, []
+    server.models = {name: root}
     server.fault, server.target, server.times, server.hits = fault, target, times, Counter()
     scheme = "http"
     if certificate is not None:
