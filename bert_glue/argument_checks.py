@@ -23,7 +23,7 @@ _WORK = ("do_train", "do_eval", "do_predict")
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
-    checks += (technique_problems, _precision, _trackers, _profile, trained_problems, upload_problems)
+    checks += (technique_problems, _precision, _compile, _trackers, _profile, trained_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -34,9 +34,11 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
         given: flags set by the user: with `--sample` the tiny BERT's recipe fills in the others.
 
     The task's name is its row's, `--pad_to_max_length` becomes `padding`, `--eval_strategy` implies
-    `--do_eval`, `eval_steps` follows `logging_steps`, and `metric_for_best_model` loses its `eval_` prefix.
+    `--do_eval`, a backend or mode of torch.compile implies `--torch_compile`, `eval_steps` follows
+    `logging_steps`, and `metric_for_best_model` loses its `eval_` prefix.
     """
     evaluates = args.eval_strategy != "no"
+    compiles = bool(args.torch_compile or args.torch_compile_backend or args.torch_compile_mode)
     by_steps = args.eval_strategy == "steps"
     metric = args.metric_for_best_model
     recipe = {}
@@ -49,6 +51,8 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
         **recipe,
         notices=(*args.notices, *_without_effect(args, given), *upload_notices(args)),
         task_name=get_task(args.task_name).name if args.task_name else None,
+        torch_compile=compiles,
+        torch_compile_backend=(args.torch_compile_backend or "inductor") if compiles else None,
         padding="max_length" if args.pad_to_max_length else args.padding,
         do_eval=args.do_eval or (args.do_train and evaluates),
         eval_steps=args.eval_steps or (args.logging_steps if by_steps else None),
@@ -232,6 +236,16 @@ def _precision(args: Arguments) -> Iterator[Problem]:
         yield Problem(("bf16", "amp_backend"), "--amp_backend apex knows no bf16: give --fp16, or leave apex out")
     if args.loss_scale not in (None, "dynamic") and not _is_positive(args.loss_scale):
         yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
+
+
+def _compile(args: Arguments) -> Iterator[Problem]:
+    if args.torch_compile_mode and args.torch_compile_backend not in (None, "inductor"):
+        text = f"--torch_compile_mode {args.torch_compile_mode} is inductor's, not {args.torch_compile_backend}'s"
+        yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}: give one")
+    if args.amp_backend == "apex":
+        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+            if getattr(args, name):
+                yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
 
 
 def _is_positive(text: str) -> bool:

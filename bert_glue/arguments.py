@@ -166,6 +166,15 @@ class TrainingArguments:
             "lamb",
         ),
     )
+    torch_compile: bool = flag(
+        False, "compile what lies between attentions, before the first step; token counts round up"
+    )
+    torch_compile_backend: str | None = flag(None, "of torch.compile; implies --torch_compile; default: inductor")
+    torch_compile_mode: str | None = flag(
+        None,
+        "of inductor; implies --torch_compile",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     strict_optim: bool = flag(False, "refuse instead of using the nearest optimizer")
     train_sampling_strategy: str = flag("random", "order of samples", choices=("random", "group_by_length"))
     dataloader_drop_last: bool = flag(False, "drop the last, smaller training batch of an epoch")

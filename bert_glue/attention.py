@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from bert_glue.device import has_slow_products
+from bert_glue.device import has_slow_products, torch_npu_of
 from bert_glue.layout import LengthGroup, PackedLayout
 from bert_glue.noise import Noise
 
@@ -147,14 +148,32 @@ def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -
     return varlen_attn(query, key, value, q_borders, k_borders, 1 if first_only else layout.longest, layout.longest)
 
 
+@cache
+def has_packed_npu_attention() -> bool:
+    """True if npu_fusion_attention takes the TND layout here (Atlas A2 and later, or simulated).
+
+    Asked of the device by a two-token call, because the chip's name does not tell the installed CANN.
+    """
+    torch_npu = torch_npu_of(torch.device("npu"))
+    if torch_npu is None or not hasattr(torch_npu, "npu_fusion_attention"):
+        return False
+    probe = torch.zeros(2, 1, 16, dtype=torch.float16, device="npu")
+    try:
+        torch_npu.npu_fusion_attention(
+            probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
+        )
+        torch.npu.synchronize()  # with a task queue an operator's refusal comes no earlier
+    except RuntimeError:
+        return False
+    return True
+
+
 def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
     """NPU: fused attention in TND layout; cumulative lengths are host integers, so nothing waits.
 
     TND needs a training call and Atlas A2 or later; elsewhere the padded form is used.
     Source: torch_npu 2.13 `npu_fusion_attention`.
     """
-    from bert_glue.device import has_packed_npu_attention
-
     if not has_packed_npu_attention():
         return padded_attention(query, key, value, layout, first_only, drop, noise, site)
     import torch_npu

@@ -18,6 +18,14 @@ from bert_glue.text_tokens import TokenTable
 
 # Megabatches of group_by_length, in optimizer steps; as in transformers' LengthGroupedSampler.
 _MEGABATCH = 50
+# Sizes of buckets between one power of two and the next, and the least step from one size to the next, tokens.
+_BUCKETS, _LEAST_STEP = 16, 16
+
+
+def bucket(tokens: int) -> int:
+    """The smallest size of a bucket that holds `tokens` (> 0): 16 sizes an octave, so at most 1/16 is filler."""
+    step = max(_LEAST_STEP, (1 << (tokens - 1).bit_length()) // (2 * _BUCKETS))
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,11 @@ class Assembler:
         max_length: tokens a max_length batch is padded to.
         pad_id: token id of padding.
         uses_types: whether the model takes token types (padded runs only).
-        bucket: packed token counts are rounded up to a multiple of this; 1 is off.
+        is_rounded: token counts of packed batches, and widths of padded ones, are rounded up to a bucket. A packed
+            batch then always ends with filler, so that there is one sequence more than there are samples.
         device: where the tensors go.
         renumber: `[vocabulary]` int32, token id -> row of a narrowed embedding table, or None.
+        shapes: token counts of the batches so far.
     """
 
     padding: str
@@ -85,8 +95,9 @@ class Assembler:
     pad_id: int
     uses_types: bool
     device: torch.device
-    bucket: int = 1
+    is_rounded: bool = False
     renumber: np.ndarray | None = None
+    shapes: set[int] = field(default_factory=set)
 
     def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
         """Batch of `rows` (`[samples]` int64), in that order."""
@@ -96,11 +107,12 @@ class Assembler:
         labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
         inputs, computed = build(ids, table.second_at[rows])
+        self.shapes.add(computed)
         return Batch(inputs, labels, tuple((ends - begins).tolist()), computed)
 
     def _packed(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
         lengths = tuple(len(i) for i in ids)
-        layout = PackedLayout(lengths, -sum(lengths) % self.bucket)
+        layout = PackedLayout(lengths, bucket(sum(lengths) + 1) - sum(lengths) if self.is_rounded else 0)
         filler = np.full(layout.tail, self.pad_id, np.int32)
         flat = np.concatenate([*ids, filler])
         if self.renumber is not None:
@@ -118,6 +130,8 @@ class Assembler:
     def _padded(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
         lengths = np.array([len(i) for i in ids])
         width = self.max_length if self.padding == "max_length" else int(lengths.max())
+        if self.is_rounded:
+            width = min(bucket(width), self.max_length)
         columns = np.arange(width)[None]
         mask = columns < lengths[:, None]
         block = np.full((len(ids), width), self.pad_id, np.int64)

@@ -132,6 +132,11 @@ class Device:
             # Kernels compiled ahead of time; just-in-time ones are rebuilt for every new shape.
             torch.npu.set_compile_mode(jit_compile=False)
 
+    @property
+    def can_compile(self) -> bool:
+        """True if torch.compile is offered here: an NPU's graph compiler was never tried."""
+        return self.kind != "npu"
+
     def synchronize(self) -> None:
         """Wait until all work given to the device has ended; read no clock before."""
         if not self.is_host:
@@ -267,27 +272,6 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
     return Device(kind, number)
 
 
-@cache
-def has_packed_npu_attention() -> bool:
-    """True if npu_fusion_attention takes the TND layout here (Atlas A2 and later, or simulated).
-
-    Asked of the device by a two-token call, because the chip's name does not tell the installed CANN.
-    """
-    torch_npu = _torch_npu()
-    if torch_npu is None or not hasattr(torch_npu, "npu_fusion_attention"):
-        return False
-    probe = torch.zeros(2, 1, 16, dtype=torch.float16, device="npu")
-    try:
-        torch_npu.npu_fusion_attention(
-            probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
-        )
-        torch.npu.synchronize()  # with a task queue an operator's refusal comes no earlier
-    except RuntimeError:
-        return False
-    return True
-
-
-@cache
 def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
     """True if torch multiplies matrices of a 16-bit `dtype` in loops of its own, 10 to 40 times slower than fp32.
 

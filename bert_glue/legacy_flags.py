@@ -145,9 +145,7 @@ _REFUSED = {
     "the owner stands before the name: --hub_model_id OWNER/NAME": "push_to_hub_organization",
     "gone from PyTorch": "torchdynamo",
     "not supported; see --device": "use_mps_device",
-    "compiled models are not supported": (
-        "use_ipex jit_mode_eval torch_compile torch_compile_backend torch_compile_mode"
-    ),
+    "gone from transformers; see --torch_compile": "use_ipex jit_mode_eval",
     "noise on embeddings is not offered": "neftune_noise_alpha",
     "only the schedules of --lr_scheduler_type, without options": "lr_scheduler_kwargs",
     "optimizers are set by --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay": "optim_args",

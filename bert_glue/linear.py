@@ -66,7 +66,8 @@ class Linear(nn.Linear):
         """Into `.grad` where that is a flat view and no cast is in between; plain autograd otherwise."""
         kind = x.device.type
         if (
-            not self.adds_into_grad
+            torch.compiler.is_compiling()
+            or not self.adds_into_grad
             or self.weight.grad is None
             or self.bias.grad is None
             or not torch.is_grad_enabled()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,14 @@ class PaddedClassifier(nn.Module):
         self.stock = stock
         # FNet, for one, takes no attention_mask.
         self.accepted = frozenset(inspect.signature(stock.forward).parameters)
+        self.compiled: Callable | None = None  # `stock.forward`, where --torch_compile asks for it
 
     def forward(self, noise=None, **inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
-        return self.stock(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
+        # What is neither training nor evaluation looks into the model by hooks, which a compiled one does not call.
+        is_usual = self.training or not torch.is_grad_enabled()
+        run = self.compiled if self.compiled and is_usual else self.stock
+        return run(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
 
 
 @dataclass

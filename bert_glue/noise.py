@@ -9,11 +9,32 @@ the same masks. Other devices use their own kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 _LEVELS = 1 << 16
+
+
+def _draw(address: torch.Tensor, shape: Sequence[int], drop: float, site: int) -> torch.Tensor:
+    seed, rank, step, *branch = address.tolist()
+    count = int(np.prod(shape))
+    bits = np.random.SFC64([seed, rank, step, site, *branch]).random_raw(-(-count // 4))
+    draws = torch.from_numpy(bits.view(np.int16))[:count]
+    # The last level stays: int16 cannot hold one threshold more.
+    return (draws >= min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2).view(shape)
+
+
+# The same inside a compiled graph, which calls it: the same masks there as everywhere.
+_draw_in_graph = torch.library.custom_op(
+    "bert_glue::keep",
+    _draw,
+    mutates_args=(),
+    schema="(Tensor address, SymInt[] shape, float drop, SymInt site) -> Tensor",
+)
+_draw_in_graph.register_fake(lambda address, shape, drop, site: torch.empty(shape, dtype=torch.bool))
 
 
 class Noise:
@@ -26,12 +47,12 @@ class Noise:
     """
 
     def __init__(self, seed: int, rank: int = 0, branch: int = 0):
-        self.seed, self.rank, self.step = seed, rank, 0
-        self._branch = [branch] if branch else []
+        # A tensor, which a compiled graph takes as an input: a number would be a part of it, new in every step.
+        self._address = torch.tensor([seed, rank, 0, *([branch] if branch else [])])
 
     def begin(self, step: int) -> None:
         """Say which forward of the run comes next (micro-batches counted from 0)."""
-        self.step = step
+        self._address[2] = step
 
     def keep(self, shape: tuple[int, ...], drop: float, site: int) -> torch.Tensor:
         """Mask of `shape`, bool, True with probability `1 - drop` to the nearest 1/65536.
@@ -40,11 +61,8 @@ class Noise:
             drop: probability in [0, 1).
             site: address of the dropout within the model.
         """
-        count = int(np.prod(shape))
-        bits = np.random.SFC64([self.seed, self.rank, self.step, site, *self._branch]).random_raw(-(-count // 4))
-        draws = torch.from_numpy(bits.view(np.int16))[:count]
-        # The last level stays: int16 cannot hold one threshold more.
-        return (draws >= min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2).view(shape)
+        draw = _draw_in_graph if torch.compiler.is_compiling() else _draw
+        return draw(self._address, shape, drop, site)
 
 
 class _CpuDropout(torch.autograd.Function):
@@ -77,6 +95,7 @@ def dropout(
     if noise is None or drop == 0.0:
         return x if residual is None else x + residual
     if x.is_cpu and drop < 1.0:
-        return _CpuDropout.apply(x, noise.keep(tuple(x.shape), drop, site), 1.0 / (1.0 - drop), residual)
+        keep, scale = noise.keep(tuple(x.shape), drop, site), 1.0 / (1.0 - drop)
+        return _CpuDropout.apply(x, keep, scale, residual)
     dropped = F.dropout(x, drop, training=True)
     return dropped if residual is None else dropped + residual

@@ -89,10 +89,16 @@ class PackedLayer(nn.Module):
         Args:
             firsts: positions of each sequence's first token, `[sequences]`, in the last layer.
         """
-        shape = self.shape
+        drop = self.shape.attention_dropout
         query, key, value = self._projections(x, firsts, noise, site)
-        context = attend(query, key, value, layout, firsts is not None, shape.attention_dropout, noise, site).flatten(1)
-        residual = x if firsts is None else x[firsts]
+        context = attend(query, key, value, layout, firsts is not None, drop, noise, site).flatten(1)
+        return self._after_attention(context, x if firsts is None else x[firsts], noise, site)
+
+    def _after_attention(
+        self, context: torch.Tensor, residual: torch.Tensor, noise: Noise | None, site: int
+    ) -> torch.Tensor:
+        """`[rows, hidden]` twice -> `[rows, hidden]`; what `--torch_compile` compiles."""
+        shape = self.shape
         attended = self.attention_output(context, noise, site)
         x = self.attention_norm(dropout(attended, shape.hidden_dropout, noise, site + 1, residual))
         inner = ACTIVATIONS[shape.activation](self.feed_forward(x, noise, site + 1))

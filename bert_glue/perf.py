@@ -43,7 +43,9 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
     perf |= {name: results.get(key) for name, key in _FIGURES.items()}
     perf["step_ms"] = {part: results.get(f"train_step_ms_{part}") for part in ("median", "p10", "p90")}
     perf["seconds"] = _seconds(results["seconds"])
-    perf["reasons"] = {"seconds.compile": "nothing is compiled: kernels run eagerly"}
+    perf["reasons"] = {}
+    if perf["seconds"]["compile"] is None:
+        perf["reasons"]["seconds.compile"] = "nothing is compiled: kernels run eagerly"
     if perf["samples_per_second"] is None:
         perf["reasons"]["samples_per_second"] = results.get("train_samples_per_second_reason", "not measured")
     elif perf["share_of_gemm"] is None:
@@ -55,6 +57,7 @@ def setup_of(results: dict[str, Any]) -> dict[str, Any]:
     """What decides about speed; of a model its name, wherever it lies."""
     setup = {name: results[name] for name in SETUP}
     setup["model"] = PurePath(results["model_name_or_path"] or "unnamed").name
+    setup["compiled"] = results.get("compiled")
     setup["device"] = results["device"].partition(":")[0]
     return setup
 

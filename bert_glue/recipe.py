@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from bert_glue.generators import seed_generators
 from bert_glue.global_batch import for_ranks
 from bert_glue.lock import FolderLock
 from bert_glue.model import LoadedModel, load_model
-from bert_glue.precision_plan import plan_precision
+from bert_glue.precision_plan import PrecisionPlan, plan_precision
 from bert_glue.progress import Progress, ProgressLog
 from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
@@ -37,6 +38,10 @@ from bert_glue.trackers import Trackers
 from bert_glue.training_run import Run
 from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 from bert_glue.training_state import save_checkpoint, whole_weights
+from bert_glue.vocabulary import NarrowedEmbedding
+
+if TYPE_CHECKING:
+    from bert_glue.compilation import Compiled
 
 
 def run(args: Arguments) -> int:
@@ -97,12 +102,10 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     _say_how(args, model, plan, log)
     if log.is_first and "train" in splits:
         reporting.show_example(data, splits["train"], model, log)
-    narrowed, run_of = narrow(args, model, splits), None
-    model.module.to(ranks.device.torch_device)
-    precision = make_precision(args, plan, model.module, ranks)
-    assemble = assembler(args, model, ranks, narrowed)
-    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision, log.stop_asked)
+    (evaluator, narrowed), run_of = _on_device(args, model, splits, plan, ranks, log), None
     results: dict = facts(args, data, model, plan, ranks)
+    with phase("compile") if args.torch_compile else nullcontext():
+        compiled = _compile(args, model, evaluator, splits, log)
     with phase("train"):
         if args.do_train:
             run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
@@ -122,6 +125,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     with phase("save"):
         if run_of is not None:
             _save(run_of, is_stopped)
+    results |= compiled.summary(evaluator.assemble.shapes, log) if compiled else {}
     results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
     results["seconds"] = phase.seconds
     results["e2e_runtime"] = seconds_since_process_start()
@@ -135,6 +139,34 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         if args.repeat and not is_stopped:
             log.line(check_outcome(read_run(args.repeat), record))
     return results
+
+
+def _on_device(
+    args: Arguments,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    plan: PrecisionPlan,
+    ranks: Ranks,
+    log: ProgressLog,
+) -> tuple[Evaluator, NarrowedEmbedding | None]:
+    """The model on its device in the plan's precision, ready to evaluate and to train."""
+    narrowed = narrow(args, model, splits)
+    model.module.to(ranks.device.torch_device)
+    precision = make_precision(args, plan, model.module, ranks)
+    assemble = assembler(args, model, ranks, narrowed)
+    batch_size = args.per_device_eval_batch_size
+    return Evaluator(model.module, assemble, batch_size, ranks, precision, log.stop_asked), narrowed
+
+
+def _compile(
+    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ProgressLog
+) -> Compiled | None:
+    """What `--torch_compile` compiled, None without it."""
+    if not args.torch_compile:
+        return None
+    from bert_glue.compilation import compile_model
+
+    return compile_model(args, model, evaluator, splits, log)
 
 
 def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:

@@ -41,7 +41,7 @@ def seconds_since_process_start() -> float:
 class Phases:
     """Seconds that a process spent in each named phase; where phases nest, a moment counts for the inner one.
 
-    `seconds["compile"]` is None: no graph is compiled here, all kernels run eagerly.
+    `seconds["compile"]` stays None without `--torch_compile`.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Phases:
         """Count the block for `name`."""
         self._charge()
         self._open.append(name)
-        self.seconds.setdefault(name, 0.0)
+        self.seconds[name] = self.seconds.get(name) or 0.0
         try:
             yield
         finally:

@@ -53,6 +53,7 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=ranks.device.torch_device,
+        is_rounded=args.torch_compile,
         renumber=narrowed.renumber if narrowed else None,
     )
 

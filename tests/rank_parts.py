@@ -80,6 +80,21 @@ def same_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def compiled_run(folder: Path) -> dict[str, Any]:
+    """A short run with a compiled encoder and one global batch on any number of ranks."""
+    from recipe_parts import arguments, fit, losses
+
+    from bert_glue.global_batch import for_ranks
+
+    args = arguments(
+        folder.parent / "parts", max_steps=4, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH, torch_compile=True,
+        torch_compile_backend="aot_eager", output_dir=str(folder / "out"),
+    )  # fmt: skip
+    args, _ = for_ranks(args, int(os.environ.get("WORLD_SIZE", "1")))
+    run = fit(args)
+    return {"losses": losses(run), "weight": float(sum(master.double().sum() for master in run.precision.masters))}
+
+
 def evaluations(folder: Path) -> dict[str, list]:
     """First token and length of every row by a model that echoes them, at each size; and this rank's share."""
     from test_evaluation import echo_evaluator, split_of

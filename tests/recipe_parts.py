@@ -139,6 +139,7 @@ def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     precision = make_precision(args, plan_precision(args, ranks.device), model.module, ranks)
     assemble = assembler(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    recipe._compile(args, model, evaluator, splits, log)
     return fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
 
 

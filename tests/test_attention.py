@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from bert_glue import device
+from bert_glue import attention, device
 from bert_glue.attention import ATTENTION, attend, fusion_attention, grouped_attention, padded_attention
 from bert_glue.layout import PackedLayout
 from bert_glue.noise import Noise
@@ -178,7 +178,7 @@ def fusion_calls(monkeypatch):
     fake = types.ModuleType("torch_npu")
     fake.npu_fusion_attention = record
     monkeypatch.setitem(sys.modules, "torch_npu", fake)
-    monkeypatch.setattr(device, "has_packed_npu_attention", lambda: True)
+    monkeypatch.setattr(attention, "has_packed_npu_attention", lambda: True)
     return calls
 
 
@@ -199,7 +199,7 @@ def test_npu_fusion_attention_drops_with_noise(fusion_calls):
 
 @both_queries
 def test_npu_without_the_packed_kernel_pads(monkeypatch, fusion_calls, first_only):
-    monkeypatch.setattr(device, "has_packed_npu_attention", lambda: False)
+    monkeypatch.setattr(attention, "has_packed_npu_attention", lambda: False)
     layout = LAYOUTS["many groups"]
     inputs = _inputs(layout, first_only)
     ours = fusion_attention(*inputs, layout, first_only, 0.0, None, SITE)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert_glue.batching import Assembler, TokenSplit, TrainingOrder, ahead, evaluation_batches, rank_share
+from bert_glue.batching import Assembler, TokenSplit, TrainingOrder, ahead, bucket, evaluation_batches, rank_share
 from bert_glue.text_tokens import TokenTable
 
 HOST = torch.device("cpu")
@@ -115,15 +115,36 @@ def test_packed_batch():
     assert (batch.labels.tolist(), batch.samples, batch.real_tokens, batch.computed_tokens) == ([2, 1], 2, 13, 13)
 
 
-@pytest.mark.parametrize(("bucket", "tail"), [(16, 3), (13, 0), (256, 243)])
-def test_packed_batch_is_filled_up_to_its_bucket(bucket, tail):
-    batch = _assembler("packed", bucket=bucket, pad_id=7)(PAIRS, np.array([2, 0]))
+def test_buckets_hold_their_tokens_and_are_few():
+    sizes = [bucket(tokens) for tokens in range(1, 5000)]
+    assert all(tokens <= size <= max(tokens + 15, tokens * 17 / 16) for tokens, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes) and all(bucket(size) == size for size in set(sizes))
+    assert len({size for size in sizes if 1024 < size <= 2048}) == 16
+
+
+def test_packed_batch_is_filled_up_to_its_bucket():
+    batch = _assembler("packed", is_rounded=True, pad_id=7)(PAIRS, np.array([2, 0]))
     plain = _assembler("packed")(PAIRS, np.array([2, 0]))
-    assert batch.inputs["layout"].tail == tail
-    assert (batch.real_tokens, batch.computed_tokens) == (13, 13 + tail)
+    assert batch.inputs["layout"].tail == 3
+    assert (batch.real_tokens, batch.computed_tokens) == (13, 16)
     for name, filler in (("input_ids", 7), ("token_type_ids", 0), ("position_ids", 0)):
         values = batch.inputs[name][0]
         assert torch.equal(values[:13], plain.inputs[name][0]) and (values[13:] == filler).all()
+
+
+def test_a_bucket_that_fits_is_not_taken_as_filler_comes_always():
+    """Else the number of sequences would tell batches of one size apart."""
+    split = _split([[2] * 16, [2] * 5])
+    layouts = [_assembler("packed", is_rounded=True)(split, np.array([row])).inputs["layout"] for row in (0, 1)]
+    assert [(layout.tokens, len(layout.all_lengths)) for layout in layouts] == [(32, 2), (16, 2)]
+
+
+@pytest.mark.parametrize(("limit", "width"), [(40, 16), (9, 9)])
+def test_padded_width_is_a_bucket_within_the_models_limit(limit, width):
+    assemble = _assembler("longest", is_rounded=True, max_length=limit)
+    batch = assemble(PAIRS, np.array([1, 0]))
+    assert batch.inputs["input_ids"].shape == (2, width) and batch.inputs["attention_mask"].sum() == 9
+    assert assemble.shapes == {batch.computed_tokens} == {2 * width}
 
 
 def test_packed_batch_renumbers_for_a_narrowed_table():
