@@ -135,17 +135,69 @@ def padded_attention(query, key, value, layout, first_only, drop, noise, site) -
     return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
 
 
-def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
-    """CUDA: torch's variable-length kernel; half precision and no attention dropout only."""
-    if query.dtype == torch.float32 or (noise is not None and drop > 0.0):
-        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+def _varlen_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
     from torch.nn.attention.varlen import varlen_attn
 
-    PATHS_TAKEN.add("packed: torch's varlen kernel")
-    count = len(layout.all_lengths)
-    k_borders = torch.tensor(layout.cu_seq_lens, dtype=torch.int32).to(query.device, non_blocking=True)
-    q_borders = torch.arange(count + 1, dtype=torch.int32, device=query.device) if first_only else k_borders
-    return varlen_attn(query, key, value, q_borders, k_borders, 1 if first_only else layout.longest, layout.longest)
+    return varlen_attn(query, key, value, q_borders, k_borders, q_longest, k_longest)
+
+
+def _flash_kernel(*given):
+    # What varlen_attn calls, with the dropout that it sets to 0 (torch 2.13, torch/nn/attention/varlen.py).
+    return torch.ops.aten._flash_attention_forward(*given, False, False)[0]
+
+
+def _flash_attn_kernel(*given):
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*given)
+
+
+# name -> (function of query, key, value, both borders `[sequences + 1]` int32, both longest, dropout; has dropout).
+# In this order the first one that runs is taken; which is fastest was not measured on a GPU yet.
+CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
+    "torch's varlen kernel": (_varlen_kernel, False),
+    "torch's flash kernel with dropout": (_flash_kernel, True),
+    "flash_attn's varlen kernel": (_flash_attn_kernel, True),
+}
+
+
+def runs_here(name: str, device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> bool:
+    """True if a kernel of `CUDA_KERNELS` does: asked of the device by two sequences, forward and backward.
+
+    No random number is taken from the run.
+    """
+    function, has_dropout = CUDA_KERNELS[name]
+    if drop > 0.0 and not has_dropout:
+        return False
+    borders = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    try:
+        with torch.random.fork_rng([] if device.index is None else [device], device_type=device.type):
+            probe = torch.zeros(3, 1, dim, dtype=dtype, device=device, requires_grad=True)
+            with torch.enable_grad():
+                function(probe, probe, probe, borders, borders, 2, 2, drop).sum().backward()
+            probe.grad.sum().item()  # a failure is told no earlier
+    except Exception:  # no such package, chip, dtype or size: each fails in its own way
+        return False
+    return True
+
+
+@cache
+def cuda_kernel(device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> str | None:
+    """Name of the kernel that this device takes for heads of `dim` elements; None if none does."""
+    return next((name for name in CUDA_KERNELS if runs_here(name, device, dtype, dim, drop)), None)
+
+
+def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """CUDA: a kernel that knows borders, the first of `CUDA_KERNELS` that runs; they take half precision only."""
+    rate = drop if noise is not None else 0.0
+    name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate)
+    if name is None:
+        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+    PATHS_TAKEN.add(f"packed: {name}")
+    borders = layout.borders(query.device)
+    q_borders = torch.arange(len(borders), dtype=torch.int32, device=query.device) if first_only else borders
+    q_longest = 1 if first_only else layout.longest
+    return CUDA_KERNELS[name][0](query, key, value, q_borders, borders, q_longest, layout.longest, rate)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bert_glue.arguments import Arguments
+from bert_glue.attention import PATHS_TAKEN
 from bert_glue.collapse import constant_loss, flat_loss
 from bert_glue.global_batch import samples_per_step
 from bert_glue.model import LoadedModel
@@ -48,6 +49,7 @@ def train_results(run_of: Run, plan) -> dict:
         "train_runtime": run_of.seconds,
         "train_steps": progress.step,
         "train_collapsed": flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
+        "attention": sorted(PATHS_TAKEN),
         "optimizer": run_of.optimizer_used,
         "train_skipped_updates": run_of.precision.skipped_steps,
         "train_samples_consumed": progress.samples,

@@ -55,6 +55,17 @@ class PackedLayout:
         """Cumulative lengths with the leading 0, on the host."""
         return (0, *np.cumsum(self.all_lengths).tolist())
 
+    @cached_property
+    def _borders(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def borders(self, device: torch.device) -> torch.Tensor:
+        """`cu_seq_lens` on a device, `[sequences + 1]` int32; copied once a batch."""
+        if device not in self._borders:
+            host = torch.tensor(self.cu_seq_lens, dtype=torch.int32)
+            self._borders[device] = host.to(device, non_blocking=True)
+        return self._borders[device]
+
     @property
     def tokens(self) -> int:
         """Tokens computed, filler included."""

@@ -157,7 +157,7 @@ class PackedClassifier(nn.Module):
         """
         shape = self.shape
         x = self._embed(input_ids[0], token_type_ids[0], position_ids[0], noise)
-        all_firsts = torch.tensor(layout.cu_seq_lens[:-1]).to(x.device, non_blocking=True)
+        all_firsts = layout.borders(x.device)[:-1].long()
         for number in range(shape.layers):
             firsts = all_firsts if number == shape.layers - 1 else None
             layer = self.layers[0 if shape.shared_layers else number]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from bert_glue import checkpoint
 from bert_glue.arguments import Arguments
+from bert_glue.attention import PATHS_TAKEN
 from bert_glue.average import WeightAverage
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
 from bert_glue.collapse import CollapseWatch, constant_loss
@@ -169,6 +170,8 @@ def _train(run_of: Run) -> None:
     began = time.perf_counter()
     with run_of.saver, _trace(run_of):
         train(run_of)
+    if PATHS_TAKEN:
+        run_of.log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
     with run_of.phase("save"):
         run_of.ranks.wait()
     run_of.seconds = time.perf_counter() - began

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import types
+from itertools import pairwise
 
 import pytest
 import torch
 
 from bert_glue import attention, device
-from bert_glue.attention import ATTENTION, attend, fusion_attention, grouped_attention, padded_attention
+from bert_glue.attention import (
+    ATTENTION,
+    attend,
+    fusion_attention,
+    grouped_attention,
+    padded_attention,
+    varlen_attention,
+)
 from bert_glue.layout import PackedLayout
 from bert_glue.noise import Noise
 
@@ -205,6 +213,79 @@ def test_npu_without_the_packed_kernel_pads(monkeypatch, fusion_calls, first_onl
     ours = fusion_attention(*inputs, layout, first_only, 0.0, None, SITE)
     torch.testing.assert_close(ours, _naive(*inputs, layout, first_only))
     assert fusion_calls == []
+
+
+# ---- CUDA, on stand-ins for the kernels; nothing here ran on a GPU ----
+
+
+def _loop_kernel(calls: list):
+    """Takes what CUDA's kernels take."""
+
+    def kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
+        assert q_borders.dtype == k_borders.dtype == torch.int32
+        calls.append((q_longest, k_longest, drop))
+        pieces = []
+        for (a, b), (c, d) in zip(pairwise(q_borders.tolist()), pairwise(k_borders.tolist()), strict=True):
+            assert b - a <= q_longest and d - c <= k_longest
+            scores = torch.einsum("qhd,khd->hqk", query[a:b], key[c:d]) / math.sqrt(query.shape[-1])
+            shares = torch.nn.functional.dropout(scores.softmax(-1), drop)
+            pieces.append(torch.einsum("hqk,khd->qhd", shares, value[c:d]))
+        return torch.cat(pieces)
+
+    return kernel
+
+
+def _refuses(*given):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """`put(name=(function, has_dropout), ...)` takes the place of CUDA's kernels."""
+    attention.cuda_kernel.cache_clear()
+    yield lambda **table: monkeypatch.setattr(attention, "CUDA_KERNELS", table)
+    attention.cuda_kernel.cache_clear()
+
+
+@both_queries
+@every_layout
+def test_cuda_gives_the_kernel_borders_and_longest(kernels, layout, first_only):
+    calls = []
+    kernels(loop=(_loop_kernel(calls), True))
+    inputs = _inputs(layout, first_only)
+    ours = varlen_attention(*inputs, layout, first_only, 0.3, None, SITE)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs)
+    assert calls == [(2, 2, 0.0), (1 if first_only else layout.longest, layout.longest, 0.0)]  # the probe, the call
+
+
+@pytest.mark.parametrize(("drop", "expected"), [(0.0, "plain"), (0.2, "drops")])
+def test_cuda_takes_the_first_kernel_that_runs_and_drops(kernels, drop, expected):
+    kernels(refuses=(_refuses, True), plain=(_loop_kernel([]), False), drops=(_loop_kernel([]), True))
+    inputs, layout = _inputs(LAYOUTS["equal"], False), LAYOUTS["equal"]
+    attention.PATHS_TAKEN.clear()
+    before = torch.get_rng_state()
+    assert attention.cuda_kernel(inputs[0].device, torch.float64, 4, drop) == expected
+    assert torch.equal(torch.get_rng_state(), before)  # a resumed run, which asks anew, goes on with the same numbers
+    varlen_attention(*inputs, layout, False, drop, Noise(0), SITE)
+    assert {f"packed: {expected}"} == attention.PATHS_TAKEN
+
+
+def test_cuda_pads_inside_attention_where_no_kernel_runs(kernels):
+    kernels(refuses=(_refuses, True))
+    layout = LAYOUTS["many groups"]
+    inputs = _inputs(layout, False)
+    torch.testing.assert_close(
+        varlen_attention(*inputs, layout, False, 0.0, None, SITE), _naive(*inputs, layout, False)
+    )
+
+
+def test_torchs_flash_kernel_takes_our_call():
+    """On tensors without data: names, types and a gradient, no numbers."""
+    q, k = (torch.empty(n, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (3, 10))
+    borders = torch.empty(4, dtype=torch.int32, device="meta")
+    out = attention._flash_kernel(q, k, k, borders, borders, 1, 7, 0.1)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (3, 2, 16) and k.grad.shape == (10, 2, 16)
 
 
 def test_each_kind_of_device_has_its_function():
