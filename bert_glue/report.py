@@ -67,6 +67,8 @@ def _facts(results: dict) -> str:
         fact("batches", results["batches"]),
         fact("seed", results["seed"]),
     ]
+    if results.get("trained", "all") != "all":
+        facts.append(fact("trained", results["trained"]))
     if results.get("fallback"):
         facts.append(fact("fallback", results["fallback"]))
     return f'{sample}<ul class="facts">{"".join(facts)}</ul>'

@@ -14,6 +14,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "precision": ("Precision", "精度"),
     "seed": ("Seed", "随机种子"),
     "batches": ("Batches", "批次"),
+    "trained": ("Trained", "训练的部分"),
     "fallback": ("Fallback", "降级"),
     "standard_error": ("standard error {se}", "标准误差 {se}"),
     "majority_is": ("always the most frequent class: {value}", "总是预测最多的类别：{value}"),

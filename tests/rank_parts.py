@@ -29,7 +29,17 @@ def on_ranks(world: int, function: str, folder: Path, timeout: float = 240.0) ->
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def same_run(folder: Path) -> dict[str, Any]:
+def lora(folder: Path) -> dict[str, Any]:
+    """`same_run` with adapters."""
+    return same_run(folder, lora_rank=3)
+
+
+def frozen(folder: Path) -> dict[str, Any]:
+    """`same_run` of the head alone."""
+    return same_run(folder, freeze_encoder=True)
+
+
+def same_run(folder: Path, **changes) -> dict[str, Any]:
     """A short run with one global batch on any number of ranks: its numbers, rows and collectives."""
     import torch
     from recipe_parts import arguments, fit, losses
@@ -65,7 +75,7 @@ def same_run(folder: Path) -> dict[str, Any]:
     ranks_module.StepSum.__call__ = between
     args = arguments(
         folder.parent / "parts", num_train_epochs=2.0, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH,
-        output_dir=str(folder / "out"), logging_steps=4,
+        output_dir=str(folder / "out"), logging_steps=4, **changes,
     )  # fmt: skip
     args, _ = for_ranks(args, int(os.environ.get("WORLD_SIZE", "1")))
     run = fit(args)

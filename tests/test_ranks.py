@@ -70,6 +70,16 @@ def test_a_step_has_one_collective(runs: dict[int, list[dict]]) -> None:
     assert runs[1][0]["collectives"] == [0] * 7
 
 
+@pytest.mark.parametrize("part", ["lora", pytest.param("frozen", marks=pytest.mark.slow)])
+def test_adapters_or_the_head_alone_are_the_same_run(parts: Path, part: str) -> None:
+    """The adapters' random start is the same on all ranks."""
+    pytest.importorskip("peft")
+    (alone,), two = (on_ranks(world, part, parts / f"{part}{world}") for world in (1, 2))
+    assert two[0]["losses"] == two[1]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert two[0]["weight"] == two[1]["weight"] == pytest.approx(alone["weight"], rel=1e-5)
+    assert {tuple(rank["collectives"]) for rank in two} == {(1, 1, 1, 2, 1, 1, 1)}
+
+
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_evaluation_has_each_row_once_in_its_place(parts: Path, world: int) -> None:
     ranks = on_ranks(world, "evaluations", parts / f"evaluation{world}")

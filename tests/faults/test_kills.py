@@ -110,6 +110,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(server, tmp_path, report, accumul
     report(f"accumulation {accumulation}, {precision}: {done}")
 
 
+LORA, HEAD = {"lora_rank": 2, "lora_dropout": 0.1}, {"freeze_encoder": True}
+
+
+@pytest.mark.parametrize(
+    ("part", "trials"), [(LORA, 1), *(pytest.param(part, 20, marks=pytest.mark.slow) for part in (LORA, HEAD))]
+)
+def test_a_killed_run_of_a_part_goes_on_to_the_same_bits(server, tmp_path, report, part, trials):
+    """Adapters and the head alone."""
+    done = Trials(server, tmp_path, 1, "O2", **part).check(trials, random.Random(f"{part} {trials}"))
+    report(f"{part}: {done}")
+
+
 @pytest.mark.parametrize(
     ("ranks", "trials"),
     [(2, 2), pytest.param(2, 20, marks=pytest.mark.slow), pytest.param(8, 20, marks=pytest.mark.slow)],
