@@ -82,15 +82,30 @@ def scores(task: str, run: str, out: Path) -> dict[str, float | None]:
     return found
 
 
+def finish(asked: list[str], threads: int) -> None:
+    """Runs a command to its end, offline.
+
+    Raises:
+        SystemExit: it failed; its words are shown.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(asked)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def append(file: Path, row: dict) -> None:
+    """One more line, in the file and on the screen."""
+    with file.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
 def measure(args: argparse.Namespace, task: str, run: str, seed: int) -> dict:
     """One line of the rows file."""
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-        asked = command(args, task, run, seed, Path(folder))
-        done = subprocess.run(asked, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{run} on {task}, seed {seed}, ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        finish(command(args, task, run, seed, Path(folder)), args.threads)
         found = scores(task, run, Path(folder))
     steps, rows = PLAN[task]
     how = {"learning_rate": args.learning_rate, "warmup_steps": args.warmup_steps, "steps": steps, "eval_rows": rows}
@@ -126,7 +141,7 @@ def table(rows: list[dict]) -> str:
                 run: {row["seed"]: row["scores"][metric] or 0.0 for row in of_task if row["run"] == run}
                 for run in RUNS
             }  # fmt: skip
-            cells = {run: _cell(list(values.values())) for run, values in found.items()}
+            cells = {run: cell(list(values.values())) for run, values in found.items()}
             lines.append(
                 f"| {task} | {steps} | {metric} | {len(found['ours'])} | {cells['ours']} | {cells['hf']} "
                 f"| {difference(found['ours'], found['hf'])} | {cells['ours_bf16_O2']} |"
@@ -146,13 +161,14 @@ def technique_table(rows: list[dict]) -> str:
         for metric in found[run][seeds[0]]["scores"] if seeds else ():
             plain, tried = ({n: found[name][n]["scores"][metric] or 0.0 for n in seeds} for name in ("ours", run))
             lines.append(
-                f"| {task} | {metric} | {run} | {len(seeds)} | {_cell(list(plain.values()))} "
-                f"| {_cell(list(tried.values()))} | {difference(tried, plain)} |"
+                f"| {task} | {metric} | {run} | {len(seeds)} | {cell(list(plain.values()))} "
+                f"| {cell(list(tried.values()))} | {difference(tried, plain)} |"
             )
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
+def cell(values: list[float]) -> str:
+    """Mean and deviation x100 of scores; a dash where there are none."""
     if not values:
         return "-"
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -184,10 +200,7 @@ def main() -> int:
         for task in args.tasks.split(","):
             for run in args.runs.split(","):
                 if (task, run, seed) not in have:
-                    row = measure(args, task, run, seed)
-                    with args.rows.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(json.dumps(row), flush=True)
+                    append(args.rows, measure(args, task, run, seed))
     return 0
 
 
