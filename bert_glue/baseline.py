@@ -7,7 +7,6 @@ A file is `{"format": 1, "entries": [...]}`; an entry is a perf.json (perf.py) w
 from __future__ import annotations
 
 import json
-import os
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +17,7 @@ from bert_glue.launch_results import read_results
 from bert_glue.perf import FORMAT, SETUP, setup_of
 from bert_glue.recipes import FOLDER as CONFIGS
 from bert_glue.tasks import TASKS
+from bert_glue.whole_file import write_whole
 
 FOLDER = CONFIGS / "baselines"
 # What decides a score beside the seed; of all devices and precisions the same is expected.
@@ -130,11 +130,9 @@ def write_entries(file: Path, new: list[dict[str, Any]]) -> list[str]:
     old = read_entries(file) if file.exists() else []
     setups = [entry["setup"] for entry in new]
     kept = [entry for entry in old if entry["setup"] not in setups]
-    aside = file.with_name(f"{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps({"format": FORMAT, "entries": [*kept, *new]}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
+        write_whole(file, json.dumps({"format": FORMAT, "entries": [*kept, *new]}, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"--write {file}: {error.strerror}") from error
     return [f"wrote {file}: {len(new)} new, {len(old) - len(kept)} replaced, {len(kept)} kept"]

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from bert_glue.errors import first_line
+
 _PRECISIONS = {
     "fp32": {"fp16": False},
     "bf16": {"fp16": False, "bf16": True},
@@ -45,7 +47,7 @@ class _Facts:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # broken installations raise anything, SystemExit included
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = first_line(error)
             self.tell(fact, **known, problem=text, kind_of_error=type(error).__name__)
             return False
 
@@ -77,7 +79,7 @@ def _describe(device: Any) -> dict[str, Any]:
         about["fp32_products"] = [name for name, dtype in halves.items() if has_slow_products(device.kind, dtype)]
         memory = device.memory()
     except Exception as error:  # a device in use by others, or a driver without this call
-        about["problem"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        about["problem"] = first_line(error)
     about["free_bytes"], about["total_bytes"] = memory or (None, None)
     return about
 

@@ -70,6 +70,11 @@ def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Choices: {', '.join(choices)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, for one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_code_of(action: Callable[[], int]) -> int:
     """Runs a command; a user's mistake becomes its lines on stderr and its exit code, without traceback."""
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue import hub_files
-from bert_glue.errors import DataError
+from bert_glue.errors import DataError, first_line
 from bert_glue.table_files import from_arrow
 from bert_glue.tables import Table
 
@@ -177,7 +177,7 @@ def _refusal(
     from huggingface_hub import constants
 
     what = " ".join(filter(None, (f"{name}@{revision}" if revision else name, config)))
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     if reason is None:
         text = f"{what}: the hub {constants.ENDPOINT} did not give it: {first}"
     else:
@@ -199,7 +199,7 @@ def open_folder(folder: str, config: str | None, args: Any) -> Any:
         with _hub_mode(True, args.disable_tqdm or not sys.stderr.isatty()):
             return datasets.load_dataset(folder, config, cache_dir=args.cache_dir)
     except Exception as error:
-        raise DataError(f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        raise DataError(f"{folder}: {first_line(error)}") from error
 
 
 def revision_of(dataset: Any) -> str | None:
@@ -237,6 +237,6 @@ def load_saved(folder: Path) -> Table:
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise DataError(f"{folder}: cannot be read as a saved data set: {first}") from error
     return to_table(dataset, str(folder))

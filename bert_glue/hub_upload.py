@@ -11,8 +11,7 @@ from typing import Any
 
 from bert_glue import hub_files
 from bert_glue.arguments import Arguments
-from bert_glue.errors import MachineError
-from bert_glue.model_folder import first_line
+from bert_glue.errors import MachineError, first_line
 
 _SENT = [
     "config.json", "model*.safetensors*", "*token*.json", "vocab*", "merges.txt", "*.model", "README.md",

@@ -19,10 +19,10 @@ from torch import nn
 
 from bert_glue.adapters import Adapter, choose_trained, plain_names
 from bert_glue.arguments import Arguments
-from bert_glue.errors import MachineError, UsageError
+from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.layerwise import reinitialise
-from bert_glue.model_folder import first_line, model_folder, read_config
+from bert_glue.model_folder import model_folder, read_config
 from bert_glue.packed import EncoderShape, PackedClassifier
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import TextTokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bert_glue import hub_files
 from bert_glue.arguments import Arguments
-from bert_glue.errors import MachineError
+from bert_glue.errors import MachineError, first_line
 from bert_glue.weights import check_not_lfs_pointer
 
 
@@ -42,11 +42,6 @@ def model_folder(name: str, args: Arguments) -> Path:
             "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
             "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, for one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_config(folder: Path) -> dict:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bert_glue.errors import DataError, MachineError, UserError
+from bert_glue.errors import DataError, MachineError, UserError, first_line
 from bert_glue.hub_data import open_folder, start_probe
 
 _MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
@@ -47,7 +47,7 @@ def _fetch(name: str, kind: str, patterns: list[str], args: Any, error_type: typ
             token=args.token, local_files_only=reason is not None,
         )  # fmt: skip
     except Exception as error:  # the package raises two dozen kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         if args.token:
             first = first.replace(args.token, "***")
         why = f"ModelScope {endpoint} did not give it: {first}"

@@ -6,6 +6,8 @@ import os
 import re
 from importlib import metadata
 
+from bert_glue.errors import first_line
+
 # torch_npu is built for one X.Y of torch (its metadata: `Requires-Dist: torch==X.Y.Z.*`) and tested with one CANN.
 # Source: TorchNPU's COMPATIBILITY.md, and for CANN 8.5.0 also the README in torch_npu 2.13.0's metadata.
 PAIRS = (
@@ -18,7 +20,7 @@ PAIRS = (
 
 def explain(error: BaseException) -> str:
     """Lines for a MachineError: what failed with its fix, what is here, what goes together."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     torch, torch_npu = _version("torch"), _version("torch_npu")
     lines = [f"torch_npu cannot be imported: {text}; {_fix(text, torch, torch_npu)}"]
     lines.append(f"here: torch {torch}, torch_npu {torch_npu}, {_cann()}")

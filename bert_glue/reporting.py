@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.model_card import model_card
 from bert_glue.report import run_page
 from bert_glue.tasks import GlueTask
+from bert_glue.whole_file import write_whole
 
 if TYPE_CHECKING:
     from bert_glue.batching import TokenSplit
@@ -34,9 +34,7 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Pro
 
 def write_json(path: Path, content: dict) -> None:
     """JSON that is never seen half-written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np.ndarray) -> None:

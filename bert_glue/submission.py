@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bert_glue.launch_results import SAMPLE_NOTE, read_json_object, read_results
 from bert_glue.table_files import read_tsv
 from bert_glue.tables import Problems, Table
 from bert_glue.tasks import TASKS, GlueTask, companions, get_task
+from bert_glue.whole_file import write_whole
 
 _HEADER = ["index", "prediction"]
 _SAMPLE_MARK = "SAMPLE-DATA-NOT-GLUE.txt"
@@ -210,10 +210,8 @@ def build(runs: list[Path], output: Path, partial: bool, allow_sample: bool) -> 
     ]
     is_sample = any(read_results(run).get("sample_data") for run in runs)
     content = archive({**found, **constants}, is_sample)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
-        os.replace(aside, output)
+        write_whole(output, content)
     except OSError as error:
         raise CheckpointError(f"--output {output} cannot be written: {error.strerror}") from error
     lines.append(f"wrote {output}" + (f" ({SAMPLE_NOTE}: a dry run, do not submit)" if is_sample else ""))

@@ -19,6 +19,7 @@ from bert_glue.launch_results import base_epochs
 from bert_glue.recipes import recipe_file
 from bert_glue.sample import SAMPLE_RECIPE
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask
+from bert_glue.whole_file import write_whole
 
 SETTINGS_FILE = "sweep_run.json"
 RESULTS_FILE = "all_results.json"
@@ -99,9 +100,7 @@ class SweepRun:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{SETTINGS_FILE}"
-        aside.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-        aside.replace(self.folder / SETTINGS_FILE)
+        write_whole(self.folder / SETTINGS_FILE, json.dumps(self.settings, indent=1) + "\n")
 
 
 def _short(text: str) -> str:

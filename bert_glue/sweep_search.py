@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bert_glue.arguments import FLAGS
-from bert_glue.errors import MachineError, UsageError, UserError
+from bert_glue.errors import MachineError, UsageError, UserError, first_line
 from bert_glue.flag_values import convert
 from bert_glue.sweep_plan import Suite, SweepRun
 from bert_glue.tasks import GlueTask
@@ -135,7 +135,7 @@ class Search:
         except UserError:
             raise
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0].replace(self.storage, "it")
+            first = first_line(error).replace(self.storage, "it")
             raise MachineError(f"--storage {_without_login(self.storage)}: {first}") from error
 
     def _state(self, name: str) -> Any:

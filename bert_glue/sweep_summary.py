@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from bert_glue.sweep_plan import SweepRun
+from bert_glue.whole_file import write_whole
 
 COLUMNS = (
     "task", "split", "trial", "chosen", "metric", "runs", "missing", "mean", "std", "standard_error_of_mean", "best",
@@ -136,10 +136,8 @@ def write(output_dir: Path, summary: dict[str, Any]) -> None:
     for group in summary["groups"]:
         writer.writerow([_cell(group[column]) for column in COLUMNS])
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    for name, content in (("summary.json", text), ("summary.csv", table.getvalue())):
-        aside = output_dir / f".{name}.{os.getpid()}"
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, output_dir / name)
+    write_whole(output_dir / "summary.json", text)
+    write_whole(output_dir / "summary.csv", table.getvalue())
 
 
 def _cell(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.arguments import FLAGS, Arguments
-from bert_glue.errors import MachineError
+from bert_glue.errors import MachineError, first_line
 
 CLOSE_SECONDS = 20.0  # for all trackers together to send what they hold
 
@@ -43,7 +43,7 @@ class _Worker(threading.Thread):
                 tracker.log(values, step=step)
             tracker.finish()
         except BaseException as error:  # each tracker fails in its own way, some by SystemExit
-            self.problem = f"--report_to {self.tracker_name}: {doing}: {_first_line(error)}"
+            self.problem = f"--report_to {self.tracker_name}: {doing}: {first_line(error)}"
 
 
 class Trackers:
@@ -111,10 +111,6 @@ def _names(report_to: str | None, available: list[str]) -> list[str]:
         return ["tensorboard"] if "tensorboard" in available else []
     known = FLAGS["report_to"].choices
     return [name for name in available if name in known] if report_to == "all" else report_to.split(",")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # tracker -> (its key, its mode, the file a login leaves, the host in it)
