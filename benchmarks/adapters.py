@@ -19,24 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.throughput import write_model  # noqa: E402
+
 MODES = {
     "all": {},
     "lora_8": {"lora_rank": 8},
     "lora_8_all_linear": {"lora_rank": 8, "lora_target_modules": "all-linear"},
     "frozen": {"freeze_encoder": True},
 }
-
-
-def write_model(folder: Path, shape: str) -> None:
-    """A model folder of a published shape with random weights and a vocabulary of numbers."""
-    import torch
-    from hf_recipe import MODEL_SHAPES
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=8000, **MODEL_SHAPES[shape])).save_pretrained(folder)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
 class Step:
@@ -81,7 +72,9 @@ class Step:
 def measure(shape: str, lengths: list[int], rounds: int) -> dict:
     """Ratios of each mode to `all`, medians over rounds after one that is not counted."""
     with tempfile.TemporaryDirectory() as name:
-        write_model(Path(name), shape)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]
+        (vocab := Path(name) / "words").write_text("\n".join(words) + "\n", encoding="utf-8")
+        write_model(Path(name), shape, vocab)
         steps = {mode: Step(Path(name), changes, lengths) for mode, changes in MODES.items()}
     seen = [{mode: step.seconds() for mode, step in steps.items()} for _ in range(rounds + 1)][1:]
     ratio = {

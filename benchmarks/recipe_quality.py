@@ -17,7 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from quality import ROOT, append, cell, difference, finish, read_rows, scores
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.quality import append, cell, difference, finish, read_rows, scores  # noqa: E402
 
 BEST_EPOCH = ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", "1")
 RUNS = {

@@ -66,8 +66,9 @@ def write_model(folder: Path, shape: str, vocab: Path) -> str:
     import shutil
 
     import torch
-    from hf_recipe import MODEL_SHAPES
     from transformers import BertConfig, BertModel
+
+    from benchmarks.hf_recipe import MODEL_SHAPES
 
     torch.manual_seed(0)
     words = len(vocab.read_text(encoding="utf-8").splitlines())

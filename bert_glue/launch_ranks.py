@@ -29,8 +29,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bert_glue.whole_file import write_whole
-
 # Seconds after another rank failed: until a rank that is not ending by itself is asked to, and is made to.
 _ASKED, _MADE = 1.0, 4.0
 _LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
@@ -54,7 +52,9 @@ def _read_notes(notes: Path) -> list[dict[str, Any]]:
 
 
 def _write_note(notes: Path, note: dict[str, Any]) -> None:
-    write_whole(notes / f"{note['rank']}.json", json.dumps(note))
+    aside = notes / f".{note['rank']}"
+    aside.write_text(json.dumps(note), encoding="utf-8")
+    os.replace(aside, notes / f"{note['rank']}.json")
 
 
 def run_rank(notes: Path, logs: Path, command: list[str]) -> int:

@@ -5,24 +5,16 @@ python docs/make_measurements.py
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import quality, throughput  # noqa: E402
+
 MEASURED = ROOT / "benchmarks" / "results"
-
-
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
 
 
 def _published() -> str:
@@ -50,7 +42,7 @@ MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU core
 Hugging Face Trainer with dynamic padding, by `benchmarks/quality.py`; scores x100, mean and deviation over seeds
 where there are several. With one seed a difference is not to be told from chance. A dash was not measured.
 
-{_script("quality").table(rows)}
+{quality.table(rows)}
 
 Given the same order of samples and no dropout the losses of both are equal step by step: `tests/test_stock_trainer.py`.
 
@@ -65,7 +57,6 @@ What others report and every run prints beside its own score; not reproduced her
 
 def benchmarks_page() -> str:
     """docs/benchmarks.md."""
-    throughput = _script("throughput")
     parts = []
     for file in sorted(MEASURED.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from benchmarks import adapters, hf_recipe, quality, throughput
 from bert_glue.arguments import Arguments
 from bert_glue.sources import load_task_data
-
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-def _script(name: str):
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-@pytest.fixture(scope="module")
-def throughput():
-    return _script("throughput")
-
-
-@pytest.fixture(scope="module")
-def quality():
-    return _script("quality")
 
 
 def _figures(rate: float, share: float | None = None) -> dict:
@@ -41,7 +18,7 @@ def _figures(rate: float, share: float | None = None) -> dict:
     return {**figures, "eval_tokens_per_second": None, "share_of_gemm": share}
 
 
-def test_a_ratio_is_formed_inside_its_round(throughput):
+def test_a_ratio_is_formed_inside_its_round():
     """The machine ran at half speed in the second round, and ours was 4, 6 and 8 times as fast."""
     rounds = [
         {"ours": _figures(400, 0.5), "hf_default": _figures(100)},
@@ -57,7 +34,7 @@ def test_a_ratio_is_formed_inside_its_round(throughput):
     assert line.startswith("| cola | 6.00x | - | 400 | 60 % | - | 1.00x | - | 1.00x | - |")
 
 
-def test_rows_are_a_random_part_of_both_splits(throughput, tmp_path):
+def test_rows_are_a_random_part_of_both_splits(tmp_path):
     words = [f"{chr(97 + i % 26)}{i}" for i in range(200)]
     (tmp_path / "glue" / "MRPC").mkdir(parents=True)
     header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
@@ -79,7 +56,7 @@ def _row(run: str, seed: int, score: float | None) -> dict:
     return {"task": "mrpc", "run": run, "seed": seed, "scores": {"f1": score}}
 
 
-def test_the_interval_is_students_over_common_seeds(quality):
+def test_the_interval_is_students_over_common_seeds():
     ours, theirs = {1: 0.80, 2: 0.84, 3: 0.82, 9: 0.1}, {1: 0.81, 2: 0.82, 3: 0.80}
     differences = [-1.0, 2.0, 2.0]
     low, high = stats.t.interval(0.95, 2, statistics.mean(differences), stats.sem(differences))
@@ -88,7 +65,7 @@ def test_the_interval_is_students_over_common_seeds(quality):
     assert quality.difference({1: 0.5}, {}) == "-"
 
 
-def test_the_quality_table_and_the_rows_already_there(quality, tmp_path):
+def test_the_quality_table_and_the_rows_already_there(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert quality.read_rows(file) == []
     rows = [_row("ours", 1, 0.80), _row("ours", 2, 0.90), _row("hf", 1, 0.80), _row("hf", 2, 0.80)]
@@ -99,15 +76,12 @@ def test_the_quality_table_and_the_rows_already_there(quality, tmp_path):
 
 def test_adapters_are_measured_against_all_weights(monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import hf_recipe
-
     shape = {
         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
         "max_position_embeddings": 64,
     }  # fmt: skip
     monkeypatch.setitem(hf_recipe.MODEL_SHAPES, "tiny", shape)
-    found = _script("adapters").measure("tiny", [5, 9], 2)
+    found = adapters.measure("tiny", [5, 9], 2)
     elements = {mode: figures["optimizer_elements"] for mode, figures in found.items()}
     head = 16 * 16 + 16 + 2 * 16 + 2
     assert elements["frozen"] == head and elements["lora_8"] == head + 2 * 2 * 8 * (16 + 16)

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import quality, scaling
+from docs import make_measurements, make_migration
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def test_the_migration_page_is_what_the_tables_say():
-    spec = importlib.util.spec_from_file_location("make_migration", ROOT / "docs" / "make_migration.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "migration.md").read_text(encoding="utf-8") == module.page()
+    assert (ROOT / "docs" / "migration.md").read_text(encoding="utf-8") == make_migration.page()
 
 
 @pytest.mark.parametrize("name", ["results.md", "benchmarks.md"])
 def test_measurements_are_what_the_files_hold(name):
-    spec = importlib.util.spec_from_file_location("make_measurements", ROOT / "docs" / "make_measurements.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == module.PAGES[name]()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == make_measurements.PAGES[name]()
 
 
 def test_the_tables_of_scaling_are_what_was_measured():
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
     found = json.loads((ROOT / "benchmarks" / "results" / "scaling-cpu-2-cores.json").read_text(encoding="utf-8"))
-    assert module.page(found) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert scaling.page(found) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_techniques_is_what_the_rows_hold():
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    rows = module.read_rows(ROOT / "benchmarks" / "results" / "techniques.jsonl")
-    assert module.technique_table(rows) in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    plain = module.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    rows = quality.read_rows(ROOT / "benchmarks" / "results" / "techniques.jsonl")
+    assert quality.technique_table(rows) in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    plain = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
     assert [row for row in rows if row["run"] == "ours"] == [row for row in plain if row in rows]
 
 

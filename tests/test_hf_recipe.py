@@ -16,13 +16,7 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def recipe():
-    file = REPOSITORY / "benchmarks" / "hf_recipe.py"
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("hf_recipe", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+    return importlib.import_module("benchmarks.hf_recipe")
 
 
 @pytest.fixture
