@@ -45,6 +45,7 @@ TECHNIQUES = {
     "ema_0.98": ("--ema_decay", "0.98"),
     "rdrop_1": ("--rdrop_alpha", "1"),
     "fgm_0.5": ("--fgm_epsilon", "0.5"),
+    "intermediate": (),  # from --intermediate, a finished run of another task, in place of --model
 }
 
 
@@ -61,7 +62,8 @@ def command(args: argparse.Namespace, task: str, run: str, seed: int, out: Path)
             "--json", str(out / "hf.json"),
         ]  # fmt: skip
     return [
-        sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path", args.model, "--task_name", task, *shared,
+        sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path",
+        args.intermediate if run == "intermediate" else args.model, "--task_name", task, *shared,
         "--do_train", "--do_eval", "--max_steps", str(steps), "--per_device_train_batch_size", "32",
         "--per_device_eval_batch_size", "32", "--save_strategy", "no", "--use_cpu", "--output_dir", str(out),
         *{**RUNS, **TECHNIQUES}[run],
@@ -104,9 +106,10 @@ def append(file: Path, row: dict) -> None:
 def measure(args: argparse.Namespace, task: str, run: str, seed: int) -> dict:
     """One line of the rows file."""
     began = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        finish(command(args, task, run, seed, Path(folder)), args.threads)
-        found = scores(task, run, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = args.keep / f"{task}-{run}-{seed}" if args.keep else Path(name)
+        finish(command(args, task, run, seed, folder), args.threads)
+        found = scores(task, run, folder)
     steps, rows = PLAN[task]
     how = {"learning_rate": args.learning_rate, "warmup_steps": args.warmup_steps, "steps": steps, "eval_rows": rows}
     return {"task": task, "run": run, "seed": seed, **how, "seconds": round(time.time() - began, 1), "scores": found}
@@ -180,6 +183,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder of a BERT-family model")
     parser.add_argument("--data_path", help="as for run_glue.py")
+    parser.add_argument("--intermediate", metavar="RUN", help="what the run of that name starts from")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs there, such as for combine.py")
     parser.add_argument("--tasks", default=",".join(PLAN))
     parser.add_argument("--runs", default="ours,hf", help=f"some of {', '.join([*RUNS, *TECHNIQUES])}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this")
@@ -195,6 +200,8 @@ def main() -> int:
         return 0
     if not (args.model and args.data_path):
         parser.error("give --model and --data_path, or --table")
+    if "intermediate" in args.runs.split(",") and not args.intermediate:
+        parser.error("--runs intermediate needs --intermediate")
     have = {(row["task"], row["run"], row["seed"]) for row in read_rows(args.rows)}
     for seed in range(1, args.seeds + 1):
         for task in args.tasks.split(","):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 
 import pytest
 from scipy import stats
+from tiny_models import write_model
 
-from benchmarks import adapters, hf_recipe, quality, throughput
+from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, throughput
 from bert_glue.arguments import Arguments
 from bert_glue.sources import load_task_data
 
@@ -87,3 +89,34 @@ def test_adapters_are_measured_against_all_weights(monkeypatch):
     assert elements["frozen"] == head and elements["lora_8"] == head + 2 * 2 * 8 * (16 + 16)
     assert elements["all"] > 8000 * 16 > elements["lora_8_all_linear"]
     assert found["all"]["speedup_cpu_seconds"] == 1.0 and found["frozen"]["speedup_clock"] > 0
+
+
+def test_what_stable_adds_is_said_against_the_same_choice_of_epoch_too():
+    rows = [
+        {**_row(run, seed, score + seed / 10), "train_rows": 1000}
+        for run, score in (("reference", 0.1), ("reference_best_epoch", 0.2), ("stable", 0.25))
+        for seed in (1, 2)
+    ]
+    line = recipe_quality.table([*rows, {**_row("reference", 3, None), "train_rows": 1000}]).splitlines()[-1]
+    assert line == "| mrpc | f1 | 2 | 16.7 ± 15.3 | 35.0 ± 7.1 | 40.0 ± 7.1 | +15.0 ± 0.0 | +5.0 ± 0.0 |"
+
+
+@pytest.mark.slow
+def test_runs_put_together_are_scored_as_a_user_would(tmp_path):
+    write_model(tmp_path / "model")
+    (tmp_path / "glue" / "MRPC").mkdir(parents=True)
+    rows = [f"{i % 2}\t{i}\t{i}\t{'red dog' if i % 2 else 'big cat'}\tthe mat {i % 5}" for i in range(64)]
+    text = "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows]) + "\n"
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / "MRPC" / f"{split}.tsv").write_text(text)
+    asked = ["--model_name_or_path", str(tmp_path / "model"), "--task_name", "mrpc", "--do_train", "--do_eval"]
+    asked += ["--data_path", str(tmp_path / "glue"), "--learning_rate", "1e-2", "--max_steps", "40", "--use_cpu"]
+    runs = [str(tmp_path / f"run{seed}") for seed in (1, 2)]
+    for seed, run in enumerate(runs):
+        quality.finish([sys.executable, "run_glue.py", *asked, "--seed", str(seed), "--output_dir", run], 1)
+    row = combine.measure(runs, str(tmp_path / "glue"))
+    assert (row["task"], row["runs"], row["steps"]) == ("mrpc", 2, 40)
+    assert all(set(found) == {"accuracy", "f1"} for found in (*row["alone"], row["soup"], row["ensemble"]))
+    assert row["ensemble"] == {"accuracy": 1.0, "f1": 1.0} == row["alone"][0]
+    line = combine.table([row]).splitlines()[-1]
+    assert line.startswith("| mrpc | 40 | f1 | 2 | 100.0 ± 0.0 | 100.0 | ") and line.endswith(" | 100.0 |")
