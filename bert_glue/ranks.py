@@ -4,15 +4,55 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bert_glue.arguments import Arguments
 from bert_glue.device import Device, resolve_device
-from bert_glue.errors import RankError
+from bert_glue.errors import RankError, UsageError
+
+
+class Place(NamedTuple):
+    """Which process of a run this is: `rank` of `world_size`, `local_rank` on its host."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def place_in(environment: Mapping[str, str]) -> Place:
+    """What torchrun's variables say.
+
+    A process alone is rank 0 whatever RANK and LOCAL_RANK say: `--device npu:3` must not be moved by stale ones.
+    The reference sets RANK but no LOCAL_RANK: on its one host they are the same.
+
+    Raises:
+        UsageError: a variable is missing or has no sensible value; one line each.
+    """
+    wrong: list[str] = []
+
+    def number(name: str, default: int | None, least: int, end: int | None = None) -> int:
+        text = environment.get(name, "" if default is None else str(default))
+        if text.isdecimal() and int(text) >= least and (end is None or int(text) < end):
+            return int(text)
+        bounds = f"in [{least}, {'inf' if end is None else end})"
+        wrong.append(f"{name}={text or '(not set)'} in the environment: a whole number {bounds} is needed")
+        return least
+
+    world = number("WORLD_SIZE", 1, 1)
+    if world > 1:
+        rank = number("RANK", None, 0, world)
+        local = number("LOCAL_RANK", rank, 0, world)
+        if not environment.get("MASTER_ADDR"):
+            wrong.append("MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed")
+        number("MASTER_PORT", None, 1, 65536)
+    if wrong:
+        wrong.append("without WORLD_SIZE a process runs alone; torchrun and test/train_full_8p.sh set all of these")
+        raise UsageError("\n".join(wrong))
+    return Place(rank, local, world) if world > 1 else Place(0, 0, 1)
 
 
 class Ranks:
@@ -24,24 +64,23 @@ class Ranks:
         device: of this process.
 
     Raises:
+        UsageError: see `place_in`.
         RankError: by every method that waits for the others, when one of them ended or did not answer
             within `--ddp_timeout` seconds (nccl and hccl end the process themselves in the second case).
     """
 
     def __init__(self, args: Arguments):
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        # A single process with --device npu:3 must not be moved by a stale LOCAL_RANK.
-        # The reference sets RANK but no LOCAL_RANK: on its one host they are the same.
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) if world > 1 else 0
+        place = place_in(os.environ)
+        world = place.world_size
         # The reference launches eight processes with the same `--device 0`: ranks choose their own.
         requested = args.device if world == 1 or ":" not in args.device and not args.device.isdigit() else "auto"
-        self.device: Device = resolve_device(requested, local, args.use_cpu)
+        self.device: Device = resolve_device(requested, place.local_rank, args.use_cpu)
         self.device.activate(args.tf32)
         self.rank, self.world_size = 0, 1
         self.timeout, self._is_lost = args.ddp_timeout, False
         if world > 1:
-            self.rank, self.world_size = int(os.environ.get("RANK", local)), world
-            os.environ.setdefault("LOCAL_RANK", str(local))  # accelerate asks for it
+            self.rank, self.world_size = place.rank, world
+            os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate asks for it
             self._together("meeting them", self._meet, args)
 
     def _meet(self, args: Arguments) -> None:
