@@ -20,6 +20,16 @@ _NOT_RECIPE = {
 }  # fmt: skip
 
 
+def short_name(name: str) -> str:
+    """A model's hub name as it is, of a path the last two folders: a card may be published."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
+
+
+def _without_folders(text: str) -> str:
+    """Of each path that starts at the root its last part."""
+    return re.sub(r"(?<!\S)[/~]\S*/(?=[^/\s])", "", text)
+
+
 def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:
     """(where, score x100, samples/s) of this run and of the published ones, this run first."""
     keys = [f"eval_{task.headline}{suffix}" for _, suffix, _ in task.evaluation]
@@ -49,17 +59,18 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
     """
     rows = "\n".join(f"| {where} | {score} | {speed} |" for where, score, speed in table_rows(data.task, results))
     sample = f"\n**{SAMPLE_NOTE}**: this model is a demonstration.\n" if results["sample_data"] else ""
+    base = short_name(results["model_name_or_path"])
     return (
-        f"{_metadata(data.task, results)}# {results['model_name_or_path']} fine-tuned on {data.task.name}\n{sample}\n"
-        f"Data: {data.source}. Precision: {results['precision']}. Batches: {results['batches']}. "
+        f"{_metadata(data.task, results)}# {base} fine-tuned on {data.task.name}\n{sample}\n"
+        f"Data: {_without_folders(data.source)}. Precision: {results['precision']}. Batches: {results['batches']}. "
         f"Device: {results['device_name']}, {results['world_size']} rank(s). Seed {results['seed']}. "
         f"Trained: {results['trained']}.\n\n"
         f"Reads: {', '.join(data.task.columns)}. Answers: {', '.join(data.task.labels) or 'a score'}.\n\n"
         f"## Results\n\n| run | {data.task.headline} x100 | samples/s |\n|---|---|---|\n{rows}\n\n"
-        f"{_errors(data.task, results)}One seed is noise: compare means over several.\n\n"
+        f"{_rows(data.task, results)}{_errors(data.task, results)}One seed is noise: compare means over several.\n\n"
         f"## Recipe\n\nFlags that differ from their defaults:\n\n{_recipe(origin['arguments'])}\n"
         f"## Hashes (SHA-256)\n\n{_hashes(origin)}\nVersions and the whole command line are in the run's run.json.\n\n"
-        f"## Licence\n\nThat of the weights follows from the model trained from ({results['model_name_or_path']}). "
+        f"## Licence\n\nThat of the weights follows from the model trained from ({base}). "
         f"{_data_licence(results)}\n"
     )
 
@@ -86,6 +97,15 @@ def _metadata(task: GlueTask, results: dict) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-classification\n{more}tags:\n{lines}---\n\n"
 
 
+def _rows(task: GlueTask, results: dict) -> str:
+    """That not all of GLUE's rows were scored, where it is so."""
+    for split, suffix, _ in task.evaluation:
+        rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
+        if rows and official and rows != official and not results["sample_data"]:
+            return f"{rows} rows were scored, GLUE has {official}: not comparable with published figures. "
+    return ""
+
+
 def _errors(task: GlueTask, results: dict) -> str:
     keys = [f"eval_{task.headline}_standard_error{suffix}" for _, suffix, _ in task.evaluation]
     found = [f"{100 * results[key]:.2f}" for key in keys if results.get(key) is not None]
@@ -98,7 +118,7 @@ def _recipe(settings: dict) -> str:
         for name, flag in FLAGS.items()
         if name in settings and name not in _NOT_RECIPE and settings[name] != flag.default
     }
-    return "".join(f"- `--{name} {value}`\n" for name, value in changed.items())
+    return "".join(f"- `--{name} {_without_folders(str(value))}`\n" for name, value in changed.items())
 
 
 def _hashes(origin: dict) -> str:

@@ -17,12 +17,12 @@ from typing import Any
 from bert_glue import svg
 from bert_glue.errors import CheckpointError, MachineError, exit_code_of
 from bert_glue.launch_results import read_json_object, read_results
+from bert_glue.model_card import short_name
 from bert_glue.report_analysis import analysis_sections
+from bert_glue.report_compare import comparison, points, splits_of
 from bert_glue.report_page import card, duration, fact, page, section, table
 from bert_glue.report_words import both
 from bert_glue.tasks import TASKS, GlueTask, own_task
-
-_NOISE = 2.0 * 2**0.5  # standard errors of a difference of two scores on samples of one size
 
 
 def load(folder: Path, name: str) -> dict[str, Any]:
@@ -44,12 +44,12 @@ def run_page(folder: Path) -> str:
     state = load(folder, "trainer_state.json") if "train_steps" in results else {}
     origin = load(folder, "run.json")
     task = TASKS.get(results["task_name"]) or own_task(results["task_name"], (), ())
-    title = f"{results['task_name']}: {results['model_name_or_path']}"
+    title = f"{results['task_name']}: {short_name(results['model_name_or_path'])}"
     body = (
         f"<h1>{html.escape(title)}</h1>"
         + _facts(results)
         + _cards(task, results, analysis)
-        + _comparison(task, results, analysis)
+        + comparison(task, results, analysis)
         + section("curves", _curves(results, state.get("log_history", []), analysis))
         + analysis_sections(analysis)
         + _appendix(results, origin)
@@ -74,23 +74,9 @@ def _facts(results: dict) -> str:
     return f'{sample}<ul class="facts">{"".join(facts)}</ul>'
 
 
-def _splits(results: dict, analysis: dict) -> list[tuple[str, dict, float | None]]:
-    """(suffix of keys, analysis, headline value) of each evaluated split."""
-    found = analysis.get("splits", {})
-    return [
-        (part["suffix"], part, results.get(f"eval_{results['headline_metric']}{part['suffix']}"))
-        for part in found.values()
-    ]
-
-
-def points(value: float | None, digits: int = 2) -> str:
-    """A share as points, x100; "-" for none."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
 def _cards(task: GlueTask, results: dict, analysis: dict) -> str:
     cards = []
-    for suffix, part, value in _splits(results, analysis):
+    for suffix, part, value in splits_of(results, analysis):
         below = [f"{html.escape(results['headline_metric'] + suffix.replace('_', ' '))} x100"]
         if part["standard_error"] is not None:
             below.append(both("standard_error", se=points(part["standard_error"])))
@@ -101,83 +87,16 @@ def _cards(task: GlueTask, results: dict, analysis: dict) -> str:
         reason = results.get(f"eval_{results['headline_metric']}{suffix}_reason")
         below += [html.escape(reason)] if reason else []
         cards.append(card(points(value), *below))
-    shown = (
-        ("train_samples_per_second", "train_speed", lambda v: f"{v:,.1f}"),
-        ("eval_samples_per_second", "eval_speed", lambda v: f"{v:,.1f}"),
-        ("epoch", "epochs", lambda v: f"{v:g}"),
-        ("train_runtime", "train_time", duration),
-        ("e2e_runtime", "whole_time", duration),
-    )
-    for key, word, text in shown:
-        if results.get(key) and (key != "train_runtime" or "train_loss" in results):
-            cards.append(card(text(results[key]), both(word)))
+    for key, word in (("train_samples_per_second", "train_speed"), ("eval_samples_per_second", "eval_speed")):
+        if results.get(key):
+            cards.append(card(f"{results[key]:,.1f}", both(word)))
+    if results.get("e2e_runtime"):
+        below = [both("whole_time")]
+        if "train_loss" in results:
+            time, epochs = duration(results["train_runtime"]), f"{results['epoch']:.3g}"
+            below.append(both("train_time", time=time, epochs=epochs))
+        cards.append(card(duration(results["e2e_runtime"]), *below))
     return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def comparison_rows(task: GlueTask, results: dict, analysis: dict) -> list[list[str | None]]:
-    """Cells (HTML) of the table beside published figures: own row (starts with None), majority, published."""
-    splits = _splits(results, analysis)
-    errors = [part["standard_error"] for _, part, _ in splits]
-    own = [value for *_, value in splits]
-    speed = results.get("train_samples_per_second")
-    device = html.escape(results["device_name"])
-    label = both("this_run") + (f" ({both('sample')})" if results["sample_data"] else "")
-    rows: list[list[str | None]] = [
-        [None, f"{label}, {device}", _pair(own), _pair(errors), "-", "-", "-" if speed is None else f"{speed:,.1f}"]
-    ]
-    majority = [part["majority"] for _, part, _ in splits]
-    if any(value is not None for value in majority):
-        rows.append([both("majority"), _pair(majority), "-", *_judged(own, majority, errors), "-"])
-    comparable = not results["sample_data"] and not _other_rows(task, results)
-    for run in task.published:
-        scores = [score / 100 for score in run.scores]
-        judged = _judged(own, scores, errors) if comparable else ("-", both("not_comparable"))
-        theirs = f"{run.samples_per_second:,.1f}" if run.samples_per_second else "-"
-        name = both("published", where=run.where, epochs=run.epochs)
-        rows.append([name, _pair(scores), "-", *judged, theirs])
-    return rows
-
-
-def _pair(values: list[float | None]) -> str:
-    return " / ".join(points(value) for value in values) or "-"
-
-
-def _judged(own: list, other: list, errors: list) -> tuple[str, str]:
-    """Difference and whether it is noise, for each split."""
-    differences, verdicts = [], []
-    for mine, theirs, error in zip(own, other, errors, strict=False):
-        if mine is None or theirs is None:
-            differences.append("-")
-            continue
-        differences.append(f"{100 * (mine - theirs):+.2f}")
-        if error is not None:
-            is_noise = abs(mine - theirs) <= _NOISE * error
-            key = "noise" if is_noise else "higher" if mine > theirs else "lower"
-            style = "soft" if is_noise else "good" if mine > theirs else "bad"
-            verdicts.append(f'<span class="{style}">{both(key)}</span>')
-    return " / ".join(differences) or "-", " / ".join(dict.fromkeys(verdicts)) or "-"
-
-
-def _other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
-    """(evaluated, official) rows of the first split that was not evaluated whole."""
-    for split, suffix, _ in task.evaluation:
-        rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
-        if rows is not None and official and rows != official:
-            return rows, official
-    return None
-
-
-def _comparison(task: GlueTask, results: dict, analysis: dict) -> str:
-    header = [
-        both("run"), both("value", metric=results["headline_metric"]), both("standard_error", se="").rstrip(),
-        both("difference"), both("verdict"), both("speed"),
-    ]  # fmt: skip
-    header[2] = header[2].replace(" </span>", "</span>")
-    other = _other_rows(task, results)
-    notes = f'<p class="note">{both("noise_rule")}</p>' if task.published else ""
-    if other and task.published and not results["sample_data"]:
-        notes = f'<p class="note">{both("other_rows", rows=other[0], official=other[1])}</p>' + notes
-    return section("compare", table(header, comparison_rows(task, results, analysis), numbers=(1, 2, 3, 5)), notes)
 
 
 def _curves(results: dict, history: list[dict], analysis: dict) -> str:
@@ -188,6 +107,7 @@ def _curves(results: dict, history: list[dict], analysis: dict) -> str:
     measured = series(metric)
     majority = next(iter(analysis.get("splits", {}).values()), {}).get("majority")
     rule = [(measured[0][0], majority), (measured[-1][0], majority)] if measured and majority is not None else []
+    scale = series("loss_scale")
     charts = [
         svg.lines(
             [svg.Line(series("loss"), "a", "training_line"), svg.Line(series("eval_loss"), "b", "evaluation_line")],
@@ -195,7 +115,7 @@ def _curves(results: dict, history: list[dict], analysis: dict) -> str:
         ),
         svg.lines([svg.Line(series("learning_rate"))], "learning_rate"),
         svg.lines([svg.Line(measured, "b", "evaluation_line"), svg.Line(rule, "rule", "majority")], "metric"),
-        svg.lines([svg.Line(series("loss_scale"))], "loss_scale"),
+        svg.lines([svg.Line(scale)] if any(value != 1.0 for _, value in scale) else [], "loss_scale"),
     ]
     drawn = "".join(chart for chart in charts if chart)
     return f'<div class="charts">{drawn}</div>' if drawn else f"<p>{both('no_curve')}</p>"

@@ -42,9 +42,16 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .45rem .7rem; border-top: 1px solid var(--line); vertical-align: top; }
 tr:first-child > * { border-top: 0; } th { color: var(--soft); font-weight: 600; background: var(--card); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { white-space: normal; } .compare td:first-child { min-width: 13rem; }
 td:not(.number) { min-width: 7.5rem; } td code { display: inline-block; min-width: 10rem; }
 th .en { display: inline-block; } th .en::first-letter { text-transform: uppercase; }
 tr.own td { font-weight: 600; background: var(--card); }
+.verdict { font-weight: 600; font-size: 1.05rem; margin-bottom: .6rem; } .strip { width: 11rem; height: 1.25rem;
+  margin-top: .2rem;
+  display: block; } .strip .noise { fill: var(--soft); fill-opacity: .22; } .strip .self { stroke: var(--ink);
+  stroke-width: 1.6; } .strip .soft { fill: var(--soft); } .strip .good { fill: var(--good); }
+.strip .bad { fill: var(--bad); } .strip text { font-size: 11px; } .other { fill: none; stroke: var(--b);
+  stroke-width: 1.6; }
 .texts td:nth-child(2) { min-width: 15rem; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: .8rem; }
 .chart { width: 100%; height: auto; display: block; background: var(--card); border: 1px solid var(--line);
@@ -61,6 +68,7 @@ tr.own td { font-weight: 600; background: var(--card); }
 .tokens { line-height: 2; overflow-wrap: anywhere; } .tokens span { border-radius: 4px; padding: .1rem .25rem; }
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
 code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
+@media (min-width: 60rem) { .compare td:first-child { min-width: 26rem; } }
 @media (max-width: 34rem) { h1 { font-size: 1.3rem; } th, td { padding: .4rem .5rem; } .cards { gap: .5rem;
   grid-template-columns: 1fr 1fr; } .card { padding: .55rem .7rem; } .card .figure { font-size: 1.3rem; } }
 @media print { .languages { display: none; } }

@@ -21,9 +21,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "at_majority": ("no better than the most frequent class: nothing was learned", "不高于多数类别：没有学到东西"),
     "train_speed": ("training, samples/s", "训练速度，样本/秒"),
     "eval_speed": ("evaluation, samples/s", "评估速度，样本/秒"),
-    "train_time": ("training time", "训练时间"),
+    "train_time": ("training {time}, epochs: {epochs}", "训练 {time}，轮数：{epochs}"),
     "whole_time": ("whole run", "全程时间"),
-    "epochs": ("epochs", "训练轮数"),
     "compare": ("Beside published figures", "与公布的结果对比"),
     "run": ("run", "运行"),
     "this_run": ("this run", "本次运行"),
@@ -35,6 +34,19 @@ WORDS: dict[str, tuple[str, str]] = {
     "noise": ("within noise", "在噪声之内"),
     "higher": ("higher, beyond noise", "更高，超出噪声"),
     "lower": ("lower, beyond noise", "更低，超出噪声"),
+    "error": ("standard error", "标准误差"),
+    "place_how": (
+        "Line: this run; shaded: what differs from it by noise only; dot: the figure of the row.",
+        "线：本次运行；阴影：与它只相差噪声的范围；圆点：该行的数值。",
+    ),
+    "score_is": ("{value}{split}, standard error {se}:", "{value}{split}，标准误差 {se}："),
+    "noise_than": ("within noise of {n} published figure(s)", "与 {n} 个公布的数值之差在噪声之内"),
+    "higher_than": ("higher than {n}, beyond noise", "高于 {n} 个，超出噪声"),
+    "lower_than": ("lower than {n}, beyond noise", "低于 {n} 个，超出噪声"),
+    "sample_compared": (
+        "Not comparable: this is generated sample data, not GLUE.",
+        "不可比较：这是生成的示例数据，不是 GLUE。",
+    ),
     "not_comparable": ("not comparable", "不可比较"),
     "speed": ("samples/s", "样本/秒"),
     "noise_rule": (
@@ -92,18 +104,17 @@ WORDS: dict[str, tuple[str, str]] = {
     "suite": ("{runs} runs of {tasks} task(s)", "{tasks} 个任务的 {runs} 次运行"),
     "overview": ("Overview", "概览"),
     "task": ("task", "任务"),
-    "model": ("model", "模型"),
     "runs": ("runs", "次数"),
     "mean": ("mean", "平均"),
     "deviation": ("deviation", "标准差"),
-    "least": ("least", "最低"),
-    "most": ("most", "最高"),
+    "range": ("least - most", "最低 - 最高"),
     "collapsed": ("collapsed", "失败"),
     "collapsed_how": (
         "Collapsed: no better than the most frequent class, or without a value; shown as rings. Means include them. "
-        "Box: quartiles and median; whiskers: least and most; each point is a seed.",
+        "Box: quartiles and median; whiskers: least and most; each point is a seed; strokes above: "
+        "published figures; dashed, or at the left where it is far below: the most frequent class.",
         "失败：不高于多数类别，或没有数值；以圆圈表示。平均值包含它们。"
-        "箱体：四分位数和中位数；须线：最低和最高；每个点是一个种子。",
+        "箱体：四分位数和中位数；须线：最低和最高；每个点是一个种子；上方短线：公布的结果；虚线（远低时写在左侧）：多数类别。",
     ),
     "all_published": ("published", "公布的结果"),
     "mean_time": ("mean time", "平均用时"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from statistics import fmean, stdev
@@ -100,62 +99,69 @@ def _values(runs: list[SuiteRun]) -> list[float]:
 def _overview(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:
     keys = (
         "task",
-        "model",
         "runs",
         "mean",
         "deviation",
-        "least",
-        "most",
+        "range",
+        "majority",
         "collapsed",
         "all_published",
         "mean_time",
         "speed",
     )
-    header = [both(key) for key in keys]
-    return table(header, [_summary(*group, runs) for group, runs in groups.items()], numbers=range(2, 11))
+    rows = [_summary(*group, runs) for group, runs in groups.items()]
+    return table([both(key) for key in [*keys, "speed"]], rows, numbers=range(1, 10))
+
+
+def _published(task: str, runs: list[SuiteRun]) -> list[float]:
+    """Published figures x100 that these runs can be held against."""
+    is_glue = task in TASKS and not runs[0].results.get("sample_data")
+    return [run.scores[0] for run in TASKS[task].published] if is_glue else []
+
+
+def _majority(runs: list[SuiteRun]) -> float | None:
+    return next((100 * run.majority for run in runs if run.majority is not None), None)
 
 
 def _summary(task: str, model: str, runs: list[SuiteRun]) -> list[str]:
-    values = _values(runs)
+    values, published, majority = _values(runs), _published(task, runs), _majority(runs)
     collapsed = sum(run.has_collapsed for run in runs)
-    is_glue = task in TASKS and not runs[0].results.get("sample_data")
-    published = [run.scores[0] for run in TASKS[task].published] if is_glue else []
     times = [run.results["e2e_runtime"] for run in runs if run.results.get("e2e_runtime")]
     speeds = [s for run in runs if (s := run.results.get("train_samples_per_second"))]
     metric = runs[0].results["headline_metric"]
     return [
-        f"<b>{html.escape(task)}</b><br><small>{html.escape(metric)} x100</small>",
-        html.escape(model),
+        f"<b>{html.escape(task)}</b><br><small>{html.escape(metric)} x100<br>{html.escape(model)}</small>",
         str(len(runs)),
-        f"{fmean(values):.2f}" if values else "-",
+        f"<b>{fmean(values):.2f}</b>" if values else "-",
         f"{stdev(values):.2f}" if len(values) > 1 else "-",
-        f"{min(values):.2f}" if values else "-",
-        f"{max(values):.2f}" if values else "-",
+        _range(values),
+        "-" if majority is None else f"{majority:.2f}",
         f'<span class="bad">{collapsed}</span>' if collapsed else "0",
-        f"{min(published):.2f} - {max(published):.2f}" if published else "-",
+        _range(published),
         duration(fmean(times)) if times else "-",
         f"{fmean(speeds):,.1f}" if speeds else "-",
     ]
 
 
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} - {max(values):.2f}" if values else "-"
+
+
 def _boxes(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:
-    """A chart per headline metric: their scales differ."""
+    """A chart a task, a row a model: scores of different tasks share no scale."""
     charts = []
-    for metric in dict.fromkeys(runs[0].results["headline_metric"] for runs in groups.values()):
-        rows = list(_box_rows(groups, metric))
-        if rows:
-            charts.append(f"<div><h3>{html.escape(metric)} x100</h3>{svg.boxes(rows)}</div>")
+    for task in dict.fromkeys(task for task, _ in groups):
+        found = {model: runs for (name, model), runs in groups.items() if name == task and _values(runs)}
+        if found:
+            rows = [_box_row(model[:14] if len(found) > 1 else "", task, runs) for model, runs in found.items()]
+            metric = next(iter(found.values()))[0].results["headline_metric"]
+            charts.append(f"<div><h3>{html.escape(f'{task}, {metric}')} x100</h3>{svg.boxes(rows)}</div>")
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def _box_rows(groups: dict[tuple[str, str], list[SuiteRun]], metric: str) -> Iterator[tuple]:
-    has_models = len({model for _, model in groups}) > 1
-    for (task, model), runs in groups.items():
-        seeds = [(100 * run.value, run.has_collapsed) for run in runs if run.value is not None]
-        if runs[0].results["headline_metric"] == metric and seeds:
-            majority = next((run.majority for run in runs if run.majority is not None), None)
-            name = f"{task} {model[:8]}" if has_models else task
-            yield name, seeds, None if majority is None else 100 * majority
+def _box_row(name: str, task: str, runs: list[SuiteRun]) -> tuple:
+    seeds = [(100 * run.value, run.has_collapsed) for run in runs if run.value is not None]
+    return name, seeds, _majority(runs), _published(task, runs)
 
 
 def _every_run(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bert_glue.report_words import both
@@ -160,16 +160,18 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return at(0.25), at(0.5), at(0.75)
 
 
-def boxes(rows: Sequence[tuple[str, Sequence[tuple[float, bool]], float | None]]) -> str:
-    """Horizontal box plots, one a row.
+def boxes(rows: Sequence[tuple[str, Sequence[tuple[float, bool]], float | None, Sequence[float]]]) -> str:
+    """Horizontal box plots on one scale, one a row.
 
     Args:
-        rows: (name, (value, whether it collapsed) of each seed, majority baseline or None).
+        rows: (name, (value, whether it collapsed) of each seed, majority baseline or None, published figures). A
+            baseline far below the rest would squeeze it: it then is a number at the left.
     """
-    left, step = 96, 34
+    left, step = (96 if any(name for name, *_ in rows) else 14), 34
     height = step * len(rows) + 34
-    values = [v for _, seeds, _ in rows for v, _ in seeds] + [m for *_, m in rows if m is not None]
-    low, high = _spread(_limits(values), 0.05)
+    low, high = _spread(_limits(v for _, seeds, _, others in rows for v in (*(s for s, _ in seeds), *others)), 0.08)
+    near = [m for *_, m, _ in rows if m is not None and m > low - (high - low)]
+    low = min([low, *(m - 0.05 * (high - low) for m in near)])
 
     def across(value: float) -> float:
         return round(left + (value - low) / (high - low) * (WIDTH - left - 14), 1)
@@ -179,25 +181,63 @@ def boxes(rows: Sequence[tuple[str, Sequence[tuple[float, bool]], float | None]]
         x = across(value)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="6" y2="{height - 26}"/>')
         parts.append(f'<text class="tick mid" x="{x}" y="{height - 12}">{number(value)}</text>')
-    for at, (name, seeds, majority) in enumerate(rows):
-        parts.append(_box(name, seeds, majority, 24 + step * at, left, across))
+    for at, (name, seeds, majority, others) in enumerate(rows):
+        y = 24 + step * at
+        parts.append(f'<text class="tick end" x="{left - 8}" y="{y + 3.5}">{html.escape(name)}</text>')
+        parts.append(_box(seeds, y, across))
+        parts += [f'<path class="other" d="M{across(v)} {y - 13}v7"><title>{v:.2f}</title></path>' for v in others]
+        if majority is not None and majority < low:
+            parts.append(f'<text class="tick" x="{left}" y="{y + 3.5}">\u25c2 {majority:.1f}</text>')
+        elif majority is not None:
+            x = across(majority)
+            parts.append(f'<line class="line rule" x1="{x}" x2="{x}" y1="{y - 12}" y2="{y + 12}"/>')
     return "".join([*parts, "</svg>"])
 
 
-def _box(name: str, seeds, majority: float | None, y: float, left: float, across) -> str:
+def _box(seeds: Sequence[tuple[float, bool]], y: float, across: Callable[[float], float]) -> str:
     values = [value for value, _ in seeds]
     first, middle, third = (across(q) for q in quartiles(values))
-    parts = [f'<text class="tick end" x="{left - 8}" y="{y + 3.5}">{html.escape(name)}</text>']
-    parts.append(f'<line class="whisker" x1="{across(min(values))}" x2="{across(max(values))}" y1="{y}" y2="{y}"/>')
+    parts = [f'<line class="whisker" x1="{across(min(values))}" x2="{across(max(values))}" y1="{y}" y2="{y}"/>']
     width = max(third - first, 0.5)
     parts.append(f'<rect class="box" x="{first}" y="{y - 8}" width="{width:.1f}" height="16"/>')
     parts.append(f'<line class="median" x1="{middle}" x2="{middle}" y1="{y - 8}" y2="{y + 8}"/>')
-    if majority is not None:
-        x = across(majority)
-        parts.append(f'<line class="line rule" x1="{x}" x2="{x}" y1="{y - 12}" y2="{y + 12}"/>')
     for value, has_collapsed in seeds:
         style = "ring" if has_collapsed else "dot a soft"
         parts.append(
             f'<circle class="{style}" cx="{across(value)}" cy="{y}" r="3.2"><title>{value:.2f}</title></circle>'
         )
     return "".join(parts)
+
+
+class Strip:
+    """A narrow picture for each row of a table, all on one scale: a run's score, what is noise beside it, a figure.
+
+    Args:
+        own: the run's score of each split, None where it has none.
+        reach: how far noise reaches from it on both sides.
+        others: the figures that the scale has to hold; one that lies outside is drawn at the end.
+    """
+
+    def __init__(self, own: Sequence[float | None], reach: Sequence[float | None], others: Sequence[Sequence[float]]):
+        self.zones = [None if v is None or r is None else (v - r, v, v + r) for v, r in zip(own, reach, strict=True)]
+        values = [v for zone in self.zones if zone for v in zone] + [v for row in others for v in row]
+        self.low, self.high = _spread(_limits(values), 0.04)
+
+    def _at(self, value: float) -> float:
+        return round(4 + 152 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 1)
+
+    def draw(self, values: Sequence[float | None], styles: Sequence[str | None]) -> str:
+        """One row: the splits below each other, each value as a dot of its class (noise, higher, lower)."""
+        parts, each = ['<svg viewBox="0 0 160 18" role="img" class="strip">'], 18 / max(1, len(self.zones))
+        for at, zone in enumerate(self.zones):
+            if zone is None:
+                continue
+            top, (left, middle, right) = each * at, map(self._at, zone)
+            parts.append(
+                f'<rect class="noise" x="{left}" y="{top + 1:g}" width="{right - left:.1f}" height="{each - 2:g}"/>'
+                f'<line class="self" x1="{middle}" x2="{middle}" y1="{top:g}" y2="{top + each:g}"/>'
+            )
+            if at < len(values) and values[at] is not None:
+                style = {"noise": "soft", "higher": "good", "lower": "bad"}.get(styles[at] or "", "soft")
+                parts.append(f'<circle class="{style}" cx="{self._at(values[at])}" cy="{top + each / 2:g}" r="3.6"/>')
+        return "".join([*parts, "</svg>"])

@@ -58,6 +58,7 @@ def test_the_model_its_card_and_scores_are_sent_and_no_secret(tmp_path, hub):
     for part in ("## Results", "## Recipe", "## Hashes", "## Licence", "Trained: all"):
         assert part in card
     assert "--hub_" not in card
+    assert not [name for name, content in hub.sent.items() if str(tmp_path).encode() in content]  # where it all lay
 
 
 def test_a_refusal_before_training_costs_no_training(tmp_path, hub):

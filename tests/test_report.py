@@ -127,6 +127,38 @@ def test_the_table_beside_published_figures(run):
     ]
 
 
+def english(page: str) -> str:
+    return re.sub(r"<[^>]+>", "", re.sub(r'<span class="zh".*?</span>', "", page))
+
+
+def test_a_sentence_for_who_reads_nothing_else(tmp_path):
+    """Above the table: the score, its standard error and where the published figures lie."""
+    text = english(report.run_page(make_run(tmp_path / "a", value=0.5775)))
+    assert "57.75, standard error 5.90: within noise of 5 published figure(s)" in text
+    text = english(report.run_page(make_run(tmp_path / "b", value=0.71)))
+    assert "71.00, standard error 5.90: within noise of 3 published figure(s); higher than 2, beyond noise" in text
+    for changes, says in (
+        ({"sample_data": True}, "Not comparable: this is generated sample data"),
+        ({"eval_samples": 30}, "Not comparable: 30 rows"),
+    ):
+        page = report.run_page(make_run(tmp_path / says[-5:], **changes))
+        assert says in english(page) and "standard error 5.90:" not in english(page) and 'class="strip"' not in page
+
+
+def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
+    """The dot lies in the shaded zone exactly where the difference is noise."""
+    page = report.run_page(make_run(tmp_path / "run", value=0.71))
+    rows = re.findall(r'class="strip">(.*?)</svg>.*?</td></tr>', page)
+    assert len(rows) == 7
+    seen = []
+    for row in rows[1:]:
+        left, width = (float(re.search(rf' {name}="([\d.]+)"', row)[1]) for name in ("x", "width"))
+        style, dot = re.search(r'circle class="(\w+)" cx="([\d.]+)"', row).groups()
+        assert (left <= float(dot) <= left + width) == (style == "soft")
+        seen.append(style)
+    assert seen == ["soft", "good", "soft", "good", "soft", "soft"]  # the majority, then as published
+
+
 @pytest.mark.parametrize(("value", "verdict"), [(0.20, "lower, beyond noise"), (0.90, "higher, beyond noise")])
 def test_a_large_difference_is_no_noise(tmp_path, value, verdict):
     rows = rows_of(report.run_page(make_run(tmp_path / "run", value=value)))
@@ -161,7 +193,8 @@ def test_a_value_that_does_not_exist_has_its_reason(tmp_path):
 
 def test_curves_confusions_and_calibration_are_drawn(run):
     page = report.run_page(run)
-    assert page.count("<svg") == 5 and page.count("<polyline") == 6  # four curves, of which two have a second line
+    assert page.count("<polyline") == 6  # four curves, of which two have a second line
+    assert page.count('class="chart"') == 5 and page.count('class="strip"') == 7  # a row of the comparison each
     assert "expected calibration error 0.123" in page and "75.0 %" in page
 
 
@@ -208,25 +241,23 @@ def suite(folder: Path) -> Path:
 def test_a_suite_has_means_deviations_collapses_and_what_is_missing(tmp_path):
     page = checked(suite_report.suite_page(*suite_report.find_runs([suite(tmp_path / "suite")])))
     rows = rows_of(page)
-    assert [
-        "wnliaccuracy x100",
-        "bert",
-        "3",
-        "62.11",
-        "7.07",
-        "56.34",
-        "70.00",
-        "1",
-        "43.66 - 56.34",
-        "1 min 30 s",
-        "321.5",
-    ] in rows
-    assert ["colamatthews_correlation x100", "bert", "1", "-", "-", "-", "-", "1"] in [row[:8] for row in rows]
+    own = ["wnliaccuracy x100bert", "3", "62.11", "7.07", "56.34 - 70.00", "56.34", "1", "43.66 - 56.34"]
+    assert [*own, "1 min 30 s", "321.5"] in rows
+    assert ["colamatthews_correlation x100bert", "1", "-", "-", "-", "56.34", "1"] in [row[:7] for row in rows]
     assert "4 runs of 2 task(s)" in page and "cola-2" in page
     assert page.count('class="ring"') == 1 and page.count('class="dot a soft"') == 2
     assert rows.index(next(r for r in rows if r[0].startswith("cola"))) < rows.index(
         next(r for r in rows if r[0].startswith("wnli"))
     )
+
+
+def test_a_box_plot_holds_the_published_figures_and_the_majority():
+    """On the scale where it is near, as a number where it would squeeze the rest."""
+    seeds = [(62.0, False), (64.0, False)]
+    near, far = (svg.boxes([("", seeds, majority, [58.3, 63.8])]) for majority in (57.0, 0.0))
+    assert near.count('class="other"') == far.count('class="other"') == 2
+    assert "line rule" in near and "\u25c2" not in near
+    assert "line rule" not in far and "\u25c2 0.0" in far
 
 
 def test_quartiles_and_ticks():
@@ -290,14 +321,14 @@ def test_in_a_browser(tmp_path, width, dark):
     folder = suite(tmp_path / "suite")
     (folder / "report.html").write_text(suite_report.suite_page(*suite_report.find_runs([folder])))
     (folder / "wnli-1" / "report.html").write_text(report.run_page(folder / "wnli-1"))
-    for page, english, chinese in (
+    for page, words, chinese in (
         (folder / "wnli-1" / "report.html", "Beside published figures", "与公布的结果对比"),
         (folder / "report.html", "Scores over seeds", "各种子的得分"),
     ):
         seen = browse(tmp_path, page, width, dark)
         assert max(seen["wide"]) <= width, "the page itself must not scroll sideways"
-        assert english in seen["english"] and chinese not in seen["english"]
-        assert chinese in seen["chinese"] and english not in seen["chinese"]
+        assert words in seen["english"] and chinese not in seen["english"]
+        assert chinese in seen["chinese"] and words not in seen["chinese"]
         brightness = sum(map(int, re.findall(r"\d+", seen["paper"])[:3]))
         assert brightness < 120 if dark else brightness > 700
 

@@ -1,0 +1,112 @@
+"""The part of a report that holds a run beside the published ones: difference, and whether it is noise.
+
+A difference of two scores on samples of one size has the standard error of one of them times the square root of two;
+up to twice of that counts as noise.
+"""
+
+from __future__ import annotations
+
+import html
+
+from bert_glue import svg
+from bert_glue.report_page import section, table
+from bert_glue.report_words import both
+from bert_glue.tasks import GlueTask
+
+_NOISE = 2.0 * 2**0.5  # standard errors
+_STYLES = {"noise": "soft", "higher": "good", "lower": "bad"}
+
+Values = list[float | None]  # one for each evaluated split
+
+
+def splits_of(results: dict, analysis: dict) -> list[tuple[str, dict, float | None]]:
+    """(suffix of keys, analysis, headline value) of each evaluated split."""
+    found = analysis.get("splits", {})
+    return [
+        (part["suffix"], part, results.get(f"eval_{results['headline_metric']}{part['suffix']}"))
+        for part in found.values()
+    ]
+
+
+def points(value: float | None, digits: int = 2) -> str:
+    """A share as points, x100; "-" for none."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def comparison(task: GlueTask, results: dict, analysis: dict) -> str:
+    """The section: in a sentence, as a table with a picture of each row, and by which rule."""
+    splits = splits_of(results, analysis)
+    errors: Values = [part["standard_error"] for _, part, _ in splits]
+    own: Values = [value for *_, value in splits]
+    majority: Values = [part["majority"] for _, part, _ in splits]
+    published: list[Values] = [[score / 100 for score in run.scores] for run in task.published]
+    why_not = _not_comparable(task, results)
+    is_drawn = not why_not and any(None not in pair for pair in zip(own, errors, strict=True))
+    drawn = svg.Strip(own, [e and _NOISE * e for e in errors], published) if is_drawn and published else None
+
+    def row(name: str, values: Values, is_judged: bool, speed: str) -> list[str]:
+        verdicts = [_verdict(*three) for three in zip(own, values, errors, strict=False)]
+        judged = [_differences(own, values), _shown(verdicts)] if is_judged else ["-", both("not_comparable")]
+        return [name + (drawn.draw(values, verdicts) if drawn else ""), _pair(values), "-", *judged, speed]
+
+    speed, device = _rate(results.get("train_samples_per_second")), html.escape(results["device_name"])
+    label = both("this_run") + (f" ({both('sample')})" if results["sample_data"] else "")
+    here = f"{label}, {device}" + (drawn.draw([], []) if drawn else "")
+    rows: list[list[str | None]] = [[None, here, _pair(own), _pair(errors), "-", "-", speed]]
+    if any(value is not None for value in majority):
+        rows.append([*row(both("majority"), majority, True, "-")])
+    for run, scores in zip(task.published, published, strict=True):
+        name = both("published", where=run.where, epochs=run.epochs)
+        rows.append([*row(name, scores, not why_not, _rate(run.samples_per_second))])
+    header = ("run", "value", "error", "difference", "verdict", "speed")
+    words = [both(key, metric=results["headline_metric"]) for key in header]
+    notes = f'<p class="note">{both("noise_rule")} {both("place_how") if drawn else ""}</p>' if published else ""
+    sentence = why_not or "".join(_sentence(*part, own, errors, published) for part in enumerate(splits))
+    return section("compare", sentence if published else "", table(words, rows, "compare", (1, 2, 3, 5)), notes)
+
+
+def _not_comparable(task: GlueTask, results: dict) -> str:
+    """Why published figures say nothing about this run, as HTML; "" where they do."""
+    if results["sample_data"]:
+        return f'<p class="verdict">{both("sample_compared")}</p>'
+    for split, suffix, _ in task.evaluation:
+        rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
+        if rows is not None and official and rows != official:
+            return f'<p class="verdict">{both("other_rows", rows=rows, official=official)}</p>'
+    return ""
+
+
+def _sentence(at: int, part: tuple, own: Values, errors: Values, published: list[Values]) -> str:
+    """How many published figures of split number `at` lie where, for who reads nothing else."""
+    verdicts = [_verdict(own[at], scores[at], errors[at]) for scores in published if at < len(scores)]
+    if not verdicts or None in verdicts:
+        return ""
+    counts = {key: verdicts.count(key) for key in _STYLES}
+    told = [f'<span class="{_STYLES[key]}">{both(f"{key}_than", n=n)}</span>' for key, n in counts.items() if n]
+    score = both("score_is", value=points(own[at]), se=points(errors[at]), split=part[0].replace("_", " "))
+    return f'<p class="verdict">{score} {"; ".join(told)}</p>'
+
+
+def _verdict(mine: float | None, theirs: float | None, error: float | None) -> str | None:
+    """noise, higher or lower: what this run is beside another figure; None where that cannot be said."""
+    if mine is None or theirs is None or error is None:
+        return None
+    return "noise" if abs(mine - theirs) <= _NOISE * error else "higher" if mine > theirs else "lower"
+
+
+def _shown(verdicts: list[str | None]) -> str:
+    found = [f'<span class="{_STYLES[v]}">{both(v)}</span>' for v in dict.fromkeys(verdicts) if v]
+    return " / ".join(found) or "-"
+
+
+def _differences(own: Values, other: Values) -> str:
+    pairs = zip(own, other, strict=False)
+    return " / ".join("-" if a is None or b is None else f"{100 * (a - b):+.2f}" for a, b in pairs) or "-"
+
+
+def _pair(values: Values) -> str:
+    return " / ".join(points(value) for value in values) or "-"
+
+
+def _rate(speed: float | None) -> str:
+    return f"{speed:,.1f}" if speed else "-"
