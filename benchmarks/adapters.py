@@ -72,9 +72,7 @@ class Step:
 def measure(shape: str, lengths: list[int], rounds: int) -> dict:
     """Ratios of each mode to `all`, medians over rounds after one that is not counted."""
     with tempfile.TemporaryDirectory() as name:
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]
-        (vocab := Path(name) / "words").write_text("\n".join(words) + "\n", encoding="utf-8")
-        write_model(Path(name), shape, vocab)
+        write_model(Path(name), shape)
         steps = {mode: Step(Path(name), changes, lengths) for mode, changes in MODES.items()}
     seen = [{mode: step.seconds() for mode, step in steps.items()} for _ in range(rounds + 1)][1:]
     ratio = {

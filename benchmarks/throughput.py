@@ -61,8 +61,8 @@ def write_rows(folder: Path, task_name: str, data_path: str, rows: int) -> tuple
     return run_as, folder
 
 
-def write_model(folder: Path, shape: str, vocab: Path) -> str:
-    """A model folder of a published shape with random weights and a real vocabulary."""
+def write_model(folder: Path, shape: str, vocab: Path | None = None) -> str:
+    """A model folder of a published shape with random weights; without a vocabulary file, one of 7,995 numbers."""
     import shutil
 
     import torch
@@ -71,6 +71,9 @@ def write_model(folder: Path, shape: str, vocab: Path) -> str:
     from benchmarks.hf_recipe import MODEL_SHAPES
 
     torch.manual_seed(0)
+    if vocab is None:
+        vocab = folder / "numbers"
+        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]) + "\n")
     words = len(vocab.read_text(encoding="utf-8").splitlines())
     # Without a head: tasks have one, two or three labels.
     BertModel(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)

@@ -11,6 +11,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.expectations import read_expectations
 from bert_glue.flag_values import read_number, read_steps, shown
+from bert_glue.step_checks import compiled_problems, recorded_problems
 from bert_glue.tasks import GlueTask, get_task, own_task
 from bert_glue.technique_checks import technique_problems, techniques_without_effect
 from bert_glue.weight_checks import trained_problems, upload_notices, upload_problems
@@ -23,7 +24,8 @@ _WORK = ("do_train", "do_eval", "do_predict")
 def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
-    checks += (technique_problems, _precision, _compile, _trackers, _profile, trained_problems, upload_problems)
+    checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
+    checks += (trained_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -63,6 +65,8 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
 def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
     """Precision flags that this run does not use, one line each."""
     yield from techniques_without_effect(args)
+    if args.cuda_graph and not args.do_train:
+        yield "--cuda_graph has no effect without --do_train"
     is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
     if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
         yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16: fp32 is trained"
@@ -236,16 +240,6 @@ def _precision(args: Arguments) -> Iterator[Problem]:
         yield Problem(("bf16", "amp_backend"), "--amp_backend apex knows no bf16: give --fp16, or leave apex out")
     if args.loss_scale not in (None, "dynamic") and not _is_positive(args.loss_scale):
         yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
-
-
-def _compile(args: Arguments) -> Iterator[Problem]:
-    if args.torch_compile_mode and args.torch_compile_backend not in (None, "inductor"):
-        text = f"--torch_compile_mode {args.torch_compile_mode} is inductor's, not {args.torch_compile_backend}'s"
-        yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}: give one")
-    if args.amp_backend == "apex":
-        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
-            if getattr(args, name):
-                yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
 
 
 def _is_positive(text: str) -> bool:

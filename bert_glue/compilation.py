@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
 from bert_glue.device import Device, has_slow_products
-from bert_glue.errors import MachineError, UsageError, did_you_mean
+from bert_glue.errors import MachineError, UsageError, did_you_mean, first_line
 from bert_glue.evaluation import Evaluator
 from bert_glue.generators import random_tensors, set_random_tensors
 from bert_glue.model import LoadedModel
@@ -95,10 +95,8 @@ def compile_model(
     try:
         _warm_up(args, evaluator, splits)
     except Exception as error:  # compilers fail in as many ways as there are compilers
-        reason = next(filter(None, str(error).splitlines()), "")[:300]
-        raise MachineError(
-            f"--torch_compile: {backend} cannot compile this model here ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+        raise MachineError(f"--torch_compile: {backend} cannot compile this model here ({reason})") from error
     set_random_tensors(state, evaluator.ranks.device)
     compiled, seconds = Compiled(backend, graphs_made()), time.perf_counter() - began
     log.line(

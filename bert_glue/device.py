@@ -137,6 +137,11 @@ class Device:
         """True if torch.compile is offered here: an NPU's graph compiler was never tried."""
         return self.kind != "npu"
 
+    @property
+    def can_record(self) -> bool:
+        """True if work given to the device can be recorded and replayed."""
+        return self.kind == "cuda"
+
     def synchronize(self) -> None:
         """Wait until all work given to the device has ended; read no clock before."""
         if not self.is_host:

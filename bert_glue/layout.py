@@ -134,3 +134,26 @@ class PackedLayout:
         where = torch.empty_like(rows)
         where[rows] = torch.arange(rows.numel())
         return where
+
+
+class RecordedLayout:
+    """The borders of batches of one shape, in one place on the device, for work that is recorded and replayed.
+
+    Args:
+        layout: of the first batch; others have as many tokens and sequences.
+        longest: tokens of the longest sample of any batch.
+    """
+
+    def __init__(self, layout: PackedLayout, device: torch.device, longest: int):
+        self.lengths = layout.lengths
+        # Kernels take any bound; filler is a sixteenth of all tokens at most.
+        self.longest = max(longest, layout.tokens // 16 + 1, 16)
+        self._place = layout.borders(device).clone()
+
+    def borders(self, device: torch.device) -> torch.Tensor:
+        """`[sequences + 1]` int32."""
+        return self._place
+
+    def fill(self, layout: PackedLayout) -> None:
+        """Take the borders of another batch."""
+        self._place.copy_(layout.borders(self._place.device))

@@ -150,6 +150,10 @@ def _on_device(
     log: ProgressLog,
 ) -> tuple[Evaluator, NarrowedEmbedding | None]:
     """The model on its device in the plan's precision, ready to evaluate and to train."""
+    if args.cuda_graph:
+        from bert_glue.graphs import check_recordable
+
+        check_recordable(model, plan, ranks.device)
     narrowed = narrow(args, model, splits)
     model.module.to(ranks.device.torch_device)
     precision = make_precision(args, plan, model.module, ranks)

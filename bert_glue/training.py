@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -46,6 +46,7 @@ def train(run: Run) -> None:
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
         recent_loss += progress.recent_loss
+    run_pass = _passes(run, objective)
     batches = training_batches(run)
     if not ranks.device.is_host:
         batches = ahead(batches)
@@ -64,9 +65,7 @@ def train(run: Run) -> None:
             if batch is None:
                 precision.backward(None, is_last=number == len(micro_batches))
                 continue
-            for loss, shown in objective.losses(batch, samples, precision.autocast):
-                precision.backward(loss, is_last=number == len(micro_batches))
-                step_loss += shown
+            step_loss += run_pass(batch, samples, number == len(micro_batches))
             run.meter.count(batch, objective.passes)
         stop_asked = add_up(precision.unsummed(), run.log.stop_asked())
         norm = precision.gather_gradients()
@@ -99,6 +98,26 @@ def train(run: Run) -> None:
     progress.loss_sum += recent_loss.item()
     progress.recent_loss, progress.recent_steps = 0.0, 0
     precision.check_finite()
+
+
+def _passes(run: Run, objective: Objective) -> Callable[[Batch, int, bool], torch.Tensor]:
+    """What runs a batch forward and backward: (batch, samples of the step, whether it is its last) -> loss, 0-d."""
+
+    def eager(batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
+        total = torch.zeros((), device=run.ranks.device.torch_device)
+        for loss, shown in objective.losses(batch, samples, run.precision.autocast):
+            run.precision.backward(loss, is_last)
+            total += shown
+        return total
+
+    if not run.args.cuda_graph:
+        return eager
+    from bert_glue.graphs import RecordedPasses, Recorder
+
+    run.recorded = RecordedPasses(
+        Recorder(run.ranks.device), eager, run.assemble.max_length, lambda: run.precision.scale
+    )
+    return lambda batch, samples, is_last: run.recorded(batch, samples)
 
 
 def _is_due(run: Run, every: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from bert_glue.tasks import GlueTask
 from bert_glue.throughput import Meter, Phases
 from bert_glue.vocabulary import NarrowedEmbedding
 
+if TYPE_CHECKING:
+    from bert_glue.graphs import RecordedPasses
+
 
 @dataclass
 class Run:
@@ -36,6 +40,7 @@ class Run:
         optimizer_used: name of the optimizer that runs, for results.
         trace: of the steps of --profile_steps.
         saved_step: of the last checkpoint that was begun or resumed from.
+        recorded: passes of `--cuda_graph`.
         average: of the weights, where `--ema_decay` asks for one.
     """
 
@@ -62,6 +67,7 @@ class Run:
     saved_step: int = 0
     trace: NoTrace = field(default_factory=NoTrace)
     average: WeightAverage | None = None
+    recorded: RecordedPasses | None = None
 
     def averaged(self) -> AbstractContextManager:
         """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""

@@ -54,7 +54,7 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=ranks.device.torch_device,
-        is_rounded=args.torch_compile,
+        is_rounded=args.torch_compile or args.cuda_graph,
         renumber=narrowed.renumber if narrowed else None,
     )
 
@@ -170,6 +170,8 @@ def _train(run_of: Run) -> None:
     began = time.perf_counter()
     with run_of.saver, _trace(run_of):
         train(run_of)
+    if run_of.recorded is not None:
+        run_of.recorded.say(run_of.log)
     if PATHS_TAKEN:
         run_of.log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
     with run_of.phase("save"):

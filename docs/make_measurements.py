@@ -83,7 +83,32 @@ the rate of a plain matrix product on the same machine. Nothing was measured on 
 One training step against one of all weights, fp32, dropout 0.1, packed, one thread (`benchmarks/adapters.py`).
 
 {_adapters()}
+
+## Compiled, recorded, and attention kernels
+
+One training step in several ways, in turn, over the same batches (`benchmarks/steps.py`). On a CPU compiling gains
+nothing: products are most of the work, and it costs the filler of the buckets and a pass more over the gradients. On a
+GPU, where it and `--cuda_graph` belong, and where the script times each attention kernel too, nothing ran yet:
+`python benchmarks/steps.py --shape bert-base --bf16 --json out.json` is all it takes.
+
+{_steps()}
 """
+
+
+def _steps() -> str:
+    content = json.loads((MEASURED / "steps-cpu.json").read_text(encoding="utf-8"))
+    settings, machine = content["settings"], content["machine"]
+    lines = [
+        f"{settings['model']}, fp32, {settings['batches']} batches of {settings['rows']} rows of "
+        f"{settings['lengths'].replace(':', ' to ')} tokens, {settings['rounds']} rounds, "
+        f"{machine['threads']} thread(s), torch {machine['torch']}.\n",
+        "| way | real tokens/s vs eager | filler | seconds before the first timed step |",
+        "|---|---|---|---|",
+    ]
+    for way, found in content["ways"].items():
+        before = f"{found['seconds_before']:.0f}"
+        lines.append(f"| {way} | {found['vs_eager']:.2f}x | {100 * found['filler']:.1f} % | {before} |")
+    return "\n".join(lines)
 
 
 def _adapters() -> str:

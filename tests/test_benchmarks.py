@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from argparse import Namespace
 
 import pytest
+from device_tape import Tape
 from scipy import stats
+from test_graphs import _batched_kernel
 from tiny_models import write_model
 
-from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, throughput
+from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, steps, throughput
+from bert_glue import attention, graphs
 from bert_glue.arguments import Arguments
+from bert_glue.device import Device
 from bert_glue.sources import load_task_data
 
 
@@ -120,3 +125,35 @@ def test_runs_put_together_are_scored_as_a_user_would(tmp_path):
     assert row["ensemble"] == {"accuracy": 1.0, "f1": 1.0} == row["alone"][0]
     line = combine.table([row]).splitlines()[-1]
     assert line.startswith("| mrpc | 40 | f1 | 2 | 100.0 ± 0.0 | 100.0 | ") and line.endswith(" | 100.0 |")
+
+
+@pytest.fixture
+def tiny_steps(tmp_path):
+    """Settings of benchmarks/steps.py for a tiny model on the CPU."""
+    write_model(tmp_path / "tiny", vocab_size=8000)
+    return Namespace(
+        model=str(tmp_path / "tiny"), device=Device("cpu"), lengths="3:20", rows=4, batches=2, rounds=2, bf16=False,
+        backend="aot_eager", mode=None,
+    )  # fmt: skip
+
+
+def test_ways_of_a_step_on_a_cpu(tiny_steps):
+    found = steps.measure(tiny_steps)
+    assert list(found) == [f"{how}, dropout {drop}" for drop in ("0", "0.1") for how in ("eager", "compiled")]
+    assert found["eager, dropout 0"]["vs_eager"] == 1.0
+    assert found["eager, dropout 0"]["filler"] == 0.0 < found["compiled, dropout 0"]["filler"] < 0.5
+
+
+def test_ways_of_a_step_on_a_gpu_run_on_stand_ins(tiny_steps, monkeypatch):
+    """That the script is ready for one, not what it would find."""
+    monkeypatch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
+    monkeypatch.setattr(attention, "CUDA_KERNELS", {"a": (_batched_kernel, False), "b": (_batched_kernel, True)})
+    monkeypatch.setattr(graphs, "Recorder", Tape)
+    monkeypatch.setattr(Device, "can_record", True)
+    attention.cuda_kernel.cache_clear()
+    found = steps.measure(tiny_steps)
+    attention.cuda_kernel.cache_clear()
+    plain = ["eager", "compiled", "recorded", "eager, a", "eager, b", "eager, padded"]
+    assert list(found) == [f"{way}, dropout 0" for way in plain] + [
+        f"{way}, dropout 0.1" for way in plain if way != "eager, a"
+    ]

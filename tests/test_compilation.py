@@ -140,8 +140,7 @@ def test_lora_with_dropout(tmp_path):
     pytest.importorskip("peft")
     settings = {"lora_rank": 2, "lora_dropout": 0.3, "lora_target_modules": "all-linear", "max_steps": 4}
     expected, ours = (fit(arguments(tmp_path, **settings, **how)) for how in ({}, FAST))
-    # Masks have the shape of their tokens, filler included: other draws, the same start.
-    assert losses(ours)[0] == pytest.approx(losses(expected)[0], rel=1e-5)
+    assert losses(ours) == pytest.approx(losses(expected), rel=1e-5)  # filler comes last: the same masks before it
     assert compilation.graphs_made() <= 3
 
 

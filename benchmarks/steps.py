@@ -1,0 +1,200 @@
+"""Ways to run the same training step, in turn: eager and compiled; on CUDA also recorded, and each attention kernel.
+
+    python benchmarks/steps.py --model FOLDER --json out.json            on a GPU if there is one, else on the CPU
+    python benchmarks/steps.py --shape bert-base --bf16 --json out.json  random weights
+
+Random tokens: no data is needed. A round runs every way over the same batches: forward, backward, clip, update.
+Ratios are formed inside a round, medians printed. What a way needs first (compiling, recording) is told apart. On
+CUDA every attention kernel that runs there is a way, without and with attention dropout, beside the product's choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.throughput import write_model  # noqa: E402
+
+_WARM = 4  # passes of each batch before the clock runs: one more than a recording waits for
+_LONGEST = 128
+
+
+class Way:
+    """One model, optimizer and set of batches; `seconds` of a pass over them.
+
+    Args:
+        kernel: of `attention.CUDA_KERNELS`, "padded" for none of them, "" for the product's choice.
+    """
+
+    def __init__(self, args: argparse.Namespace, split, drop: float, how: str = "eager", kernel: str = ""):
+        import numpy as np
+        import torch
+
+        from bert_glue import compilation, graphs
+        from bert_glue.arguments import Arguments
+        from bert_glue.batching import Assembler
+        from bert_glue.model import load_model
+        from bert_glue.optim import build_optimizer
+        from bert_glue.precision import Precision
+        from bert_glue.precision_plan import PrecisionPlan
+        from bert_glue.tasks import get_task
+
+        began, self.device, self.kernel = time.perf_counter(), args.device, kernel
+        place = self.device.torch_device
+        flags = Arguments(
+            model_name_or_path=args.model, do_train=True, hidden_dropout_prob=drop, attention_probs_dropout_prob=drop
+        )
+        self.module = load_model(flags, get_task("mrpc")).module.to(place).train()
+        plan = PrecisionPlan("O2", torch.bfloat16, 1.0) if args.bf16 else PrecisionPlan("O0", torch.float32, 1.0)
+        self.precision = Precision(plan, self.module)
+        self.optimizer, _ = build_optimizer(flags, self.precision.leaves(False))
+        assemble = Assembler("packed", _LONGEST, 0, True, place, is_rounded=how != "eager")
+        rows = np.split(np.arange(len(split)), args.batches)
+        self.batches = [assemble(split, members) for members in rows]
+        if how == "compiled":
+            compilation.compile_layers(self.module, {"backend": args.backend, "mode": args.mode, "dynamic": True})
+        self.run = self._work
+        if how == "recorded":
+            self.run = graphs.RecordedPasses(graphs.Recorder(self.device), self._work, _LONGEST, lambda: 1.0)
+        for _ in range(_WARM):
+            self.seconds()
+        self.first_seconds = time.perf_counter() - began
+
+    def _work(self, batch, samples: int):
+        import torch
+
+        from bert_glue.noise import Noise
+
+        logits = self.module(**batch.inputs, noise=Noise(0))
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / samples
+        self.precision.backward(loss)
+        return loss.detach()
+
+    def _chosen(self) -> AbstractContextManager:
+        if not self.kernel:
+            return nullcontext()
+        name = None if self.kernel == "padded" else self.kernel
+        return patch("bert_glue.attention.cuda_kernel", lambda *given: name)
+
+    def seconds(self) -> float:
+        """Of one step on each batch, the device waited for."""
+        self.device.synchronize()
+        began = time.perf_counter()
+        with self._chosen():
+            for batch in self.batches:
+                self.precision.zero_gradients()
+                self.run(batch, batch.samples)
+                self.precision.step(self.optimizer, self.precision.gather_gradients(), 1.0)
+        self.device.synchronize()
+        return time.perf_counter() - began
+
+    def filler(self) -> float:
+        """Share of computed tokens that are filler."""
+        return 1.0 - sum(b.real_tokens for b in self.batches) / sum(b.computed_tokens for b in self.batches)
+
+
+def random_split(args: argparse.Namespace):
+    """Rows of random tokens, as long as asked."""
+    import numpy as np
+
+    from bert_glue.batching import TokenSplit
+    from bert_glue.text_tokens import TokenTable
+
+    low, high = map(int, args.lengths.split(":"))
+    draw = random.Random(0)
+    lengths = np.array([draw.randint(low, high) for _ in range(args.rows * args.batches)])
+    words = np.random.default_rng(0).integers(5, 8000, lengths.sum()).astype(np.int32)
+    table = TokenTable(words, np.concatenate([[0], np.cumsum(lengths)]), (lengths // 2).astype(np.int32))
+    return TokenSplit("train", table, np.arange(len(lengths)) % 2)
+
+
+def ways(args: argparse.Namespace) -> list[tuple[float, str, str]]:
+    """(dropout, how, attention kernel) of each way that this device has."""
+    import torch
+
+    from bert_glue import attention
+    from bert_glue.model_folder import read_config
+
+    config = read_config(Path(args.model))
+    dim = config["hidden_size"] // config["num_attention_heads"]
+    found = []
+    for drop in (0.0, 0.1):
+        found += [(drop, "eager", ""), (drop, "compiled", "")]
+        if not args.device.can_record:
+            continue
+        given = (args.device.torch_device, torch.bfloat16 if args.bf16 else torch.float32, dim, drop)
+        found += [(drop, "recorded", "")] if attention.cuda_kernel(*given) else []
+        kernels = [name for name in attention.CUDA_KERNELS if attention.runs_here(name, *given)]
+        found += [(drop, "eager", kernel) for kernel in (*kernels, "padded")]
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Figures of each way; ratios to the eager run of the same dropout, medians over rounds."""
+    split = random_split(args)
+    running, seen = {}, {}
+    for drop, how, kernel in ways(args):
+        running[drop, how, kernel] = Way(args, split, drop, how, kernel)
+        print(f"{how} {kernel} dropout {drop:g}: ready", file=sys.stderr, flush=True)
+    for _ in range(args.rounds):
+        for key, way in running.items():
+            seen.setdefault(key, []).append(way.seconds())
+    figures = {}
+    tokens = int(split.table.borders[-1])
+    for (drop, how, kernel), way in running.items():
+        own, eager = seen[drop, how, kernel], seen[drop, "eager", ""]
+        figures[f"{how}{', ' + kernel if kernel else ''}, dropout {drop:g}"] = {
+            "vs_eager": statistics.median(e / o for e, o in zip(eager, own, strict=True)),
+            "real_tokens_per_second": tokens / statistics.median(own),
+            "filler": way.filler(),
+            "seconds_before": way.first_seconds,
+        }
+    return figures
+
+
+def main() -> None:
+    """Measure, print and, with --json, keep."""
+    import torch
+
+    from bert_glue.device import resolve_device
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a BERT-family model")
+    parser.add_argument("--shape", default="bert-base", help="else random weights of this shape of hf_recipe.py")
+    parser.add_argument("--lengths", default="25:85", help="tokens of a row, least:most; the default is like mrpc")
+    parser.add_argument("--rows", type=int, default=32, help="of a batch")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--bf16", action="store_true", help="O2 bf16 instead of fp32")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--mode", help="of inductor")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.model:
+            write_model(Path(folder), args.shape)
+        settings = {**vars(args), "model": Path(args.model).parent.name if args.model else args.shape, "json": None}
+        args.model, args.device = args.model or folder, resolve_device(args.device)
+        args.device.activate()
+        about = {"device": args.device.name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        found = {"settings": settings, "machine": about, "ways": measure(args)}
+    for way, figures in found["ways"].items():
+        print(way, {name: round(value, 3) for name, value in figures.items()})
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
