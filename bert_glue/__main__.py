@@ -44,7 +44,8 @@ COMMANDS = {
 def usage() -> str:
     """The text of `bert-glue --help`."""
     lines = [f"  {name:<9}{command.text}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help has its flags)", "", *lines])
+    last = "bash completes commands and flags after: source <(bert-glue completion)"
+    return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help has its flags)", "", *lines, "", last])
 
 
 def completion() -> str:

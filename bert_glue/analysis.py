@@ -27,7 +27,7 @@ _BINS = 10
 _DRAWS = 2000
 _POINTS = 300
 # The diagnostic set's labelled file, which GLUE publishes beside the unlabelled one, and its categories.
-_AX_FILE = "diagnostic-full.tsv"
+LABELLED_AX = "diagnostic-full.tsv"
 _AX_CATEGORIES = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge")
 
 
@@ -188,7 +188,7 @@ def diagnostic(task: GlueTask, data_path: str | None, predictions: np.ndarray) -
         DataError: the file is broken, or has other rows.
     """
     folders = roots_of(task, Path(data_path)) if data_path else []
-    path = next((folder / _AX_FILE for folder in folders if (folder / _AX_FILE).is_file()), None)
+    path = next((folder / LABELLED_AX for folder in folders if (folder / LABELLED_AX).is_file()), None)
     if path is None:
         return None
     table = read_tsv(path)

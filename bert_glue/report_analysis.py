@@ -14,11 +14,10 @@ def analysis_sections(analysis: dict[str, Any]) -> str:
     """HTML of `analysis.json`; "" where the run did not evaluate."""
     parts = []
     for name, part in analysis.get("splits", {}).items():
-        charts = [_calibration_chart(part), _scatter(part)]
+        charts = [_confusion(part), _calibration_chart(part), _scatter(part)]
         parts.append(
             section(
                 "analysis",
-                _confusion(part),
                 f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "",
                 _hardest(part),
                 _explained(part),
@@ -42,7 +41,7 @@ def _confusion(part: dict) -> str:
             shares.append(f'<div style="background:{tint}">{count}<br><small>{100 * count / total:.1f} %</small></div>')
         rows.append([f"<b>{label}</b>", *shares])
     how = f'<p class="note">{both("confusion_how")}</p>'
-    return f"<h3>{both('confusion')}</h3>" + table(["", *labels], rows, "heat") + how
+    return f"<div>{table([both('confusion'), *labels], rows, 'heat')}{how}</div>"
 
 
 def _calibration_chart(part: dict) -> str:
@@ -73,7 +72,7 @@ def _hardest(part: dict) -> str:
         return ""
     keys = ("row", "texts", "label", "prediction", "probability", "loss")
     cells = table([both(key) for key in keys], rows, "texts", numbers=(0, 4, 5))
-    return f"<h3>{both('hardest')}</h3>" + cells
+    return f"<details><summary>{both('hardest')} ({len(rows)})</summary>{cells}</details>"
 
 
 def _explained(part: dict) -> str:
@@ -81,7 +80,7 @@ def _explained(part: dict) -> str:
     found = part.get("explained")
     if not found:
         return ""
-    parts = [f"<h3>{both('explained')}</h3>", f'<p class="note">{both("explained_how")}</p>']
+    parts = [f'<p class="note">{both("explained_how")}</p>']
     for example in found:
         largest = max((abs(score) for score in example["scores"]), default=0.0) or 1.0
         tokens = []
@@ -95,7 +94,7 @@ def _explained(part: dict) -> str:
             f'<p class="tokens"><small>{both("row")} {example["row"]}, {both("label")} {label}, '
             f"{both('prediction')} {prediction}</small><br>{' '.join(tokens)}</p>"
         )
-    return "".join(parts)
+    return f"<details><summary>{both('explained')} ({len(found)})</summary>{''.join(parts)}</details>"
 
 
 def _diagnostic(found: dict | None) -> str:

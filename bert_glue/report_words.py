@@ -90,8 +90,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "probability": ("probability", "概率"),
     "explained": ("Which tokens decided (gradient x input)", "哪些词起了作用（梯度 x 输入）"),
     "explained_how": (
-        "Towards the prediction, and against it; the first order of one example, not a proof.",
-        "支持预测的，和反对预测的；只是单个样本的一阶近似，不是证明。",
+        "Blue: towards the prediction; orange: against it. The first order of one example, not a proof.",
+        "蓝色：支持预测；橙色：反对预测。只是单个样本的一阶近似，不是证明。",
     ),
     "diagnostic": ("Diagnostic set (AX), Matthews by category", "诊断集（AX），各类别的 Matthews 系数"),
     "category": ("category", "类别"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue import checkpoint, reporting
-from bert_glue.analysis import analyse_splits, diagnostic, standard_errors
+from bert_glue.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
 from bert_glue.errors import DataError
@@ -54,13 +54,14 @@ def predict_splits(
 
 
 def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis: dict) -> dict:
-    """Adds a companion's scores by category to `analysis`; a broken file of labels must not cost the run."""
+    """Adds a companion's scores by category to `analysis`, or says why not; a broken file must not cost the run."""
     try:
         found = diagnostic(task, args.data_path, predictions)
     except DataError as error:
         return {f"diagnostic_{task.name}_reason": str(error)}
-    if found:
-        analysis["diagnostic"] = found
+    if found is None:
+        return {f"diagnostic_{task.name}_reason": f"scores by category need GLUE's {LABELLED_AX} in --data_path"}
+    analysis["diagnostic"] = found
     return {}
 
 

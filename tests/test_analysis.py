@@ -216,3 +216,5 @@ def test_a_broken_diagnostic_does_not_cost_the_run(tmp_path):
     args = arguments(tmp_path, data_path=str(tmp_path), model_name_or_path="x")
     reason = _diagnose(args, get_task("ax"), np.zeros(2, int), analysis)["diagnostic_ax_reason"]
     assert "diagnostic-full.tsv:3" in reason and analysis == {}
+    args = arguments(tmp_path, data_path=str(tmp_path / "diagnostic"), model_name_or_path="x")
+    assert "need GLUE's diagnostic-full.tsv" in _diagnose(args, get_task("ax"), np.zeros(2, int), analysis).popitem()[1]
