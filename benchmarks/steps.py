@@ -4,8 +4,9 @@
     python benchmarks/steps.py --shape bert-base --bf16 --json out.json  random weights
 
 Random tokens: no data is needed. A round runs every way over the same batches: forward, backward, clip, update.
-Ratios are formed inside a round, medians printed. What a way needs first (compiling, recording) is told apart. On
-CUDA every attention kernel that runs there is a way, without and with attention dropout, beside the product's choice.
+Ratios are formed inside a round, medians printed; those of CPU seconds are the quiet ones on a busy machine. What a
+way needs first (compiling, recording) is told apart. On CUDA every attention kernel that runs there is a way, without
+and with attention dropout, beside the product's choice.
 """
 
 from __future__ import annotations
@@ -87,17 +88,17 @@ class Way:
         name = None if self.kernel == "padded" else self.kernel
         return patch("bert_glue.attention.cuda_kernel", lambda *given: name)
 
-    def seconds(self) -> float:
-        """Of one step on each batch, the device waited for."""
+    def seconds(self) -> tuple[float, float]:
+        """(clock, CPU) of one step on each batch, the device waited for."""
         self.device.synchronize()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         with self._chosen():
             for batch in self.batches:
                 self.precision.zero_gradients()
                 self.run(batch, batch.samples)
                 self.precision.step(self.optimizer, self.precision.gather_gradients(), 1.0)
         self.device.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - cpu
 
     def filler(self) -> float:
         """Share of computed tokens that are filler."""
@@ -153,10 +154,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     figures = {}
     tokens = int(split.table.borders[-1])
     for (drop, how, kernel), way in running.items():
-        own, eager = seen[drop, how, kernel], seen[drop, "eager", ""]
+        pairs = list(zip(seen[drop, "eager", ""], seen[drop, how, kernel], strict=True))
         figures[f"{how}{', ' + kernel if kernel else ''}, dropout {drop:g}"] = {
-            "vs_eager": statistics.median(e / o for e, o in zip(eager, own, strict=True)),
-            "real_tokens_per_second": tokens / statistics.median(own),
+            "vs_eager": statistics.median(eager[0] / own[0] for eager, own in pairs),
+            "vs_eager_cpu_seconds": statistics.median(eager[1] / own[1] for eager, own in pairs),
+            "real_tokens_per_second": tokens / statistics.median(own[0] for _, own in pairs),
             "filler": way.filler(),
             "seconds_before": way.first_seconds,
         }

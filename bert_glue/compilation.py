@@ -56,7 +56,7 @@ class Compiled:
         span = f" ({min(shapes)} to {max(shapes)})" if shapes else ""
         log.line(f"torch_compile: {self.graphs} graph(s) ran {len(shapes)} token count(s){span}")
         if later:
-            log.line(f"note: {later} graph(s) more were compiled later; rates hold the time of that")
+            log.line(f"note: {later} graph(s) more were compiled later; the phase that asked for them holds their time")
         return {
             "compiled": self.backend,
             "compiled_graphs": self.graphs,

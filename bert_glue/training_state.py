@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bert_glue import checkpoint
+from bert_glue.arguments import FLAGS
 from bert_glue.average import WeightAverage
 from bert_glue.errors import CheckpointError
 from bert_glue.generators import random_tensors, set_random_tensors
@@ -103,6 +104,7 @@ _SETTINGS = (
     "attention_probs_dropout_prob",
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
     "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
+    "torch_compile_backend", "torch_compile_mode", "cuda_graph",
 )  # fmt: skip
 
 
@@ -167,7 +169,9 @@ def _resume(run: Run, folder: Path) -> list[str]:
     if any(other):
         differences = "; ".join(filter(None, other))
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
-    then, now = state["settings"], _may_change(run)
+    # A flag that came after the checkpoint had its default.
+    then = {f"--{name}": FLAGS[name].default for name in _SETTINGS} | state["settings"]
+    now = _may_change(run)
     tensors = load_file(folder / "optimizer.safetensors")
     _load_optimizer(run, tensors)
     for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):

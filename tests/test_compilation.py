@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import recipe_parts
 import torch
 from rank_parts import on_ranks
-from recipe_parts import arguments, fit, flags_of, losses, results_of
+from recipe_parts import arguments, changed, fit, flags_of, losses, results_of
 from test_training import check_resume
 from tiny_models import packed_like, random_batch, stock_model
 
-from bert_glue import compilation, recipe
+from bert_glue import compilation, recipe, training_state
 from bert_glue.command_line import parse
 from bert_glue.compilation import compile_model
 from bert_glue.device import Device
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.generators import random_tensors
 from bert_glue.noise import Noise
+from bert_glue.perf import perf_of
 
 # Captures and differentiates as inductor does and runs the graph's operators one by one: no C++ compiler at work.
 FAST = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -93,23 +93,23 @@ def test_masks_and_values_are_those_of_the_eager_module(dtype):
     assert compilation.graphs_made() == 2  # with gradients and without, for all layers and lengths
 
 
-def close_to_eager(module_of, lengths: tuple[int, ...]) -> None:
-    """Logits and gradients of a batch with filler, compiled, against the eager one without, to 1e-5."""
-    eager, other = module_of(), module_of()
-    compiled_layers(other, "inductor")
-    found = []
-    for module, tail in ((eager, 0), (other, 9)):
-        logits = module(**random_batch(lengths, tail=tail)[0])
-        logits.square().sum().backward()
-        found.append((logits, [p.grad for p in module.parameters()]))
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inductor_and_filler_change_nothing(tmp_path, monkeypatch, trains):
+    """Logits and gradients of a batch with filler, compiled, against the eager one without."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    stock, found = stock_model("bert", num_hidden_layers=2), []
+    for tail in (0, 9):
+        module = packed_like(stock).train(trains).requires_grad_(trains)
+        if tail:
+            compiled_layers(module, "inductor")
+        with torch.set_grad_enabled(trains):
+            logits = module(**random_batch((5, 7, 9), tail=tail)[0])
+        if trains:
+            logits.square().sum().backward()
+        found.append((logits, [p.grad for p in module.parameters() if trains]))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
     for ours, expected in zip(found[1][1], found[0][1], strict=True):
         assert (ours - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
-
-
-def test_inductor_and_filler_change_nothing():
-    stock = stock_model("bert", num_hidden_layers=2)
-    close_to_eager(lambda: packed_like(stock).train(), (5, 7, 9))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ def test_a_run_has_the_losses_of_an_eager_run(tmp_path, settings, graphs):
     assert ours.meter.computed_tokens > ours.meter.real_tokens
 
 
+@pytest.mark.slow
 def test_lora_with_dropout(tmp_path):
     pytest.importorskip("peft")
     settings = {"lora_rank": 2, "lora_dropout": 0.3, "lora_target_modules": "all-linear", "max_steps": 4}
@@ -146,6 +147,19 @@ def test_lora_with_dropout(tmp_path):
 
 def test_a_resumed_compiled_run_is_bit_for_bit_the_same(tmp_path):
     check_resume(tmp_path, FAST)
+
+
+def test_a_checkpoint_from_before_the_flag_is_resumed_and_the_change_said(tmp_path, monkeypatch):
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    with monkeypatch.context() as patch:
+        known = [name for name in training_state._SETTINGS if "compile" not in name and name != "cuda_graph"]
+        patch.setattr(training_state, "_SETTINGS", known)
+        whole = fit(args)
+    at = str(whole.output_dir / "checkpoint-2")
+    again = changed(args, resume_from_checkpoint=at, output_dir=str(tmp_path / "again"), **FAST)
+    resumed = fit(again)
+    assert resumed.progress.changes == ["after step 2: --torch_compile_backend aot_eager (was None)"]
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -169,7 +183,9 @@ def test_the_whole_recipe_tells_graphs_shapes_and_seconds(tmp_path, capsys):
     assert (results["compiled"], results["compiled_graphs"]) == ("aot_eager", 2)
     assert results["seconds"]["compile"] > 0 and results["train_padding_percent"] > 0
     assert results["compiled_graphs_later"] == 1  # --explain differentiates an evaluation, after all rates
-    assert recipe_parts.results_of(args, "run.json")
+    perf = perf_of(results)
+    assert perf["seconds"]["compile"] == results["seconds"]["compile"] and "seconds.compile" not in perf["reasons"]
+    assert perf["setup"]["compiled"] == "aot_eager"  # no baseline of an eager run
 
 
 def test_the_warm_up_moves_no_generator_and_leaves_no_gradient(tmp_path, monkeypatch):
