@@ -116,6 +116,12 @@ class ProgressLog:
         for text in (" ".join(parts), *(self.watch.see(entry) if self.watch else ())):
             self.line(text)
 
+    def results(self, results: dict, step: int) -> None:
+        """The results for the trackers: `all_results.json` without what says how the run was made."""
+        if self.trackers is not None:
+            told = {n: v for n, v in results.items() if n.startswith(("train_", "eval_", "predict_", "e2e_", "peak_"))}
+            self.trackers.log(told, step)
+
     def advance(self, step: int, total: int, epoch: float) -> None:
         """Move the bar."""
         if not self.wants_bar:

@@ -132,6 +132,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
         progress = run_of.progress if run_of else Progress()
+        log.results(results, progress.step)
         with checkpoint.plain_errors(Path(args.output_dir)):
             is_saved = run_of is not None and not is_stopped
             record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)

@@ -79,8 +79,8 @@ class Trackers:
             worker.start()
 
     def log(self, values: dict, step: int) -> None:
-        """Numbers of one log entry; texts and nulls are left out. Waits for nothing."""
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        """Numbers of one log entry; texts and nulls are left out, and `step`, their axis. Waits for nothing."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         for worker in self._workers:
             worker.entries.put((numbers, step))
 

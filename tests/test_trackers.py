@@ -171,12 +171,13 @@ def _run_with_fake(tmp_path, where: str, **changes):
 
 
 def test_a_tracker_gets_all_numbers_and_no_secret(tmp_path):
-    done, _, told = _run_with_fake(tmp_path, "")
+    done, _, told = _run_with_fake(tmp_path, "", do_eval=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [entry[0] for entry in told] == ["start", "config", *["log"] * 6, "finish"], done.stdout
+    assert [entry[0] for entry in told] == ["start", "config", *["log"] * 7, "finish"], done.stdout
     assert told[0][1] == ["trial", "offline"]
-    assert [entry[1][0] for entry in told[2:-1]] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "learning_rate", "grad_norm"} <= set(told[2][1][1])
+    assert [entry[1][0] for entry in told[2:-1]] == [1, 2, 3, 4, 5, 6, 6]
+    assert {"loss", "learning_rate", "grad_norm"} <= set(told[2][1][1]) and "step" not in told[2][1][1]
+    assert {"eval_accuracy", "eval_loss", "train_samples_per_second"} <= set(told[-2][1][1])  # the results, once
     assert "hf_secret" not in (tmp_path / "told").read_text() + done.stdout
     assert {entry[2] for entry in told} == {"tracker wandb"}  # one thread, which some packages need
 
@@ -195,8 +196,10 @@ def test_a_tracker_that_hangs_or_fails_costs_a_line(tmp_path, where, how):
 
 def test_a_missing_package_is_one_line_before_any_work(tmp_path):
     args = arguments(tmp_path, report_to="mlflow")
+    hide = "import sys, accelerate.tracking as t; t.get_available_trackers = lambda: []; "
+    hide += "import run_glue; sys.exit(run_glue.main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "run_glue.py", *flags_of(args)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", hide, *flags_of(args)], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 4 and "Traceback" not in done.stderr and not (tmp_path / "out/all_results.json").exists()
     assert "--report_to mlflow: its package is not installed (available: " in done.stderr.strip().splitlines()[-1]
