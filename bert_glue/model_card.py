@@ -25,7 +25,7 @@ def short_name(name: str) -> str:
     return "/".join(name.rstrip("/").split("/")[-2:])
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """Of each path that starts at the root its last part."""
     return re.sub(r"(?<!\S)[/~]\S*/(?=[^/\s])", "", text)
 
@@ -62,7 +62,7 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
     base = short_name(results["model_name_or_path"])
     return (
         f"{_metadata(data.task, results)}# {base} fine-tuned on {data.task.name}\n{sample}\n"
-        f"Data: {_without_folders(data.source)}. Precision: {results['precision']}. Batches: {results['batches']}. "
+        f"Data: {without_folders(data.source)}. Precision: {results['precision']}. Batches: {results['batches']}. "
         f"Device: {results['device_name']}, {results['world_size']} rank(s). Seed {results['seed']}. "
         f"Trained: {results['trained']}.\n\n"
         f"Reads: {', '.join(data.task.columns)}. Answers: {', '.join(data.task.labels) or 'a score'}.\n\n"
@@ -118,7 +118,7 @@ def _recipe(settings: dict) -> str:
         for name, flag in FLAGS.items()
         if name in settings and name not in _NOT_RECIPE and settings[name] != flag.default
     }
-    return "".join(f"- `--{name} {_without_folders(str(value))}`\n" for name, value in changed.items())
+    return "".join(f"- `--{name} {without_folders(str(value))}`\n" for name, value in changed.items())
 
 
 def _hashes(origin: dict) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bert_glue.arguments import Arguments
-from bert_glue.model_card import model_card
+from bert_glue.model_card import model_card, without_folders
 from bert_glue.report import run_page
 from bert_glue.tasks import GlueTask
 from bert_glue.whole_file import write_whole
@@ -99,5 +99,7 @@ def curves(path: Path, history: list[dict], data: TaskData) -> None:
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="." if len(points) < 40 else "")
         axes.set_ylabel(key)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{data.task.name}, {data.source}", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("optimizer steps" if number == len(panels) - 1 else "")
+    figure.suptitle(f"{data.task.name}, {without_folders(data.source)}", fontsize=9)
     figure.savefig(path, dpi=110)

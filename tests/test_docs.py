@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality, scaling
+from bert_glue.__main__ import COMMANDS
+from bert_glue.arguments import FLAGS
 from docs import make_measurements, make_migration
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +61,37 @@ def test_rooms_named_in_the_architecture_exist():
     rooms = set(re.findall(r"\b(\w+\.py)\b", text))
     assert len(rooms) > 20
     assert not [room for room in rooms if not list(ROOT.glob(f"**/{room}"))]
+
+
+def _inline_commands() -> list[tuple[str, str]]:
+    """(page, command) of every command in running text, such as `bert-glue soup RUN RUN... --output_dir FOLDER`."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        found += [(page.name, " ".join(c.split())) for c in re.findall(r"`((?:python|bash|bert-glue) [^`]+)`", text)]
+    return sorted(set(found))
+
+
+def _program(words: list[str]) -> list[Path]:
+    """Files whose text has to know a command's flags."""
+    if words[0] == "python":
+        return [ROOT / (f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1])]
+    if words[0] == "bash":
+        return [ROOT / words[1], *(ROOT / "test").glob("*.sh")]
+    names = [name for name in words[1].split("|") if name not in ("...", "completion")]  # train|eval|predict|...
+    return [ROOT / f"{COMMANDS[name].module.replace('.', '/')}.py" for name in names]
+
+
+@pytest.mark.parametrize(("page", "command"), _inline_commands(), ids=" ".join)
+def test_commands_in_the_text_are_understood(page, command):
+    """Programs exist and know the flags; those of run_glue.py in its own list."""
+    files, flags = _program(command.split()), re.findall(r"(?<!\S)--\w+", command)
+    assert all(file.is_file() for file in files), files
+    known = "".join(file.read_text(encoding="utf-8") for file in files)
+    if ROOT / "run_glue.py" in files:
+        known = " ".join(f"--{name}" for name in ("help", *FLAGS))
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", known)]
+
+
+def test_the_text_has_commands_at_all():
+    assert {words.split()[0] for _, words in _inline_commands()} == {"python", "bash", "bert-glue"}
