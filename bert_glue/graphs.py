@@ -2,7 +2,7 @@
 
 A shape is seen a few times before it is recorded, so that rare ones stay eager. Batches are copied to where the
 recording reads: token counts are rounded up to buckets, and borders of sequences lie on the device. What follows a
-pass (sum over ranks, clip, update) is about twenty launches over flat buffers; it stays eager, and with it all that
+pass (sum over ranks, clip, update) is about thirty launches over flat buffers; it stays eager, and with it all that
 the host decides: learning rate, skipped steps, accumulation. Has not run on a GPU yet.
 """
 

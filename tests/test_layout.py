@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert_glue.layout import PackedLayout
+from bert_glue.batching import bucket
+from bert_glue.layout import PackedLayout, RecordedLayout
 
 
 def test_borders_and_counts_on_the_host():
@@ -53,3 +54,15 @@ def test_groups_hold_every_token_once(seed):
 def test_equal_lengths_are_one_group_without_padding():
     (group,) = PackedLayout((7,) * 6).groups
     assert group.padding is None and group.index.shape == (6, 7)
+
+
+def test_a_recording_allows_for_the_longest_sequence_of_any_batch_of_its_shape():
+    """Samples up to their limit, and filler, which another batch of as many tokens may have more of."""
+    limit, draw = 20, np.random.default_rng(0)
+    for count in (1, 3, 40, 400):
+        for _ in range(50):
+            lengths = tuple(draw.integers(1, limit + 1, count).tolist())
+            tokens = bucket(sum(lengths) + 1)
+            recorded = RecordedLayout(PackedLayout(lengths, tokens - sum(lengths)), torch.device("cpu"), limit)
+            least = next(size for size in range(1, tokens + 1) if bucket(size) == tokens) - 1  # real tokens
+            assert recorded.longest >= max(limit, tokens - least)
