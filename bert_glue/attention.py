@@ -101,11 +101,24 @@ def grouped_attention(query, key, value, layout, first_only, drop, noise, site) 
     """CPU: sequences of similar length share one batched product."""
     PATHS_TAKEN.add("packed: products grouped by length")
     dtype, kind = query.dtype, query.device.type
+    drops = noise is not None and drop > 0.0
+    attention = _GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
-        return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site)
+        return attention(query, key, value, layout, first_only, drop, noise, site)
     with torch.autocast(kind, enabled=False):
         query, key, value = query.float(), key.float(), value.float()
-        return _GroupedAttention.apply(query, key, value, layout, first_only, drop, noise, site).to(dtype)
+        return attention(query, key, value, layout, first_only, drop, noise, site).to(dtype)
+
+
+def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
+    """The same in torch's fused kernel, which writes no probabilities."""
+    blocks = []
+    for group in layout.groups:
+        rows = ((query, _query_rows(group, first_only)), (key, group.index), (value, group.index))
+        q, k, v = (x[which].transpose(1, 2) for x, which in rows)
+        mask = None if group.padding is None else ~group.padding[:, None, None, :]
+        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1))
+    return torch.cat(blocks)[layout.row_of_sequence if first_only else layout.cell_of_token]
 
 
 def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:

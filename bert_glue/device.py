@@ -286,3 +286,10 @@ def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
         return False
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
+
+
+def has_onednn_linear(kind: str) -> bool:
+    """True if oneDNN multiplies here: on CPUs, with a torch that has it, outside a compiler."""
+    if kind != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert_glue.device import has_slow_products
+from bert_glue.device import has_onednn_linear, has_slow_products
 from bert_glue.low_rank import LowRank
 from bert_glue.noise import Noise
 
@@ -43,6 +43,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     kind = x.device.type
     is_autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_autocast else x.dtype
+    if x.dtype == torch.float32 and has_onednn_linear(kind) and not (is_autocast or torch.is_grad_enabled()):
+        # What inductor calls (torch 2.13): a tenth faster here than F.linear's product, and without a gradient.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if not has_slow_products(kind, dtype):
         return F.linear(x, weight, bias)
     with torch.autocast(kind, enabled=False):

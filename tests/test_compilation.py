@@ -89,7 +89,8 @@ def test_masks_and_values_are_those_of_the_eager_module(dtype):
         ]
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
         with torch.no_grad():
-            assert torch.equal(eager(**inputs), other(**inputs))
+            # Outside a compiler oneDNN multiplies where there are no gradients.
+            torch.testing.assert_close(eager(**inputs), other(**inputs))
     assert compilation.graphs_made() == 2  # with gradients and without, for all layers and lengths
 
 
