@@ -84,6 +84,9 @@ class Ranks:
             self._together("meeting them", self._meet, args)
 
     def _meet(self, args: Arguments) -> None:
+        # Its functions have the group that there is at their import as a default argument. Held by them, gloo's
+        # threads outlive `close`, and one that frees a tensor while the interpreter ends aborts the process [ran].
+        import torch.distributed.nn.functional  # noqa: F401
         from accelerate.state import PartialState
 
         PartialState(

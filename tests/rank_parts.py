@@ -105,6 +105,21 @@ def compiled_run(folder: Path) -> dict[str, Any]:
     return {"losses": losses(run), "weight": float(sum(master.double().sum() for master in run.precision.masters))}
 
 
+def closed(folder: Path) -> list[str]:
+    """Names of the threads that are left when the ranks have parted; the first import of torch's module is theirs."""
+    from bert_glue.arguments import Arguments
+    from bert_glue.ranks import Ranks
+
+    for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+        del sys.modules[name]
+    ranks = Ranks(Arguments(use_cpu=True))
+    ranks.gather(ranks.rank)
+    import torch.distributed.nn.functional  # noqa: F401  as transformers does in the middle of a run
+
+    ranks.close()
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+
+
 def evaluations(folder: Path) -> dict[str, list]:
     """First token and length of every row by a model that echoes them, at each size; and this rank's share."""
     from test_evaluation import echo_evaluator, split_of
