@@ -96,9 +96,8 @@ def evaluate(
 ) -> dict[str, float | str | None]:
     """`eval_*` results of every labelled split of a task, MNLI's two under distinct keys.
 
-    Beside the metrics (0..1): `majority_baseline`, the headline metric of a constant prediction;
-    `accuracy_error_points`, the binomial standard error of the accuracy x100; `collapsed`, why the
-    predictions carry nothing, or None.
+    Beside the metrics (0..1): `majority_baseline`, the headline metric of a constant prediction; `collapsed`,
+    why the predictions carry nothing, or None.
 
     Args:
         kept: gets the logits of each split, `[rows, labels]`.
@@ -107,7 +106,7 @@ def evaluate(
         DivergedError: logits are not finite.
         EvaluationStopped: a signal asked for it.
     """
-    from bert_glue.metrics import compute_metrics, majority_baseline, standard_error
+    from bert_glue.metrics import compute_metrics, majority_baseline
 
     results: dict[str, float | str | None] = {}
     for name, suffix, _ in task.evaluation:
@@ -130,7 +129,6 @@ def evaluate(
         results |= {f"eval_{key}{suffix}": value for key, value in scores.items()}
         results |= {f"eval_{key}{suffix}_reason": text for key, text in scores.reasons.items()}
         results[f"eval_majority_baseline{suffix}"] = majority_baseline(task, split.labels)
-        results[f"eval_accuracy_error_points{suffix}"] = standard_error(task, scores.get("accuracy"), len(split))
         results[f"eval_collapsed{suffix}"] = collapsed_predictions(task, predictions, split.labels)
         results[f"eval_samples{suffix}"] = len(split)
         results[f"eval_runtime{suffix}"] = seconds

@@ -183,17 +183,3 @@ def majority_baseline(task: GlueTask, references: np.ndarray) -> float | None:
         return None
     majority = np.full(len(references), np.bincount(references.astype(np.int64)).argmax())
     return compute_metrics(task, majority, references)[task.headline]
-
-
-def standard_error(task: GlueTask, accuracy: float | None, rows: int) -> float | None:
-    """Binomial standard error of an accuracy, in points (x100).
-
-    Args:
-        accuracy: 0..1, measured on `rows` rows.
-
-    Returns:
-        None where the task has no accuracy, or there is none: the other metrics are no rates.
-    """
-    if "accuracy" not in task.metrics or accuracy is None or rows < 1:
-        return None
-    return 100 * (accuracy * (1 - accuracy) / rows) ** 0.5

@@ -100,6 +100,6 @@ def test_a_run_that_learns_is_neither(tmp_path) -> None:
     results = results_of(args)
     assert results["train_collapsed"] is None and results["eval_collapsed"] is None
     assert results["eval_majority_baseline"] == pytest.approx(7 / 13)
-    assert results["eval_accuracy_error_points"] == pytest.approx(
-        100 * (results["eval_accuracy"] * (1 - results["eval_accuracy"]) / 13) ** 0.5
+    assert results["eval_accuracy_standard_error"] == pytest.approx(
+        (results["eval_accuracy"] * (1 - results["eval_accuracy"]) / 13) ** 0.5, rel=0.1
     )

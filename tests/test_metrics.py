@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bert_glue.errors import DataError, DivergedError
-from bert_glue.metrics import Scores, compute_metrics, majority_baseline, standard_error
+from bert_glue.metrics import Scores, compute_metrics, majority_baseline
 from bert_glue.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -208,25 +208,6 @@ def test_majority_baseline_is_the_published_one():
     assert majority_baseline(TASKS["cola"], np.array([1, 1, 0])) == 0.0
     assert majority_baseline(TASKS["stsb"], np.array([1.0, 2.0])) is None
     assert majority_baseline(TASKS["rte"], np.array([], int)) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "accuracy", "rows", "points"),
-    [
-        ("wnli", 0.5634, 71, 5.9),
-        ("rte", 0.688, 277, 2.8),
-        ("sst2", 0.93, 872, 0.86),
-        ("mnli", 0.865, 9815, 0.34),
-    ],
-)
-def test_standard_error_in_points(name, accuracy, rows, points):
-    assert standard_error(TASKS[name], accuracy, rows) == pytest.approx(points, rel=0.02)
-
-
-def test_standard_error_only_where_there_is_an_accuracy():
-    assert standard_error(TASKS["cola"], 0.6, 1043) is None
-    assert standard_error(TASKS["rte"], None, 277) is None
-    assert standard_error(TASKS["rte"], 0.5, 0) is None
 
 
 EVALUATE_SCRIPT = """
