@@ -9,8 +9,7 @@ import sys
 import time
 import venv
 import zipfile
-from importlib.metadata import version
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
