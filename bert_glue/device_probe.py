@@ -172,16 +172,15 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
 
     from bert_glue.batching import Assembler, TrainingOrder
     from bert_glue.model import LoadedModel
-    from bert_glue.npu_optim import moves_allocations
     from bert_glue.optim import build_optimizer
     from bert_glue.packed import PackedClassifier
-    from bert_glue.precision import Precision
     from bert_glue.precision_plan import plan_precision
     from bert_glue.progress import ProgressLog
     from bert_glue.ranks import Ranks
     from bert_glue.tasks import own_task
     from bert_glue.throughput import Meter
     from bert_glue.training_run import Run
+    from bert_glue.training_setup import make_precision
     from bert_glue.weights import initialise
 
     ranks = Ranks(args)
@@ -190,8 +189,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     module = PackedClassifier(_tiny_shape())
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
-    is_joint = not moves_allocations(args.optim, ranks.device.torch_device)
-    precision = Precision(plan, module, is_joint=is_joint)
+    precision = make_precision(args, plan, module, ranks)
     optimizer, _ = build_optimizer(args, precision.leaves(per_parameter=False))
     assemble = Assembler("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
     run = Run(
