@@ -78,7 +78,7 @@ def test_the_quality_table_and_the_rows_already_there(tmp_path):
     rows = [_row("ours", 1, 0.80), _row("ours", 2, 0.90), _row("hf", 1, 0.80), _row("hf", 2, 0.80)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = quality.table(quality.read_rows(file)).splitlines()[-1]
-    assert line.startswith("| mrpc | 115 | f1 | 2 | 85.0 ± 7.1 | 80.0 ± 0.0 | +5.0 ± 63.5 | - |")
+    assert line.startswith("| mrpc | 115 | f1 | 2 | 85.0 ± 7.1 | 80.0 ± 0.0 | +5.0 ± 63.5 | - | - |")
 
 
 def test_adapters_are_measured_against_all_weights(monkeypatch):
