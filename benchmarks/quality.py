@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +121,21 @@ def read_rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
+def by_seed(rows: list[dict], task: str, run: str, metric: str) -> dict[int, float]:
+    """Seed -> score of one run; 0 where the metric has no value."""
+    return {r["seed"]: r["scores"][metric] or 0.0 for r in rows if (r["task"], r["run"]) == (task, run)}
+
+
+def measure_missing(
+    file: Path, seeds: int, tasks: Iterable[str], runs: Iterable[str], measure: Callable[[str, str, int], dict]
+) -> None:
+    """One line more in `file` for each (task, run, seed) that it does not have yet."""
+    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(file)}
+    for seed, task, run in itertools.product(range(1, seeds + 1), tasks, runs):
+        if (task, run, seed) not in have:
+            append(file, measure(task, run, seed))
+
+
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     """Mean difference over common seeds with its 95 % interval, in points."""
     from scipy.stats import t
@@ -141,10 +157,7 @@ def table(rows: list[dict]) -> str:
     for task, (steps, _) in PLAN.items():
         of_task = [row for row in rows if row["task"] == task]
         for metric in of_task[0]["scores"] if of_task else ():
-            found = {
-                run: {row["seed"]: row["scores"][metric] or 0.0 for row in of_task if row["run"] == run}
-                for run in RUNS
-            }  # fmt: skip
+            found = {run: by_seed(of_task, task, run, metric) for run in RUNS}
             cells = {run: cell(list(values.values())) for run, values in found.items()}
             lines.append(
                 f"| {task} | {steps} | {metric} | {len(found['ours'])} | {cells['ours']} | {cells['hf']} "
@@ -204,12 +217,8 @@ def main() -> int:
         parser.error("give --model and --data_path, or --table")
     if "intermediate" in args.runs.split(",") and not args.intermediate:
         parser.error("--runs intermediate needs --intermediate")
-    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(args.rows)}
-    for seed in range(1, args.seeds + 1):
-        for task in args.tasks.split(","):
-            for run in args.runs.split(","):
-                if (task, run, seed) not in have:
-                    append(args.rows, measure(args, task, run, seed))
+    tasks, runs = args.tasks.split(","), args.runs.split(",")
+    measure_missing(args.rows, args.seeds, tasks, runs, lambda *which: measure(args, *which))
     return 0
 
 

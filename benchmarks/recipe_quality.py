@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import append, cell, difference, finish, read_rows, scores  # noqa: E402
+from benchmarks.quality import by_seed, cell, difference, finish, measure_missing, read_rows, scores  # noqa: E402
 
 BEST_EPOCH = ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", "1")
 RUNS = {
@@ -56,10 +56,7 @@ def table(rows: list[dict]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         for metric in of_task[0]["scores"]:
-            found = {
-                run: {row["seed"]: row["scores"][metric] or 0.0 for row in of_task if row["run"] == run}
-                for run in RUNS
-            }  # fmt: skip
+            found = {run: by_seed(of_task, task, run, metric) for run in RUNS}
             cells = " | ".join(cell(list(found[run].values())) for run in RUNS)
             gains = [difference(found["stable"], found[run]) for run in RUNS if run != "stable"]
             lines.append(f"| {task} | {metric} | {len(found['stable'])} | {cells} | {' | '.join(gains)} |")
@@ -84,12 +81,7 @@ def main() -> int:
         return 0
     if not (args.model and args.data_path):
         parser.error("give --model and --data_path, or --table")
-    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(args.rows)}
-    for seed in range(1, args.seeds + 1):
-        for task in args.tasks.split(","):
-            for run in RUNS:
-                if (task, run, seed) not in have:
-                    append(args.rows, measure(args, task, run, seed))
+    measure_missing(args.rows, args.seeds, args.tasks.split(","), RUNS, lambda *which: measure(args, *which))
     return 0
 
 

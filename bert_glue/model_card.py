@@ -97,13 +97,20 @@ def _metadata(task: GlueTask, results: dict) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-classification\n{more}tags:\n{lines}---\n\n"
 
 
-def _rows(task: GlueTask, results: dict) -> str:
-    """That not all of GLUE's rows were scored, where it is so."""
+def other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
+    """(rows scored, GLUE's) of the first split where they differ; None where all of GLUE's were scored."""
     for split, suffix, _ in task.evaluation:
         rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
-        if rows and official and rows != official and not results["sample_data"]:
-            return f"{rows} rows were scored, GLUE has {official}: not comparable with published figures. "
-    return ""
+        if rows is not None and official and rows != official:
+            return rows, official
+    return None
+
+
+def _rows(task: GlueTask, results: dict) -> str:
+    """That not all of GLUE's rows were scored, where it is so."""
+    if results["sample_data"] or not (other := other_rows(task, results)):
+        return ""
+    return f"{other[0]} rows were scored, GLUE has {other[1]}: not comparable with published figures. "
 
 
 def _errors(task: GlueTask, results: dict) -> str:

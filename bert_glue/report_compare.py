@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 
 from bert_glue import svg
+from bert_glue.model_card import other_rows
 from bert_glue.report_page import section, table
 from bert_glue.report_words import both
 from bert_glue.tasks import GlueTask
@@ -47,7 +48,13 @@ def comparison(task: GlueTask, results: dict, analysis: dict) -> str:
     def row(name: str, values: Values, is_judged: bool, speed: str) -> list[str]:
         verdicts = [_verdict(*three) for three in zip(own, values, errors, strict=False)]
         judged = [_differences(own, values), _shown(verdicts)] if is_judged else ["-", both("not_comparable")]
-        return [name + (drawn.draw(values, verdicts) if drawn else ""), _pair(values), "-", *judged, speed]
+        return [
+            name + (drawn.draw(values, [_STYLES[v or "noise"] for v in verdicts]) if drawn else ""),
+            _pair(values),
+            "-",
+            *judged,
+            speed,
+        ]
 
     speed, device = _rate(results.get("train_samples_per_second")), html.escape(results["device_name"])
     label = both("this_run") + (f" ({both('sample')})" if results["sample_data"] else "")
@@ -69,10 +76,8 @@ def _not_comparable(task: GlueTask, results: dict) -> str:
     """Why published figures say nothing about this run, as HTML; "" where they do."""
     if results["sample_data"]:
         return f'<p class="verdict">{both("sample_compared")}</p>'
-    for split, suffix, _ in task.evaluation:
-        rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
-        if rows is not None and official and rows != official:
-            return f'<p class="verdict">{both("other_rows", rows=rows, official=official)}</p>'
+    if other := other_rows(task, results):
+        return f'<p class="verdict">{both("other_rows", rows=other[0], official=other[1])}</p>'
     return ""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from bert_glue.arguments import Arguments
 from bert_glue.errors import Problem
 
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
 
 def compiled_problems(args: Arguments) -> Iterator[Problem]:
     """What `--torch_compile` does not go with."""
@@ -14,7 +16,7 @@ def compiled_problems(args: Arguments) -> Iterator[Problem]:
         text = f"--torch_compile_mode {args.torch_compile_mode} is inductor's, not {args.torch_compile_backend}'s"
         yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}: give one")
     if args.amp_backend == "apex":
-        for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        for name in _COMPILE:
             if getattr(args, name):
                 yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
 
@@ -24,9 +26,7 @@ def recorded_problems(args: Arguments) -> Iterator[Problem]:
     if not args.cuda_graph:
         return
     reasons = {
-        "torch_compile": "a compiled graph was never recorded",
-        "torch_compile_backend": "a compiled graph was never recorded",
-        "torch_compile_mode": "a compiled graph was never recorded",
+        **dict.fromkeys(_COMPILE, "a compiled graph was never recorded"),
         "gradient_checkpointing": "it asks the host for the generator's state within a pass",
         "fgm_epsilon": "it needs lengths on the host within a pass",
     }

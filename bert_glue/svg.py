@@ -226,8 +226,8 @@ class Strip:
     def _at(self, value: float) -> float:
         return round(4 + 152 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 1)
 
-    def draw(self, values: Sequence[float | None], styles: Sequence[str | None]) -> str:
-        """One row: the splits below each other, each value as a dot of its class (noise, higher, lower)."""
+    def draw(self, values: Sequence[float | None], styles: Sequence[str]) -> str:
+        """One row: the splits below each other, each value as a dot of its class in the page's styles."""
         parts, each = ['<svg viewBox="0 0 160 18" role="img" class="strip">'], 18 / max(1, len(self.zones))
         for at, zone in enumerate(self.zones):
             if zone is None:
@@ -238,6 +238,7 @@ class Strip:
                 f'<line class="self" x1="{middle}" x2="{middle}" y1="{top:g}" y2="{top + each:g}"/>'
             )
             if at < len(values) and values[at] is not None:
-                style = {"noise": "soft", "higher": "good", "lower": "bad"}.get(styles[at] or "", "soft")
-                parts.append(f'<circle class="{style}" cx="{self._at(values[at])}" cy="{top + each / 2:g}" r="3.6"/>')
+                parts.append(
+                    f'<circle class="{styles[at]}" cx="{self._at(values[at])}" cy="{top + each / 2:g}" r="3.6"/>'
+                )
         return "".join([*parts, "</svg>"])
