@@ -167,21 +167,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def pairs(rows: list[dict]) -> tuple[int, int, int]:
+    """Pairs of `ours` and `hf`, and in how many of them ours is higher, and lower, in the task's headline metric."""
+    from bert_glue.tasks import TASKS
+
+    found = []
+    for task in PLAN:
+        ours, theirs = (by_seed(rows, task, run, TASKS[task].headline) for run in ("ours", "hf"))
+        found += [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    return len(found), sum(gap > 0 for gap in found), sum(gap < 0 for gap in found)
+
+
 def technique_table(rows: list[dict]) -> str:
     """Markdown: per task, metric and technique the scores (x100) with and without it, over common seeds."""
     lines = ["| task | metric | technique | seeds | plain | with it | difference, points |", "|" + "---|" * 7]
     for task, run in itertools.product(PLAN, TECHNIQUES):
-        found = {
-            name: {row["seed"]: row for row in rows if (row["task"], row["run"]) == (task, name)}
-            for name in ("ours", run)
-        }
-        seeds = sorted(found["ours"].keys() & found[run].keys())
-        for metric in found[run][seeds[0]]["scores"] if seeds else ():
-            plain, tried = ({n: found[name][n]["scores"][metric] or 0.0 for n in seeds} for name in ("ours", run))
-            lines.append(
-                f"| {task} | {metric} | {run} | {len(seeds)} | {cell(list(plain.values()))} "
-                f"| {cell(list(tried.values()))} | {difference(tried, plain)} |"
-            )
+        for metric in next((row["scores"] for row in rows if (row["task"], row["run"]) == (task, run)), ()):
+            plain, tried = (by_seed(rows, task, name, metric) for name in ("ours", run))
+            seeds = sorted(plain.keys() & tried.keys())
+            if seeds:
+                cells = " | ".join(cell([found[seed] for seed in seeds]) for found in (plain, tried))
+                lines.append(f"| {task} | {metric} | {run} | {len(seeds)} | {cells} | {difference(tried, plain)} |")
     return "\n".join(lines)
 
 

@@ -45,26 +45,21 @@ def comparison(task: GlueTask, results: dict, analysis: dict) -> str:
     is_drawn = not why_not and any(None not in pair for pair in zip(own, errors, strict=True))
     drawn = svg.Strip(own, [e and _NOISE * e for e in errors], published) if is_drawn and published else None
 
-    def row(name: str, values: Values, is_judged: bool, speed: str) -> list[str]:
+    def row(name: str, values: Values, is_judged: bool, speed: str) -> list[str | None]:
         verdicts = [_verdict(*three) for three in zip(own, values, errors, strict=False)]
         judged = [_differences(own, values), _shown(verdicts)] if is_judged else ["-", both("not_comparable")]
-        return [
-            name + (drawn.draw(values, [_STYLES[v or "noise"] for v in verdicts]) if drawn else ""),
-            _pair(values),
-            "-",
-            *judged,
-            speed,
-        ]
+        picture = drawn.draw(values, [_STYLES[verdict or "noise"] for verdict in verdicts]) if drawn else ""
+        return [name + picture, _pair(values), "-", *judged, speed]
 
     speed, device = _rate(results.get("train_samples_per_second")), html.escape(results["device_name"])
     label = both("this_run") + (f" ({both('sample')})" if results["sample_data"] else "")
     here = f"{label}, {device}" + (drawn.draw([], []) if drawn else "")
     rows: list[list[str | None]] = [[None, here, _pair(own), _pair(errors), "-", "-", speed]]
     if any(value is not None for value in majority):
-        rows.append([*row(both("majority"), majority, True, "-")])
+        rows.append(row(both("majority"), majority, True, "-"))
     for run, scores in zip(task.published, published, strict=True):
         name = both("published", where=run.where, epochs=run.epochs)
-        rows.append([*row(name, scores, not why_not, _rate(run.samples_per_second))])
+        rows.append(row(name, scores, not why_not, _rate(run.samples_per_second)))
     header = ("run", "value", "error", "difference", "verdict", "speed")
     words = [both(key, metric=results["headline_metric"]) for key in header]
     notes = f'<p class="note">{both("noise_rule")} {both("place_how") if drawn else ""}</p>' if published else ""

@@ -45,6 +45,15 @@ def test_the_tables_of_recipes_and_techniques_are_what_the_rows_hold():
     assert of_plain and all(row in plain for row in of_plain)
 
 
+def test_the_scores_in_the_readmes_are_those_of_the_rows():
+    rows = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not [line for line in quality.table(rows).splitlines()[2:] if line not in text]
+    count, higher, lower = quality.pairs(rows)
+    assert f"of {count} pairs ours is higher in {higher}, lower in {lower}" in (ROOT / "README.md").read_text()
+
+
 def test_the_docs_are_complete():
     pages = {"scaling", "architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
     assert pages <= {page.stem for page in PAGES}

@@ -240,6 +240,8 @@ def suite(folder: Path) -> Path:
 
 def test_a_suite_has_means_deviations_collapses_and_what_is_missing(tmp_path):
     page = checked(suite_report.suite_page(*suite_report.find_runs([suite(tmp_path / "suite")])))
+    header, first, *_ = page[page.index("<table") :].split("</tr>")
+    assert header.count("<th") == first.count("<td")
     rows = rows_of(page)
     own = ["wnliaccuracy x100bert", "3", "62.11", "7.07", "56.34 - 70.00", "56.34", "1", "43.66 - 56.34"]
     assert [*own, "1 min 30 s", "321.5"] in rows
