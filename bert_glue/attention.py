@@ -111,14 +111,19 @@ def grouped_attention(query, key, value, layout, first_only, drop, noise, site) 
 
 
 def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
-    """The same in torch's fused kernel, which writes no probabilities."""
-    blocks = []
-    for group in layout.groups:
-        rows = ((query, _query_rows(group, first_only)), (key, group.index), (value, group.index))
-        q, k, v = (x[which].transpose(1, 2) for x, which in rows)
-        mask = None if group.padding is None else ~group.padding[:, None, None, :]
-        blocks.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1))
-    return torch.cat(blocks)[layout.row_of_sequence if first_only else layout.cell_of_token]
+    """The same in torch's fused kernel, which writes no probabilities.
+
+    Neighbours of equal length are a block as they lie: nothing is gathered, padded or masked. Evaluation batches
+    are sorted by length, so that such runs are long there.
+    """
+    out = torch.empty_like(query)
+    for first, end in layout.runs:
+        tokens = slice(layout.cu_seq_lens[first], layout.cu_seq_lens[end])
+        asking = slice(first, end) if first_only else tokens
+        parts = query[asking], key[tokens], value[tokens]
+        q, k, v = (part.unflatten(0, (end - first, -1)).transpose(1, 2) for part in parts)
+        out[asking] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    return out
 
 
 def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -91,6 +92,15 @@ class PackedLayout:
         positions = np.arange(self.tokens) - starts
         positions[self.real_tokens :] = 0
         return positions
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Sequences of equal length that follow one another: (first, end) of each, in order."""
+        found, begin = [], 0
+        for _, members in groupby(self.all_lengths):
+            found.append((begin, begin + len(tuple(members))))
+            begin = found[-1][1]
+        return tuple(found)
 
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:

@@ -28,6 +28,7 @@ LAYOUTS = {
     "equal": PackedLayout((4, 4, 4)),
     "padded group": PackedLayout((8, 7, 6, 8)),
     "many groups": PackedLayout((9, 1, 5, 2, 8, 1)),
+    "runs": PackedLayout((7, 7, 7, 4, 1, 1)),
     "filler": PackedLayout((3, 5), tail=7),
 }
 SITE = 8

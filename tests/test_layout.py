@@ -56,6 +56,11 @@ def test_equal_lengths_are_one_group_without_padding():
     assert group.padding is None and group.index.shape == (6, 7)
 
 
+def test_runs_are_neighbours_of_equal_length():
+    assert PackedLayout((7, 7, 4, 7, 1, 1, 1), tail=1).runs == ((0, 2), (2, 3), (3, 4), (4, 8))
+    assert PackedLayout((5,)).runs == ((0, 1),)
+
+
 def test_a_recording_allows_for_the_longest_sequence_of_any_batch_of_its_shape():
     """Samples up to their limit, and filler, which another batch of as many tokens may have more of."""
     limit, draw = 20, np.random.default_rng(0)
