@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters
 
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
-from bert_glue.device import Device, has_slow_products
+from bert_glue.device import Device, has_onednn_linear, has_slow_products
 from bert_glue.errors import MachineError, UsageError, did_you_mean, first_line
 from bert_glue.evaluation import Evaluator
 from bert_glue.generators import random_tensors, set_random_tensors
@@ -112,7 +112,8 @@ def compile_layers(module: PackedClassifier, options: dict) -> None:
     Args:
         options: of torch.compile.
     """
-    torch.compiler.assume_constant_result(has_slow_products)  # asked of the machine, not of a batch
+    for answer in (has_slow_products, has_onednn_linear):  # of the machine, not of a batch
+        torch.compiler.assume_constant_result(answer)
     run = torch.compile(PackedLayer._after_attention, fullgraph=True, **options)
     for layer in module.layers:
         layer._after_attention = MethodType(run, layer)

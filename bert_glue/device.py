@@ -289,7 +289,5 @@ def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
 
 
 def has_onednn_linear(kind: str) -> bool:
-    """True if oneDNN multiplies here: on CPUs, with a torch that has it, outside a compiler."""
-    if kind != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
-        return False
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """True if oneDNN multiplies here: on CPUs, with a torch that has it."""
+    return kind == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

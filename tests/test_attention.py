@@ -322,23 +322,3 @@ def test_slow_products_are_computed_in_fp32_and_rounded(monkeypatch, dtype):
     view = layer.weight.grad
     layer(x).float().sum().backward()
     assert layer.weight.grad is view and torch.equal(view[0], x.float().sum(0).to(dtype))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_onednns_product_is_taken_without_gradients_only(autocast, monkeypatch):
-    from bert_glue.linear import Linear
-
-    calls = []
-    taken = torch.ops.mkldnn._linear_pointwise
-    record = lambda *given: calls.append(given[0].shape) or taken(*given)  # noqa: E731
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", record)
-    layer, x = Linear(5, 7), torch.randn(3, 5)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert layer(x).requires_grad and not calls
-        with torch.no_grad():
-            ours, part = layer(x), layer.rows(x, slice(2, 6), None, 0)
-    limits = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(ours.float(), expected, **limits)
-    torch.testing.assert_close(part.float(), expected[:, 2:6], **limits)
-    assert calls == ([] if autocast else [x.shape, x.shape])

@@ -45,7 +45,7 @@ def test_flops_are_those_torch_counts():
     lengths = (9,) * 4
     layout, module = PackedLayout(lengths), PackedClassifier(shape()).eval()
     ids = torch.ones(1, 36, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:  # with gradients: it does not know oneDNN's product
+    with FlopCounterMode(display=False) as counter:  # it does not know oneDNN's product, which is for larger ones
         module(ids, ids * 0, torch.from_numpy(layout.positions)[None], layout)
     assert forward_flops(shape(), lengths) == counter.get_total_flops() - 2 * 16 * 2 * len(lengths)
 
@@ -96,7 +96,7 @@ def test_flops_of_a_padded_run_are_those_torch_counts(tmp_path):
 
     run.model.module.stock.set_attn_implementation("eager")  # torch counts nothing of its fused CPU kernel
     ids = torch.ones(4, 9, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:  # with gradients: it does not know oneDNN's product
+    with FlopCounterMode(display=False) as counter:  # it does not know oneDNN's product, which is for larger ones
         run.model.module.eval()(input_ids=ids, attention_mask=ids)
     head = 2 * run.model.shape.hidden * run.model.shape.labels * 4
     assert forward_flops(run.model.shape, (9,) * 4, first_only_last=False) == counter.get_total_flops() - head
