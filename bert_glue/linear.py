@@ -4,8 +4,8 @@ autograd would put the product into a new tensor and then add it to `.grad`: two
 for every weight, and fresh pages for every temporary. With flat views (see flat.py) the product
 accumulates where it belongs.
 
-On a CPU the products, forward and backward, are oneDNN's. torch's own are MKL's there, which leaves half of the
-vector width unused on AMD processors with AVX-512: 110 GFLOP/s a core where oneDNN gets 230.
+On a CPU with AVX-512 the products, forward and backward, are oneDNN's. torch's own are MKL's there, which leaves half
+of the vector width unused on AMD processors: 110 GFLOP/s a core where oneDNN gets 230.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and rows * weight.numel() >= _LEAST_FOR_ONEDNN
-        and has_onednn_linear(x.device.type)
+        and has_onednn_linear(x.device.type, not weight.is_contiguous())
     )
 
 
@@ -54,7 +54,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`total += a @ b`."""
-    if _is_for_onednn(a, b):
+    if _is_for_onednn(a, b.t()):
         total.add_(multiply(a, b.t()))
     else:
         total.addmm_(a, b)

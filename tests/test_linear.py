@@ -19,6 +19,7 @@ from bert_glue.noise import Noise
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """oneDNN multiplies whatever the size; the shapes it was given, `(rows, in, out)`."""
     calls, taken = [], linear._onednn
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
     def record(x, weight, bias):
         calls.append((*x.shape, len(weight)))
@@ -62,6 +63,7 @@ def test_no_gradient_is_computed_that_nobody_wants(products):
 def test_size_chooses(monkeypatch):
     """In both directions by the multiply-adds, which are the same in all three products."""
     calls, taken = [], linear._onednn
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(linear, "_onednn", lambda *given: calls.append(len(given[0])) or taken(*given))
     layer = Linear(512, 512)
     layer(torch.randn(255, 512)).sum().backward()
@@ -82,10 +84,17 @@ def test_fp32_alone_is_multiplied_by_it(products, how):
 
 
 def test_a_torch_without_it_multiplies_as_ever(products, monkeypatch):
-    monkeypatch.setattr(linear, "has_onednn_linear", lambda kind: False)
+    monkeypatch.setattr(linear, "has_onednn_linear", lambda *_: False)
     layer, x = _layers(into_grad=True)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not products
+
+
+def test_below_avx512_transposes_are_left_to_mkl(products, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    layer, x = _layers(into_grad=True)
+    layer(x).sum().backward()
+    assert products == [(3, 5, 7)]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert"])
