@@ -54,8 +54,9 @@ class Way:
         began, self.device, self.kernel = time.perf_counter(), args.device, kernel
         place = self.device.torch_device
         flags = Arguments(
-            model_name_or_path=args.model, do_train=True, hidden_dropout_prob=drop, attention_probs_dropout_prob=drop
-        )
+            model_name_or_path=args.model, do_train=True, hidden_dropout_prob=drop, attention_probs_dropout_prob=drop,
+            cuda_graph=how == "recorded",
+        )  # fmt: skip
         self.module = load_model(flags, get_task("mrpc")).module.to(place).train()
         plan = PrecisionPlan("O2", torch.bfloat16, 1.0) if args.bf16 else PrecisionPlan("O0", torch.float32, 1.0)
         self.precision = Precision(plan, self.module)
@@ -65,14 +66,15 @@ class Way:
         self.batches = [assemble(split, members) for members in rows]
         if how == "compiled":
             compilation.compile_layers(self.module, {"backend": args.backend, "mode": args.mode, "dynamic": True})
-        self.run = self._work
+        self.recorded = None
         if how == "recorded":
-            self.run = graphs.RecordedPasses(graphs.Recorder(self.device), self._work, _LONGEST, lambda: 1.0)
+            recorder = graphs.Recorder(self.device)
+            self.recorded = graphs.RecordedStep(recorder, self._pass, _LONGEST, self.precision, self.optimizer, 1.0)
         for _ in range(_WARM):
             self.seconds()
         self.first_seconds = time.perf_counter() - began
 
-    def _work(self, batch, samples: int):
+    def _pass(self, batch, samples: int):
         import torch
 
         from bert_glue.noise import Noise
@@ -81,6 +83,15 @@ class Way:
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / samples
         self.precision.backward(loss)
         return loss.detach()
+
+    def _step(self, batch) -> None:
+        self.precision.zero_gradients()
+        if self.recorded:
+            self.recorded.run_pass(batch, batch.samples)
+            self.recorded.finish(self.recorded.gather_gradients())
+        else:
+            self._pass(batch, batch.samples)
+            self.precision.step(self.optimizer, self.precision.gather_gradients(), 1.0)
 
     def _chosen(self) -> AbstractContextManager:
         if not self.kernel:
@@ -94,9 +105,7 @@ class Way:
         began, cpu = time.perf_counter(), time.process_time()
         with self._chosen():
             for batch in self.batches:
-                self.precision.zero_gradients()
-                self.run(batch, batch.samples)
-                self.precision.step(self.optimizer, self.precision.gather_gradients(), 1.0)
+                self._step(batch)
         self.device.synchronize()
         return time.perf_counter() - began, time.process_time() - cpu
 

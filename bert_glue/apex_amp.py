@@ -16,9 +16,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from bert_glue.divergence import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.flat import NamedGroup, named_groups
-from bert_glue.precision import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
 from bert_glue.precision_plan import PrecisionPlan
 from bert_glue.ranks import Ranks
 

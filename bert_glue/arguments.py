@@ -175,7 +175,7 @@ class TrainingArguments:
         "of inductor; implies --torch_compile",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
-    cuda_graph: bool = flag(False, "record forward and backward once a token count, then replay; CUDA, 16 bits")
+    cuda_graph: bool = flag(False, "record an optimizer step once a token count, then replay it; CUDA, 16 bits")
     strict_optim: bool = flag(False, "refuse instead of using the nearest optimizer")
     train_sampling_strategy: str = flag("random", "order of samples", choices=("random", "group_by_length"))
     dataloader_drop_last: bool = flag(False, "drop the last, smaller training batch of an epoch")

@@ -1,16 +1,17 @@
-"""`--cuda_graph`: forward and backward of a pass, recorded once for each shape and then replayed in one launch.
+"""`--cuda_graph`: an optimizer step as recordings, each replayed in one launch.
 
-A shape is seen a few times before it is recorded, so that rare ones stay eager. Batches are copied to where the
-recording reads: token counts are rounded up to buckets, and borders of sequences lie on the device. What follows a
-pass (sum over ranks, clip, update) is about thirty launches over flat buffers; it stays eager, and with it all that
-the host decides: learning rate, skipped steps, accumulation. Has not run on a GPU yet.
+Forward and backward of a pass are recorded once for each shape of a batch; norm, clip and update, which are the same
+for all shapes, once. Between them lies what the host decides or the ranks do together: the learning rate, a dynamic
+loss scale, the sum over ranks. A pass adds to the gradients, so that accumulation is its replay again.
+
+All is run eagerly a few times first, so that rare shapes are never recorded. Batches are copied to where a recording
+reads: token counts are rounded up to buckets, and borders of sequences lie on the device. Has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,8 @@ from bert_glue.device import Device
 from bert_glue.errors import MachineError
 from bert_glue.layout import RecordedLayout
 from bert_glue.model import LoadedModel
+from bert_glue.optim import asks_nothing_of_host
+from bert_glue.precision import Precision
 from bert_glue.precision_plan import PrecisionPlan
 from bert_glue.progress import ProgressLog
 
@@ -59,13 +62,43 @@ class Recorder:
         return lambda: (graph.replay(), result)[1]
 
 
-@dataclass
-class _Recording:
-    batch: Batch  # where the recording reads
-    replay: Callable[[], torch.Tensor]
+class Recorded:
+    """Work on the same memory each time: eager at first, then recorded, then replayed.
+
+    Args:
+        work: may depend on nothing that changes but the contents of that memory.
+    """
+
+    def __init__(self, recorder: Recorder, work: Callable[[], torch.Tensor]):
+        self.recorder, self.work = recorder, work
+        self.runs = self.replays = 0
+        self._replay: Callable[[], torch.Tensor] | None = None
+
+    def __call__(self) -> torch.Tensor:
+        """What `work` returns; the next replay of any recording may overwrite it."""
+        self.runs += 1
+        if self._replay is None:
+            if self.runs <= _EAGER_FIRST:
+                return self.recorder.beside(self.work)
+            self._replay = self.recorder.record(self.work)
+        self.replays += 1
+        return self._replay()
+
+
+class _Place:
+    """Where the work of one shape reads its batch.
+
+    Args:
+        longest: tokens of the longest sample of any batch.
+    """
+
+    def __init__(self, batch: Batch, longest: int):
+        inputs = {name: value.clone() for name, value in batch.inputs.items() if name != "layout"}
+        inputs["layout"] = RecordedLayout(batch.inputs["layout"], batch.labels.device, longest)
+        self.batch = replace(batch, inputs=inputs, labels=batch.labels.clone())
 
     def fill(self, batch: Batch) -> None:
-        """Copy a batch of the same shape to where the recording reads."""
+        """Copy another batch of the same shape there."""
         for name, place in self.batch.inputs.items():
             if name == "layout":
                 place.fill(batch.inputs[name])
@@ -74,47 +107,69 @@ class _Recording:
         self.batch.labels.copy_(batch.labels)
 
 
-class RecordedPasses:
-    """A pass (batch, samples of the step) -> loss `[]`, replayed where its shape was recorded.
+class RecordedStep:
+    """Passes, norm and update of a run's optimizer steps.
 
     Args:
-        work: the pass, eagerly; may depend on nothing else that changes but `scale`.
+        run_pass: (batch, samples of the step) -> loss `[]`, eagerly; gradients are added to the flat buffers.
         longest: tokens of the longest sample.
-        scale: of the loss, a number of the host: recordings of another one are dropped.
+        optimizer: where it asks the host for numbers, all that follows the passes stays eager.
+        max_norm: L2 norm gradients are clipped to, 0 for none.
     """
 
-    def __init__(self, recorder: Recorder, work: Pass, longest: int, scale: Callable[[], float]):
-        self.recorder, self.work, self.longest, self.scale = recorder, work, longest, scale
-        self.recordings: dict[tuple, _Recording] = {}
-        self.seen: Counter[tuple] = Counter()
-        self.replays = 0
-        self._scale = scale()
+    def __init__(
+        self,
+        recorder: Recorder,
+        run_pass: Pass,
+        longest: int,
+        precision: Precision,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float,
+    ):
+        self.recorder, self._pass, self.longest = recorder, run_pass, longest
+        self.precision, self.optimizer, self.max_norm = precision, optimizer, max_norm
+        self.passes: dict[tuple, tuple[_Place, Recorded]] = {}
+        self.after: tuple[Recorded, Recorded] | None = None
+        if asks_nothing_of_host(self.optimizer):
+            self.after = Recorded(recorder, self.precision.gather_gradients), Recorded(recorder, self._update)
 
-    def __call__(self, batch: Batch, samples: int) -> torch.Tensor:
+    def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
         """The loss to show, 0-d; gradients are added to the flat buffers."""
-        if self.scale() != self._scale:
-            self._scale = self.scale()
-            self.recordings.clear()
         shape = (batch.computed_tokens, batch.samples, samples)
-        self.seen[shape] += 1
-        if shape not in self.recordings:
-            if self.seen[shape] <= _EAGER_FIRST:
-                return self.recorder.beside(lambda: self.work(batch, samples))
-            self.recordings[shape] = self._record(batch, samples)
-        self.recordings[shape].fill(batch)
-        self.replays += 1
-        return self.recordings[shape].replay()
+        if shape not in self.passes:
+            place = _Place(batch, self.longest)
+            self.passes[shape] = place, Recorded(self.recorder, lambda: self._pass(place.batch, samples))
+        place, work = self.passes[shape]
+        place.fill(batch)
+        return work()
 
-    def _record(self, batch: Batch, samples: int) -> _Recording:
-        inputs = {name: value.clone() for name, value in batch.inputs.items() if name != "layout"}
-        inputs["layout"] = RecordedLayout(batch.inputs["layout"], batch.labels.device, self.longest)
-        still = replace(batch, inputs=inputs, labels=batch.labels.clone())
-        return _Recording(still, self.recorder.record(lambda: self.work(still, samples)))
+    def gather_gradients(self) -> torch.Tensor:
+        """As of `Precision`."""
+        return self.after[0]() if self.after else self.precision.gather_gradients()
+
+    def finish(self, norm: torch.Tensor) -> bool:
+        """As `Precision.step`."""
+        if self.after is None:
+            return self.precision.step(self.optimizer, norm, self.max_norm)
+        if not self.precision.admits(norm):
+            return False
+        self.after[1]()
+        return True
+
+    def _update(self) -> torch.Tensor:
+        norm = self.precision.norm
+        self.precision.update(self.optimizer, norm, self.max_norm)
+        return norm
 
     def say(self, log: ProgressLog) -> None:
         """One line: how much was replayed."""
-        passes = sum(self.seen.values())
-        log.line(f"cuda_graph: {len(self.recordings)} recording(s), {self.replays} of {passes} passes replayed")
+        works = [work for _, work in self.passes.values()]
+        passes, replays = sum(work.runs for work in works), sum(work.replays for work in works)
+        recordings = sum(work.replays > 0 for work in works)
+        after = "updates stay eager: this optimizer asks the host"
+        if self.after:
+            after = f"{self.after[1].replays} of {self.after[1].runs} updates"
+        log.line(f"cuda_graph: {recordings} recording(s), {replays} of {passes} passes replayed; {after}")
 
 
 def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) -> None:

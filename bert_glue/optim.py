@@ -97,10 +97,29 @@ def _adamw_torch(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
 
 
 def _adamw_torch_fused(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    device = params[0]["params"][0].device
     try:
-        return torch.optim.AdamW(params, fused=True, **_adam_options(args))
+        optimizer = torch.optim.AdamW(params, fused=True, capturable=args.cuda_graph, **_adam_options(args))
     except RuntimeError as error:
-        raise _Absent(f"torch has no fused AdamW for {params[0]['params'][0].device.type}") from error
+        raise _Absent(f"torch has no fused AdamW for {device.type}") from error
+    if args.cuda_graph:  # a recording reads the rate from memory
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(args.learning_rate, device=device)
+    return optimizer
+
+
+def set_rate(group: dict, rate: float) -> None:
+    """Give a group of an optimizer its learning rate for the next step, in place where it is a number on the device."""
+    if torch.is_tensor(group["lr"]):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def asks_nothing_of_host(optimizer: torch.optim.Optimizer) -> bool:
+    """True if a step, its clip and its check for overflow included, reads all numbers on the device."""
+    rates_there = all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+    return rates_there and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[dict]], torch.optim.Optimizer]:

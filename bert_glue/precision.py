@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from bert_glue.divergence import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
 from bert_glue.errors import DivergedError
 from bert_glue.flat import FlatGroup, Rates, flatten, side_by_side
 from bert_glue.overflow import overflow_flag
 from bert_glue.precision_plan import PrecisionPlan
 
 _FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
-# Ours: apex halves for ever. From the largest scale to the smallest are 24 overflows.
-_SMALLEST_SCALE, MOST_OVERFLOWS = 1.0, 30
+_SMALLEST_SCALE = 1.0  # ours: apex halves for ever
 
 
 def convert(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
@@ -85,7 +85,9 @@ class Precision:
         self.is_dynamic = plan.loss_scale is None
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
         self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
-        self.has_diverged = torch.zeros((), device=device)
+        # What a step asks the device for reads its own copy of the scale, so that it can be recorded and replayed.
+        self._scale = torch.tensor(float(self.scale), device=device)
+        self.norm, self._is_bad, self.has_diverged = (torch.zeros((), device=device) for _ in range(3))
         self.masters = [g.data for g in self.groups]
         self.gradients = [g.grad for g in self.groups]
         self._zeroed = self._unsummed
@@ -137,6 +139,8 @@ class Precision:
         """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""
         for buffer in self._zeroed:
             buffer.zero_()
+        if self.is_dynamic:
+            self._scale.fill_(self.scale)
         if self._flag is not None:
             self._flag.clear()
 
@@ -149,7 +153,7 @@ class Precision:
         """
         if loss is None:
             return
-        (loss * self.scale).backward()
+        (loss * self._scale).backward()
         # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
         self.groups[0].grad[0] += 0.0 * loss.detach()
         if self._adds_passes:
@@ -168,51 +172,63 @@ class Precision:
         return self._unsummed
 
     def gather_gradients(self) -> torch.Tensor:
-        """Bring gradients to where the optimizer looks; returns their L2 norm without the scale, 0-d fp32."""
+        """Bring gradients to where the optimizer looks; returns `norm`, their L2 norm without the scale, 0-d fp32."""
         if not self._adds_passes:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
-        norm = torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self.scale
+        self.norm.copy_(torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self._scale)
         if self._flag is not None:  # gradients of two ranks, each in range, may have left it as they were added up
             self._flagged.add_(self._flag.read())
-        return norm
+        self._is_bad.copy_(~torch.isfinite(self.norm) | (self._flagged > 0))
+        return self.norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
+        """`admits`, and `update` if it does.
+
+        Args:
+            norm: of `gather_gradients`; made NaN where the step is skipped.
+
+        Returns:
+            True if the update counts; False if it was skipped for overflow (dynamic scale only).
+        """
+        if not self.admits(norm):
+            return False
+        self.update(optimizer, norm, max_norm)
+        return True
+
+    def admits(self, norm: torch.Tensor) -> bool:
+        """Whether this step's update may be made; only under a dynamic scale the host asks the device.
+
+        Raises:
+            DivergedError: overflow persists at the smallest scale.
+        """
+        if self.is_dynamic and self._overflowed(bool(self._is_bad.item())):
+            norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
+            return False
+        return True
+
+    def update(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> None:
         """Unscale, clip, update, and copy masters to the model, unless a gradient is not finite.
 
         Clip, scale and the check for overflow go into a fused optimizer as device numbers, so that no
         pass over the gradients and no wait for the host is spent on them.
 
         Args:
-            norm: of `gather_gradients`; made NaN where the step is skipped.
             max_norm: L2 norm gradients are clipped to, 0 for none.
-
-        Returns:
-            True if the update counts; False if it was skipped for overflow (dynamic scale only).
-
-        Raises:
-            DivergedError: overflow persists at the smallest scale.
         """
-        scale = self.scale
-        is_bad = (~torch.isfinite(norm) | (self._flagged > 0)).float()
-        if self.is_dynamic:
-            if self._overflowed(bool(is_bad.item())):
-                norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
-                return False
-        else:
-            self.has_diverged.copy_(torch.maximum(self.has_diverged, is_bad))
-        divisor = scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
+        if not self.is_dynamic:
+            self.has_diverged.copy_(torch.maximum(self.has_diverged, self._is_bad))
+        divisor = self._scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, self.has_diverged
         elif self.has_diverged.item():
-            return True
+            return
         else:
             for gradient in self.gradients:
                 gradient.div_(divisor)
         optimizer.step()
         self._copy_masters()
-        return True
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
@@ -278,23 +294,3 @@ class Precision:
         """Take back `scale_state`."""
         for name, value in state.items():
             setattr(self, name, value)
-
-
-BAD_GRADIENTS = (
-    "gradients are not finite (NaN or Inf); the update was not made and nothing was saved since: "
-    "lower --learning_rate, check the data, or use --loss_scale dynamic with --fp16"
-)
-
-
-def too_many_overflows(count: int, scale: float) -> str:
-    """The line that ends a run whose dynamic scale finds no bottom."""
-    return (
-        f"gradients overflowed {count} times in a row, at last with loss scale {scale:g}: "
-        "lower --learning_rate, or train with --bf16 or in fp32"
-    )
-
-
-def check_weights(masters: list[torch.Tensor]) -> None:
-    """Raises DivergedError if a weight is not finite; waits for the device."""
-    if not all(torch.isfinite(master).all() for master in masters):
-        raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +12,13 @@ from bert_glue.batching import Batch, ahead, rank_share
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation import EvaluationStopped
 from bert_glue.objectives import Objective
-from bert_glue.optim import schedule
+from bert_glue.optim import schedule, set_rate
 from bert_glue.ranks import StepSum
 from bert_glue.training_run import Run
 from bert_glue.training_state import save_checkpoint
+
+if TYPE_CHECKING:
+    from bert_glue.graphs import RecordedStep
 
 
 def training_batches(run: Run) -> Iterator[tuple[list[Batch | None], int]]:
@@ -46,7 +50,7 @@ def train(run: Run) -> None:
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
         recent_loss += progress.recent_loss
-    run_pass = _passes(run, objective)
+    step = _step_of(run, objective)
     batches = training_batches(run)
     if not ranks.device.is_host:
         batches = ahead(batches)
@@ -65,14 +69,14 @@ def train(run: Run) -> None:
             if batch is None:
                 precision.backward(None, is_last=number == len(micro_batches))
                 continue
-            step_loss += run_pass(batch, samples, number == len(micro_batches))
+            step_loss += step.run_pass(batch, samples, number == len(micro_batches))
             run.meter.count(batch, objective.passes)
         stop_asked = add_up(precision.unsummed(), run.log.stop_asked())
-        norm = precision.gather_gradients()
+        norm = step.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate * group.get("rate_factor", 1.0)
-        if precision.step(run.optimizer, norm, args.max_grad_norm):
+            set_rate(group, rate * group.get("rate_factor", 1.0))
+        if step.finish(norm):
             progress.updates += 1
             if run.narrowed is not None:
                 run.narrowed.count_decay(rate, args.weight_decay)
@@ -100,24 +104,38 @@ def train(run: Run) -> None:
     precision.check_finite()
 
 
-def _passes(run: Run, objective: Objective) -> Callable[[Batch, int, bool], torch.Tensor]:
-    """What runs a batch forward and backward: (batch, samples of the step, whether it is its last) -> loss, 0-d."""
+class _EagerStep:
+    """What an optimizer step asks of the device, in three parts."""
 
-    def eager(batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
-        total = torch.zeros((), device=run.ranks.device.torch_device)
-        for loss, shown in objective.losses(batch, samples, run.precision.autocast):
-            run.precision.backward(loss, is_last)
+    def __init__(self, run: Run, objective: Objective):
+        self.run, self.objective = run, objective
+
+    def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
+        """A batch forward and backward, the step having `samples`; returns the loss to show, 0-d."""
+        total = torch.zeros((), device=self.run.ranks.device.torch_device)
+        for loss, shown in self.objective.losses(batch, samples, self.run.precision.autocast):
+            self.run.precision.backward(loss, is_last)
             total += shown
         return total
 
+    def gather_gradients(self) -> torch.Tensor:
+        """After the sum over ranks: their norm, 0-d."""
+        return self.run.precision.gather_gradients()
+
+    def finish(self, norm: torch.Tensor) -> bool:
+        """Clip and update; False where the step was skipped for overflow."""
+        return self.run.precision.step(self.run.optimizer, norm, self.run.args.max_grad_norm)
+
+
+def _step_of(run: Run, objective: Objective) -> _EagerStep | RecordedStep:
+    eager = _EagerStep(run, objective)
     if not run.args.cuda_graph:
         return eager
-    from bert_glue.graphs import RecordedPasses, Recorder
+    from bert_glue.graphs import RecordedStep, Recorder
 
-    run.recorded = RecordedPasses(
-        Recorder(run.ranks.device), eager, run.assemble.max_length, lambda: run.precision.scale
-    )
-    return lambda batch, samples, is_last: run.recorded(batch, samples)
+    recorder, longest = Recorder(run.ranks.device), run.assemble.max_length
+    run.recorded = RecordedStep(recorder, eager.run_pass, longest, run.precision, run.optimizer, run.args.max_grad_norm)
+    return run.recorded
 
 
 def _is_due(run: Run, every: int) -> bool:

@@ -24,7 +24,7 @@ from bert_glue.throughput import Meter, Phases
 from bert_glue.vocabulary import NarrowedEmbedding
 
 if TYPE_CHECKING:
-    from bert_glue.graphs import RecordedPasses
+    from bert_glue.graphs import RecordedStep
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Run:
         optimizer_used: name of the optimizer that runs, for results.
         trace: of the steps of --profile_steps.
         saved_step: of the last checkpoint that was begun or resumed from.
-        recorded: passes of `--cuda_graph`.
+        recorded: steps of `--cuda_graph`.
         average: of the weights, where `--ema_decay` asks for one.
     """
 
@@ -67,7 +67,7 @@ class Run:
     saved_step: int = 0
     trace: NoTrace = field(default_factory=NoTrace)
     average: WeightAverage | None = None
-    recorded: RecordedPasses | None = None
+    recorded: RecordedStep | None = None
 
     def averaged(self) -> AbstractContextManager:
         """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""

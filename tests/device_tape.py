@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from bert_glue import attention, graphs
+from bert_glue.device import Device
 
 
 class Tape:
@@ -30,10 +35,29 @@ class Tape:
         generator = torch.get_rng_state()
         with _Operators() as tape:
             result = work()
-        for changed, before in reversed(tape.before.values()):  # a part may have been changed before its whole
-            changed.copy_(before)
+        with torch.no_grad():
+            for changed, before in reversed(tape.before.values()):  # a part may have been changed before its whole
+                changed.copy_(before)
         torch.set_rng_state(generator)
         return lambda: (tape.replay(), result)[1]
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Make the CPU attend as CUDA does, by borders on the device, and record on tapes."""
+    attention.cuda_kernel.cache_clear()
+    patch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
+    patch.setattr(attention, "CUDA_KERNELS", {"stand-in": (batched_kernel, True)})
+    patch.setattr(graphs, "Recorder", Tape)
+    patch.setattr(Device, "can_record", True)
+
+
+def batched_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
+    """Variable lengths by borders that stay tensors: all pairs, those of two sequences masked."""
+    q_owner = torch.searchsorted(q_borders, torch.arange(len(query), dtype=torch.int32), right=True)
+    k_owner = torch.searchsorted(k_borders, torch.arange(len(key), dtype=torch.int32), right=True)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(q_owner[:, None] != k_owner[None, :], torch.finfo(query.dtype).min)
+    return torch.einsum("hqk,khd->qhd", F.dropout(scores.softmax(-1), drop), value)
 
 
 def _tensors(values) -> list[torch.Tensor]:
@@ -53,7 +77,8 @@ class _Operators(TorchDispatchMode):
         if operator._schema.is_mutable:
             for argument, value in zip(operator._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(value)
+                    for tensor in _tensors(value):
+                        self._keep(tensor)
         result = operator(*args, **kwargs)
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         self._own |= {t.untyped_storage().data_ptr() for t in _tensors(result)} - given

@@ -91,18 +91,40 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
 
 
 def compiled_run(folder: Path) -> dict[str, Any]:
-    """A short run with a compiled encoder and one global batch on any number of ranks."""
+    """`_brief_run` with a compiled encoder."""
+    return _brief_run(folder, torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def recorded_run(folder: Path) -> dict[str, Any]:
+    """`_brief_run` recorded on tapes."""
+    import pytest
+    from device_tape import stand_in
+
+    from bert_glue import graphs
+
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        patch.setattr(graphs, "_EAGER_FIRST", 1)
+        return _brief_run(folder, cuda_graph=True)
+
+
+def _brief_run(folder: Path, **changes) -> dict[str, Any]:
+    """A few steps with one global batch on any number of ranks."""
     from recipe_parts import arguments, fit, losses
 
     from bert_glue.global_batch import for_ranks
 
     args = arguments(
-        folder.parent / "parts", max_steps=4, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH, torch_compile=True,
-        torch_compile_backend="aot_eager", output_dir=str(folder / "out"),
+        folder.parent / "parts", max_steps=6, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH,
+        output_dir=str(folder / "out"), **changes,
     )  # fmt: skip
     args, _ = for_ranks(args, int(os.environ.get("WORLD_SIZE", "1")))
     run = fit(args)
-    return {"losses": losses(run), "weight": float(sum(master.double().sum() for master in run.precision.masters))}
+    return {
+        "losses": losses(run),
+        "weight": float(sum(master.double().sum() for master in run.precision.masters)),
+        "updates": run.recorded.after[1].replays if run.recorded else 0,
+    }
 
 
 def closed(folder: Path) -> list[str]:

@@ -8,9 +8,8 @@ import sys
 from argparse import Namespace
 
 import pytest
-from device_tape import Tape
+from device_tape import Tape, batched_kernel
 from scipy import stats
-from test_graphs import _batched_kernel
 from tiny_models import write_model
 
 from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, steps, throughput
@@ -147,7 +146,7 @@ def test_ways_of_a_step_on_a_cpu(tiny_steps):
 def test_ways_of_a_step_on_a_gpu_run_on_stand_ins(tiny_steps, monkeypatch):
     """That the script is ready for one, not what it would find."""
     monkeypatch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
-    monkeypatch.setattr(attention, "CUDA_KERNELS", {"a": (_batched_kernel, False), "b": (_batched_kernel, True)})
+    monkeypatch.setattr(attention, "CUDA_KERNELS", {"a": (batched_kernel, False), "b": (batched_kernel, True)})
     monkeypatch.setattr(graphs, "Recorder", Tape)
     monkeypatch.setattr(Device, "can_record", True)
     attention.cuda_kernel.cache_clear()

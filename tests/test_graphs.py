@@ -1,4 +1,4 @@
-"""--cuda_graph: which passes are recorded, and that replayed ones compute what eager ones do.
+"""--cuda_graph: which work is recorded, and that replayed steps compute what eager ones do.
 
 On a CPU, with a stand-in that takes down operators (device_tape.py): it shows that nothing but the recording's own
 memory is read and nothing of the host is baked in. Nothing here ran on a GPU.
@@ -7,50 +7,41 @@ memory is read and nothing of the host is baked in. Nothing here ran on a GPU.
 from __future__ import annotations
 
 import inspect
+import re
 
 import numpy as np
 import pytest
+import recipe_parts
 import torch
 import torch.nn.functional as F
-from device_tape import Tape
+from device_tape import batched_kernel, stand_in
+from rank_parts import on_ranks
 from recipe_parts import arguments, fit, flags_of, losses, make_model
 from test_attention import _loop_kernel
-from test_training import assert_close, weights
+from test_training import assert_close, check_resume, weights
 
-from bert_glue import attention, graphs, packed, recipe
+from bert_glue import attention, graphs, packed, precision, recipe
 from bert_glue.command_line import parse
-from bert_glue.device import Device
 from bert_glue.errors import MachineError, UsageError
+from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.progress import ProgressLog
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
 
 
 @pytest.fixture
 def recordable(monkeypatch):
-    """A CPU that attends as CUDA does, by borders on the device, and whose work can be recorded."""
-    attention.cuda_kernel.cache_clear()
-    monkeypatch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
-    monkeypatch.setattr(attention, "CUDA_KERNELS", {"stand-in": (_batched_kernel, True)})
-    monkeypatch.setattr(graphs, "Recorder", Tape)
-    monkeypatch.setattr(Device, "can_record", True)
+    """A CPU that attends as CUDA does and whose work can be recorded."""
+    stand_in(monkeypatch)
     yield
     attention.cuda_kernel.cache_clear()
-
-
-def _batched_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
-    """Variable lengths by borders that stay tensors: all pairs, those of two sequences masked."""
-    q_owner = torch.searchsorted(q_borders, torch.arange(len(query), dtype=torch.int32), right=True)
-    k_owner = torch.searchsorted(k_borders, torch.arange(len(key), dtype=torch.int32), right=True)
-    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(q_owner[:, None] != k_owner[None, :], torch.finfo(query.dtype).min)
-    return torch.einsum("hqk,khd->qhd", F.dropout(scores.softmax(-1), drop), value)
 
 
 def test_the_stand_in_kernel_is_attention():
     query, key, value = (torch.randn(9, 2, 4) for _ in range(3))
     borders = torch.tensor([0, 4, 9], dtype=torch.int32)
     given = (query, key, value, borders, borders, 5, 5, 0.0)
-    torch.testing.assert_close(_batched_kernel(*given), _loop_kernel([])(*given))
+    torch.testing.assert_close(batched_kernel(*given), _loop_kernel([])(*given))
 
 
 def runs(tmp_path, **settings):
@@ -62,45 +53,113 @@ def runs(tmp_path, **settings):
     return eager, fit(arguments(tmp_path, cuda_graph=True, **settings))
 
 
+def pass_replays(run) -> tuple[int, int]:
+    """Replays of passes, and passes."""
+    works = [work for _, work in run.recorded.passes.values()]
+    return sum(work.replays for work in works), sum(work.runs for work in works)
+
+
+def update_replays(run) -> int:
+    measure, update = run.recorded.after
+    assert measure.runs >= update.runs
+    return update.replays
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "weight_decay": 0.1},
         {"bf16": True, "fp16_opt_level": "O2", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"bf16": True, "fp16_opt_level": "O1"},
+        {"bf16": True, "fp16_opt_level": "O1", "max_grad_norm": 0.0},
+        {"bf16": True, "fp16_opt_level": "O3", "ema_decay": 0.9},
         {"rdrop_alpha": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 5.0},
+        {"layerwise_lr_decay": 0.7, "weight_decay": 0.2},
     ],
+    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
 def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, settings):
     eager, replayed = runs(tmp_path, **settings)
-    assert eager.recorded.replays == 0 and replayed.recorded.replays > sum(replayed.recorded.seen.values()) / 2
+    replays, passes = pass_replays(replayed)
+    assert pass_replays(eager)[0] == update_replays(eager) == 0
+    assert replays > passes / 2 and update_replays(replayed) == replayed.total_steps - 3
     assert losses(replayed) == losses(eager)
     assert_close(weights(replayed), weights(eager), 0.0)
+
+
+def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
+    """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
+    monkeypatch.setattr(precision, "_GROWTH_STEPS", 4)
+    overflow = precision.Precision.admits
+
+    def admits(self, norm):
+        seen.append(self.scale)
+        if len(seen) % 20 == 13:
+            self._is_bad.fill_(1.0)
+        return overflow(self, norm)
+
+    monkeypatch.setattr(precision.Precision, "admits", admits)
+    # As fp16 has it, which few CPUs compute in.
+    monkeypatch.setattr(recipe_parts, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
+    found = []
+    monkeypatch.setattr(graphs, "_EAGER_FIRST", 10**9)
+    for _ in range(2):
+        seen = []
+        found.append((fit(arguments(tmp_path, cuda_graph=True, adam_epsilon=1e-4, num_train_epochs=10.0)), seen))
+        monkeypatch.setattr(graphs, "_EAGER_FIRST", 3)
+    (eager, scales), (replayed, again) = found
+    assert scales == again and len(set(scales)) > 3 and replayed.precision.skipped_steps == 2
+    assert update_replays(replayed) == replayed.total_steps - 3 - 2
+    assert losses(replayed) == losses(eager)
+    assert_close(weights(replayed), weights(eager), 0.0)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "lamb"])
+def test_an_optimizer_that_asks_the_host_stays_eager(tmp_path, recordable, optim, capsys):
+    eager, replayed = runs(tmp_path, optim=optim)
+    assert replayed.recorded.after is None and pass_replays(replayed)[0]
+    assert losses(replayed) == losses(eager)
+    replayed.recorded.say(ProgressLog(is_first=True, wants_bar=False))
+    assert "passes replayed; updates stay eager: this optimizer asks the host" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=str)
+def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, recordable, monkeypatch, settings):
+    monkeypatch.setattr(graphs, "_EAGER_FIRST", 1)
+    monkeypatch.setattr(packed, "dropout", of_device)
+    check_resume(tmp_path, {"cuda_graph": True, **settings})
 
 
 def test_buckets_change_no_loss(tmp_path, recordable):
     plain = fit(arguments(tmp_path, num_train_epochs=4.0))
     replayed = fit(arguments(tmp_path, num_train_epochs=4.0, cuda_graph=True))
-    assert replayed.recorded.replays and losses(replayed) == pytest.approx(losses(plain), rel=1e-4)
+    assert pass_replays(replayed)[0] and losses(replayed) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def of_device(x, drop, noise, site, residual=None):
+    """A device's own dropout: numbers come from the generator, not from the recording."""
+    dropped = F.dropout(x, drop, training=noise is not None)
+    return dropped if residual is None else dropped + residual
 
 
 def test_dropout_draws_anew_in_every_replay(tmp_path, recordable, monkeypatch):
-    """A device's own dropout: numbers come from the generator, not from the recording."""
-
-    def of_device(x, drop, noise, site, residual=None):
-        dropped = F.dropout(x, drop, training=noise is not None)
-        return dropped if residual is None else dropped + residual
-
     monkeypatch.setattr(packed, "dropout", of_device)
     eager, replayed = runs(tmp_path, model_name_or_path=str(make_model(tmp_path / "drops", dropout=0.2)))
-    assert replayed.recorded.replays and losses(replayed) == losses(eager)
+    assert pass_replays(replayed)[0] and losses(replayed) == losses(eager)
 
 
 def test_a_number_baked_in_would_be_seen(tmp_path, recordable):
     """Masks that the host draws, as on a CPU, are such numbers: the stand-in is no mere second call."""
     eager, replayed = runs(tmp_path, model_name_or_path=str(make_model(tmp_path / "drops", dropout=0.2)))
     assert losses(replayed) != losses(eager)
+
+
+def test_two_ranks_are_one(tmp_path):
+    """What the ranks add up lies between two recordings."""
+    (alone,), pair = (on_ranks(world, "recorded_run", tmp_path / str(world)) for world in (1, 2))
+    for found in pair:
+        assert found["updates"] > 3 and found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert found["weight"] == pytest.approx(alone["weight"], abs=1e-4)
 
 
 class Notes:
@@ -125,50 +184,42 @@ def _batch(lengths: tuple[int, ...], first: int = 0):
     return _assembler("packed", is_rounded=True)(split, np.arange(len(lengths)))
 
 
-def passes(scale=lambda: 1.0):
-    def work(batch, samples):
+def steps():
+    """A recorder's notes, and what each pass read of its batch."""
+
+    def run_pass(batch, samples):
         found.append(
             (batch.inputs["input_ids"].sum(), batch.inputs["layout"].borders(None).clone(), batch.labels.sum())
         )
         return batch.inputs["input_ids"].sum() / samples
 
     found, notes = [], Notes()
-    return graphs.RecordedPasses(notes, work, 9, scale), notes.asked, found
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    return graphs.RecordedStep(notes, run_pass, 9, None, sgd, 0.0), notes.asked, found
 
 
 def test_a_shape_is_recorded_when_it_is_no_longer_rare():
-    run, asked, _ = passes()
+    step, asked, _ = steps()
     for _ in range(5):
-        run(_batch((5, 4)), 2)
-    run(_batch((5, 12)), 2)  # the next bucket
-    run(_batch((5, 4)), 4)  # the last step of an epoch has fewer samples
+        step.run_pass(_batch((5, 4)), 2)
+    step.run_pass(_batch((5, 12)), 2)  # the next bucket
+    step.run_pass(_batch((5, 4)), 4)  # the last step of an epoch has fewer samples
     assert asked == ["eager"] * 3 + ["record", "replay", "replay"] + ["eager"] * 2
-    assert run.replays == 2
 
 
 def test_another_batch_of_the_shape_is_copied_to_the_recording():
-    run, asked, found = passes()
+    step, asked, found = steps()
     for first in range(4):
-        run(_batch((5, 4), first), 2)
-    loss = run(_batch((2, 7), first=30), 2)
+        step.run_pass(_batch((5, 4), first), 2)
+    loss = step.run_pass(_batch((2, 7), first=30), 2)
     assert asked[-1] == "replay" and loss == (sum(range(30, 32)) + sum(range(30, 37))) / 2
     assert found[-1][1].tolist() == [0, 2, 9, 16]
-
-
-def test_another_loss_scale_is_recorded_anew():
-    scale = [1.0]
-    run, asked, _ = passes(lambda: scale[0])
-    for _ in range(4):
-        run(_batch((5, 4)), 2)
-    scale[0] = 0.5
-    run(_batch((5, 4)), 2)
-    assert asked[-2:] == ["record", "replay"] and len(run.recordings) == 1
 
 
 def test_the_run_says_how_much_was_replayed(tmp_path, recordable, capsys):
     assert recipe.run(arguments(tmp_path, num_train_epochs=6.0, cuda_graph=True)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda_graph: ")]
-    assert line.endswith("of 24 passes replayed") and not line.startswith("cuda_graph: 0 ")
+    assert re.fullmatch(r"cuda_graph: [1-9] recording\(s\), \d+ of 24 passes replayed; 21 of 24 updates", line)
 
 
 def test_torch_has_what_the_recorder_asks_for():
@@ -176,6 +227,7 @@ def test_torch_has_what_the_recorder_asks_for():
     taken = set(inspect.signature(torch.cuda.graph).parameters)
     assert {"cuda_graph", "pool", "capture_error_mode"} <= taken
     assert hasattr(torch.cuda.CUDAGraph, "replay") and callable(torch.cuda.graph_pool_handle)
+    assert "capturable" in inspect.signature(torch.optim.AdamW).parameters
     assert torch.get_device_module(torch.device("cuda", 0)) is torch.cuda
 
 
