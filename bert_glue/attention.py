@@ -16,85 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from bert_glue.device import has_slow_products, torch_npu_of
-from bert_glue.layout import LengthGroup, PackedLayout
+from bert_glue.grouped import GroupedAttention
+from bert_glue.layout import PackedLayout
 from bert_glue.noise import Noise
 
 # What computed attention in this process so far, fallbacks by their own name.
 PATHS_TAKEN: set[str] = set()
-
-
-class _GroupedAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(dim)) v, group by group, with a hand-written backward.
-
-    By hand because torch's CPU kernel with dropout falls back to a chain of a dozen autograd nodes a
-    call, and a batch of 32 sequences makes 5 to 8 calls a layer.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, layout, first_only, drop, noise, site):
-        scale = 1.0 / math.sqrt(query.shape[-1])
-        drop = drop if noise is not None else 0.0
-        saved, blocks = [], []
-        for number, group in enumerate(layout.groups):
-            rows = _query_rows(group, first_only)
-            q, k, v = _block(query, rows), _block(key, group.index), _block(value, group.index)
-            probabilities = _softmax_block(q, k, group, scale)
-            keep = None
-            if drop > 0.0:
-                keep = noise.keep(tuple(probabilities.shape), drop, site * 4096 + number)
-            dropped = probabilities if keep is None else keep.to(q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
-            blocks.append((dropped @ v).transpose(1, 2).flatten(0, 1))
-            saved += [q, k, v, probabilities, keep]
-        ctx.save_for_backward(*saved)
-        ctx.layout, ctx.first_only, ctx.scale, ctx.drop = layout, first_only, scale, drop
-        ctx.tokens = key.shape[0]
-        return torch.cat(blocks)[layout.row_of_sequence if first_only else layout.cell_of_token]
-
-    @staticmethod
-    def backward(ctx, grad):
-        layout, first_only = ctx.layout, ctx.first_only
-        # Once: under gradient checkpointing each look unpacks again, and the second is refused.
-        saved = ctx.saved_tensors
-        dq_blocks, dk_blocks, dv_blocks = [], [], []
-        for number, group in enumerate(layout.groups):
-            q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
-            g = _block(grad, _query_rows(group, first_only))
-            if group.padding is not None and not first_only:
-                g.transpose(1, 2)[group.padding] = 0.0
-            dp = g @ v.transpose(-1, -2)
-            if keep is None:
-                dropped = probabilities
-            else:
-                kept = keep.to(q.dtype).mul_(1 / (1 - ctx.drop))
-                dropped, dp = probabilities * kept, dp.mul_(kept)
-            dv_blocks.append(_rows(dropped.transpose(-1, -2) @ g))
-            ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype).mul_(ctx.scale)
-            dq_blocks.append(_rows(ds @ k))
-            dk_blocks.append(_rows(ds.transpose(-1, -2) @ q))
-        of_token = layout.cell_of_token
-        dq = torch.cat(dq_blocks)[layout.row_of_sequence if first_only else of_token]
-        return dq, torch.cat(dk_blocks)[of_token], torch.cat(dv_blocks)[of_token], *([None] * 5)
-
-
-def _query_rows(group: LengthGroup, first_only: bool) -> torch.Tensor:
-    return group.sequences[:, None] if first_only else group.index
-
-
-def _block(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`[n, heads, dim]` -> `[sequences, heads, length, dim]`, contiguous for the batched product."""
-    return x[rows].transpose(1, 2).contiguous()
-
-
-def _rows(block: torch.Tensor) -> torch.Tensor:
-    """`[sequences, heads, length, dim]` -> `[sequences * length, heads, dim]`."""
-    return block.transpose(1, 2).flatten(0, 1)
-
-
-def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: float) -> torch.Tensor:
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
-    if group.padding is not None:
-        scores.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, -1)
 
 
 def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
@@ -102,7 +29,7 @@ def grouped_attention(query, key, value, layout, first_only, drop, noise, site) 
     PATHS_TAKEN.add("packed: products grouped by length")
     dtype, kind = query.dtype, query.device.type
     drops = noise is not None and drop > 0.0
-    attention = _GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
+    attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
         return attention(query, key, value, layout, first_only, drop, noise, site)
     with torch.autocast(kind, enabled=False):

@@ -6,6 +6,7 @@ the host (`cu_seq_lens`), so that no kernel launch has to wait for a device-to-h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -123,27 +124,52 @@ class PackedLayout:
         padding = torch.from_numpy(is_padding) if is_padding.any() else None
         return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
 
-    @cached_property
-    def cell_of_token(self) -> torch.Tensor:
-        """Where each token lies in the groups' blocks laid end to end, `[tokens]` int64."""
-        cells = torch.cat([group.index.flatten() for group in self.groups])
-        is_real = torch.cat(
-            [
-                torch.ones(group.index.numel(), dtype=torch.bool) if group.padding is None else ~group.padding.flatten()
-                for group in self.groups
-            ]
-        )
-        where = torch.empty(self.tokens, dtype=torch.int64)
-        where[cells[is_real]] = torch.arange(cells.numel())[is_real]
-        return where
+    def places(self, heads: int, first_only: bool) -> HeadPlaces:
+        """Where rows of one head lie, made once a batch.
+
+        Args:
+            first_only: of the queries of each sequence's first token alone.
+        """
+        if (heads, first_only) not in self._places:
+            self._places[heads, first_only] = HeadPlaces(self, heads, first_only)
+        return self._places[heads, first_only]
 
     @cached_property
-    def row_of_sequence(self) -> torch.Tensor:
-        """Where each sequence lies in the groups' rows laid end to end, `[sequences]` int64."""
-        rows = torch.cat([group.sequences for group in self.groups])
-        where = torch.empty_like(rows)
-        where[rows] = torch.arange(rows.numel())
-        return where
+    def _places(self) -> dict[tuple[int, bool], HeadPlaces]:
+        return {}
+
+
+class HeadPlaces:
+    """Blocks `[sequences, heads, longest]` of a layout's groups laid end to end, by rows of one head.
+
+    `bounds` has where each block begins and ends, `of_row` where each row of `[n, heads]` lies, `[n * heads]` int64.
+    """
+
+    def __init__(self, layout: PackedLayout, heads: int, first_only: bool):
+        self.heads, self.rows, self.bounds, begin = heads, [], [], 0
+        self._index: dict[int, list[torch.Tensor]] = {}
+        self.of_row = torch.empty(len(layout.all_lengths) if first_only else layout.tokens, heads, dtype=torch.int64)
+        for group in layout.groups:
+            rows = group.sequences[:, None] if first_only else group.index
+            shape = (len(rows), heads, rows.shape[1])
+            self.rows.append(rows)
+            self.bounds.append((begin, begin + math.prod(shape)))
+            cells = torch.arange(*self.bounds[-1]).view(shape).transpose(1, 2)
+            is_real = slice(None) if first_only or group.padding is None else ~group.padding
+            self.of_row[rows[is_real]] = cells[is_real]
+            begin = self.bounds[-1][1]
+        self.of_row = self.of_row.flatten()
+
+    def index(self, number: int, pitch: int) -> torch.Tensor:
+        """Where the rows of a group's block come from, `[sequences * heads * longest]` int64.
+
+        Args:
+            pitch: rows of one head from one token to the next.
+        """
+        if pitch not in self._index:
+            head = torch.arange(self.heads)[None, :, None]
+            self._index[pitch] = [(rows[:, None, :] * pitch + head).flatten() for rows in self.rows]
+        return self._index[pitch][number]
 
 
 class RecordedLayout:
