@@ -171,6 +171,21 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(small: dict, large: dict) -> list[str]:
+    """Lines of the READMEs' table, a task each, of two reports over the same tasks."""
+    columns = [(small, f"{name}_vs_{other}") for name, other in (
+        ("real_tokens_per_second", "hf_default"), ("real_tokens_per_second", "hf_best"),
+        ("seconds_to_first_step", "hf_default"), ("peak_bytes", "hf_default"),
+    )]  # fmt: skip
+    columns[2:2] = [(small, "share_of_gemm")]
+    columns += [(large, "real_tokens_per_second_vs_hf_default"), (large, "share_of_gemm")]
+    lines = []
+    for task in small["tasks"]:
+        cells = [_cell(key, ratios(report["tasks"][task]["rounds"])[key]) for report, key in columns]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
+
+
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"
@@ -236,10 +251,22 @@ def _machine(threads: int) -> dict[str, str | int]:
     device = resolve_device("auto")
     return {
         "device": device.name,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "threads": threads,
         "torch": torch.__version__,
     }
+
+
+def _processor() -> str:
+    """Its name, the vector instructions that torch uses, and the cores."""
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

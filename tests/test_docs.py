@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import combine, quality, recipe_quality, scaling
+from benchmarks import combine, quality, recipe_quality, scaling, throughput
 from bert_glue.__main__ import COMMANDS
 from bert_glue.arguments import FLAGS
 from docs import make_measurements, make_migration
@@ -52,6 +52,15 @@ def test_the_scores_in_the_readmes_are_those_of_the_rows():
         assert not [line for line in quality.table(rows).splitlines()[2:] if line not in text]
     count, higher, lower = quality.pairs(rows)
     assert f"of {count} pairs ours is higher in {higher}, lower in {lower}" in (ROOT / "README.md").read_text()
+
+
+def test_the_speeds_in_the_readmes_are_those_of_the_reports():
+    reports = json.loads((ROOT / "benchmarks" / "results" / "cpu-2-cores.json").read_text(encoding="utf-8"))["reports"]
+    lines = throughput.summary(*reports)
+    assert len(lines) == 5
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not [line for line in lines if line not in text]
 
 
 def test_the_docs_are_complete():
