@@ -6,6 +6,7 @@ sentences of the data and paths of the machine.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,33 @@ def push(args: Arguments, name: str) -> str:
     """
     message = f"{args.task_name or args.dataset_name or 'own data'}, seed {args.seed}"
     try:
-        return _client(args).upload_folder(
-            repo_id=name, folder_path=args.output_dir, allow_patterns=_SENT, commit_message=message
-        ).commit_url  # fmt: skip
+        return _client(args).create_commit(name, _files(Path(args.output_dir)), commit_message=message).commit_url
     except Exception as error:
         raise MachineError(
             f"--push_to_hub: {args.output_dir} was not sent to {name}: {_safe(error, args)}; "
             f"all results are there: `hf upload {name} {args.output_dir}` sends them"
         ) from error
+
+
+def _files(folder: Path) -> list[Any]:
+    """What is sent, for the client."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sent = filter_repo_objects(names, allow_patterns=_SENT)
+    return [CommitOperationAdd(name, _content(folder / name)) for name in sent]
+
+
+def _content(file: Path) -> Path | bytes:
+    """A file as it is, but for the base of adapters where that is a folder of this machine."""
+    if file.name != "adapter_config.json":
+        return file
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if base is None or not Path(base).exists():
+        return file
+    return json.dumps({**config, "base_model_name_or_path": None}, indent=2).encode()
 
 
 def _client(args: Arguments) -> Any:

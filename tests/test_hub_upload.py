@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def test_the_model_its_card_and_scores_are_sent_and_no_secret(tmp_path, hub):
         assert part in card
     assert "--hub_" not in card
     assert not [name for name, content in hub.sent.items() if str(tmp_path).encode() in content]  # where it all lay
+
+
+def test_adapters_are_sent_without_the_place_of_their_base(tmp_path, hub):
+    pytest.importorskip("peft")
+    done = run(tmp_path, hub, "--hub_token", TOKEN, hub_model_id="trial", lora_rank=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    here = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    sent = json.loads(hub.sent["adapter/adapter_config.json"])
+    assert here["base_model_name_or_path"] == str(tmp_path / "model") and sent["base_model_name_or_path"] is None
+    assert {**here, "base_model_name_or_path": None} == sent and "adapter/adapter_model.safetensors" in hub.sent
+    assert not [name for name, content in hub.sent.items() if str(tmp_path).encode() in content]
 
 
 def test_a_refusal_before_training_costs_no_training(tmp_path, hub):
