@@ -55,7 +55,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`total += a @ b`."""
     if _is_for_onednn(a, b.t()):
-        total.add_(multiply(a, b.t()))
+        total.add_(_onednn(a, b.t(), None))
     else:
         total.addmm_(a, b)
 

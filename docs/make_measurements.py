@@ -94,9 +94,9 @@ about 110, 1.02 times. So on a CPU without AVX-512, or one that MKL serves in fu
 measured on an AVX2 machine: MiniLM 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default, evaluation of mrpc 2.75x.
 
 Of the aims one is missed, by a fifth of a point: 65 % of GEMM for the bert-base shape on mrpc; it is 64.8. Three
-quarters of its step are products, at 200 GFLOP/s of 240, since a weight
-gradient needs one factor transposed, a copy on one thread; 8 % are attention, 5 % GELU, 2 % AdamW. Evaluation attends
-to neighbours of equal length as they lie, without a copy (1.05x to 1.11x); 12 % of it are attention, 79 % products.
+quarters of its step are products, at 200 GFLOP/s of 240, since a weight gradient needs one factor transposed, a copy on
+one thread; 8 % are attention, 5 % GELU, 2 % AdamW. Evaluation attends to neighbours of equal length as they lie,
+without a copy (1.05x to 1.11x); 12 % of it are attention, 79 % products.
 
 ## LoRA and the frozen encoder
 

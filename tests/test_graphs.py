@@ -205,6 +205,7 @@ def test_a_shape_is_recorded_when_it_is_no_longer_rare():
     step.run_pass(_batch((5, 12)), 2)  # the next bucket
     step.run_pass(_batch((5, 4)), 4)  # the last step of an epoch has fewer samples
     assert asked == ["eager"] * 3 + ["record", "replay", "replay"] + ["eager"] * 2
+    assert sum(work.replays for _, work in step.passes.values()) == 2
 
 
 def test_another_batch_of_the_shape_is_copied_to_the_recording():

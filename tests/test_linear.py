@@ -76,10 +76,13 @@ def test_size_chooses(monkeypatch):
 def test_fp32_alone_is_multiplied_by_it(products, how):
     dtype = {"autocast": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[how]
     layer, x = Linear(5, 7).to(dtype), torch.randn(3, 5).to(dtype)
+    expected = F.linear(x, layer.weight, layer.bias).float()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         layer(x).float().sum().backward()
         with torch.no_grad():
-            layer(x)
+            ours, part = layer(x), layer.rows(x, slice(2, 6), None, 0)
+    torch.testing.assert_close(ours.float(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(part.float(), expected[:, 2:6], rtol=2e-2, atol=2e-2)
     assert not products
 
 
@@ -115,7 +118,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(products, tmp_path, settings):
 
 
 def test_a_compiled_graph_calls_it_too(products):
-    """For every number of rows, with gradients and without."""
+    """One graph for every number of rows, and the product is in it."""
     torch.compiler.reset()
     compilation.counters.clear()
     stock = stock_model("bert", num_hidden_layers=2, hidden_dropout_prob=0.1)
@@ -123,7 +126,10 @@ def test_a_compiled_graph_calls_it_too(products):
     compilation.compile_layers(other, {"backend": "inductor", "dynamic": True})
     for lengths in [(5, 7, 9), (4, 8, 20, 3)]:
         inputs, noise = random_batch(lengths)[0], Noise(3)
-        outputs = [module(**inputs, noise=noise) for module in (eager, other)]
+        outputs = [eager(**inputs, noise=noise)]
+        with torch.profiler.profile() as calls:
+            outputs.append(other(**inputs, noise=noise))
+        assert "bert_glue::product" in {call.key for call in calls.key_averages()}
         torch.testing.assert_close(*outputs)
         gradients = [
             torch.autograd.grad(output.square().sum(), list(module.parameters()), allow_unused=True)
