@@ -8,6 +8,7 @@ Hugging Face text-classification example README (bert-base-cased).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from bert_glue.errors import UsageError, did_you_mean
 
@@ -30,6 +31,27 @@ class TsvFile:
         return isinstance(self.texts[0], str)
 
 
+class EvaluationSplit(NamedTuple):
+    """A labelled split that a task is scored on.
+
+    Args:
+        name: of the split.
+        key_suffix: at the end of its keys in the results.
+        file_suffix: at the end of the task's name in the names of its files.
+    """
+
+    name: str
+    key_suffix: str = ""
+    file_suffix: str = ""
+
+
+class PredictionSplit(NamedTuple):
+    """An unlabelled split; `file_suffix` as in `EvaluationSplit`."""
+
+    name: str
+    file_suffix: str = ""
+
+
 @dataclass(frozen=True)
 class Published:
     """One published run: scores (x100), in the order of the task's `headline` metrics."""
@@ -49,8 +71,8 @@ class GlueTask:
         columns: one or two text columns, named as in `nyu-mll/glue`.
         labels: label names in class order; empty for regression.
         metrics: keys of the result, `metrics[0]` of `headline` is what published tables show.
-        evaluation: (split, key suffix, name suffix of files) of each labelled evaluation split.
-        test: (split, name suffix of files) of each unlabelled split.
+        evaluation: each labelled evaluation split.
+        test: each unlabelled split.
         tsv: split -> file of the original GLUE folder `folder`.
         rows: official number of rows of each split.
         score_range: closed range of a regression label.
@@ -67,8 +89,8 @@ class GlueTask:
     headline: str
     tsv: dict[str, TsvFile]
     rows: dict[str, int]
-    evaluation: tuple[tuple[str, str, str], ...] = (("validation", "", ""),)
-    test: tuple[tuple[str, str], ...] = (("test", ""),)
+    evaluation: tuple[EvaluationSplit, ...] = (EvaluationSplit("validation"),)
+    test: tuple[PredictionSplit, ...] = (PredictionSplit("test"),)
     score_range: tuple[float, float] | None = None
     predicted_with: str | None = None
     leaderboard: dict[str, str] | None = None
@@ -90,7 +112,7 @@ class GlueTask:
     def splits(self) -> tuple[str, ...]:
         """Every split of the task, training first."""
         train = ("train",) if "train" in self.rows else ()
-        return (*train, *(s for s, _, _ in self.evaluation), *(s for s, _ in self.test))
+        return (*train, *(split.name for split in self.evaluation), *(split.name for split in self.test))
 
 
 _BINARY_F1 = ("accuracy", "f1")
@@ -227,8 +249,11 @@ _ROWS = (
         labels=_NLI,
         metrics=("accuracy",),
         headline="accuracy",
-        evaluation=(("validation_matched", "", ""), ("validation_mismatched", "_mm", "-mm")),
-        test=(("test_matched", ""), ("test_mismatched", "-mm")),
+        evaluation=(
+            EvaluationSplit("validation_matched"),
+            EvaluationSplit("validation_mismatched", key_suffix="_mm", file_suffix="-mm"),
+        ),
+        test=(PredictionSplit("test_matched"), PredictionSplit("test_mismatched", file_suffix="-mm")),
         tsv={
             "train": TsvFile("train.tsv", _SENTENCES, "gold_label"),
             "validation_matched": TsvFile("dev_matched.tsv", _SENTENCES, "gold_label"),

@@ -1,0 +1,98 @@
+"""Names of the figures in a run's results: every `eval_...`, `train_...` and `predict_...` key is built here.
+
+Harnesses and users' scripts read these keys, so a name that is here once stays. Scores are 0..1 (correlations
+-1..1), times are seconds. Standard library and the table of tasks only: launchers read results without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bert_glue.tasks import GlueTask
+
+EVAL, TRAIN, PREDICT = "eval_", "train_", "predict_"
+
+# Figures of an evaluated split, for `evaluation_key`.
+LOSS = "loss"
+MAJORITY_BASELINE = "majority_baseline"
+COLLAPSED = "collapsed"
+SAMPLES = "samples"
+RUNTIME = "runtime"
+SAMPLES_PER_SECOND = "samples_per_second"
+REAL_TOKENS_PER_SECOND = "real_tokens_per_second"
+
+TRAIN_LOSS = "train_loss"
+TRAIN_RUNTIME = "train_runtime"
+TRAIN_STEPS = "train_steps"
+TRAIN_COLLAPSED = "train_collapsed"
+TRAIN_SKIPPED_UPDATES = "train_skipped_updates"
+TRAIN_SAMPLES = "train_samples"
+TRAIN_SAMPLES_CONSUMED = "train_samples_consumed"
+TRAIN_GRADIENT_BYTES = "train_gradient_bytes"
+TRAIN_SAMPLES_PER_SECOND = "train_samples_per_second"
+TRAIN_REAL_TOKENS_PER_SECOND = "train_real_tokens_per_second"
+TRAIN_COMPUTED_TOKENS_PER_SECOND = "train_computed_tokens_per_second"
+TRAIN_PADDING_PERCENT = "train_padding_percent"
+TRAIN_TIMED_STEPS = "train_timed_steps"
+TRAIN_TIMED_SECONDS = "train_timed_seconds"
+TRAIN_MODEL_TFLOPS_PER_SECOND = "train_model_tflops_per_second"
+TRAIN_SHARE_OF_GEMM = "train_share_of_gemm"
+E2E_RUNTIME = "e2e_runtime"
+PEAK_MEMORY_BYTES = "peak_memory_bytes"
+SECONDS_TO_FIRST_STEP = "seconds_to_first_step"
+
+
+def evaluation_key(figure: str, suffix: str = "") -> str:
+    """`eval_<figure><suffix>`.
+
+    Args:
+        figure: a metric's name or one of the constants above.
+        suffix: `key_suffix` of the evaluated split, such as `_mm`.
+    """
+    return f"{EVAL}{figure}{suffix}"
+
+
+def without_eval(name: str) -> str:
+    """The figure of `eval_<figure>`; a user may write either."""
+    return name.removeprefix(EVAL)
+
+
+def reason_key(key: str) -> str:
+    """Where it is said why the value of `key` is null, or why it should not be trusted."""
+    return f"{key}_reason"
+
+
+def standard_error_key(metric: str, suffix: str = "") -> str:
+    """The standard error of a metric, in the metric's unit."""
+    return evaluation_key(f"{metric}_standard_error", suffix)
+
+
+def headline_keys(task: GlueTask) -> list[str]:
+    """The headline metric on each evaluation split of a task, in the table's order."""
+    return [evaluation_key(task.headline, split.key_suffix) for split in task.evaluation]
+
+
+def headline_key_of(results: Mapping[str, Any], suffix: str = "") -> str:
+    """The headline metric's key by what the results themselves name as their headline metric."""
+    return evaluation_key(str(results.get("headline_metric")), suffix)
+
+
+def step_milliseconds_key(part: str) -> str:
+    """Milliseconds of an optimizer step: `part` is median, p10 or p90."""
+    return f"{TRAIN}step_ms_{part}"
+
+
+def predicted_samples_key(task: str, suffix: str = "") -> str:
+    """Rows predicted; `suffix` is the `file_suffix` of the split."""
+    return f"{PREDICT}samples_{task}{suffix}"
+
+
+def predicted_samples_per_second_key(task: str, suffix: str = "") -> str:
+    """Rows predicted in a second."""
+    return f"{PREDICT}samples_per_second_{task}{suffix}"
+
+
+def diagnostic_reason_key(task: str) -> str:
+    """Why a task without training data has no scores by category."""
+    return reason_key(f"diagnostic_{task}")
