@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_glue.chunked_encoding import encode_rows, flat_arrays
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.sources import Split
 from bert_glue.weights import check_not_lfs_pointer
@@ -73,15 +74,10 @@ class TextTokenizer:
         """
         if self.backend.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
             raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
-        self.backend.enable_truncation(max_length, strategy="longest_first")
-        rows = list(zip(*split.texts, strict=True)) if len(split.texts) == 2 else list(split.texts[0])
-        encoded = self.backend.encode_batch(rows)
-        lengths = np.fromiter((len(e.ids) for e in encoded), np.int64, len(encoded))
-        ids = np.fromiter((i for e in encoded for i in e.ids), np.int32, int(lengths.sum()))
-        second = lengths.astype(np.int32)
-        if self.uses_types:
-            counts = (e.type_ids.count(0) for e in encoded)
-            second = np.fromiter(counts, np.int32, len(encoded))
+        chunks = [flat_arrays(rows) for rows in encode_rows(self.backend, split.texts, max_length)]
+        ids, lengths, second = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
+        if not self.uses_types:
+            second = lengths.astype(np.int32)
         return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second)
 
     def save(self, folder: Path) -> None:

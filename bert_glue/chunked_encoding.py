@@ -1,0 +1,173 @@
+"""Tokenizes rows in chunks and cuts long texts first, so that memory and time grow with the text alone.
+
+The tokenizers library keeps about a hundred bytes a character of all rows until the last one is done, and what it cuts
+off it keeps as well: for pairs, each rest of one text with each rest of the other. Here a text is read only as far as
+its tokens are needed, and the special tokens are put in by the library's own template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_CHUNK_CHARACTERS = 1 << 18  # about 30 MB inside the library
+_CHARACTERS_PER_TOKEN = 8  # of the first reading; English has four to five
+_PIECE = 1 << 16  # characters counted at a time
+_FAR = 4096  # tokens behind the cut after which the end of a reading has no influence
+# WordPiece makes one unknown token of a word this long, and nothing of white space.
+_LONG_RUN = re.compile(r"([A-Za-z0-9]{20000})[A-Za-z0-9]+|(\s{20000})\s+")
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of one row and how many of them, from the first on, have token type 0."""
+
+    ids: list[int]
+    first_type: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of the template: special tokens, or the place of text number `text`."""
+
+    ids: tuple[int, ...]
+    text: int | None
+    type_id: int
+
+
+def encode_rows(backend: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
+    """Chunks of encoded rows, cut to `max_length` tokens as the library cuts: the longest text first.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`; its truncation is switched off.
+        columns: one or two columns of texts, `[rows]` each.
+        max_length: tokens of a row, special ones included; more than those.
+    """
+    backend.no_truncation()
+    template = _template(backend, len(columns))
+    budget = max_length - sum(len(part.ids) for part in template)
+    for first, last in _chunks(columns, budget):
+        encoded = [_beginnings(backend, column[first:last], budget) for column in columns]
+        rows = []
+        for at in range(last - first):
+            kept = _cut(backend, [column[first + at] for column in columns], [one[at] for one in encoded], budget)
+            rows.append(_assembled(template, kept))
+        yield rows
+
+
+def _template(backend: Any, texts: int) -> list[_Part]:
+    """Where the special tokens of a row stand and which type each part has."""
+    sample = backend.encode(*("a", "b")[:texts])
+    parts: list[_Part] = []
+    for token, sequence, type_id in zip(sample.ids, sample.sequence_ids, sample.type_ids, strict=True):
+        own = () if sequence is not None else (token,)
+        if parts and (parts[-1].text, parts[-1].type_id) == (sequence, type_id):
+            parts[-1] = _Part(parts[-1].ids + own, sequence, type_id)
+        else:
+            parts.append(_Part(own, sequence, type_id))
+    return parts
+
+
+def _chunks(columns: Sequence[Sequence[str]], budget: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each chunk; a long text counts as far as it is read at first."""
+    first = size = 0
+    for at, row in enumerate(zip(*columns, strict=True), 1):
+        size += sum(min(len(text), budget * _CHARACTERS_PER_TOKEN) + 16 for text in row)
+        if size >= _CHUNK_CHARACTERS:
+            yield first, at
+            first, size = at, 0
+    if first < len(columns[0]):
+        yield first, len(columns[0])
+
+
+def _beginnings(backend: Any, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
+    """The ids of each text, at least its first `budget` ones, and whether they are all."""
+    found: list[tuple[list[int], bool]] = [([], True)] * len(texts)
+    size, missing = max(1, budget) * _CHARACTERS_PER_TOKEN, list(range(len(texts)))
+    while missing:
+        read = [_shortened(backend, texts[at])[:size] if size > _PIECE else texts[at][:size] for at in missing]
+        left = []
+        for at, part, encoding in zip(missing, read, backend.encode_batch(read, add_special_tokens=False), strict=True):
+            is_whole = len(part) < size or len(texts[at]) <= size
+            if is_whole or _settled(encoding) >= budget:
+                found[at] = (encoding.ids, is_whole)
+            else:
+                left.append(at)
+        missing, size = left, size * 4
+    return found
+
+
+def _shortened(backend: Any, text: str) -> str:
+    """`text` with the runs shortened of which WordPiece makes the same whatever their length."""
+    limit = getattr(backend.model, "max_input_chars_per_word", 1 << 30)
+    return _LONG_RUN.sub(r"\1\2", text) if limit < 20000 else text
+
+
+def _settled(encoding: Any) -> int:
+    """Tokens that stay as they are when more text is read: those of words before the last two.
+
+    Where the tokenizer knows no words they are those far from the end: merges are local.
+    """
+    words = encoding.word_ids
+    if not words:
+        return 0
+    last = words[-1] or 0
+    return max(sum(word is not None and word < last - 1 for word in words), len(words) - _FAR)
+
+
+def _cut(backend: Any, texts: list[str], encoded: list[tuple[list[int], bool]], budget: int) -> list[list[int]]:
+    """The ids of a row's texts that fit into `budget`, by the library's longest_first rule."""
+    if len(encoded) == 1:
+        return [encoded[0][0][:budget]]
+    lengths = [len(ids) for ids, _ in encoded]
+    half = budget // 2
+    # The odd token goes to the longer text: only then must the whole of both be counted.
+    if budget % 2 and min(lengths) > half and not all(is_whole for _, is_whole in encoded):
+        known = [length for length, (_, is_whole) in zip(lengths, encoded, strict=True) if is_whole]
+        if not known or known[0] >= budget:
+            lengths = [_count(backend, text) for text in texts]
+        else:
+            lengths = [length if is_whole else budget for length, (_, is_whole) in zip(lengths, encoded, strict=True)]
+    return [ids[:share] for (ids, _), share in zip(encoded, _shares(*lengths, budget), strict=True)]
+
+
+def _shares(first: int, second: int, budget: int) -> tuple[int, int]:
+    """Tokens that two texts of `first` and `second` tokens keep."""
+    shorter = min(first, second)
+    longer = max(shorter, budget - shorter)
+    if shorter + longer > budget:
+        shorter = budget // 2
+        longer = budget - shorter
+    return (longer, shorter) if first > second else (shorter, longer)
+
+
+def _count(backend: Any, text: str) -> int:
+    """Tokens of a whole text, piece by piece; a piece ends where white space begins."""
+    total, at, text = 0, 0, _shortened(backend, text)
+    while at < len(text):
+        border = re.compile(r"(?<=\S)\s").search(text, at + _PIECE)
+        end = border.start() if border else len(text)
+        total += len(backend.encode(text[at:end], add_special_tokens=False))
+        at = end
+    return total
+
+
+def _assembled(template: list[_Part], kept: list[list[int]]) -> EncodedRow:
+    ids: list[int] = []
+    first_type = 0
+    for part in template:
+        own = part.ids if part.text is None else kept[part.text]
+        ids.extend(own)
+        first_type += len(own) if part.type_id == 0 else 0
+    return EncodedRow(ids, first_type)
+
+
+def flat_arrays(chunk: list[EncodedRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids end to end `[tokens]` int32, lengths `[rows]` int64 and type-0 counts `[rows]` int32."""
+    lengths = np.fromiter((len(row.ids) for row in chunk), np.int64, len(chunk))
+    ids = np.fromiter((token for row in chunk for token in row.ids), np.int32, int(lengths.sum()))
+    return ids, lengths, np.fromiter((row.first_type for row in chunk), np.int32, len(chunk))
