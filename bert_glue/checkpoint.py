@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -63,11 +64,21 @@ def _manifest_text(files: dict, written: float) -> str:
     return json.dumps({**content, "sha256": own}, indent=1)
 
 
+def _is_plain(name: str) -> bool:
+    """True for the name of a file in the folder itself."""
+    return name not in ("", ".", "..", MANIFEST) and not {"/", "\0"} & set(name)
+
+
 def _read_manifest(folder: Path) -> dict:
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     manifest = json.loads(text)
     if manifest["format"] != _FORMAT:
-        raise ValueError(f"its format {manifest['format']!r} is not {_FORMAT}")
+        raise ValueError(f"its format {str(manifest['format'])[:40]!r} is not {_FORMAT}")
+    if not isinstance(manifest["written"], int | float) or not math.isfinite(manifest["written"]):
+        raise ValueError("it has no time of writing")
+    for name, entry in manifest["files"].items():
+        if not _is_plain(name) or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+            raise ValueError(f"its entry {name[:40]!r} is not the size and hash of a file beside it")
     if text != _manifest_text(manifest["files"], manifest["written"]):
         raise ValueError("it does not have the hash that stands in it")
     return manifest
@@ -79,7 +90,7 @@ def verify(folder: Path) -> str:
         return "there is no such folder"
     try:
         for name, entry in _read_manifest(folder)["files"].items():
-            path = folder / Path(name).name
+            path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"]:
@@ -205,12 +216,13 @@ def settle(output_dir: Path) -> None:
     for old in output_dir.glob(".replaced-checkpoint-*"):
         _settle_replaced(old)
     for mark in output_dir.glob(f"checkpoint-*/{_REMOVING}"):
-        _remove_listed(mark)
+        if _is_own(mark.parent):
+            _remove_listed(mark)
 
 
 def _settle_replaced(old: Path) -> None:
     """Decide between a checkpoint that was renamed away to be replaced and the one that has its name now."""
-    if not old.is_dir():
+    if not _is_own(old):
         return
     folder = old.with_name(old.name.removeprefix(".replaced-").rpartition("-")[0])
     if not folder.exists():  # the process ended between the two renames
@@ -229,6 +241,11 @@ def _settle_replaced(old: Path) -> None:
             old.rmdir()
 
 
+def _is_own(folder: Path) -> bool:
+    """True for a folder, False for a link to one: whatever it holds is not ours to delete."""
+    return folder.is_dir() and not folder.is_symlink()
+
+
 def _free_name(folder: Path, why: str) -> Path:
     """`checkpoint-5.kept-1` or the next that is free: a name no checkpoint has, so that nothing deletes it."""
     return next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{why}-{n}")).exists())
@@ -236,7 +253,7 @@ def _free_name(folder: Path, why: str) -> Path:
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint: only files that its manifest lists; nothing where that cannot be read."""
-    if _listed(folder / MANIFEST) is not None:
+    if _is_own(folder) and _listed(folder / MANIFEST) is not None:
         # From this rename on the folder is no checkpoint, and what was begun is finished by `settle`.
         os.replace(folder / MANIFEST, folder / _REMOVING)
         _remove_listed(folder / _REMOVING)
@@ -245,7 +262,7 @@ def remove(folder: Path) -> None:
 def _listed(manifest: Path) -> list[str] | None:
     """Names of the files in a manifest; None where it cannot be read."""
     try:
-        return [Path(name).name for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+        return [name for name in json.loads(manifest.read_text(encoding="utf-8"))["files"] if _is_plain(name)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -253,17 +270,24 @@ def _listed(manifest: Path) -> list[str] | None:
 def _remove_listed(manifest: Path) -> None:
     """Delete what `manifest` lists, itself last, and the folder if nothing else is in it."""
     for name in [*(_listed(manifest) or ()), manifest.name]:
-        (manifest.parent / name).unlink(missing_ok=True)
+        _remove_file(manifest.parent / name)
     with suppress(OSError):  # someone keeps files of their own there: not ours to delete
         manifest.parent.rmdir()
 
 
+def _remove_file(path: Path) -> None:
+    """Delete a file or a link; we made no folder, so one in its place stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+
+
 def _remove_all_of(aside: Path) -> None:
-    """Delete a folder that only we write into."""
-    if aside.is_dir():
+    """Delete a folder that only we write into; what lies in it and cannot be ours stays."""
+    if _is_own(aside):
         for path in aside.iterdir():
-            path.unlink()
-        aside.rmdir()
+            _remove_file(path)
+        with suppress(OSError):
+            aside.rmdir()
 
 
 def keep_newest(output_dir: Path, limit: int | None, best: str | None, newest: Path) -> None:

@@ -10,7 +10,6 @@ CANN and is not run here.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.whole_file import write_whole, written_aside
 
 if TYPE_CHECKING:
     import torch
@@ -150,10 +150,9 @@ def export(name: str, path: Path, batch: int) -> list[str]:
     if find_spec("onnx") is None:
         raise MachineError("--onnx: the package onnx is not installed (pip install onnx onnxruntime)")
     model = load(name)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     with plain_errors(path):
-        try:
-            aside.touch()  # torch names no reason where it cannot write
+        # The file is made first: torch names no reason where it cannot write.
+        with written_aside(path) as aside:
             write_onnx(model, aside)
             checked = "not checked: onnxruntime is not installed"
             if find_spec("onnxruntime"):
@@ -161,11 +160,8 @@ def export(name: str, path: Path, batch: int) -> list[str]:
                 if not worst <= _TOLERANCE:
                     raise MachineError(f"{path}: not kept, its logits differ from torch's by {worst:g}")
                 checked = f"logits equal torch's to {worst:.1e} in onnxruntime, {len(_SHAPES)} shapes"
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
         script = path.with_suffix(".atc.sh")
-        script.write_text(atc_script(path, input_names(model), batch), encoding="utf-8")
+        write_whole(script, atc_script(path, input_names(model), batch))
     return [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
 
 

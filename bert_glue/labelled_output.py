@@ -21,6 +21,7 @@ from bert_glue.checkpoint import plain_errors
 from bert_glue.errors import CheckpointError, DataError
 from bert_glue.reporting import write_json
 from bert_glue.tables import Table
+from bert_glue.whole_file import open_own, written_aside
 
 Columns = dict[str, list]
 
@@ -76,7 +77,7 @@ class ToFile:
         if path.exists() and not overwrite:
             raise CheckpointError(f"--output {path} exists; choose another, or --overwrite")
         with plain_errors(path):
-            self._file: BinaryIO = self._partial.open("ab")
+            self._file: BinaryIO = open_own(self._partial)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -124,11 +125,11 @@ class ToFile:
     def finish(self) -> None:
         """Gives the file its name."""
         with plain_errors(self.path):
-            whole = self._partial
             if self.kind == "parquet":
-                whole = self.path.with_name(f".{self.path.name}.whole")
-                _to_parquet(self._partial, whole)
-            os.replace(whole, self.path)
+                with written_aside(self.path) as aside:
+                    _to_parquet(self._partial, aside)
+            else:
+                os.replace(self._partial, self.path)
             for part in (self._partial, self._progress):
                 part.unlink(missing_ok=True)
 

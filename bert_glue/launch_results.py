@@ -21,6 +21,7 @@ from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_o
 from bert_glue.perf import compare, perf_of, read_baseline
 from bert_glue.recipes import recipe_file
 from bert_glue.tasks import TASKS, TRAINABLE
+from bert_glue.whole_file import write_whole
 
 SAMPLE_NOTE = "sample data, not GLUE"
 
@@ -137,14 +138,14 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
     except KeyError as error:
         raise MachineError(f"{output_dir}: all_results.json has no {error}") from error
     text = "".join(f"{key} = {value}\n" for key, value in log.items())
-    (output_dir / f"{log['CaseName']}.log").write_text(text, encoding="utf-8")
+    write_whole(output_dir / f"{log['CaseName']}.log", text)
     verdict = []
     try:
         if perf is not None and baseline is not None:
             verdict = [compare(perf, baseline)]  # before perf.json is written: the baseline may be the last one
     finally:
         if perf is not None:
-            (output_dir / "perf.json").write_text(json.dumps(perf, indent=2) + "\n", encoding="utf-8")
+            write_whole(output_dir / "perf.json", json.dumps(perf, indent=2) + "\n")
         print("\n".join([*verdict, *final_lines(results)]), flush=True)
 
 

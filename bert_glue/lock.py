@@ -7,9 +7,10 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from bert_glue.errors import CheckpointError
+from bert_glue.whole_file import open_own
 
 
 class FolderLock:
@@ -28,20 +29,20 @@ class FolderLock:
     def __init__(self, folder: Path, is_holder: bool = True):
         self.folder, self.is_holder = folder, is_holder
         self.note = ""
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> FolderLock:
         if not self.is_holder:
             return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / ".lock").open("a+", encoding="utf-8")
+            self._file = open_own(self.folder / ".lock")
             self._take()
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(f"--output_dir {self.folder} cannot be written: {error.strerror}") from error
+            raise CheckpointError(f"{error.filename or self.folder} cannot be written: {error.strerror}") from error
         return self
 
     def _take(self) -> None:
@@ -49,7 +50,7 @@ class FolderLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = self._file.read().strip() or "not known which"
+            holder = self._file.read(200).decode(errors="replace").strip() or "not known which"
             raise CheckpointError(
                 f"--output_dir {self.folder}: another run ({holder}) is writing there; choose another folder"
             ) from error
@@ -77,7 +78,7 @@ def wait_until_free(folders: list[Path], seconds: float) -> None:
 
 def _is_held(folder: Path) -> bool:
     try:
-        with (folder / ".lock").open("r+", encoding="utf-8") as file:
+        with (folder / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -122,6 +122,22 @@ def asks_nothing_of_host(optimizer: torch.optim.Optimizer) -> bool:
     return rates_there and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
+def state_shapes(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor
+) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+    """What an optimizer keeps for a parameter after its first update: shape and possible dtypes by name."""
+    shape, number = parameter.shape, torch.Size()
+    own, counts = (parameter.dtype, torch.float32), (torch.float32, torch.int64)
+    if type(optimizer).__name__ == "Adafactor":
+        means = {"exp_avg_sq": shape}
+        if len(shape) >= 2:
+            means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        return {name: (size, own) for name, size in means.items()} | {"step": (number, counts), "RMS": (number, own)}
+    found = {"exp_avg": (shape, own), "exp_avg_sq": (shape, own)}
+    # apex's FusedAdam counts the steps of a whole group.
+    return found if any("step" in group for group in optimizer.param_groups) else found | {"step": (number, counts)}
+
+
 def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[dict]], torch.optim.Optimizer]:
     def build(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
         try:

@@ -12,6 +12,7 @@ from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.flag_values import read_steps
 from bert_glue.progress import ProgressLog
 from bert_glue.throughput import Meter
+from bert_glue.whole_file import written_aside
 
 
 class NoTrace:
@@ -87,7 +88,8 @@ class StepTrace(NoTrace):
         profiler.stop()
         with checkpoint.plain_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(self.path))
+            with written_aside(self.path) as aside:
+                profiler.export_chrome_trace(str(aside))
         if not self.path.is_file() or not self.path.stat().st_size:  # torch_npu's profiler only warns
             raise CheckpointError(f"--profile_steps: the profiler did not write {self.path}")
         self.meter.release()

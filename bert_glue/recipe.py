@@ -39,6 +39,7 @@ from bert_glue.training_run import Run
 from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
 from bert_glue.training_state import save_checkpoint, whole_weights
 from bert_glue.vocabulary import NarrowedEmbedding
+from bert_glue.whole_file import make_own_folder
 
 if TYPE_CHECKING:
     from bert_glue.compilation import Compiled
@@ -218,6 +219,8 @@ def _save(run_of: Run, is_stopped: bool) -> None:
         checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
         folder = run_of.output_dir / adapters.FOLDER
         if model.adapter is not None:
+            with checkpoint.plain_errors(folder):
+                make_own_folder(folder)
             checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
         elif folder.exists():
             run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
@@ -244,7 +247,8 @@ def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
 
     folder = Path(args.output_dir) / "sample_bert"
     if ranks.is_first:
-        make_tiny_bert(folder)
+        with checkpoint.plain_errors(folder):
+            make_tiny_bert(folder)
     ranks.wait()
     return replace(args, model_name_or_path=str(folder))
 

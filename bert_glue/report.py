@@ -23,6 +23,7 @@ from bert_glue.report_compare import comparison, points, splits_of
 from bert_glue.report_page import card, duration, fact, page, section, table
 from bert_glue.report_words import both
 from bert_glue.tasks import TASKS, GlueTask, own_task
+from bert_glue.whole_file import write_whole
 
 
 def load(folder: Path, name: str) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _appendix(results: dict, origin: dict) -> str:
 def write_page(path: Path, text: str) -> None:
     """Raises CheckpointError where it cannot be written."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 

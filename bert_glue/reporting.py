@@ -12,7 +12,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.model_card import model_card, without_folders
 from bert_glue.report import run_page
 from bert_glue.tasks import GlueTask
-from bert_glue.whole_file import write_whole
+from bert_glue.whole_file import write_whole, written_aside
 
 if TYPE_CHECKING:
     from bert_glue.batching import TokenSplit
@@ -45,7 +45,7 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     else:
         values = [task.labels[p] for p in predictions]
     lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(values))]
-    (folder / f"predict_results_{task.name}{suffix}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / f"predict_results_{task.name}{suffix}.txt", "\n".join(lines) + "\n")
 
 
 def write_results(
@@ -64,10 +64,10 @@ def write_results(
     if args.do_train:
         write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results["train_steps"]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
-        (folder / "train_loss.tsv").write_text("\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
+        write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
         curves(folder / "curves.png", history, data)
-        (folder / "README.md").write_text(model_card(data, results, record), encoding="utf-8")
-    (folder / "report.html").write_text(run_page(folder), encoding="utf-8")
+        write_whole(folder / "README.md", model_card(data, results, record))
+    write_whole(folder / "report.html", run_page(folder))
 
 
 def summary(results: dict) -> list[str]:
@@ -102,4 +102,5 @@ def curves(path: Path, history: list[dict], data: TaskData) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("optimizer steps" if number == len(panels) - 1 else "")
     figure.suptitle(f"{data.task.name}, {without_folders(data.source)}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")

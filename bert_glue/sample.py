@@ -13,6 +13,7 @@ from bert_glue import sample_grammar as grammar
 from bert_glue.errors import UsageError
 from bert_glue.sample_grammar import Draw, Grammar
 from bert_glue.tasks import TASKS, GlueTask
+from bert_glue.whole_file import make_own_folder
 
 SAMPLE_LABEL = "sample data, not GLUE"
 
@@ -130,7 +131,7 @@ def make_tiny_bert(folder: Path) -> None:
     folder = Path(folder)
     if all((folder / name).is_file() for name in _FILES):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_own_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
         _write_tokenizer(Path(making), _vocabulary())
         _write_encoder(Path(making), len(_vocabulary()))
@@ -167,7 +168,8 @@ def _write_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
 
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     tokenizer = BertWordPieceTokenizer({word: at for at, word in enumerate(words)}, lowercase=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Written by python: the library's own writer raises a bare Exception where the disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
     _write_json(
         folder / "tokenizer_config.json",
         {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bert_glue.sweep_plan import SweepRun
+from bert_glue.whole_file import open_own
 
 RUN_GLUE = Path(__file__).resolve().parents[1] / "run_glue.py"
 LOG_FILE = "run.log"
@@ -148,8 +149,8 @@ class Queue:
         limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.threads else {}
         try:
             run.note_settings()
-            with (run.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-                log.write(f"\n$ {shlex.join(command)}\n")
+            with open_own(run.folder / LOG_FILE) as log:
+                log.write(f"\n$ {shlex.join(command)}\n".encode())
                 log.flush()
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

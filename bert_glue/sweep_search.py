@@ -23,6 +23,7 @@ from bert_glue.errors import MachineError, UsageError, UserError, first_line
 from bert_glue.flag_values import convert
 from bert_glue.sweep_plan import Suite, SweepRun
 from bert_glue.tasks import GlueTask
+from bert_glue.whole_file import write_whole
 
 # Ranges of Devlin et al. 2019 (appendix A.3) widened by what Mosbach et al. 2021 found to help.
 _SPACE = {
@@ -145,7 +146,7 @@ class Search:
         """What tells this folder's trials from another machine's, also after the machine was renamed."""
         file = self.suite.output_dir / "search_folder_id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_whole(file, uuid.uuid4().hex)
         return file.read_text(encoding="utf-8")
 
     def _study_name(self, task: GlueTask) -> str:
@@ -223,7 +224,7 @@ class Search:
         settings = self.suite.run(task, self.seeds[0], chosen, 0).settings
         config = {k: v for k, v in settings.items() if k != "seed" and v != FLAGS[k].default}
         file = self.suite.output_dir / f"best_{name}.json"
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(config, indent=2) + "\n")
 
 
 def _without_login(address: str) -> str:

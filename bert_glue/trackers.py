@@ -16,6 +16,7 @@ from typing import Any
 
 from bert_glue.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError, first_line
+from bert_glue.whole_file import make_own_folder
 
 CLOSE_SECONDS = 20.0  # for all trackers together to send what they hold
 
@@ -144,7 +145,11 @@ def _has_login(file: Path, host: str) -> bool:
 
 def _start(kind: type, args: Arguments) -> Any:
     run_name = args.run_name or Path(args.output_dir).name
-    folder = {"logging_dir": str(Path(args.output_dir) / "runs")} if kind.requires_logging_directory else {}
+    folder = {}
+    if kind.requires_logging_directory:
+        folder["logging_dir"] = Path(args.output_dir) / "runs"
+        make_own_folder(folder["logging_dir"])
+        make_own_folder(folder["logging_dir"] / run_name)
     tracker = kind(run_name, **folder)
     if hasattr(tracker, "start"):
         tracker.start()

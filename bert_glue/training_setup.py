@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +16,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.attention import PATHS_TAKEN
 from bert_glue.average import WeightAverage
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
+from bert_glue.checkpoint_contents import read_state, read_tensors
 from bert_glue.collapse import CollapseWatch, constant_loss
 from bert_glue.device import has_slow_products
 from bert_glue.errors import CheckpointError, UsageError
@@ -208,8 +209,6 @@ def _resume(run_of: Run) -> None:
 
 def _load_best(run_of: Run) -> None:
     """Put the best checkpoint's parameters back into the module."""
-    from safetensors.torch import load_file
-
     folder = run_of.output_dir / f"checkpoint-{run_of.progress.best_step}"
     resumed = Path(run_of.args.resume_from_checkpoint or "")
     if not folder.exists() and checkpoint.step_of(resumed) >= 0:  # the best was before a resume from elsewhere
@@ -217,9 +216,11 @@ def _load_best(run_of: Run) -> None:
     reason = checkpoint.verify(folder)
     if reason:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
-    tensors = load_file(folder / "optimizer.safetensors")
+    try:
+        tensors, state = read_tensors(run_of, folder), read_state(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"--load_best_model_at_end: {folder}: {error}") from error
     run_of.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(run_of.precision.masters))])
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     if run_of.narrowed is not None:
         run_of.narrowed.decay = state["narrowed_decay"]
     if run_of.average is not None:

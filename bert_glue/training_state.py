@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bert_glue import checkpoint
 from bert_glue.arguments import FLAGS
 from bert_glue.average import WeightAverage
+from bert_glue.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
 from bert_glue.errors import CheckpointError
 from bert_glue.generators import random_tensors, set_random_tensors
 from bert_glue.progress import Progress
@@ -164,7 +165,7 @@ def resume(run: Run, folder: Path) -> list[str]:
 
 
 def _resume(run: Run, folder: Path) -> list[str]:
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     other = [_difference(key, state["same"].get(key), now) for key, now in _must_be_same(run).items()]
     if any(other):
         differences = "; ".join(filter(None, other))
@@ -172,12 +173,13 @@ def _resume(run: Run, folder: Path) -> list[str]:
     # A flag that came after the checkpoint had its default.
     then = {f"--{name}": FLAGS[name].default for name in _SETTINGS} | state["settings"]
     now = _may_change(run)
-    tensors = load_file(folder / "optimizer.safetensors")
+    tensors = read_tensors(run, folder)
     _load_optimizer(run, tensors)
     for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):
         if step is not None:  # apex's FusedAdam counts steps there
             group["step"] = step
     if then["precision"] == now["precision"]:
+        check_scale(state["loss_scale"], run.precision.scale_state())
         run.precision.load_scale_state(state["loss_scale"])
     if run.narrowed:
         run.narrowed.decay = state["narrowed_decay"]
@@ -190,7 +192,7 @@ def _resume(run: Run, folder: Path) -> list[str]:
     # Of a rank there was not: its generators stay as --seed set them.
     randoms = folder / f"random-{run.ranks.rank}.safetensors"
     if randoms.is_file():
-        set_random_tensors(load_file(randoms), run.ranks.device)
+        set_random_tensors(read_randoms(run, randoms), run.ranks.device)
     changes = [f"{name} {value} (was {then[name]})" for name, value in now.items() if then[name] != value]
     if not changes:
         return []

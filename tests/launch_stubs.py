@@ -13,7 +13,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 _PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "launch_ranks", "perf", "requirements_check",
-                  "recipes", "config_file", "arguments", "flag_values")  # fmt: skip
+                  "recipes", "config_file", "arguments", "flag_values", "whole_file")  # fmt: skip
 
 # Records how it was called, then does what STUB_* says.
 STUB_RUN_GLUE = """
