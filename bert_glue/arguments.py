@@ -41,7 +41,7 @@ class ModelArguments:
     token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)
     trust_remote_code: bool = flag(False, "run Python code that comes with a hub model")
     ignore_mismatched_sizes: bool = flag(False, "new random weights where a stored shape differs")
-    allow_pickle_weights: bool = flag(False, "read pytorch_model.bin, which may run code; else safetensors only")
+    allow_pickle_weights: bool = flag(False, "read pytorch_model.bin with a torch before 2.6, though it can run code")
     hidden_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     attention_probs_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     freeze_encoder: bool = flag(False, "train the head alone (pooler and classifier)")

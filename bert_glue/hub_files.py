@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MOST_REQUESTS = 10  # for one file in one run, resumed answers counted
+# A model's own files at the top of its repository; what lies in folders is another format of the same model.
+MODEL_FILES = ["*.json", "*.txt", "*.model", "bpe.codes", "*.safetensors"]
+PICKLED_WEIGHTS = ["pytorch_model*.bin"]
+IN_FOLDERS = ["*/*"]
 _PAUSES = (1.0, 3.0)  # seconds before the second and the third attempt
 
 T = TypeVar("T")
@@ -106,19 +110,24 @@ def check(files: Iterable[Path]) -> None:
         )
 
 
+def has_safetensors(folder: Path) -> bool:
+    """True if a fetched folder has weights that need no pickle."""
+    return any(folder.glob("model*.safetensors"))
+
+
 def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
     """The folder of a model's files from the hub or its cache, verified; what is damaged is fetched once more.
 
+    Pickled weights are fetched only where there are no others, and code only for --trust_remote_code.
+
     Args:
-        args: `model_revision`, `cache_dir`, `token` and `allow_pickle_weights` are read.
+        args: `model_revision`, `cache_dir`, `token` and `trust_remote_code` are read.
 
     Raises:
         DamagedFileError: still not the hub's.
         Exception: whatever the hub's client raises.
     """
     from huggingface_hub import snapshot_download
-
-    pickles = ["pytorch_model*.bin"] if args.allow_pickle_weights else []
 
     def fetch(patterns: list[str], again: bool) -> Path:
         found = with_retries(
@@ -128,6 +137,7 @@ def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
                 cache_dir=args.cache_dir,
                 token=args.token,
                 allow_patterns=patterns,
+                ignore_patterns=IN_FOLDERS,
                 etag_timeout=5,
                 local_files_only=is_offline,
                 force_download=again,
@@ -136,7 +146,9 @@ def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
         return Path(found)
 
     prepare_client()
-    folder = fetch(["*.json", "*.txt", "*.safetensors", *pickles], again=False)
+    folder = fetch(MODEL_FILES + (["*.py"] if args.trust_remote_code else []), again=False)
+    if not has_safetensors(folder):
+        folder = fetch(PICKLED_WEIGHTS, again=False)
     bad = damaged(folder.iterdir())
     if bad and not is_offline:
         fetch([path.name for path in bad], again=True)

@@ -22,7 +22,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.layerwise import reinitialise
-from bert_glue.model_folder import model_folder, read_config
+from bert_glue.model_folder import guessed_type, model_folder, read_config
 from bert_glue.packed import EncoderShape, PackedClassifier
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import TextTokenizer
@@ -186,12 +186,13 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     packed, notes = _packed(folder, config, args, stored_labels, task, earlier) if can_pack else (None, [])
     files = weight_files(folder, args.allow_pickle_weights)
     if reason is None:
-        return LoadedModel(packed, tokenizer, config, True, notes=notes, files=files)
+        return LoadedModel(packed, tokenizer, config, True, notes=guessed_type(config_folder) + notes, files=files)
     module, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
     if packed is not None:
         # A padded run for comparison starts from the packed run's weights, a fresh head included.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
-    return LoadedModel(module, tokenizer, config, False, reason, notes or stock_notes, files)
+    notes = guessed_type(config_folder) + (notes or stock_notes)
+    return LoadedModel(module, tokenizer, config, False, reason, notes, files)
 
 
 def _packed(
@@ -264,19 +265,25 @@ def _stock(
     folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
 ) -> tuple[PaddedClassifier, list[str]]:
     """transformers' own module, for padded runs and for encoders that cannot be packed; and notes."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
-    weight_files(folder, args.allow_pickle_weights)
+    files = weight_files(folder, args.allow_pickle_weights)
+    # A class that comes with the folder is found through the folder; transformers then reads the weights itself.
+    has_own_code = args.trust_remote_code and "auto_map" in config
+    tensors = None if has_own_code else read_tensors(files)
     try:
         settings = AutoConfig.for_model(**config)
-        stock, report = AutoModelForSequenceClassification.from_pretrained(
-            folder,
+        known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+        if known is None and not has_own_code:
+            raise ValueError(f"it has no classifier for model_type {config['model_type']!r}")
+        model_class = AutoModelForSequenceClassification if has_own_code else known
+        stock, report = model_class.from_pretrained(
+            folder if has_own_code else None,
             output_loading_info=True,
             config=settings,
-            trust_remote_code=args.trust_remote_code,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes or bool(earlier),
-            use_safetensors=None if args.allow_pickle_weights else True,
             dtype=torch.float32,
+            **({"trust_remote_code": True} if has_own_code else {"state_dict": tensors}),
         )
     except Exception as error:
         raise MachineError(f"transformers cannot load {folder}: {first_line(error)}") from error

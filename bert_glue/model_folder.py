@@ -48,7 +48,7 @@ def read_config(folder: Path) -> dict:
     """config.json of a model folder.
 
     Raises:
-        MachineError: missing, a Git-LFS pointer, or not JSON.
+        MachineError: missing, a Git-LFS pointer, not JSON, or without a model_type and not BERT's.
     """
     path = folder / "config.json"
     if not path.is_file() and (folder / "adapter_config.json").is_file():
@@ -60,6 +60,41 @@ def read_config(folder: Path) -> dict:
     check_not_lfs_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return config if isinstance(config, dict) else {}
     except ValueError as error:
         raise MachineError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MachineError(f"{path} is not a JSON object")
+    if not config.get("model_type"):
+        if not _is_bert_shaped(config):
+            raise MachineError(f'{path} has no model_type; add it, for example "model_type": "bert"')
+        config["model_type"] = "bert"
+    return config
+
+
+def guessed_type(folder: Path) -> list[str]:
+    """A line for the log where `read_config` took a config.json without model_type for BERT's."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = "config.json has no model_type; its keys are BERT's, so the model is read as BERT"
+    return [] if stored.get("model_type") else [named]
+
+
+# The sizes in Google's bert_config.json, and keys by which relatives with the same sizes are told.
+_BERT_KEYS = {
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "type_vocab_size", "vocab_size",
+}  # fmt: skip
+_RELATIVES_KEYS = {
+    "bos_token_id", "embedding_size", "eos_token_id", "max_2d_position_embeddings", "max_relative_position",
+    "relative_attention", "task_type_vocab_size",
+}  # fmt: skip
+
+
+def _is_bert_shaped(config: dict) -> bool:
+    """True for a config of BERT alone: its derivatives have the same keys, and name their class or have more keys."""
+    architectures = config.get("architectures") or ["Bert"]
+    return (
+        config.keys() >= _BERT_KEYS
+        and config["type_vocab_size"] > 1
+        and not config.keys() & _RELATIVES_KEYS
+        and all(str(name).startswith("Bert") for name in architectures)
+    )

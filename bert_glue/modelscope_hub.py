@@ -13,8 +13,8 @@ from typing import Any
 
 from bert_glue.errors import DataError, MachineError, UserError, first_line
 from bert_glue.hub_data import open_folder, start_probe
+from bert_glue.hub_files import MODEL_FILES, PICKLED_WEIGHTS, has_safetensors
 
-_MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 _WAYS_OUT = "give a local folder, MODELSCOPE_CACHE with a cache filled elsewhere, or leave --hub out"
 
 
@@ -61,13 +61,14 @@ def fetch_model(name: str, args: Any) -> Path:
     """The folder of a model's files.
 
     Args:
-        args: `model_revision`, `cache_dir`, `token` and `allow_pickle_weights` are read.
+        args: `model_revision`, `cache_dir`, `token` and `trust_remote_code` are read.
 
     Raises:
         MachineError: no package, or no such model to be had.
     """
-    pickles = ["pytorch_model*.bin"] if args.allow_pickle_weights else []
-    return _fetch(name, "model", [*_MODEL_FILES, *pickles], args, MachineError)
+    code = ["*.py"] if args.trust_remote_code else []
+    folder = _fetch(name, "model", MODEL_FILES + code, args, MachineError)
+    return folder if has_safetensors(folder) else _fetch(name, "model", PICKLED_WEIGHTS, args, MachineError)
 
 
 def open_data(name: str, config: str | None, args: Any) -> Any:

@@ -9,6 +9,7 @@ before it is used.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -30,20 +31,18 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
         UsageError: two are the same weights, or differ in more than their weights; the first difference is named.
         MachineError: one is no folder of a model.
     """
-    from bert_glue.checkpoint import file_hash
     from bert_glue.model_folder import read_config
     from bert_glue.text_tokens import TextTokenizer
-    from bert_glue.weights import weight_files
 
     found: dict[Path, dict[str, Any]] = {}
-    hashes: dict[tuple[str, ...], Path] = {}
+    hashes: dict[str, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise MachineError(f"{folder}: no such folder")
         config = {name: value for name, value in read_config(folder).items() if name not in _NAMES}
         if not config.get("id2label"):
             raise MachineError(f"{folder}: not a fine-tuned classifier")
-        weights = tuple(map(file_hash, weight_files(folder, False)))
+        weights = _weights_hash(folder)
         if weights in hashes:
             raise UsageError(f"{folder} has the same weights as {hashes[weights]}")
         hashes[weights] = folder
@@ -57,6 +56,15 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
                 short = f": {then!r} and {now!r}" if len(f"{then}{now}") < 100 else ""
                 raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights have no mean")
     return read_config(first)
+
+
+def _weights_hash(folder: Path) -> str:
+    """SHA-256 of the file of weights; of the shards' hashes where there are several."""
+    from bert_glue.checkpoint import file_hash
+    from bert_glue.weights import weight_files
+
+    hashes = [file_hash(file) for file in weight_files(folder, allow_pickle=False)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _start(folder: Path) -> Any:
@@ -105,7 +113,7 @@ def cook(folders: list[Path], output_dir: Path) -> None:
         raise UsageError(f"--output_dir {output_dir}: there is a model already")
     config = check_alike(folders)
     tensors = mean_weights(folders)
-    made_of = [{"run": str(folder), "sha256": checkpoint.file_hash(folder / "model.safetensors")} for folder in folders]
+    made_of = [{"run": str(folder), "sha256": _weights_hash(folder)} for folder in folders]
 
     def write(into: Path) -> None:
         save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Weights between files and modules: safetensors in and out, no pickle unless asked for."""
+"""Weights between files and modules: safetensors in and out; pickles are read by torch's restricted reader."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bert_glue.errors import DivergedError, MachineError
+from bert_glue.errors import DivergedError, MachineError, first_line
 from bert_glue.families import Family, weight_names
 from bert_glue.packed import PackedClassifier
 
 _LFS_MARK = b"version https://git-lfs"
+_WRAPPED = "module."
 _HEAD = ("head_dense.", "head_output.")
+# Before 2.6 `weights_only=True` could be made to run code (CVE-2025-32434).
+_SAFE_PICKLE_TORCH = (2, 6)
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,10 +41,13 @@ def check_not_lfs_pointer(path: Path) -> None:
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold a model's weights: safetensors, or pickles where that is allowed.
+    """The files that hold a model's weights: safetensors, or pickles where there are none.
+
+    Args:
+        allow_pickle: True to read pickles with a torch whose restricted reader is not safe.
 
     Raises:
-        MachineError: none there, a pointer instead, or pickles only and not allowed.
+        MachineError: none there, a pointer instead, or pickles only, which this torch does not read safely.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -56,24 +62,26 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             files = [folder / Path(name).name for name in sorted(set(names))]
         else:
             continue
-        if suffix == "bin" and not allow_pickle:
+        if suffix == "bin" and not allow_pickle and torch.__version__ < _SAFE_PICKLE_TORCH:
             raise MachineError(
-                f"{folder} has only {files[0].name}, a pickle, which can run code when it is read: "
-                "convert it to model.safetensors, or trust it with --allow_pickle_weights"
+                f"{folder} has only {files[0].name}, a pickle, and torch {torch.__version__} can run code from it: "
+                "install torch 2.6 or later, convert it to model.safetensors, or trust it with --allow_pickle_weights"
             )
         for file in files:
             if not file.is_file():
                 raise MachineError(f"{file} is missing, though {index.name} lists it")
             check_not_lfs_pointer(file)
         return files
-    raise MachineError(f"{folder} has no model.safetensors (nor pytorch_model.bin)")
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".h5", ".msgpack", ".ckpt", ".onnx"))
+    instead = f"; {', '.join(others)} must be converted to PyTorch first" if others else ""
+    raise MachineError(f"{folder} has no model.safetensors (nor pytorch_model.bin){instead}")
 
 
 def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    """All tensors of `files`, names as stored.
+    """All tensors of `files`, names as stored but for the `module.` that a model wrapped for DDP puts before each.
 
     Raises:
-        MachineError: a file is damaged; it is named.
+        MachineError: a file is damaged or holds something else than named tensors; it is named.
         DivergedError: a number in it is not finite: such weights came from a run that had diverged.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -84,9 +92,11 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
 
                 tensors.update(load_file(file))
             else:
-                tensors.update(torch.load(file, map_location="cpu", weights_only=True))
+                tensors.update(_checked(torch.load(file, map_location="cpu", weights_only=True)))
         except Exception as error:
-            raise MachineError(f"{file} cannot be read as weights: {error}") from error
+            raise MachineError(f"{file} cannot be read as weights: {first_line(error)}") from error
+    if tensors and all(name.startswith(_WRAPPED) for name in tensors):
+        tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         # The extremes are NaN if any number is: one pass, no copy.
         if tensor.dtype in _CHECKED and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
@@ -95,13 +105,23 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _checked(stored: object) -> dict[str, torch.Tensor]:
+    """What a pickle holds, if that is a dict of tensors."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"it holds a {type(stored).__name__}, not a dict of tensors")
+    others = [str(name) for name, value in stored.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"it holds more than tensors ({', '.join(others[:5])}): save the model's state_dict() alone")
+    return stored
+
+
 def normalise_names(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Names as in `*ForSequenceClassification`: the prefix added, TensorFlow's gamma and beta renamed."""
     named = {}
     has_prefix = any(name.startswith(f"{prefix}.") for name in tensors)
     for name, tensor in tensors.items():
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        name = re.sub(r"([Nn]orm)\.gamma$", r"\1.weight", name)
+        name = re.sub(r"([Nn]orm)\.beta$", r"\1.bias", name)
         named[name if has_prefix or name.startswith("classifier.") else f"{prefix}.{name}"] = tensor
     return named
 

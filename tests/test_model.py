@@ -237,12 +237,41 @@ def test_without_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), (LFS_POINTER, "Git-LFS pointer")],
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        (LFS_POINTER, "Git-LFS pointer"),
+        ('{"hidden_size": 32}', "has no model_type"),
+    ],
 )
 def test_a_broken_config(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(MachineError, match=message):
         read_config(tmp_path)
+
+
+def test_a_config_with_the_keys_of_bert_alone_is_bert(bert, tmp_path):
+    folder = _with_config(bert, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    keys = Path(__file__).parents[1] / "bert_base_cased_config.json"
+    bare = {name: config[name] for name in json.loads(keys.read_text()) if name in config and name != "model_type"}
+    (folder / "config.json").write_text(json.dumps(bare))
+    model = _load(folder)
+    assert any("no model_type" in note for note in model.notes)
+    assert torch.equal(_logits(model), _logits(_load(bert)))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"architectures": ["RobertaForMaskedLM"]}, {"embedding_size": 16}, {"type_vocab_size": 1}, {"eos_token_id": 2}],
+)
+def test_a_relative_of_bert_without_model_type_is_refused(bert, tmp_path, own):
+    folder = _with_config(bert, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(MachineError, match="has no model_type"):
+        read_config(folder)
 
 
 def test_a_config_without_a_size_names_it(bert, tmp_path):
@@ -270,9 +299,7 @@ def test_pickled_weights(bert, tmp_path, padding):
     shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     torch.save(load_file(bert / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(MachineError, match="--allow_pickle_weights"):
-        _load(tmp_path, padding=padding)
-    model = _load(tmp_path, padding=padding, allow_pickle_weights=True)
+    model = _load(tmp_path, padding=padding)
     assert torch.equal(_logits(model), _logits(_load(bert, padding=padding)))
 
 

@@ -20,6 +20,7 @@ from tiny_models import write_model
 from bert_glue.arguments import Arguments
 from bert_glue.command_line import parse
 from bert_glue.errors import DataError, MachineError, UsageError
+from bert_glue.hub_files import MODEL_FILES
 from bert_glue.model_folder import model_folder
 from bert_glue.sources import load_task_data
 
@@ -80,11 +81,12 @@ def test_a_model_comes_from_there_without_pickles(modelscope, tmp_path):
     shelf["model", "someone/tiny"] = tmp_path / "model"
     assert model_folder("someone/tiny", of(tmp_path, token="t")) == tmp_path / "model"
     (call,) = asked
-    assert call["allow_patterns"] == ["*.json", "*.txt", "*.safetensors"] and call["token"] == "t"
+    assert call["allow_patterns"] == MODEL_FILES and "*.safetensors" in MODEL_FILES and call["token"] == "t"
     assert (call["repo_type"], call["cache_dir"], call["local_files_only"]) == ("model", str(tmp_path / "cache"), False)
     assert "revision" not in call  # the default branch has another name there
-    model_folder("someone/tiny", of(tmp_path, model_revision="v2", allow_pickle_weights=True))
-    assert asked[-1]["revision"] == "v2" and "pytorch_model*.bin" in asked[-1]["allow_patterns"]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model_folder("someone/tiny", of(tmp_path, model_revision="v2"))
+    assert asked[-1]["revision"] == "v2" and asked[-1]["allow_patterns"] == ["pytorch_model*.bin"]
 
 
 @pytest.mark.parametrize("name", [None, "someone/glue-copy"])

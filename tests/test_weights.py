@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import LFS_POINTER, packed_like, stock_model
+from torch.torch_version import TorchVersion
 
 from bert_glue.errors import MachineError
 from bert_glue.families import FAMILIES
@@ -32,12 +33,48 @@ def test_a_pointer_is_named(tmp_path):
         weight_files(tmp_path, False)
 
 
-def test_pickles_are_refused_unless_allowed(tmp_path, stored):
+@pytest.mark.parametrize(("version", "is_allowed"), [("2.13.0", False), ("2.6.0+cu124", False), ("2.5.1", True)])
+def test_pickles_are_read(tmp_path, stored, monkeypatch, version, is_allowed):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    tensors = read_tensors(weight_files(tmp_path, is_allowed))
+    assert set(tensors) == set(stored) and all(torch.equal(tensors[n], stored[n]) for n in stored)
+
+
+def test_an_old_torch_reads_pickles_only_where_that_is_allowed(tmp_path, stored, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
     torch.save(stored, tmp_path / "pytorch_model.bin")
     with pytest.raises(MachineError, match="--allow_pickle_weights"):
         weight_files(tmp_path, False)
-    tensors = read_tensors(weight_files(tmp_path, True))
-    assert set(tensors) == set(stored) and all(torch.equal(tensors[n], stored[n]) for n in stored)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_the_prefix_of_a_wrapped_model_is_taken_off(tmp_path, stored, suffix):
+    wrapped = {f"module.{name}": value for name, value in stored.items()}
+    if suffix == "bin":
+        torch.save(wrapped, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(wrapped, tmp_path / "model.safetensors")
+    assert read_tensors(weight_files(tmp_path, False)).keys() == stored.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}, "epoch": 3}, r"holds more than tensors \(state_dict, epoch\)"),
+        ([torch.ones(2)], "holds a list"),
+    ],
+)
+def test_a_pickle_of_something_else_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(MachineError, match=message):
+        read_tensors(weight_files(tmp_path, False))
+
+
+def test_weights_of_other_frameworks_are_named(tmp_path):
+    (tmp_path / "tf_model.h5").write_bytes(b"")
+    with pytest.raises(MachineError, match="tf_model.h5 must be converted to PyTorch"):
+        weight_files(tmp_path, False)
 
 
 def test_a_pickle_that_runs_code_is_refused_even_when_allowed(tmp_path):
