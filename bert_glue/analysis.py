@@ -17,6 +17,7 @@ from bert_glue.evaluation import Evaluator, predictions_of, row_losses, softmax
 from bert_glue.explain import explain
 from bert_glue.metrics import compute_metrics, majority_baseline
 from bert_glue.model import LoadedModel
+from bert_glue.result_keys import standard_error_key
 from bert_glue.sources import Split, TaskData
 from bert_glue.table_files import read_tsv
 from bert_glue.tables import Table
@@ -90,7 +91,7 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
 
 def standard_errors(task: GlueTask, splits: dict[str, dict]) -> dict[str, float | None]:
     """`eval_<headline>_standard_error` of each split, in the metric's unit."""
-    return {f"eval_{task.headline}_standard_error{part['suffix']}": part["standard_error"] for part in splits.values()}
+    return {standard_error_key(task.headline, part["suffix"]): part["standard_error"] for part in splits.values()}
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, count: int) -> np.ndarray:

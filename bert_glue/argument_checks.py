@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePath
 
+from bert_glue import result_keys as keys
 from bert_glue.arguments import Arguments
 from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.expectations import read_expectations
@@ -58,7 +59,7 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
         padding="max_length" if args.pad_to_max_length else args.padding,
         do_eval=args.do_eval or (args.do_train and evaluates),
         eval_steps=args.eval_steps or (args.logging_steps if by_steps else None),
-        metric_for_best_model=metric.removeprefix("eval_") if metric else None,
+        metric_for_best_model=keys.without_eval(metric) if metric else None,
     )
 
 
@@ -196,19 +197,19 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
 def metric_names(task: GlueTask | None) -> list[str]:
     """Names for `--metric_for_best_model`; None stands for own data, whose kind is not known yet."""
     rows = [task] if task else [own_task("own", (), ("0", "1")), own_task("own", (), ())]
-    names = ["loss"]
+    names = [keys.LOSS]
     for row in rows:
         combined = ("combined_score",) if len(row.metrics) > 1 else ()
-        suffixes = [suffix for _, suffix, _ in row.evaluation]
+        suffixes = [split.key_suffix for split in row.evaluation]
         names += [metric + suffix for suffix in suffixes for metric in (*row.metrics, *combined)]
-        names += ["loss" + suffix for suffix in suffixes if suffix]
+        names += [keys.LOSS + suffix for suffix in suffixes if suffix]
     return list(dict.fromkeys(names))
 
 
 def _metric(args: Arguments) -> Iterator[Problem]:
     if args.metric_for_best_model is None:
         return
-    known, given = metric_names(_task_of(args)), args.metric_for_best_model.removeprefix("eval_")
+    known, given = metric_names(_task_of(args)), keys.without_eval(args.metric_for_best_model)
     if given not in known:
         yield Problem(
             ("metric_for_best_model", "task_name"),
@@ -227,9 +228,9 @@ def _expect(args: Arguments) -> Iterator[Problem]:
         return
     evaluates = args.do_eval or (args.do_train and args.eval_strategy != "no")
     for bound in bounds:
-        if bound.key.startswith("eval_") and not evaluates:
+        if keys.is_of_evaluation(bound.key) and not evaluates:
             yield Problem(("expect", "do_eval"), f"--expect {bound.text} needs --do_eval")
-        if bound.key.startswith("train_") and not args.do_train:
+        if keys.is_of_training(bound.key) and not args.do_train:
             yield Problem(("expect", "do_train"), f"--expect {bound.text} needs --do_train")
 
 

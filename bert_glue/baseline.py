@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from bert_glue import result_keys as keys
+from bert_glue.collapse import collapse_reason
 from bert_glue.errors import CheckpointError, MachineError, UsageError
 from bert_glue.launch_results import read_results
 from bert_glue.perf import FORMAT, SETUP, setup_of
@@ -22,7 +24,7 @@ from bert_glue.whole_file import write_whole
 FOLDER = CONFIGS / "baselines"
 # What decides a score beside the seed; of all devices and precisions the same is expected.
 DECIDES_SCORES = ("task_name", "sample_data", "model", "trained", "global_batch_size", "max_seq_length",
-                   "learning_rate", "epoch", "train_samples", "eval_samples")  # fmt: skip
+                   "learning_rate", "epoch", keys.TRAIN_SAMPLES, keys.evaluation_key(keys.SAMPLES))  # fmt: skip
 DECIDES_SPEED = (*SETUP, "model", "device")
 
 
@@ -97,26 +99,25 @@ def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
         UsageError: a run learned nothing.
     """
     task = TASKS.get(group.setup["task_name"])
-    collapsed = [f"seed {run['seed']}" for run in group.runs if run.get("eval_collapsed") or run.get("train_collapsed")]
+    collapsed = [f"seed {run['seed']}" for run in group.runs if collapse_reason(run)]
     if collapsed:
         raise UsageError(f"--write: a run of {group.setup['task_name']} learned nothing ({', '.join(collapsed)})")
     metrics: dict[str, Any] = {}
     headline = group.runs[0]["headline_metric"]
-    for suffix in [suffix for _, suffix, _ in task.evaluation] if task else [""]:
-        values = [
-            run[f"eval_{headline}{suffix}"] for run in group.runs if run.get(f"eval_{headline}{suffix}") is not None
-        ]
-        errors = [run.get(f"eval_{headline}_standard_error{suffix}") or 0.0 for run in group.runs]
+    for suffix in [split.key_suffix for split in task.evaluation] if task else [""]:
+        key = keys.evaluation_key(headline, suffix)
+        values = [run[key] for run in group.runs if run.get(key) is not None]
+        errors = [run.get(keys.standard_error_key(headline, suffix)) or 0.0 for run in group.runs]
         if values:
             spread = stdev(values) * sqrt(1 + 1 / len(values)) if len(values) > 1 else 0.0
             # None wrong of n may be 3/n of all (rule of three, Hanley and Lippman-Hand 1983): two errors.
-            least = 1.5 / (group.runs[0].get("eval_samples") or 1000)
+            least = 1.5 / (group.runs[0].get(keys.evaluation_key(keys.SAMPLES)) or 1000)
             metrics[headline + suffix] = {
                 "mean": fmean(values),
                 "error": max(spread, least, *errors),
                 "runs": len(values),
             }
-    speed = group.mean("train_samples_per_second") if with_speed else None
+    speed = group.mean(keys.TRAIN_SAMPLES_PER_SECOND) if with_speed else None
     return {"setup": group.setup, "metrics": metrics, "samples_per_second": speed, "source": source}
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bert_glue import result_keys as keys
 from bert_glue.baseline import (
     DECIDES_SCORES,
     DECIDES_SPEED,
@@ -79,7 +80,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _score_row(group: Group, key: str, band: dict[str, Any], differences: list[str]) -> Row:
-    task, least, value = group.setup["task_name"], band["mean"] - _ERRORS * band["error"], group.mean(f"eval_{key}")
+    task, least, value = (
+        group.setup["task_name"],
+        band["mean"] - _ERRORS * band["error"],
+        group.mean(keys.evaluation_key(key)),
+    )
     wanted = f"{band['mean']:.4f} +- {band['error']:.4f}, at least {least:.4f}"
     if value is None:
         return Row(task, key, "null", wanted, "not compared: a run has no such score")
@@ -93,10 +98,10 @@ def _of(value: float, group: Group, digits: int = 4) -> str:
 
 
 def _speed_row(group: Group, speed: float, differences: list[str]) -> Row:
-    task, least, value = group.setup["task_name"], (1.0 - TOLERANCE) * speed, group.mean("train_samples_per_second")
+    task, least, value = group.setup["task_name"], (1.0 - TOLERANCE) * speed, group.mean(keys.TRAIN_SAMPLES_PER_SECOND)
     wanted = f"{speed:.1f}, at least {least:.1f}"
     if value is None:
-        reason = group.runs[0].get("train_samples_per_second_reason") or "not measured"
+        reason = group.runs[0].get(keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND)) or "not measured"
         return Row(task, "samples/s", "null", wanted, f"not compared: {reason}")
     if differences:
         return Row(task, "samples/s", _of(value, group, 1), wanted, f"not compared: {'; '.join(differences)}")

@@ -6,10 +6,13 @@ Fine-tuning a large encoder on a small task fails so for some seeds (Devlin et a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from bert_glue.result_keys import COLLAPSED, TRAIN_COLLAPSED, evaluation_key
 from bert_glue.tasks import GlueTask
 
 # Scores that vary less than this share of the labels' deviation rank nothing.
@@ -74,6 +77,20 @@ def flat_loss(history: list[dict], constant: float) -> str | None:
     return f"the loss of the last {steps} steps is {mean:.4f}, that of a constant prediction {constant:.4f}"
 
 
+def collapse_reason(results: Mapping[str, Any]) -> str | None:
+    """Why a finished run learned nothing, by its results; None if it did.
+
+    A run has collapsed if the predictions on any evaluated split carry nothing, or if its training loss stayed flat.
+    """
+    return next(iter([*_collapsed_splits(results).values(), *filter(None, [results.get(TRAIN_COLLAPSED)])]), None)
+
+
+def _collapsed_splits(results: Mapping[str, Any]) -> dict[str, str]:
+    """`eval_collapsed...` keys of the splits whose predictions carry nothing, with the reasons."""
+    first = evaluation_key(COLLAPSED)
+    return {key: reason for key, reason in results.items() if key.startswith(first) and reason}
+
+
 @dataclass
 class CollapseWatch:
     """Warns while a run trains, once for its loss and at each evaluation for its predictions.
@@ -91,7 +108,7 @@ class CollapseWatch:
 
     def see(self, entry: dict) -> list[str]:
         """Warnings that a new log entry gives rise to."""
-        found = [f"{name}: {text}" for name, text in entry.items() if name.startswith("eval_collapsed") and text]
+        found = [f"{key}: {reason}" for key, reason in _collapsed_splits(entry).items()]
         if "loss" in entry and not self._has_warned and 2 * entry["step"] >= self.total_steps:
             flat = flat_loss(self.history, self.constant)
             self._has_warned = flat is not None

@@ -177,6 +177,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     from bert_glue.precision_plan import plan_precision
     from bert_glue.progress import ProgressLog
     from bert_glue.ranks import Ranks
+    from bert_glue.result_keys import LOSS, evaluation_key
     from bert_glue.tasks import own_task
     from bert_glue.throughput import Meter
     from bert_glue.training_run import Run
@@ -195,7 +196,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     run = Run(
         args, own_task("proof", ("text",), ("a", "b")), ranks, LoadedModel(module, None, {}, True), precision,
         optimizer, assemble, _tiny_split(), TrainingOrder(len(_LENGTHS), len(_LENGTHS), 1, 0, False), _STEPS,
-        Meter(ranks.device, 0), ProgressLog(False, False, watches_signals=False), dict, "eval_loss",
+        Meter(ranks.device, 0), ProgressLog(False, False, watches_signals=False), dict, evaluation_key(LOSS),
     )  # fmt: skip
     return run, ranks.device
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bert_glue import result_keys as keys
 from bert_glue.batching import Assembler, TokenSplit, ahead, evaluation_batches
 from bert_glue.collapse import collapsed_predictions
 from bert_glue.device import Device
@@ -125,13 +126,19 @@ def evaluate(
             kept[name] = logits
         predictions = predictions_of(task, logits)
         scores = compute_metrics(task, predictions, split.labels)
-        results[f"eval_loss{suffix}"] = float(row_losses(task, logits, split.labels).mean())
-        results |= {f"eval_{key}{suffix}": value for key, value in scores.items()}
-        results |= {f"eval_{key}{suffix}_reason": text for key, text in scores.reasons.items()}
-        results[f"eval_majority_baseline{suffix}"] = majority_baseline(task, split.labels)
-        results[f"eval_collapsed{suffix}"] = collapsed_predictions(task, predictions, split.labels)
-        results[f"eval_samples{suffix}"] = len(split)
-        results[f"eval_runtime{suffix}"] = seconds
-        results[f"eval_samples_per_second{suffix}"] = len(split) / seconds
-        results[f"eval_real_tokens_per_second{suffix}"] = float(split.table.borders[-1]) / seconds
+        figures: dict[str, float | str | None] = {
+            keys.LOSS: float(row_losses(task, logits, split.labels).mean()),
+            **scores,
+            keys.MAJORITY_BASELINE: majority_baseline(task, split.labels),
+            keys.COLLAPSED: collapsed_predictions(task, predictions, split.labels),
+            keys.SAMPLES: len(split),
+            keys.RUNTIME: seconds,
+            keys.SAMPLES_PER_SECOND: len(split) / seconds,
+            keys.REAL_TOKENS_PER_SECOND: float(split.table.borders[-1]) / seconds,
+        }
+        for figure, value in figures.items():
+            key = keys.evaluation_key(figure, suffix)
+            results[key] = value
+            if figure in scores.reasons:
+                results[keys.reason_key(key)] = scores.reasons[figure]
     return results

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from bert_glue import result_keys as keys
 from bert_glue.errors import did_you_mean
 from bert_glue.flag_values import read_number, shown
 from bert_glue.tasks import TASKS
@@ -14,8 +15,10 @@ from bert_glue.tasks import TASKS
 _PATTERN = re.compile(r"(?:(?P<task>[a-z0-9]+)\.)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<sign>>=|<=|>|<)(?P<bound>\S+)")
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 # Figures of a run that are no metric of its task and still worth a gate.
-FIGURES = ("train_loss", "train_samples_per_second", "train_real_tokens_per_second", "train_runtime", "e2e_runtime",
-           "peak_memory_bytes")  # fmt: skip
+FIGURES = (
+    keys.TRAIN_LOSS, keys.TRAIN_SAMPLES_PER_SECOND, keys.TRAIN_REAL_TOKENS_PER_SECOND, keys.TRAIN_RUNTIME,
+    keys.E2E_RUNTIME, keys.PEAK_MEMORY_BYTES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Expectation:
         value = results.get(self.key)
         found = {"expect": self.text, "value": value, "is_met": False}
         if value is None:
-            found["reason"] = results.get(f"{self.key}_reason") or "this run has no such figure"
+            found["reason"] = results.get(keys.reason_key(self.key)) or "this run has no such figure"
         else:
             found["is_met"] = bool(_SIGNS[self.sign](value, self.bound))
         return found
@@ -65,7 +68,7 @@ def _read(text: str, task: str | None, metrics: list[str]) -> Expectation:
     if match is None:
         hint = "; put it in quotes, as the shell takes > for a file" if re.fullmatch(r"[\w.]+", text) else ""
         raise ValueError(f"{shown(text)} is no bound such as 'mrpc.f1>=0.88'{hint}")
-    name, bound = match["name"].removeprefix("eval_"), float(read_number(match["bound"]))
+    name, bound = keys.without_eval(match["name"]), float(read_number(match["bound"]))
     if match["task"] and match["task"] != task:
         known = "" if match["task"] in TASKS else f" ({did_you_mean('task', match['task'], list(TASKS))})"
         raise ValueError(f"{shown(text)} is about {match['task']}{known}, this run's task is {task or 'own data'}")
@@ -73,9 +76,9 @@ def _read(text: str, task: str | None, metrics: list[str]) -> Expectation:
         return Expectation(text, match["task"], name, match["sign"], bound)
     if name not in metrics:
         raise ValueError(f"{shown(text)}: {did_you_mean('metric', name, [*metrics, *FIGURES])}")
-    if not name.startswith("loss") and not -1.0 <= bound <= 1.0:
+    if not keys.is_loss(keys.evaluation_key(name)) and not -1.0 <= bound <= 1.0:
         raise ValueError(f"{shown(text)}: metrics are fractions here, at most 1: {bound:g} % is {bound / 100:g}")
-    return Expectation(text, match["task"], f"eval_{name}", match["sign"], bound)
+    return Expectation(text, match["task"], keys.evaluation_key(name), match["sign"], bound)
 
 
 def missed(judged: list[dict[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bert_glue import result_keys as keys
 from bert_glue.arguments import Arguments
 from bert_glue.attention import PATHS_TAKEN
 from bert_glue.collapse import constant_loss, flat_loss
@@ -42,21 +43,21 @@ def train_results(run_of: Run, plan) -> dict:
     meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
     smoothing = run_of.args.label_smoothing_factor
     counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
-    keys = ("samples", "real_tokens", "computed_tokens", "flops")
-    totals = dict(zip(keys, map(sum, zip(*counts, strict=True)), strict=True))
+    names = ("samples", "real_tokens", "computed_tokens", "flops")
+    totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
     return {
-        "train_loss": progress.loss_sum / max(1, progress.step),
-        "train_runtime": run_of.seconds,
-        "train_steps": progress.step,
-        "train_collapsed": flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
+        keys.TRAIN_LOSS: progress.loss_sum / max(1, progress.step),
+        keys.TRAIN_RUNTIME: run_of.seconds,
+        keys.TRAIN_STEPS: progress.step,
+        keys.TRAIN_COLLAPSED: flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
         "attention": sorted(PATHS_TAKEN),
         "optimizer": run_of.optimizer_used,
-        "train_skipped_updates": run_of.precision.skipped_steps,
-        "train_samples_consumed": progress.samples,
-        "train_samples": run_of.order.rows,
+        keys.TRAIN_SKIPPED_UPDATES: run_of.precision.skipped_steps,
+        keys.TRAIN_SAMPLES_CONSUMED: progress.samples,
+        keys.TRAIN_SAMPLES: run_of.order.rows,
         "epoch": run_of.epoch,
         # Of one step and rank; null with apex, which adds them up itself.
-        "train_gradient_bytes": sum(b.numel() * b.element_size() for b in run_of.precision.unsummed()) or None,
-        "seconds_to_first_step": meter.to_first_step,
+        keys.TRAIN_GRADIENT_BYTES: sum(b.numel() * b.element_size() for b in run_of.precision.unsummed()) or None,
+        keys.SECONDS_TO_FIRST_STEP: meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path, PurePath
 from typing import Any
 
+from bert_glue import result_keys as keys
 from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_of
 from bert_glue.perf import compare, perf_of, read_baseline
 from bert_glue.recipes import recipe_file
@@ -70,32 +71,32 @@ def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not me
     value = results.get(key)
     if isinstance(value, int | float):
         return f"{value:.{digits}f}"
-    return f"null ({results.get(f'{key}_reason') or absent})"
+    return f"null ({results.get(keys.reason_key(key)) or absent})"
 
 
 def accuracy(results: dict[str, Any]) -> str:
     """The headline metric in [-1, 1], whatever its name."""
-    key = f"eval_{results.get('headline_metric')}"
+    key = keys.headline_key_of(results)
     return figure(results, key, 4, "undefined" if key in results else "this run did not evaluate")
 
 
 def final_lines(results: dict[str, Any]) -> list[str]:
     """The last lines of a launcher's output."""
-    speed = figure(results, "train_samples_per_second", 3)
+    speed = figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3)
     note = f" ({SAMPLE_NOTE})" if results.get("sample_data") else ""
     return [
         f"Final Performance samples/sec : {speed}{note}",
         f"Final Performance images/sec : {speed}{note}",
         f"Final Train Accuracy : {accuracy(results)}{note}",
-        f"E2E Training Duration sec : {figure(results, 'e2e_runtime', 1)}{note}",
+        f"E2E Training Duration sec : {figure(results, keys.E2E_RUNTIME, 1)}{note}",
     ]
 
 
 def step_milliseconds(results: dict[str, Any]) -> str:
     """Mean time of an optimizer step, ms: what ModelZoo's harness calls TrainingTime."""
-    if not results.get("train_samples_per_second"):
-        return figure(results, "train_samples_per_second", 2)
-    return f"{1000 * results['train_timed_seconds'] / results['train_timed_steps']:.2f}"
+    if not results.get(keys.TRAIN_SAMPLES_PER_SECOND):
+        return figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 2)
+    return f"{1000 * results[keys.TRAIN_TIMED_SECONDS] / results[keys.TRAIN_TIMED_STEPS]:.2f}"
 
 
 def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
@@ -108,10 +109,10 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
         "BatchSize": str(batch),
         "DeviceType": str(results.get("device")),
         "CaseName": f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}",
-        "ActualFPS": figure(results, "train_samples_per_second", 3),
+        "ActualFPS": figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3),
         "TrainingTime": step_milliseconds(results),
-        "ActualLoss": figure(results, "train_loss", 6),
-        "E2ETrainingTime": figure(results, "e2e_runtime", 1),
+        "ActualLoss": figure(results, keys.TRAIN_LOSS, 6),
+        "E2ETrainingTime": figure(results, keys.E2E_RUNTIME, 1),
         "TrainAccuracy": accuracy(results),
     }
     if results.get("sample_data"):

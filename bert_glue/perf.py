@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
+from bert_glue import result_keys as keys
 from bert_glue.errors import BaselineError, UsageError
 
 # A run may be slower than its baseline by this share: the same run twice differs by less on a quiet machine.
@@ -16,13 +17,13 @@ SETUP = (
     "gradient_accumulation_steps", "global_batch_size", "max_seq_length", "precision", "batches",
 )  # fmt: skip
 _FIGURES = {
-    "samples_per_second": "train_samples_per_second",
-    "real_tokens_per_second": "train_real_tokens_per_second",
-    "share_of_gemm": "train_share_of_gemm",
-    "timed_steps": "train_timed_steps",
-    "timed_seconds": "train_timed_seconds",
-    "seconds_to_first_step": "seconds_to_first_step",
-    "peak_memory_bytes": "peak_memory_bytes",
+    "samples_per_second": keys.TRAIN_SAMPLES_PER_SECOND,
+    "real_tokens_per_second": keys.TRAIN_REAL_TOKENS_PER_SECOND,
+    "share_of_gemm": keys.TRAIN_SHARE_OF_GEMM,
+    "timed_steps": keys.TRAIN_TIMED_STEPS,
+    "timed_seconds": keys.TRAIN_TIMED_SECONDS,
+    "seconds_to_first_step": keys.SECONDS_TO_FIRST_STEP,
+    "peak_memory_bytes": keys.PEAK_MEMORY_BYTES,
 }
 
 
@@ -41,15 +42,17 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
     """
     perf: dict[str, Any] = {"format": FORMAT, "setup": setup_of(results)}
     perf |= {name: results.get(key) for name, key in _FIGURES.items()}
-    perf["step_ms"] = {part: results.get(f"train_step_ms_{part}") for part in ("median", "p10", "p90")}
+    perf["step_ms"] = {part: results.get(keys.step_milliseconds_key(part)) for part in ("median", "p10", "p90")}
     perf["seconds"] = _seconds(results["seconds"])
     perf["reasons"] = {}
     if perf["seconds"]["compile"] is None:
         perf["reasons"]["seconds.compile"] = "nothing is compiled: kernels run eagerly"
     if perf["samples_per_second"] is None:
-        perf["reasons"]["samples_per_second"] = results.get("train_samples_per_second_reason", "not measured")
+        perf["reasons"]["samples_per_second"] = results.get(
+            keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND), "not measured"
+        )
     elif perf["share_of_gemm"] is None:
-        perf["reasons"]["share_of_gemm"] = results.get("train_share_of_gemm_reason", "not measured")
+        perf["reasons"]["share_of_gemm"] = results.get(keys.reason_key(keys.TRAIN_SHARE_OF_GEMM), "not measured")
     return perf
 
 

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bert_glue.result_keys import is_measured
+
 if TYPE_CHECKING:
     from bert_glue.collapse import CollapseWatch
     from bert_glue.trackers import Trackers
@@ -119,7 +121,7 @@ class ProgressLog:
     def results(self, results: dict, step: int) -> None:
         """The results for the trackers: `all_results.json` without what says how the run was made."""
         if self.trackers is not None:
-            told = {n: v for n, v in results.items() if n.startswith(("train_", "eval_", "predict_", "e2e_", "peak_"))}
+            told = {n: v for n, v in results.items() if is_measured(n)}
             self.trackers.log(told, step)
 
     def advance(self, step: int, total: int, epoch: float) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bert_glue import __version__
 from bert_glue.arguments import FLAGS, Arguments
 from bert_glue.checkpoint import file_hash
+from bert_glue.result_keys import is_of_evaluation
 
 if TYPE_CHECKING:
     from bert_glue.model import LoadedModel
@@ -62,7 +63,7 @@ def with_outcome(
         changes: settings changed by resumes, a line each.
     """
     timed = [name for name in results if any(part in name for part in _NOT_SCORES)]
-    scores = {name: value for name, value in results.items() if name.startswith("eval_") and name not in timed}
+    scores = {name: value for name, value in results.items() if is_of_evaluation(name) and name not in timed}
     weights = folder / "model.safetensors"
     return {
         **record,

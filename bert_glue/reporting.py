@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bert_glue import result_keys as keys
 from bert_glue.arguments import Arguments
 from bert_glue.model_card import model_card, without_folders
 from bert_glue.report import run_page
@@ -45,7 +46,9 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     else:
         values = [task.labels[p] for p in predictions]
     lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(values))]
-    write_whole(folder / f"predict_results_{task.name}{suffix}.txt", "\n".join(lines) + "\n")
+    write_whole(folder / keys.predictions_file(task.name, suffix), "
+".join(lines) + "
+")
 
 
 def write_results(
@@ -62,7 +65,7 @@ def write_results(
             write_json(folder / f"{phase}_results.json", own)
     write_json(folder / "run.json", record)
     if args.do_train:
-        write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results["train_steps"]})
+        write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
         write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
         curves(folder / "curves.png", history, data)
@@ -81,7 +84,7 @@ def summary(results: dict) -> list[str]:
         if name.startswith(shown) or name in ("device_name", "precision", "fallback", "batches"):
             if isinstance(value, float):
                 value = f"{value:.4f}"
-            if value not in ("", None) or name == "train_samples_per_second":
+            if value not in ("", None) or name == keys.TRAIN_SAMPLES_PER_SECOND:
                 lines.append(f"  {name} = {value}")
     return lines
 
@@ -90,7 +93,7 @@ def curves(path: Path, history: list[dict], data: TaskData) -> None:
     """Loss, learning rate, metric and loss scale against steps, as a PNG."""
     from matplotlib.figure import Figure
 
-    metric = f"eval_{data.task.headline}"
+    metric = keys.evaluation_key(data.task.headline)
     panels = [key for key in ("loss", "learning_rate", metric, "loss_scale") if any(key in e for e in history)]
     figure = Figure(figsize=(8, 2.2 * max(1, len(panels))), layout="constrained")
     for number, key in enumerate(panels):

@@ -58,6 +58,31 @@ def without_eval(name: str) -> str:
     return name.removeprefix(EVAL)
 
 
+def is_loss(key: str) -> bool:
+    """Whether a key of an evaluation is a loss, of which less is better, and no metric."""
+    return key.startswith(evaluation_key(LOSS))
+
+
+def is_of_evaluation(key: str) -> bool:
+    """Whether only a run that evaluates has this key."""
+    return key.startswith(EVAL)
+
+
+def is_of_training(key: str) -> bool:
+    """Whether only a run that trains has this key."""
+    return key.startswith(TRAIN)
+
+
+def is_measured(key: str) -> bool:
+    """Whether a key holds a figure that was measured; the others say what was run and how."""
+    return key.startswith((EVAL, TRAIN, PREDICT)) or key in (E2E_RUNTIME, PEAK_MEMORY_BYTES)
+
+
+def predictions_file(task: str, suffix: str = "") -> str:
+    """The file with the predictions on a test split; `suffix` is the split's `file_suffix`."""
+    return f"predict_results_{task}{suffix}.txt"
+
+
 def reason_key(key: str) -> str:
     """Where it is said why the value of `key` is null, or why it should not be trusted."""
     return f"{key}_reason"

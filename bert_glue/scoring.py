@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue import checkpoint, reporting
+from bert_glue import result_keys as keys
 from bert_glue.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
 from bert_glue.arguments import Arguments
 from bert_glue.batching import TokenSplit
@@ -43,8 +44,9 @@ def predict_splits(
     for task, name, suffix in _prediction_splits(data.task, splits):
         begin = time.perf_counter()
         predictions = predictions_of(task, evaluator.logits(splits[name]))
-        results[f"predict_samples_{task.name}{suffix}"] = len(splits[name])
-        results[f"predict_samples_per_second_{task.name}{suffix}"] = len(predictions) / (time.perf_counter() - begin)
+        results[keys.predicted_samples_key(task.name, suffix)] = len(splits[name])
+        rate = len(predictions) / (time.perf_counter() - begin)
+        results[keys.predicted_samples_per_second_key(task.name, suffix)] = rate
         if evaluator.ranks.is_first:
             with checkpoint.plain_errors(Path(args.output_dir)):
                 reporting.write_predictions(Path(args.output_dir), task, suffix, predictions)
@@ -58,9 +60,9 @@ def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis
     try:
         found = diagnostic(task, args.data_path, predictions)
     except DataError as error:
-        return {f"diagnostic_{task.name}_reason": str(error)}
+        return {keys.diagnostic_reason_key(task.name): str(error)}
     if found is None:
-        return {f"diagnostic_{task.name}_reason": f"scores by category need GLUE's {LABELLED_AX} in --data_path"}
+        return {keys.diagnostic_reason_key(task.name): f"scores by category need GLUE's {LABELLED_AX} in --data_path"}
     analysis["diagnostic"] = found
     return {}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of
 from bert_glue.launch_results import SAMPLE_NOTE, read_json_object, read_results
+from bert_glue.result_keys import predicted_samples_key, predictions_file
 from bert_glue.table_files import read_tsv
 from bert_glue.tables import Problems, Table
 from bert_glue.tasks import TASKS, GlueTask, companions, get_task
@@ -35,23 +36,28 @@ class Entry:
 
     Args:
         file: name in the archive.
-        results: name in a run's folder.
+        suffix: `file_suffix` of the split.
         rows: official count.
     """
 
     task: GlueTask
     file: str
-    results: str
+    suffix: str
     rows: int
+
+    @property
+    def results(self) -> str:
+        """Its name in a run's folder."""
+        return predictions_file(self.task.name, self.suffix)
 
 
 def entries_of(task: GlueTask) -> list[Entry]:
     """The files a task has in the archive."""
     files = task.leaderboard or {}
     return [
-        Entry(task, files[split], f"predict_results_{task.name}{suffix}.txt", task.rows[split])
-        for split, suffix in task.test
-        if split in files
+        Entry(task, files[split.name], split.file_suffix, task.rows[split.name])
+        for split in task.test
+        if split.name in files
     ]
 
 
@@ -118,7 +124,7 @@ def _values(entry: Entry, run: Path, results: dict) -> list[str]:
         DataError: file:line of what is wrong, the first five.
     """
     path = run / entry.results
-    told = results.get(f"predict_samples_{Path(entry.results).stem.removeprefix('predict_results_')}")
+    told = results.get(predicted_samples_key(entry.task.name, entry.suffix))
     table = read_tsv(path)
     if list(table.columns) != _HEADER:
         raise DataError(f"{path}:1: the header is not index<TAB>prediction but {', '.join(table.columns)}")

@@ -17,6 +17,7 @@ from bert_glue.config_file import CONFIG_SUFFIXES, read_config, value_text
 from bert_glue.errors import UsageError
 from bert_glue.launch_results import base_epochs
 from bert_glue.recipes import recipe_file
+from bert_glue.result_keys import headline_keys
 from bert_glue.sample import SAMPLE_RECIPE
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask
 from bert_glue.whole_file import write_whole
@@ -89,8 +90,11 @@ class SweepRun:
         if not self.is_started():
             return None
         results = _read_object(self.folder / RESULTS_FILE)
-        keys = [f"eval_{self.task.headline}{suffix}" for _, suffix, _ in self.task.evaluation]
-        is_whole = results is not None and "stopped_by_signal" not in results and all(key in results for key in keys)
+        is_whole = (
+            results is not None
+            and "stopped_by_signal" not in results
+            and all(key in results for key in headline_keys(self.task))
+        )
         return results if is_whole and results.get("seed") == self.seed else None
 
     def note_settings(self) -> None:

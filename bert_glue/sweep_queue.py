@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from bert_glue.result_keys import headline_keys
 from bert_glue.sweep_plan import SweepRun
 from bert_glue.whole_file import open_own
 
@@ -245,7 +246,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def _score(run: SweepRun, results: dict[str, Any]) -> str:
-    value = results[f"eval_{run.task.headline}{run.task.evaluation[0][1]}"]
+    value = results[headline_keys(run.task)[0]]
     return f"{run.task.headline} " + ("has no value" if value is None else f"{100 * value:.2f}")
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from bert_glue.arguments import FLAGS
 from bert_glue.errors import MachineError, UsageError, UserError, first_line
 from bert_glue.flag_values import convert
+from bert_glue.result_keys import headline_keys
 from bert_glue.sweep_plan import Suite, SweepRun
 from bert_glue.tasks import GlueTask
 from bert_glue.whole_file import write_whole
@@ -195,7 +196,7 @@ class Search:
 
     def _tell(self, trial: _Trial) -> None:
         del self._open[trial.task.name, trial.number]
-        key = f"eval_{trial.task.headline}{trial.task.evaluation[0][1]}"
+        key = headline_keys(trial.task)[0]
         values = [(run.results() or {}).get(key) for run in trial.runs]
         study = self._studies[trial.task.name]
         with self._storage_errors():

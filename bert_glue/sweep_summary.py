@@ -9,7 +9,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bert_glue import result_keys as keys
+from bert_glue.collapse import collapse_reason
 from bert_glue.sweep_plan import SweepRun
+from bert_glue.tasks import EvaluationSplit
 from bert_glue.whole_file import write_whole
 
 COLUMNS = (
@@ -38,18 +41,10 @@ def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]
         groups.setdefault(key, []).append(run)
     return {
         "groups": [
-            _group(members, split, suffix, found)
-            for members in groups.values()
-            for split, suffix, _ in members[0].task.evaluation
+            _group(members, split, found) for members in groups.values() for split in members[0].task.evaluation
         ],
         "runs": [_row(run, found[run.folder], failures.get(run.folder)) for run in runs],
     }
-
-
-def collapsed(run: SweepRun, results: dict[str, Any]) -> str | None:
-    """Why a finished run learned nothing; None if it did."""
-    reasons = (results.get(f"eval_collapsed{suffix}") for _, suffix, _ in run.task.evaluation)
-    return next(filter(None, [*reasons, results.get("train_collapsed")]), None)
 
 
 def best_mean(runs: list[SweepRun], key: str) -> float | None:
@@ -63,25 +58,24 @@ def best_mean(runs: list[SweepRun], key: str) -> float | None:
     return max((statistics.fmean(values) for values in found.values() if None not in values), default=None)
 
 
-def _group(
-    members: list[SweepRun], split: str, suffix: str, found: dict[Path, dict[str, Any] | None]
-) -> dict[str, Any]:
+def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, dict[str, Any] | None]) -> dict[str, Any]:
     task = members[0].task
     done = [(run.seed, run, found[run.folder]) for run in members if found[run.folder] is not None]
-    key = f"eval_{task.headline}{suffix}"
+    key = keys.evaluation_key(task.headline, split.key_suffix)
     # A metric that does not exist (null with a reason) belongs to a collapsed run and has no mean.
     scored = [(100 * results[key], seed) for seed, _, results in done if results.get(key) is not None]
-    lost = [seed for seed, run, results in done if collapsed(run, results)]
+    lost = [seed for seed, run, results in done if collapse_reason(results)]
     values, sound = [v for v, _ in scored], [v for v, seed in scored if seed not in lost]
-    speeds = [r["train_samples_per_second"] for _, _, r in done if r.get("train_samples_per_second") is not None]
+    speeds = [speed for _, _, r in done if (speed := r.get(keys.TRAIN_SAMPLES_PER_SECOND)) is not None]
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    given = [(seed, r.get(f"eval_{task.headline}_standard_error{suffix}")) for seed, _, r in done]
+    given = [(seed, r.get(keys.standard_error_key(task.headline, split.key_suffix))) for seed, _, r in done]
     # 0 is that of a perfect score; that of a constant prediction says only that redrawing it gives the same again.
     errors = [error for seed, error in given if error is not None and (error > 0 or seed not in lost)]
-    baseline = next((r.get(f"eval_majority_baseline{suffix}") for _, _, r in done), None)
+    baseline_key = keys.evaluation_key(keys.MAJORITY_BASELINE, split.key_suffix)
+    baseline = next((r.get(baseline_key) for _, _, r in done), None)
     return {
         "task": task.name,
-        "split": split,
+        "split": split.name,
         "trial": members[0].trial,
         "chosen": dict(members[0].chosen),
         "metric": task.headline,
@@ -111,12 +105,12 @@ def _row(run: SweepRun, results: dict[str, Any] | None, failure: str | None) -> 
         row["failure"] = failure
     if results is not None:
         row["metrics"] = {
-            f"{metric}{suffix}": results.get(f"eval_{metric}{suffix}")
-            for _, suffix, _ in run.task.evaluation
+            f"{metric}{split.key_suffix}": results.get(keys.evaluation_key(metric, split.key_suffix))
+            for split in run.task.evaluation
             for metric in run.task.metrics
         }
-        row["collapsed"] = collapsed(run, results)
-        row["seconds"] = results.get("e2e_runtime")
+        row["collapsed"] = collapse_reason(results)
+        row["seconds"] = results.get(keys.E2E_RUNTIME)
         row["device"] = results.get("device_name")
         row["precision"] = results.get("precision")
     return row

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_glue import result_keys as keys
 from bert_glue.batching import Batch
 from bert_glue.device import Device, has_slow_products
 from bert_glue.linear import multiply
@@ -198,25 +199,26 @@ class Meter:
         """
         if self.seconds <= 0.0 or not totals["samples"]:
             reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
-            return {"train_samples_per_second": None, "train_samples_per_second_reason": reason}
+            key = keys.TRAIN_SAMPLES_PER_SECOND
+            return {key: None, keys.reason_key(key): reason}
         padding = 1.0 - totals["real_tokens"] / totals["computed_tokens"]
         rates: dict[str, float | str | None] = {
-            "train_samples_per_second": totals["samples"] / self.seconds,
-            "train_real_tokens_per_second": totals["real_tokens"] / self.seconds,
-            "train_computed_tokens_per_second": totals["computed_tokens"] / self.seconds,
-            "train_padding_percent": 100.0 * padding,
-            "train_timed_steps": self.timed_steps,
-            "train_timed_seconds": self.seconds,
+            keys.TRAIN_SAMPLES_PER_SECOND: totals["samples"] / self.seconds,
+            keys.TRAIN_REAL_TOKENS_PER_SECOND: totals["real_tokens"] / self.seconds,
+            keys.TRAIN_COMPUTED_TOKENS_PER_SECOND: totals["computed_tokens"] / self.seconds,
+            keys.TRAIN_PADDING_PERCENT: 100.0 * padding,
+            keys.TRAIN_TIMED_STEPS: self.timed_steps,
+            keys.TRAIN_TIMED_SECONDS: self.seconds,
         }
         for name, share in (("median", 50), ("p10", 10), ("p90", 90)):
-            rates[f"train_step_ms_{name}"] = 1000.0 * float(np.percentile(self.step_seconds, share))
+            rates[keys.step_milliseconds_key(name)] = 1000.0 * float(np.percentile(self.step_seconds, share))
         if self.shape is None:
             reason = "this encoder's operations are not counted, only those of the families that can be packed"
-            return rates | {"train_share_of_gemm": None, "train_share_of_gemm_reason": reason}
+            return rates | {keys.TRAIN_SHARE_OF_GEMM: None, keys.reason_key(keys.TRAIN_SHARE_OF_GEMM): reason}
         # Where 16-bit products are computed in fp32 and rounded, torch's own emulation would flatter the share.
         dtype = torch.float32 if has_slow_products(self.device.kind, dtype) else dtype
         reference = gemm_rate(self.device, dtype)
-        rates["train_model_tflops_per_second"] = totals["flops"] / self.seconds / 1e12
+        rates[keys.TRAIN_MODEL_TFLOPS_PER_SECOND] = totals["flops"] / self.seconds / 1e12
         rates["device_gemm_tflops_per_second"] = reference / 1e12
-        rates["train_share_of_gemm"] = self.flops / self.seconds / reference
+        rates[keys.TRAIN_SHARE_OF_GEMM] = self.flops / self.seconds / reference
         return rates

@@ -14,6 +14,7 @@ from bert_glue.evaluation import EvaluationStopped
 from bert_glue.objectives import Objective
 from bert_glue.optim import schedule, set_rate
 from bert_glue.ranks import StepSum
+from bert_glue.result_keys import is_loss
 from bert_glue.training_run import Run
 from bert_glue.training_state import save_checkpoint
 
@@ -232,8 +233,8 @@ def _evaluate_now(run: Run) -> bool:
     progress.history.append(entry)
     progress.evaluated_step = progress.step
     run.log.entry(entry)
-    value, is_loss = results.get(run.best_key), run.best_key.startswith("eval_loss")
-    greater = not is_loss if args.greater_is_better is None else args.greater_is_better
+    value = results.get(run.best_key)
+    greater = not is_loss(run.best_key) if args.greater_is_better is None else args.greater_is_better
     sign = 1.0 if greater else -1.0
     gain = None if value is None or progress.best_metric is None else sign * (value - progress.best_metric)
     if value is not None and (gain is None or gain > 0):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bert_glue import checkpoint
+from bert_glue import result_keys as keys
 from bert_glue.arguments import Arguments
 from bert_glue.attention import PATHS_TAKEN
 from bert_glue.average import WeightAverage
@@ -119,10 +120,10 @@ def fine_tune(
     if has_slow_products(ranks.device.kind, precision.plan.dtype):
         log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
     meter = Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed)
-    metric = (args.metric_for_best_model or task.headline).removeprefix("eval_")
+    metric = keys.without_eval(args.metric_for_best_model or task.headline)
     run_of = Run(
         args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,
-        lambda: evaluate(evaluator, task, splits), f"eval_{metric}", narrowed, used,
+        lambda: evaluate(evaluator, task, splits), keys.evaluation_key(metric), narrowed, used,
         phase or Phases(),
     )  # fmt: skip
     _start_techniques(run_of)
