@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +34,29 @@ from bert_glue.perf import TOLERANCE
 _ERRORS = 2.0
 
 
+class Verdict(Enum):
+    """What comparing a figure with the baseline comes to; the value is its word in the table."""
+
+    OK = "ok"
+    MISSED = "MISSED"
+    SLOW = "SLOW"
+    NOT_COMPARED = "not compared"
+
+
 class Row(NamedTuple):
-    """One line of the table; `verdict` is ok, MISSED, SLOW or a reason why it was not compared."""
+    """One line of the table; `reason` says why the figure was not compared."""
 
     task: str
     figure: str
     value: str
     wanted: str
-    verdict: str
+    verdict: Verdict
+    reason: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """The line's texts, a column each."""
+        reason = f": {self.reason}" if self.reason else ""
+        return self.task, self.figure, self.value, self.wanted, self.verdict.value + reason
 
 
 def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
@@ -48,7 +64,7 @@ def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
     task = group.setup["task_name"]
     of_task = [entry for entry in entries if entry["setup"].get("task_name") == task]
     if not of_task:
-        return [Row(task, "-", "-", "-", "not compared: the baseline has no such task")]
+        return [Row(task, "-", "-", "-", Verdict.NOT_COMPARED, "the baseline has no such task")]
     rows = []
     if scored := [entry for entry in of_task if entry.get("metrics")]:
         nearest, differences = _nearest(scored, group.setup, DECIDES_SCORES)
@@ -87,10 +103,10 @@ def _score_row(group: Group, key: str, band: dict[str, Any], differences: list[s
     )
     wanted = f"{band['mean']:.4f} +- {band['error']:.4f}, at least {least:.4f}"
     if value is None:
-        return Row(task, key, "null", wanted, "not compared: a run has no such score")
+        return Row(task, key, "null", wanted, Verdict.NOT_COMPARED, "a run has no such score")
     if differences:
-        return Row(task, key, _of(value, group), wanted, f"not compared: {'; '.join(differences)}")
-    return Row(task, key, _of(value, group), wanted, "ok" if value >= least else "MISSED")
+        return Row(task, key, _of(value, group), wanted, Verdict.NOT_COMPARED, "; ".join(differences))
+    return Row(task, key, _of(value, group), wanted, Verdict.OK if value >= least else Verdict.MISSED)
 
 
 def _of(value: float, group: Group, digits: int = 4) -> str:
@@ -102,19 +118,17 @@ def _speed_row(group: Group, speed: float, differences: list[str]) -> Row:
     wanted = f"{speed:.1f}, at least {least:.1f}"
     if value is None:
         reason = group.runs[0].get(keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND)) or "not measured"
-        return Row(task, "samples/s", "null", wanted, f"not compared: {reason}")
+        return Row(task, "samples/s", "null", wanted, Verdict.NOT_COMPARED, reason)
     if differences:
-        return Row(task, "samples/s", _of(value, group, 1), wanted, f"not compared: {'; '.join(differences)}")
-    return Row(task, "samples/s", _of(value, group, 1), wanted, "ok" if value >= least else "SLOW")
+        return Row(task, "samples/s", _of(value, group, 1), wanted, Verdict.NOT_COMPARED, "; ".join(differences))
+    return Row(task, "samples/s", _of(value, group, 1), wanted, Verdict.OK if value >= least else Verdict.SLOW)
 
 
 def table(rows: list[Row]) -> list[str]:
     """Rows under their names, in columns."""
-    every = [Row("task", "figure", "run", "baseline", ""), *rows]
-    widths = [max(len(row[column]) for row in every) for column in range(4)]
-    padded = (zip(row[:4], widths, strict=True) for row in every)
-    lines = ["  ".join(text.ljust(width) for text, width in cells) for cells in padded]
-    return [f"{line}  {row.verdict}".rstrip() for line, row in zip(lines, every, strict=True)]
+    every = [("task", "figure", "run", "baseline", ""), *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in every]
 
 
 def verdict(rows: list[Row]) -> None:
@@ -125,13 +139,13 @@ def verdict(rows: list[Row]) -> None:
         BaselineError: a speed was.
         UsageError: nothing could be compared.
     """
-    bad = [row for row in rows if row.verdict in ("MISSED", "SLOW")]
+    bad = [row for row in rows if row.verdict in (Verdict.MISSED, Verdict.SLOW)]
     lines = [f"{row.task}: {row.figure} is {row.value}, the baseline {row.wanted}" for row in bad]
-    if any(row.verdict == "MISSED" for row in bad):
+    if any(row.verdict is Verdict.MISSED for row in bad):
         raise ExpectationError("\n".join(lines))
     if bad:
         raise BaselineError("\n".join(lines))
-    if not any(row.verdict == "ok" for row in rows):
+    if not any(row.verdict is Verdict.OK for row in rows):
         raise UsageError("nothing could be compared: give --baseline the file of such runs, or make one with --write")
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,20 +75,41 @@ class Attempt:
         return time.monotonic() - self.began
 
 
+class EventKind(Enum):
+    """What happened to a run, a device or the sweep."""
+
+    STARTED = auto()
+    DONE = auto()
+    STOPPED = auto()
+    RETRIED = auto()
+    FAILED = auto()
+    DEVICE_LOST = auto()
+    SIGNAL = auto()
+    NOT_ENDED = auto()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened; `text` is its line for a person."""
+
+    kind: EventKind
+    text: str
+
+
 @dataclass
 class Queue:
     """Starts runs in free slots until the source has none left.
 
     Args:
         grace: seconds a run has after a signal to save its checkpoint, before it is killed.
-        tell: gets one line on each event.
+        tell: gets each event.
         show: called a few times a second.
     """
 
     source: Source
     slots: list[Slot]
     grace: float
-    tell: Callable[[str], None]
+    tell: Callable[[Event], None]
     show: Callable[[list[Attempt]], None]
     stop_signal: int | None = None
     failures: dict[Path, str] = field(default_factory=dict)
@@ -162,7 +184,7 @@ class Queue:
             self._failed(run, number, f"cannot be started: {error}", 6)
             return False
         self.running.append(Attempt(run, slot, number, process, time.monotonic()))
-        self.tell(f"{'continue' if resume else 'start'} {run.name} on {slot.device}")
+        self._tell(EventKind.STARTED, f"{'continue' if resume else 'start'} {run.name} on {slot.device}")
         return True
 
     def _poll(self) -> None:
@@ -180,24 +202,25 @@ class Queue:
         results = run.results() if code == 0 else None
         if results is not None:
             attempt.slot.finished += 1
-            self.tell(f"done {run.name} in {attempt.seconds:.0f} s: {_score(run, results)}")
+            self._tell(EventKind.DONE, f"done {run.name} in {attempt.seconds:.0f} s: {_score(run, results)}")
             self.source.ended(run, True)
         elif self._signals:
-            self.tell(f"stopped {run.name} ({f'exit code {code}' if code >= 0 else signal.Signals(-code).name})")
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            self._tell(EventKind.STOPPED, f"stopped {run.name} ({how})")
         elif code == _MACHINE and not attempt.slot.finished and len(self.slots) > 1:
             # A device that is not there must not use up every run's tries while others work.
             self.slots[:] = [slot for slot in self.slots if slot is not attempt.slot]
             self._again.append((run, attempt.number))
-            self.tell(f"no more runs on {attempt.slot.device}: {last_words(run)}")
+            self._tell(EventKind.DEVICE_LOST, f"no more runs on {attempt.slot.device}: {last_words(run)}")
         else:
             self._failed(run, attempt.number, _why(code, run), code if code > 0 else 1)
 
     def _failed(self, run: SweepRun, number: int, reason: str, code: int) -> None:
         if number < _ATTEMPTS and code != _USAGE:
-            self.tell(f"failed {run.name}: {reason}; it is tried once more at the end")
+            self._tell(EventKind.RETRIED, f"failed {run.name}: {reason}; it is tried once more at the end")
             self._again.append((run, number + 1))
             return
-        self.tell(f"failed {run.name}: {reason}; its output: {run.folder / LOG_FILE}")
+        self._tell(EventKind.FAILED, f"failed {run.name}: {reason}; its output: {run.folder / LOG_FILE}")
         self.failures[run.folder], self.codes[run.folder] = reason, code
         self.source.ended(run, False)
 
@@ -205,7 +228,8 @@ class Queue:
         """Hand each signal on once; kill what is still there after the grace."""
         if self.running and not hasattr(self, "_deadline"):
             self._deadline, self._handed_on = time.monotonic() + self.grace, 0
-            self.tell(f"signal {self.stop_signal}: {len(self.running)} runs save their checkpoints")
+            text = f"signal {self.stop_signal}: {len(self.running)} runs save their checkpoints"
+            self._tell(EventKind.SIGNAL, text)
         while self.running and self._handed_on < self._signals:
             self._handed_on += 1
             for attempt in self.running:
@@ -213,8 +237,12 @@ class Queue:
                 is_known = self.stop_signal in (signal.SIGINT, signal.SIGTERM)
                 attempt.process.send_signal(self.stop_signal if is_known else signal.SIGTERM)
         if self.running and time.monotonic() > self._deadline:
-            self.tell(f"{len(self.running)} runs did not end within {self.grace:g} s: killed")
+            text = f"{len(self.running)} runs did not end within {self.grace:g} s: killed"
+            self._tell(EventKind.NOT_ENDED, text)
             self._kill()
+
+    def _tell(self, kind: EventKind, text: str) -> None:
+        self.tell(Event(kind, text))
 
     def _kill(self) -> None:
         for attempt in self.running:
@@ -223,7 +251,8 @@ class Queue:
             try:
                 attempt.process.wait(_KILLED_SECONDS)
             except subprocess.TimeoutExpired:  # held by a driver: nothing can end it
-                self.tell(f"process {attempt.process.pid} of {attempt.run.name} cannot be killed")
+                text = f"process {attempt.process.pid} of {attempt.run.name} cannot be killed"
+                self._tell(EventKind.NOT_ENDED, text)
                 self.running.remove(attempt)
 
 

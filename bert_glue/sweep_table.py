@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from bert_glue.sweep_queue import Attempt, last_words
+from bert_glue.sweep_queue import Attempt, Event, EventKind, last_words
 
 _REFRESH_SECONDS = 1.0
 
@@ -32,15 +32,15 @@ class SweepTable:
             self._live = Live(console=Console(stderr=True), auto_refresh=False)
             self._live.start()
 
-    def tell(self, text: str) -> None:
-        """One event."""
-        self.done += text.startswith("done ")
-        self.failed += text.startswith("failed ") and "once more" not in text
+    def tell(self, event: Event) -> None:
+        """Count and print one event."""
+        self.done += event.kind is EventKind.DONE
+        self.failed += event.kind is EventKind.FAILED
         of_all = "" if self.total is None else f"[{self.done}/{self.total}] "
         if self._live is None:
-            print(f"{of_all}{text}", flush=True)
+            print(f"{of_all}{event.text}", flush=True)
         else:
-            self._live.console.print(f"{of_all}{text}", markup=False, highlight=False)
+            self._live.console.print(f"{of_all}{event.text}", markup=False, highlight=False)
 
     def show(self, running: list[Attempt]) -> None:
         """Draw the table anew, once a second at most."""

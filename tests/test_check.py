@@ -9,7 +9,7 @@ import pytest
 
 from bert_glue.__main__ import main
 from bert_glue.baseline import FOLDER, group_runs, read_entries
-from bert_glue.check import check
+from bert_glue.check import Verdict, check
 from bert_glue.perf import perf_of
 from bert_glue.tasks import TASKS, TRAINABLE
 
@@ -168,4 +168,4 @@ def test_the_npu_baseline_holds_the_published_runs() -> None:
 def test_a_published_run_is_held_against_its_entry(tmp_path: Path) -> None:
     (group,) = group_runs([run_folder(tmp_path / "run", eval_f1=0.86)])
     rows = check(group, read_entries(FOLDER / "npu.json"))
-    assert [(row.figure, row.verdict) for row in rows] == [("f1", "MISSED"), ("samples/s", "ok")]
+    assert [(row.figure, row.verdict) for row in rows] == [("f1", Verdict.MISSED), ("samples/s", Verdict.OK)]
