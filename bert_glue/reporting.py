@@ -46,9 +46,7 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     else:
         values = [task.labels[p] for p in predictions]
     lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(values))]
-    write_whole(folder / keys.predictions_file(task.name, suffix), "
-".join(lines) + "
-")
+    write_whole(folder / keys.predictions_file(task.name, suffix), "\n".join(lines) + "\n")
 
 
 def write_results(
