@@ -20,7 +20,8 @@ def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = ()
         range: accepted numbers, e.g. "[0, 1)" or "-1 or [1, inf)"; shown in the help as it stands.
         choices: accepted texts, all of them.
         extra: `many=True` takes several values (of `choices`, if any), kept as one comma-separated text;
-            `pattern` is a regular expression for the text; `secret=True` is never printed.
+            `pattern` is a regular expression for the text; `secret=True` is never printed; `runs_code=True` lets
+            files of others run code, so it is taken from the command line alone, never from a file.
     """
     return field(default=default, metadata={"text": text, "range": range, "choices": choices, **extra})
 
@@ -39,9 +40,11 @@ class ModelArguments:
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
     use_fast_tokenizer: bool = flag(True, "tokenizer written in Rust")
     token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)
-    trust_remote_code: bool = flag(False, "run Python code that comes with a hub model")
+    trust_remote_code: bool = flag(False, "run Python code that comes with a hub model", runs_code=True)
     ignore_mismatched_sizes: bool = flag(False, "new random weights where a stored shape differs")
-    allow_pickle_weights: bool = flag(False, "read pytorch_model.bin with a torch before 2.6, though it can run code")
+    allow_pickle_weights: bool = flag(
+        False, "read pytorch_model.bin with a torch before 2.6, though it can run code", runs_code=True
+    )
     hidden_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     attention_probs_dropout_prob: float | None = flag(None, "probability; default: the model's", "[0, 1]")
     freeze_encoder: bool = flag(False, "train the head alone (pooler and classifier)")
@@ -264,7 +267,7 @@ class Flag:
         kind: name of the type of a value: str, int, float or bool.
         optional: True if None (not given) is a value.
         group: title in the help.
-        many, pattern, secret: see `flag`.
+        many, pattern, secret, runs_code: see `flag`.
     """
 
     name: str
@@ -278,6 +281,7 @@ class Flag:
     many: bool = False
     pattern: str = ""
     secret: bool = False
+    runs_code: bool = False
 
 
 def _flag_of(found: Field, group: str) -> Flag:

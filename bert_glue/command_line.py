@@ -46,6 +46,11 @@ def parse(argv: list[str]) -> Arguments:
         settings.read_flag(written, words)
     if settings.values.get("recipe"):
         settings.read_recipe()
+    settings.notices += [
+        f"{origin} is not taken from a file, as it lets a model run code; to trust this model give --{name} yourself"
+        for name, origin in settings.untrusted.items()
+        if not settings.values.get(name)
+    ]
     args = Arguments(**settings.values, notices=tuple(settings.notices))
     for problem in find_problems(args):
         if not settings.reported.intersection(problem.flags):
@@ -139,7 +144,8 @@ def _stray(word: str, origin: str = "") -> str:
 class _Settings:
     """What was read so far.
 
-    `given` are flags of the source being read, `reported` those with a problem.
+    `given` are flags of the source being read, `reported` those with a problem, `untrusted` flags that a file sets
+    and that only the command line may set, with their place.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -147,6 +153,7 @@ class _Settings:
     notices: list[str] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
+    untrusted: dict[str, str] = field(default_factory=dict)
     in_config: bool = False
 
     def read_leading_words(self, words: list[str]) -> None:
@@ -272,6 +279,9 @@ class _Settings:
         self._apply(origin, legacy.flag, new_text)
 
     def _set(self, origin: str, name: str, value: Any) -> None:
+        if self.in_config and FLAGS[name].runs_code and value:
+            self.untrusted[name] = origin
+            return
         if name in self.given and self.in_config:
             self._report(f"{origin}: --{name} is given twice", name)
         elif name in self.given:

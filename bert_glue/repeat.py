@@ -13,7 +13,8 @@ _PATHS = (
     "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_path", "train_file", "validation_file",
     "test_file", "dataset_name", "output_dir",
 )  # fmt: skip
-_NOT_REPEATED = ("repeat", "resume_from_checkpoint")  # a resumed run equals one that was left alone
+# A resumed run equals one that was left alone; nothing is sent in the name of whoever repeats a run.
+_NOT_REPEATED = ("repeat", "resume_from_checkpoint", "push_to_hub")
 
 
 def read_run(path: str) -> dict[str, Any]:
