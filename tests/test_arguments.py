@@ -387,7 +387,8 @@ def test_any_config_file_ends_in_settings_or_plain_lines(tmp_path, text, suffix)
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle_weights"])
 def test_a_file_cannot_ask_to_run_code(name, tmp_path):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"sample": True, "task_name": "mrpc", "do_train": True, "output_dir": "x", name: True}))
+    settings = {"sample": True, "task_name": "mrpc", "do_train": True, "output_dir": "x", name: True}
+    config.write_text(json.dumps(settings))
     args = parse([str(config)])
     assert getattr(args, name) is False
     assert any(f"{name} is not taken from a file" in notice for notice in args.notices)
