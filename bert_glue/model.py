@@ -146,8 +146,17 @@ class LoadedModel:
         if self.adapter is not None:
             tensors = self.adapter.merged(tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        config = {name: value for name, value in self.config.items() if name != "torch_dtype"}
+        # transformers loads with this dtype: the base model's would round the trained weights.
+        config["dtype"] = _stored_dtype(tensors)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
+
+
+def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Name of the widest floating-point type among `tensors`, such as float32."""
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return str(max(kinds, key=lambda kind: torch.finfo(kind).bits)).removeprefix("torch.")
 
 
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
