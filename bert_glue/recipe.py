@@ -89,11 +89,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         log.line(line)
     args = _with_sample_model(args, ranks)
     with phase("data"):
-        data = load_task_data(args, _needed(args))
-        for line in (f"data: {data.source}", *data.warnings):
-            log.line(line)
-    if args.do_predict:
-        check_predictable(data.task)
+        data = _read_data(args, log)
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
@@ -113,13 +109,11 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         if args.do_train:
             run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
             results |= train_results(run_of, plan)
-    is_stopped = _is_stopped(ranks, log)
+    is_stopped, analysis = _is_stopped(ranks, log), {}
     is_saved = run_of is not None and not is_stopped
-    if is_saved:
-        # Before anything is scored, analysed or drawn: whatever fails there, the trained model is safe.
-        with phase("save"):
+    with phase("save"):
+        if is_saved:
             _save_model(run_of)
-    analysis: dict = {}
     averaged = run_of.averaged if run_of else nullcontext
     try:
         with averaged(), phase("evaluate"):
@@ -219,7 +213,7 @@ def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
 
 
 def _save_model(run_of: Run) -> None:
-    """The model of a finished training."""
+    """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
     if not run_of.ranks.is_first:
         return
     model, weights = run_of.model, whole_weights(run_of)
@@ -248,6 +242,15 @@ def _needed(args: Arguments) -> frozenset[str]:
         "test": args.do_predict,
     }
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
+    data = load_task_data(args, _needed(args))
+    for line in (f"data: {data.source}", *data.warnings):
+        log.line(line)
+    if args.do_predict:
+        check_predictable(data.task)
+    return data
 
 
 def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
