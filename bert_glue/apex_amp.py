@@ -8,51 +8,16 @@ a static scale end the run, masters and scale go into checkpoints.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from bert_glue.divergence import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
 from bert_glue.errors import DivergedError, MachineError
-from bert_glue.flat import NamedGroup, named_groups
-from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.flat import GradientBuffers, NamedGroup, l2_norm, named_groups
+from bert_glue.precision_plan import USE_NATIVE, PrecisionPlan, load_amp, takes_combine_grad
 from bert_glue.ranks import Ranks
-
-_NATIVE = "leave --amp_backend out: the native levels are the same"
-
-
-def load_amp(needs_combine_grad: bool) -> ModuleType:
-    """`apex.amp`.
-
-    Args:
-        needs_combine_grad: `--use_combine_grad` was given.
-
-    Raises:
-        MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad; with the fix.
-    """
-    if find_spec("apex") is None:
-        raise MachineError(f"--amp_backend apex: apex is not installed; install Ascend's apex, or {_NATIVE}")
-    try:
-        has_amp = find_spec("apex.amp") is not None
-        if has_amp:
-            from apex import amp
-    except Exception as error:  # an apex built for another torch fails in many ways
-        raise MachineError(f"--amp_backend apex: apex cannot be imported ({error}); {_NATIVE}") from error
-    if not has_amp:
-        raise MachineError(f"--amp_backend apex: this apex has no amp, which NVIDIA removed in 2025-05; {_NATIVE}")
-    if needs_combine_grad and not _takes_combine_grad(amp):
-        raise MachineError(
-            f"--use_combine_grad: this apex has no combine_grad, only Ascend's has; leave the flag out, or {_NATIVE}"
-        )
-    return amp
-
-
-def _takes_combine_grad(amp: ModuleType) -> bool:
-    return "combine_grad" in inspect.signature(amp.initialize).parameters
 
 
 class ApexPrecision:
@@ -66,10 +31,15 @@ class ApexPrecision:
     """
 
     def __init__(self, plan: PrecisionPlan, module: nn.Module, ranks: Ranks, combine_grad: bool):
-        self.plan, self.module, self.ranks, self.combine_grad = plan, module, ranks, combine_grad
+        self.plan = plan
+        self.module = module
+        self.ranks = ranks
+        self.combine_grad = combine_grad
         self.amp = load_amp(combine_grad)
         self.groups: list[NamedGroup] = named_groups(module)
         self.optimizer: torch.optim.Optimizer | None = None
+        # Slots only: `backward` adds the gradients over the ranks itself.
+        self.summed = GradientBuffers([], device=next(module.parameters()).device)
         self.skipped_steps = self.overflows_in_a_row = 0
         self._overflowed = False
 
@@ -85,7 +55,7 @@ class ApexPrecision:
         """
         scale = "dynamic" if self.plan.loss_scale is None else self.plan.loss_scale
         options = {"opt_level": self.plan.level, "loss_scale": scale}
-        if _takes_combine_grad(self.amp):
+        if takes_combine_grad(self.amp):
             options["combine_grad"] = self.combine_grad
         try:
             if optimizer is None:
@@ -93,7 +63,7 @@ class ApexPrecision:
                 return None
             _, self.optimizer = self.amp.initialize(self.module, optimizer, **options)
         except RuntimeError as error:
-            raise MachineError(f"--amp_backend apex: {error}; {_NATIVE}") from error
+            raise MachineError(f"--amp_backend apex: {error}; {USE_NATIVE}") from error
         self.optimizer.zero_grad()  # makes the masters, so that a checkpoint can be loaded into them
         return self.optimizer
 
@@ -160,14 +130,9 @@ class ApexPrecision:
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def unsummed(self) -> list[torch.Tensor]:
-        """Nothing: `backward` has added all over the ranks."""
-        return []
-
     def gather_gradients(self) -> torch.Tensor:
         """L2 norm of the unscaled gradients, 0-d fp32."""
-        norms = [p.grad.float().norm() for p in self.masters if p.grad is not None]
-        return torch.stack(norms).norm() if norms else torch.zeros(())
+        return l2_norm([p.grad.float() for p in self.masters if p.grad is not None])
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
         """Clip and update, unless amp skips for overflow; as `Precision.step`.
@@ -188,7 +153,11 @@ class ApexPrecision:
         if max_norm and self.combine_grad:
             optimizer.clip_optimizer_grad_norm_fused(max_norm)
         elif max_norm:
-            nn.utils.clip_grad_norm_(self.masters, max_norm)
+            # As torch's clip_grad_norm_, but by the norm that is logged: torch's own is low for large parameters.
+            factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+            for master in self.masters:
+                if master.grad is not None:
+                    master.grad.mul_(factor)
         optimizer.step()
         return True
 

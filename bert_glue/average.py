@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bert_glue.precision import Precision
+from bert_glue.precision_plan import TrainingPrecision
 from bert_glue.vocabulary import NarrowedEmbedding
 
 
@@ -25,7 +25,7 @@ class WeightAverage:
         decay: in (0, 1).
     """
 
-    def __init__(self, precision: Precision, narrowed: NarrowedEmbedding | None, decay: float):
+    def __init__(self, precision: TrainingPrecision, narrowed: NarrowedEmbedding | None, decay: float):
         self.precision, self.narrowed, self.decay = precision, narrowed, decay
         self.values = [master.detach().float().clone() for master in precision.masters]
         self.row_decay = 1.0

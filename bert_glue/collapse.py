@@ -112,5 +112,6 @@ class CollapseWatch:
         if "loss" in entry and not self._has_warned and 2 * entry["step"] >= self.total_steps:
             flat = flat_loss(self.history, self.constant)
             self._has_warned = flat is not None
-            found += [flat] if flat else []
+            if flat is not None:
+                found.append(flat)
         return [f"warning: nothing learned so far: {text}" for text in found]

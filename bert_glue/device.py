@@ -171,7 +171,12 @@ class Device:
         copy = torch.empty(1, dtype=number.dtype, pin_memory=not self.is_simulated)
         copy.copy_(number, non_blocking=True)
         wait = getattr(self.mark(), "synchronize", self.synchronize)
-        return lambda: (wait(), copy.item())[1]
+
+        def read() -> float:
+            wait()
+            return copy.item()
+
+        return read
 
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
@@ -235,7 +240,8 @@ def _here() -> str:
     usable = []
     for kind in KINDS:
         with suppress(MachineError):
-            usable += [kind] if is_available(kind) else []
+            if is_available(kind):
+                usable.append(kind)
     return ", ".join(usable)
 
 

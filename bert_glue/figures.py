@@ -57,7 +57,7 @@ def train_results(run_of: Run, plan) -> dict:
         keys.TRAIN_SAMPLES: run_of.order.rows,
         "epoch": run_of.epoch,
         # Of one step and rank; null with apex, which adds them up itself.
-        keys.TRAIN_GRADIENT_BYTES: sum(b.numel() * b.element_size() for b in run_of.precision.unsummed()) or None,
+        keys.TRAIN_GRADIENT_BYTES: run_of.precision.summed.bytes if run_of.precision.summed.gradients else None,
         keys.SECONDS_TO_FIRST_STEP: meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }

@@ -59,7 +59,12 @@ class Recorder:
         # The thread that assembles batches allocates meanwhile.
         with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
-        return lambda: (graph.replay(), result)[1]
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 class Recorded:
@@ -126,8 +131,12 @@ class RecordedStep:
         optimizer: torch.optim.Optimizer,
         max_norm: float,
     ):
-        self.recorder, self._pass, self.longest = recorder, run_pass, longest
-        self.precision, self.optimizer, self.max_norm = precision, optimizer, max_norm
+        self.recorder = recorder
+        self.longest = longest
+        self.precision = precision
+        self.optimizer = optimizer
+        self.max_norm = max_norm
+        self._pass = run_pass
         self.passes: dict[tuple, tuple[_Place, Recorded]] = {}
         self.after: tuple[Recorded, Recorded] | None = None
         if asks_nothing_of_host(self.optimizer):

@@ -100,7 +100,7 @@ def dropout(
     if noise is None or drop == 0.0:
         return x if residual is None else x + residual
     if x.is_cpu and drop < 1.0:
-        keep, scale = noise.keep(tuple(x.shape), drop, site), 1.0 / (1.0 - drop)
-        return _CpuDropout.apply(x, keep, scale, residual)
+        keep = noise.keep(tuple(x.shape), drop, site)
+        return _CpuDropout.apply(x, keep, 1.0 / (1.0 - drop), residual)
     dropped = F.dropout(x, drop, training=True)
     return dropped if residual is None else dropped + residual

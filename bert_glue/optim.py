@@ -13,6 +13,7 @@ import torch
 
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError
+from bert_glue.flat import l2_norm
 from bert_glue.npu_optim import NoFusedOptimizer, npu_fused_adamw
 
 _WHOLE_PARAMETER = ("adafactor", "lamb")
@@ -46,7 +47,7 @@ class Lamb(torch.optim.Optimizer):
                 square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 update = (mean / (1 - beta1**t)) / ((square / (1 - beta2**t)).sqrt_().add_(group["eps"]))
                 update.add_(p, alpha=group["weight_decay"])
-                weight_norm, update_norm = p.norm(), update.norm()
+                weight_norm, update_norm = l2_norm([p]), l2_norm([update])
                 trust = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
                 p.sub_(update * (trust * group["lr"]))
 

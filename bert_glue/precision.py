@@ -14,7 +14,7 @@ from torch import nn
 
 from bert_glue.divergence import BAD_GRADIENTS, MOST_OVERFLOWS, check_weights, too_many_overflows
 from bert_glue.errors import DivergedError
-from bert_glue.flat import FlatGroup, Rates, flatten, side_by_side
+from bert_glue.flat import FlatGroup, GradientBuffers, Rates, flatten, l2_norm
 from bert_glue.overflow import overflow_flag
 from bert_glue.precision_plan import PrecisionPlan
 
@@ -66,8 +66,10 @@ class Precision:
         plan: what to do.
         module: on its device, in fp32; converted in place.
         passes: backward passes of an optimizer step.
-        is_joint: False where the optimizer moves its gradients' allocations, see `side_by_side`.
+        is_joint: False where the optimizer moves its gradients' allocations, see `GradientBuffers`.
         rates: factor of the learning rate by parameter name; None: 1 for all.
+
+    `summed` are the buffers that ranks add up in a step.
     """
 
     def __init__(
@@ -80,26 +82,26 @@ class Precision:
         if has_masters:
             convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.groups: list[FlatGroup]
-        self.groups, self._unsummed = flatten(module, is_joint or has_masters, rates)
+        self.groups, self._of_model = flatten(module, is_joint or has_masters, rates)
         device = self.groups[0].data.device
         self.is_dynamic = plan.loss_scale is None
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
         self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
-        # What a step asks the device for reads its own copy of the scale, so that it can be recorded and replayed.
+        # The work of a step reads the scale, and leaves its verdicts, in memory of the device: it can then be recorded
+        # and replayed, and the host waits for none of it.
         self._scale = torch.tensor(float(self.scale), device=device)
         self.norm, self._is_bad, self.has_diverged = (torch.zeros((), device=device) for _ in range(3))
-        self.masters = [g.data for g in self.groups]
-        self.gradients = [g.grad for g in self.groups]
-        self._zeroed = self._unsummed
+        self.masters = [group.data for group in self.groups]
+        self._of_masters = self.summed = self._of_model
         self._adds_passes = has_masters and passes > 1
         if has_masters:
             self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
-            self.gradients, allocations = side_by_side(self.masters, is_joint)
+            self._of_masters = GradientBuffers(self.masters, is_joint)
         if self._adds_passes:
-            self._zeroed, self._unsummed = [*self._unsummed, *allocations], allocations
-        # Chips that saturate keep gradients finite and tell of an overflow in a flag; ranks that saw one, 0-d.
-        self._flag = overflow_flag(device)
-        self._flagged = self._unsummed[-1][-2]
+            self.summed = self._of_masters
+        self.gradients = self._of_masters.gradients
+        # On chips that saturate, gradients stay finite in an overflow, and only this register tells of it.
+        self._register = overflow_flag(device)
         self._copy_masters()
 
     def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
@@ -127,8 +129,9 @@ class Precision:
     def describe(self) -> str:
         """How gradients are kept, one line for the log."""
         sizes = " + ".join(f"{g.grad.numel():,} x {g.grad.element_size()} bytes" for g in self.groups)
-        summed = " and ".join(dict.fromkeys(str(b.dtype).removeprefix("torch.") for b in self._unsummed))
-        collectives = f"{len(self._unsummed)} all-reduce(s) a step in {summed}"
+        dtypes = self.summed.dtypes
+        names = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        collectives = f"{len(dtypes)} all-reduce(s) a step in {names}"
         return f"views of {len(self.groups)} flat buffers ({sizes}), {collectives}, fused clip"
 
     def autocast(self) -> AbstractContextManager:
@@ -136,13 +139,14 @@ class Precision:
         return _autocast(self.plan, self.groups[0].data.device)
 
     def zero_gradients(self) -> None:
-        """Clear the flat buffers; the views stay, which NPU fused optimizers rely on."""
-        for buffer in self._zeroed:
-            buffer.zero_()
+        """Clear all that a step adds to, and give the device the scale of this step."""
+        self._of_model.zero()
+        if self._adds_passes:  # otherwise `gather_gradients` overwrites the masters' gradients: 4 bytes each saved
+            self._of_masters.zero()
         if self.is_dynamic:
             self._scale.fill_(self.scale)
-        if self._flag is not None:
-            self._flag.clear()
+        if self._register is not None:
+            self._register.clear()
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
         """Gradients of one forward pass, scaled.
@@ -151,25 +155,20 @@ class Precision:
             loss: 0-d; None where this rank has no sample in the pass.
             is_last: True in the optimizer step's last pass.
         """
-        if loss is None:
-            return
-        (loss * self._scale).backward()
-        # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
-        self.groups[0].grad[0] += 0.0 * loss.detach()
-        if self._adds_passes:
-            for gradient, group in zip(self.gradients, self.groups, strict=True):
-                gradient.add_(group.grad)
-                group.grad.zero_()
+        if loss is not None:
+            (loss * self._scale).backward()
+            # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+            self.groups[0].grad[0] += 0.0 * loss.detach()
+            if self._adds_passes:
+                self._add_pass()
+        if is_last and self._register is not None:
+            self.summed.overflow.copy_(self._register.read())
 
-    def unsummed(self) -> list[torch.Tensor]:
-        """What has still to be added over ranks after a step's last pass: flat buffers, `[elements]` each.
-
-        The last element of the last one is free for a number that is to be added up with the gradients; the
-        one before it tells of an overflow.
-        """
-        if self._flag is not None:
-            self._flagged.copy_(self._flag.read())
-        return self._unsummed
+    def _add_pass(self) -> None:
+        """Add a pass's 16-bit gradients to the fp32 sums: 512 passes of 1 would end at 256 in bf16."""
+        for gradient, group in zip(self.gradients, self.groups, strict=True):
+            gradient.add_(group.grad)
+            group.grad.zero_()
 
     def gather_gradients(self) -> torch.Tensor:
         """Bring gradients to where the optimizer looks; returns `norm`, their L2 norm without the scale, 0-d fp32."""
@@ -177,10 +176,10 @@ class Precision:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
-        self.norm.copy_(torch.stack([gradient.norm() for gradient in self.gradients]).norm() / self._scale)
-        if self._flag is not None:  # gradients of two ranks, each in range, may have left it as they were added up
-            self._flagged.add_(self._flag.read())
-        self._is_bad.copy_(~torch.isfinite(self.norm) | (self._flagged > 0))
+        self.norm.copy_(l2_norm(self.gradients) / self._scale)
+        if self._register is not None:  # the sum over ranks may have left the range where no rank alone did
+            self.summed.overflow.add_(self._register.read())
+        self._is_bad.copy_(~torch.isfinite(self.norm) | (self.summed.overflow > 0))
         return self.norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:

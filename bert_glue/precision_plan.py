@@ -14,15 +14,23 @@ skipped: a gradient that is not finite stops the run before the update.
 
 from __future__ import annotations
 
+import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from bert_glue.arguments import Arguments
 from bert_glue.device import Device
 from bert_glue.errors import MachineError
+from bert_glue.flat import GradientBuffers, NamedGroup
 
 _REFERENCE_SCALE = 1024.0
+USE_NATIVE = "leave --amp_backend out: the native levels are the same"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,78 @@ class PrecisionPlan:
         return name + (", apex" if self.backend == "apex" else "")
 
 
+class ModelPrecision(Protocol):
+    """A module's parameters at one O-level, which is all that a forward pass needs, and all of `InferencePrecision`."""
+
+    plan: PrecisionPlan
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of a forward pass."""
+
+
+class TrainingPrecision(ModelPrecision, Protocol):
+    """Parameters, gradients and the loss scale of a training run: `Precision` and `ApexPrecision`.
+
+    One optimizer step is `zero_gradients`, `backward` for each pass, the all_reduce of `summed`, `gather_gradients`
+    and `step`, in this order.
+
+    Attributes:
+        groups: parameters that share a weight decay and a learning rate.
+        summed: what has to be added over ranks after the last pass.
+        masters: what the optimizer updates, in the order of `groups`.
+        scale: loss scale now.
+        skipped_steps: updates skipped for overflow so far.
+    """
+
+    groups: list[NamedGroup]
+    summed: GradientBuffers
+    skipped_steps: int
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """What the optimizer updates, in the order of `groups`."""
+
+    @property
+    def scale(self) -> float:
+        """Loss scale now."""
+
+    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+        """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group."""
+
+    def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+        """Take note of the optimizer over `leaves`, None for evaluation alone; returns the one to use."""
+
+    def describe(self) -> str:
+        """How gradients are kept, one line for the log."""
+
+    def zero_gradients(self) -> None:
+        """Clear all that a step adds to."""
+
+    def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
+        """Gradients of one forward pass; `loss` is None where this rank has no sample in it."""
+
+    def gather_gradients(self) -> torch.Tensor:
+        """L2 norm of the step's gradients on all ranks, without the scale, 0-d fp32."""
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
+        """Clip and update; False where the step was skipped for overflow."""
+
+    def check_finite(self) -> None:
+        """Raises DivergedError if a weight, or a gradient under a static scale, is not finite."""
+
+    def named_masters(self) -> dict[str, torch.Tensor]:
+        """fp32 masters under their parameters' names; empty where the model has all there is."""
+
+    def load_masters(self, values: list[torch.Tensor]) -> None:
+        """Take back a copy of `masters`, into the model too."""
+
+    def scale_state(self) -> dict:
+        """Numbers of the loss scale, for a checkpoint."""
+
+    def load_scale_state(self, state: dict) -> None:
+        """Take back `scale_state`."""
+
+
 def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
     """The precision asked for, checked against the device.
 
@@ -75,8 +155,6 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
             f"choose {other}, or --fallback_precision fp32"
         )
     if args.amp_backend == "apex":
-        from bert_glue.apex_amp import load_amp
-
         load_amp(args.use_combine_grad)
     backend = "apex" if args.amp_backend == "apex" else "native"
     if level == "O0":
@@ -89,3 +167,34 @@ def _scale(args: Arguments) -> float | None:
     if args.loss_scale is None:
         return 1.0 if args.fp16_opt_level == "O3" else _REFERENCE_SCALE
     return None if args.loss_scale == "dynamic" else float(args.loss_scale)
+
+
+def load_amp(needs_combine_grad: bool) -> ModuleType:
+    """`apex.amp`.
+
+    Args:
+        needs_combine_grad: `--use_combine_grad` was given.
+
+    Raises:
+        MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad; with the fix.
+    """
+    if find_spec("apex") is None:
+        raise MachineError(f"--amp_backend apex: apex is not installed; install Ascend's apex, or {USE_NATIVE}")
+    try:
+        has_amp = find_spec("apex.amp") is not None
+        if has_amp:
+            from apex import amp
+    except Exception as error:  # an apex built for another torch fails in many ways
+        raise MachineError(f"--amp_backend apex: apex cannot be imported ({error}); {USE_NATIVE}") from error
+    if not has_amp:
+        raise MachineError(f"--amp_backend apex: this apex has no amp, which NVIDIA removed in 2025-05; {USE_NATIVE}")
+    if needs_combine_grad and not takes_combine_grad(amp):
+        raise MachineError(
+            f"--use_combine_grad: this apex has no combine_grad, only Ascend's has; leave the flag out, or {USE_NATIVE}"
+        )
+    return amp
+
+
+def takes_combine_grad(amp: ModuleType) -> bool:
+    """True for Ascend's amp, whose gradients can lie in one buffer."""
+    return "combine_grad" in inspect.signature(amp.initialize).parameters

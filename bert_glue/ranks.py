@@ -136,32 +136,3 @@ class Ranks:
         """End the process group, if there is one and all ranks are still in it."""
         if self.world_size > 1 and torch.distributed.is_initialized() and not self._is_lost:
             torch.distributed.destroy_process_group()
-
-
-class StepSum:
-    """What all ranks add up in an optimizer step, in one collective: the gradients, and who was asked to stop."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self._alone = torch.zeros(1, device=ranks.device.torch_device)
-        self._before: Callable[[], float] = lambda: 0.0
-
-    def __call__(self, buffers: list[torch.Tensor], asks_to_stop: bool) -> bool:
-        """Add the buffers over all ranks, in place.
-
-        Args:
-            buffers: `[elements]` each, mostly one; the last element of the last one is free. May be empty.
-            asks_to_stop: whether this rank was asked to stop.
-
-        Returns:
-            The same on all ranks: whether one of them was asked to stop. On devices that are given work ahead
-            it is the answer of the step before, so that the host need not wait for this one.
-        """
-        if self.ranks.world_size == 1:
-            return asks_to_stop
-        vote = buffers[-1][-1:] if buffers else self._alone
-        vote.fill_(float(asks_to_stop))
-        self.ranks.sum(buffers or [vote])
-        now = self.ranks.device.read_later(vote)
-        answer, self._before = (now if self.ranks.device.is_host else self._before), now
-        return answer() > 0.0

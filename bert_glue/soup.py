@@ -52,7 +52,9 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
     first = folders[0]
     for folder, facts in found.items():
         for name in sorted(found[first].keys() | facts.keys()):
-            if (then := found[first].get(name)) != (now := facts.get(name)):
+            then = found[first].get(name)
+            now = facts.get(name)
+            if then != now:
                 short = f": {then!r} and {now!r}" if len(f"{then}{now}") < 100 else ""
                 raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights have no mean")
     return read_config(first)

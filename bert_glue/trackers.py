@@ -98,7 +98,8 @@ class Trackers:
             worker.entries.put(None)
         for worker in self._workers:
             worker.join(max(0.0, until - time.monotonic()))
-        lines, open_still = self.problems(), [worker for worker in self._workers if worker.is_alive()]
+        lines = self.problems()
+        open_still = [worker for worker in self._workers if worker.is_alive()]
         self._workers = []
         return lines + [
             f"--report_to {worker.tracker_name}: not done after {CLOSE_SECONDS:g} s, left alone; "

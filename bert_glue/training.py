@@ -13,8 +13,8 @@ from bert_glue.errors import DivergedError
 from bert_glue.evaluation import EvaluationStopped
 from bert_glue.objectives import Objective
 from bert_glue.optim import schedule, set_rate
-from bert_glue.ranks import StepSum
 from bert_glue.result_keys import is_loss
+from bert_glue.stopping import StopVote
 from bert_glue.training_run import Run
 from bert_glue.training_state import save_checkpoint
 
@@ -46,7 +46,7 @@ def train(run: Run) -> None:
     """
     args, progress, ranks, precision = run.args, run.progress, run.ranks, run.precision
     factor = schedule(args.lr_scheduler_type, run.total_steps, args.warmup_steps)
-    objective, add_up = Objective(args, run.task, run.model.module, ranks.rank), StepSum(ranks)
+    objective, vote = Objective(args, run.task, run.model.module, ranks.rank), StopVote(ranks)
     # Sum over the steps since the last log line; each rank has its share, a resumed one is the first rank's.
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
@@ -72,7 +72,7 @@ def train(run: Run) -> None:
                 continue
             step_loss += step.run_pass(batch, samples, number == len(micro_batches))
             run.meter.count(batch, objective.passes)
-        stop_asked = add_up(precision.unsummed(), run.log.stop_asked())
+        stop_asked = vote.all_reduce(precision.summed, run.log.stop_asked())
         norm = step.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:

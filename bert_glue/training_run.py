@@ -14,7 +14,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.average import WeightAverage
 from bert_glue.batching import Assembler, TokenSplit, TrainingOrder
 from bert_glue.model import LoadedModel
-from bert_glue.precision import Precision
+from bert_glue.precision_plan import TrainingPrecision
 from bert_glue.profiling import NoTrace
 from bert_glue.progress import Progress, ProgressLog
 from bert_glue.ranks import Ranks
@@ -48,7 +48,7 @@ class Run:
     task: GlueTask
     ranks: Ranks
     model: LoadedModel
-    precision: Precision
+    precision: TrainingPrecision
     optimizer: torch.optim.Optimizer
     assemble: Assembler
     split: TokenSplit

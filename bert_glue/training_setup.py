@@ -27,7 +27,7 @@ from bert_glue.model import LoadedModel
 from bert_glue.npu_optim import moves_allocations
 from bert_glue.optim import build_optimizer, is_elementwise
 from bert_glue.precision import InferencePrecision, Precision
-from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.precision_plan import ModelPrecision, PrecisionPlan, TrainingPrecision
 from bert_glue.profiling import StepTrace
 from bert_glue.progress import ProgressLog
 from bert_glue.ranks import Ranks
@@ -61,9 +61,7 @@ def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: Narro
     )
 
 
-def make_precision(
-    args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks
-) -> Precision | InferencePrecision:
+def make_precision(args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks) -> ModelPrecision:
     """The module at the plan's level, natively or by apex; ready to evaluate, and with `--do_train` to train."""
     if plan.backend == "apex":
         from bert_glue.apex_amp import ApexPrecision
@@ -93,24 +91,7 @@ def fine_tune(
 ) -> Run:
     """Build the run, resume it if asked, train, and end with the best weights if asked."""
     split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
-    # Encoders that cannot be packed waste least when batches hold similar lengths.
-    grouped = args.train_sampling_strategy == "group_by_length" or (
-        not model.is_packed and args.padding in ("auto", "packed")
-    )
-    order = TrainingOrder(
-        rows=len(split),
-        micro_batch=args.per_device_train_batch_size * ranks.world_size,
-        accumulation=args.gradient_accumulation_steps,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        drop_last=args.dataloader_drop_last,
-        lengths=split.table.lengths if grouped else None,
-        whole_steps=args.global_batch_size is not None,
-    )
-    if order.steps_per_epoch == 0:
-        raise UsageError(
-            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.unit}; "
-            f"lower --{'global' if order.whole_steps else 'per_device_train'}_batch_size or leave the flag out"
-        )
+    order = _order(args, split, model, ranks)
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
     optimizer, used = build_optimizer(args, precision.leaves(not is_elementwise(args.optim)))
     _set_rates(optimizer, precision, narrowed)
@@ -134,7 +115,8 @@ def fine_tune(
         f"{args.gradient_accumulation_steps} accumulated"
     )
     constant = constant_loss(task, split.labels, args.label_smoothing_factor)
-    log.watch, log.ends_at_once = CollapseWatch(constant, total, run_of.progress.history), False
+    log.watch = CollapseWatch(constant, total, run_of.progress.history)
+    log.ends_at_once = False
     _train(run_of)
     log.watch = None
     log.close()
@@ -143,7 +125,34 @@ def fine_tune(
     return run_of
 
 
-def _set_rates(optimizer: Optimizer, precision: Precision, narrowed: NarrowedEmbedding | None) -> None:
+def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Ranks) -> TrainingOrder:
+    """Which rows each step takes.
+
+    Raises:
+        UsageError: `--dataloader_drop_last` leaves no step.
+    """
+    # Encoders that cannot be packed waste least when batches hold similar lengths.
+    grouped = args.train_sampling_strategy == "group_by_length" or (
+        not model.is_packed and args.padding in ("auto", "packed")
+    )
+    order = TrainingOrder(
+        rows=len(split),
+        micro_batch=args.per_device_train_batch_size * ranks.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        drop_last=args.dataloader_drop_last,
+        lengths=split.table.lengths if grouped else None,
+        whole_steps=args.global_batch_size is not None,
+    )
+    if order.steps_per_epoch == 0:
+        raise UsageError(
+            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.unit}; "
+            f"lower --{'global' if order.whole_steps else 'per_device_train'}_batch_size or leave the flag out"
+        )
+    return order
+
+
+def _set_rates(optimizer: Optimizer, precision: TrainingPrecision, narrowed: NarrowedEmbedding | None) -> None:
     """Give each group of the optimizer its factor of the learning rate."""
     for group, flat in zip(optimizer.param_groups, precision.groups, strict=True):
         group["rate_factor"] = flat.rate
@@ -183,7 +192,8 @@ def _train(run_of: Run) -> None:
 
 def _trace(run_of: Run) -> AbstractContextManager:
     """Traces `--profile_steps` meanwhile; what was begun is written, whatever ends training."""
-    steps, path = run_of.args.profile_steps, run_of.output_dir / f"trace-{run_of.ranks.rank}.json"
+    steps = run_of.args.profile_steps
+    path = run_of.output_dir / f"trace-{run_of.ranks.rank}.json"
     if steps is None:
         return nullcontext()
     done, total = run_of.progress.step, run_of.total_steps

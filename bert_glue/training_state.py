@@ -44,7 +44,9 @@ def save_checkpoint(run: Run) -> None:
     if not run.ranks.is_first:
         return
     run.saver.wait()  # one copy in host memory at a time
-    weights, state, progress = whole_weights(run), _optimizer_tensors(run), json.dumps(_state(run))
+    weights = whole_weights(run)
+    state = _optimizer_tensors(run)
+    progress = json.dumps(_state(run))
     folder, best = (run.output_dir / f"checkpoint-{n}" for n in (run.progress.step, run.progress.best_step))
 
     def write(into: Path) -> None:

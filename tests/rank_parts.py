@@ -44,9 +44,9 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
     import torch
     from recipe_parts import arguments, fit, losses
 
-    from bert_glue import ranks as ranks_module
     from bert_glue.batching import Assembler
     from bert_glue.global_batch import for_ranks
+    from bert_glue.stopping import StopVote
 
     rows, collectives = [], []
     assemble = Assembler.__call__
@@ -66,13 +66,13 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
 
         setattr(torch.distributed, name, counted)
     in_steps = []
-    add_up = ranks_module.StepSum.__call__
+    add_up = StopVote.all_reduce
 
     def between(self, *given):
         in_steps.append(len(collectives))
         return add_up(self, *given)
 
-    ranks_module.StepSum.__call__ = between
+    StopVote.all_reduce = between
     args = arguments(
         folder.parent / "parts", num_train_epochs=2.0, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH,
         output_dir=str(folder / "out"), logging_steps=4, **changes,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import recipe_parts
 import torch
 from recipe_parts import arguments, fit, losses, results_of
 from torch import nn
 
-from bert_glue import device, precision, throughput
+from bert_glue import device, flat, precision, throughput
 from bert_glue.arguments import Arguments
 from bert_glue.device import Device
 from bert_glue.errors import DivergedError, MachineError
@@ -392,8 +394,7 @@ def test_passes_of_one_step_add_up_in_fp32():
     state.zero_gradients()
     for _ in range(512):
         state.backward(module[2].bias.float().sum())
-    (summed,) = state.unsummed()
-    assert summed.dtype == FP32 and summed.data_ptr() == state.gradients[0].data_ptr()
+    assert state.summed.dtypes == [FP32] and state.summed.gradients is state.gradients
     gathered = {}
     state.gather_gradients()
     for group, gradient in zip(state.groups, state.gradients, strict=True):
@@ -403,19 +404,25 @@ def test_passes_of_one_step_add_up_in_fp32():
     assert not any(g.any() for g in (*state.gradients, *(group.grad for group in state.groups)))
 
 
+class Doubling:
+    """Two ranks with the same gradients."""
+
+    def sum(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            tensor.mul_(2)
+
+
 def test_an_overflow_of_the_sum_over_ranks_is_an_overflow():
     """Two ranks with 60000 each, finite in fp16, are inf together; all see the same sum and decide alike."""
     _, state, optimizer = build(PrecisionPlan("O2", FP16, None))
     before = [m.clone() for m in state.masters]
     set_gradients(state, 60000.0)
-    for buffer in state.unsummed():
-        buffer += buffer.clone()
+    state.summed.all_reduce(Doubling())
     assert not state.step(optimizer, state.gather_gradients(), 1.0)
     assert state.skipped_steps == 1 and all(map(torch.equal, state.masters, before))
     fixed = build(PrecisionPlan("O2", FP16, 1024.0))[1]
     set_gradients(fixed, 60000.0)
-    for buffer in fixed.unsummed():
-        buffer += buffer.clone()
+    fixed.summed.all_reduce(Doubling())
     fixed.step(optimizer, fixed.gather_gradients(), 1.0)
     with pytest.raises(DivergedError):
         fixed.check_finite()
@@ -495,3 +502,55 @@ def test_flags_without_effect_are_told():
     for words, notice in told.items():
         assert parse([*base, *words.split()]).notices == (notice,)
     assert parse([*base, "--fp16", "--fp16_opt_level", "O3", "--loss_scale", "1024.0"]).notices == ()
+
+
+# ---- the norm ----
+
+
+def worst_case(elements: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    """Equal squares, so that each rounding of a long fp32 sum goes the same way."""
+    return torch.full((elements,), 1.1e-3, dtype=dtype)
+
+
+def exact_norm(tensors: list[torch.Tensor]) -> float:
+    """In float64, a piece at a time."""
+    return math.sqrt(sum(piece.double().square().sum().item() for t in tensors for piece in t.split(1 << 22)))
+
+
+def test_a_norm_of_chunks_covers_every_element(monkeypatch):
+    """Small chunks, and tensors that fill none, some exactly, or some and a part."""
+    monkeypatch.setattr(flat, "_NORM_CHUNK", 16)
+    draws = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (1, 15, 16, 17, 1000)]
+    for tensors in (draws, draws[:1], [draws[4].view(10, 100).t()], [torch.zeros(0), draws[3]]):
+        assert flat.l2_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=3e-7)
+    assert flat.l2_norm([]).item() == flat.l2_norm([torch.zeros(20)]).item() == 0.0
+    assert flat.l2_norm([torch.tensor([3.0, torch.inf])]).item() == torch.inf
+    assert flat.l2_norm([torch.full((40,), torch.nan)]).isnan()
+
+
+def test_a_norm_keeps_what_one_long_sum_loses():
+    gradient = worst_case(1 << 24)
+    assert flat.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-6)
+
+
+@pytest.mark.parametrize("level, dtype", [("O0", FP32), ("O1", BF16), ("O2", BF16), ("O2", FP16), ("O3", BF16)])
+def test_norm_and_clip_of_many_elements(level, dtype):
+    """12 M elements, of which `Tensor.norm` loses 4e-4; clip and logged norm are those of float64."""
+    module = nn.Linear(4096, 3072, bias=False)
+    state = Precision(PrecisionPlan(level, dtype, 1.0), module)
+    for group in state.groups:
+        group.grad.copy_(torch.randn(group.grad.shape, generator=torch.Generator().manual_seed(3)))
+    expected = exact_norm([group.grad for group in state.groups])
+    norm = state.gather_gradients()
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    leaves = [leaf for leaves, _ in state.leaves(per_parameter=False) for leaf in leaves]
+    state.step(torch.optim.SGD(leaves, lr=0.0), norm, 1.0)
+    assert exact_norm(state.gradients) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", [worst_case, lambda elements: torch.randn(elements) * 1e-3])
+def test_the_norm_of_335_million_elements(draw):
+    """bert-large has 335 M parameters: one sum is 5 % low."""
+    gradient = draw(335_000_000)
+    assert flat.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-5)

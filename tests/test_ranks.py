@@ -16,8 +16,9 @@ from recipe_parts import REPOSITORY, arguments, flags_of, make_data, make_model,
 
 from bert_glue.arguments import Arguments
 from bert_glue.errors import RankError, UsageError
-from bert_glue.flat import side_by_side
-from bert_glue.ranks import Place, Ranks, StepSum, place_in
+from bert_glue.flat import GradientBuffers
+from bert_glue.ranks import Place, Ranks, place_in
+from bert_glue.stopping import StopVote
 
 
 @pytest.fixture(scope="module")
@@ -121,36 +122,43 @@ class Pretended:
 
 
 def test_where_work_is_queued_the_answer_is_that_of_the_step_before() -> None:
-    add_up, buffer = StepSum(Pretended()), torch.zeros(9)
-    assert add_up([buffer], False) is False  # of no step yet
-    assert buffer.tolist() == [1.0] * 9  # the other rank asks
-    assert add_up([buffer], False) is True
+    vote, buffers = StopVote(Pretended()), GradientBuffers([torch.ones(9)])
+    assert vote.all_reduce(buffers, False) is False  # of no step yet
+    assert buffers.gradients[0].tolist() == [1.0] * 9
+    assert buffers.stop_votes.tolist() == [1.0]  # the other rank's
+    assert vote.all_reduce(buffers, False) is True
 
 
-def test_alone_or_without_buffers() -> None:
+def test_alone_or_without_gradients() -> None:
     ranks = Ranks(Arguments(use_cpu=True))
-    assert [StepSum(ranks)([torch.zeros(3)], asked) for asked in (False, True)] == [False, True]
-    pretended = StepSum(Pretended())
-    pretended([], False)
-    assert pretended([], False) is True
+    assert [StopVote(ranks).all_reduce(GradientBuffers([]), asked) for asked in (False, True)] == [False, True]
+    pretended, slots = StopVote(Pretended()), GradientBuffers([])
+    pretended.all_reduce(slots, False)
+    assert pretended.all_reduce(slots, False) is True
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32, torch.float16)])
-def test_buffers_lie_side_by_side_with_a_free_end(dtypes) -> None:
+@pytest.mark.parametrize("is_joint", [True, False])
+def test_slots_ride_with_the_gradients_and_touch_none(dtypes, is_joint: bool) -> None:
     sizes = (65, 1, 200)[: len(dtypes)]
     likes = [torch.ones(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-    found, joints = side_by_side(likes)
-    assert [joint.dtype for joint in joints] == list(dict.fromkeys(dtypes))
-    for number, zeros in enumerate(found, 1):
-        joint = next(joint for joint in joints if joint.dtype == zeros.dtype)
-        assert zeros.shape == likes[number - 1].shape and zeros.dtype == dtypes[number - 1]
-        assert (zeros.data_ptr() - joint.data_ptr()) % (64 * zeros.element_size()) == 0
+    buffers = GradientBuffers(likes, is_joint)
+    assert buffers.dtypes == (list(dict.fromkeys(dtypes)) if is_joint else [*dtypes, torch.float32])
+    for number, (zeros, like) in enumerate(zip(buffers.gradients, likes, strict=True), 1):
+        assert zeros.shape == like.shape and zeros.dtype == like.dtype and not zeros.any()
+        assert zeros.data_ptr() % 64 == 0
         zeros.fill_(number)
-    assert all((zeros == number).all() for number, zeros in enumerate(found, 1))
-    assert all(joint[-2:].tolist() == [0, 0] for joint in joints)
-    alone, wholes = side_by_side(likes, is_joint=False)
-    assert [id(zeros) for zeros in alone] == [id(whole) for whole in wholes[:-1]] and wholes[-1].tolist() == [0, 0]
-    assert all(zeros.untyped_storage().nbytes() == zeros.numel() * zeros.element_size() for zeros in alone)
+    buffers.overflow.fill_(7.0)
+    buffers.stop_votes.fill_(8.0)
+    assert all((zeros == number).all() for number, zeros in enumerate(buffers.gradients, 1))
+    buffers.all_reduce(Pretended())
+    assert [zeros[-1].item() for zeros in buffers.gradients] == [number + 1 for number in range(1, len(likes) + 1)]
+    assert (buffers.overflow.item(), buffers.stop_votes.item()) == (8.0, 9.0)
+    buffers.zero()
+    assert not any(tensor.any() for tensor in (*buffers.gradients, buffers.overflow, buffers.stop_votes))
+    if not is_joint:  # an optimizer may move each gradient's memory
+        sizes = [zeros.untyped_storage().nbytes() for zeros in buffers.gradients]
+        assert sizes == [zeros.numel() * zeros.element_size() for zeros in buffers.gradients]
 
 
 # How ranks lose each other
