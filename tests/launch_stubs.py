@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-_PLAIN_MODULES = ("__init__", "errors", "tasks", "launch_results", "launch_ranks", "perf", "requirements_check",
-                  "recipes", "config_file", "arguments", "flag_values", "whole_file")  # fmt: skip
+_PLAIN_MODULES = ("__init__", "errors", "tasks", "result_keys", "launch_results", "launch_ranks", "perf",
+                  "requirements_check", "recipes", "config_file", "arguments", "flag_values", "whole_file")  # fmt: skip
 
 # Records how it was called, then does what STUB_* says.
 STUB_RUN_GLUE = """
