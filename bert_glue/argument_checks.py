@@ -15,7 +15,7 @@ from bert_glue.flag_values import read_number, read_steps, shown
 from bert_glue.step_checks import compiled_problems, recorded_problems
 from bert_glue.tasks import GlueTask, get_task, own_task
 from bert_glue.technique_checks import technique_problems, techniques_without_effect
-from bert_glue.weight_checks import trained_problems, upload_notices, upload_problems
+from bert_glue.weight_checks import tokenizer_problems, trained_problems, upload_notices, upload_problems
 
 DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _FILES = ("train_file", "validation_file", "test_file")
@@ -26,7 +26,7 @@ def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
-    checks += (trained_problems, upload_problems)
+    checks += (tokenizer_problems, trained_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 

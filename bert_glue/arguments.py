@@ -38,7 +38,7 @@ class ModelArguments:
         "huggingface", "where names of models and data sets are looked up", choices=("huggingface", "modelscope")
     )
     model_revision: str = flag("main", "branch, tag or commit of a hub model")
-    use_fast_tokenizer: bool = flag(True, "tokenizer written in Rust")
+    use_fast_tokenizer: bool = flag(True, "the only tokenizer that transformers 5 has; False is refused")
     token: str | None = flag(None, "hub token; default: HF_TOKEN or the saved login", secret=True)
     trust_remote_code: bool = flag(False, "run Python code that comes with a hub model", runs_code=True)
     ignore_mismatched_sizes: bool = flag(False, "new random weights where a stored shape differs")

@@ -46,7 +46,7 @@ def load(name: str) -> LoadedModel:
     disable_progress_bar()  # of reading one file
     args = Arguments(model_name_or_path=name, padding="longest")
     model = load_model(args, task_of_model(model_folder(name, args))[0])
-    if model.is_fresh:
+    if model.fresh:
         raise MachineError(f"{name}: has no classifier; fine-tune it first")
     # The tracer writes plain matrix products, which every runtime has kernels for.
     model.module.stock.set_attn_implementation("eager")

@@ -134,7 +134,7 @@ def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
     ranks = Ranks(args)
     plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is for training
     model = load_model(args, task)
-    if model.is_fresh:
+    if model.fresh:
         raise MachineError(f"--model {args.model_name_or_path}: has no classifier; fine-tune it first")
     model.module.to(ranks.device.torch_device)
     precision = InferencePrecision(plan, model.module)

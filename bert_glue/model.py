@@ -34,8 +34,6 @@ from bert_glue.weights import (
     weight_files,
 )
 
-_FRESH = "started anew, not in the checkpoint: "
-
 
 class PaddedClassifier(nn.Module):
     """transformers' own classifier behind the interface of the packed one; its dropout is torch's."""
@@ -67,6 +65,7 @@ class LoadedModel:
         why_padded: reason of a padded run, for the log; "" if packed.
         notes: lines for the log (head started anew, labels reordered).
         files: the weights it was loaded from.
+        fresh: weights, such as the head's, that were not in the checkpoint and start at random.
         frozen: parameters that are not trained, as they were loaded, on the host, by name.
         adapter: LoRA, which `module` then holds; None without.
         trained: what is trained, for results.
@@ -79,6 +78,7 @@ class LoadedModel:
     why_padded: str = ""
     notes: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: Adapter | None = None
     trained: str = "all"
@@ -95,11 +95,6 @@ class LoadedModel:
     def passes(self) -> int:
         """Times an encoder's forward products are computed in a training step: forward, to inputs, to weights."""
         return 3 if not self.frozen else 1 if self.adapter is None else 2
-
-    @property
-    def is_fresh(self) -> bool:
-        """True if a part of it, such as the head, was not in the checkpoint and starts at random."""
-        return any(note.startswith(_FRESH) for note in self.notes)
 
     @property
     def shape(self) -> EncoderShape | None:
@@ -151,8 +146,17 @@ class LoadedModel:
         if self.adapter is not None:
             tensors = self.adapter.merged(tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        config = {name: value for name, value in self.config.items() if name != "torch_dtype"}
+        # transformers loads with this dtype: the base model's would round the trained weights.
+        config["dtype"] = _stored_dtype(tensors)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
+
+
+def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Name of the widest floating-point type among `tensors`, such as float32."""
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return str(max(kinds, key=lambda kind: torch.finfo(kind).bits)).removeprefix("torch.")
 
 
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
@@ -183,22 +187,26 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     can_pack = why_not_packed(config) is None
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
-    packed, notes = _packed(folder, config, args, stored_labels, task, earlier) if can_pack else (None, [])
-    files = weight_files(folder, args.allow_pickle_weights)
-    if reason is None:
-        return LoadedModel(packed, tokenizer, config, True, notes=guessed_type(config_folder) + notes, files=files)
-    module, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
-    if packed is not None:
+    notes, files = guessed_type(config_folder), weight_files(folder, args.allow_pickle_weights)
+    packed: PackedClassifier | None = None
+    if can_pack:
+        packed, fresh, packed_notes = _packed(folder, config, args, stored_labels, task, earlier)
+        if reason is None:
+            return LoadedModel(packed, tokenizer, config, True, notes=notes + packed_notes, files=files, fresh=fresh)
+    module, stock_fresh, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
+    if packed is None:
+        notes, fresh = notes + stock_notes, stock_fresh
+    else:
+        notes = notes + packed_notes
         # A padded run for comparison starts from the packed run's weights, a fresh head included.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
-    notes = guessed_type(config_folder) + (notes or stock_notes)
-    return LoadedModel(module, tokenizer, config, False, reason, notes, files)
+    return LoadedModel(module, tokenizer, config, False, reason, notes, files, fresh)
 
 
 def _packed(
     folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
-) -> tuple[PackedClassifier, list[str]]:
-    """Our own module with a checkpoint's weights, and notes; fixes the architecture in `config`."""
+) -> tuple[PackedClassifier, list[str], list[str]]:
+    """Our own module with a checkpoint's weights, the names of fresh ones, notes; fixes `config`'s architecture."""
     family = FAMILIES[config["model_type"]]
     config["architectures"] = [family.architecture]
     try:
@@ -213,11 +221,10 @@ def _packed(
         for name in ("head_output.weight", "head_output.bias"):
             tensors.pop(weight_names(family, shape)[name], None)
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
-    notes = [_FRESH + ", ".join(fresh) + _of(earlier)] if fresh else []
-    notes = notes or _reorder_head(module.head_output, stored_labels, task)
+    notes = [_fresh_note(fresh, earlier)] if fresh else _reorder_head(module.head_output, stored_labels, task)
     if args.reinit_layers:
         notes.append(reinitialise(module, args.reinit_layers, deviation))
-    return module, notes
+    return module, fresh, notes
 
 
 def _earlier_task(config: dict, args: Arguments, task: GlueTask) -> str:
@@ -226,8 +233,9 @@ def _earlier_task(config: dict, args: Arguments, task: GlueTask) -> str:
     return earlier if args.do_train and earlier != task.name else ""
 
 
-def _of(earlier: str) -> str:
-    return f" (the checkpoint's head is for {earlier})" if earlier else ""
+def _fresh_note(fresh: list[str], earlier: str) -> str:
+    why = f" (the checkpoint's head is for {earlier})" if earlier else ""
+    return f"started anew, not in the checkpoint: {', '.join(fresh)}{why}"
 
 
 def _stored_labels(config: dict) -> list[str]:
@@ -263,8 +271,8 @@ def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[st
 
 def _stock(
     folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
-) -> tuple[PaddedClassifier, list[str]]:
-    """transformers' own module, for padded runs and for encoders that cannot be packed; and notes."""
+) -> tuple[PaddedClassifier, list[str], list[str]]:
+    """transformers' own module, for padded runs and encoders that cannot be packed; names of fresh weights, notes."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
     files = weight_files(folder, args.allow_pickle_weights)
@@ -299,5 +307,5 @@ def _stock(
         initialise(heads[-1], config.get("initializer_range", 0.02))
         fresh = [name for name, part in stock.named_modules() if part is heads[-1]]
     if fresh:
-        return PaddedClassifier(stock), [_FRESH + ", ".join(fresh) + _of(earlier)]
-    return PaddedClassifier(stock), _reorder_head(heads[-1], stored_labels, task) if heads else []
+        return PaddedClassifier(stock), fresh, [_fresh_note(fresh, earlier)]
+    return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task) if heads else []

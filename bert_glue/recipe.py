@@ -29,7 +29,7 @@ from bert_glue.progress import Progress, ProgressLog
 from bert_glue.provenance import provenance, with_outcome
 from bert_glue.ranks import Ranks
 from bert_glue.repeat import check_inputs, check_outcome, read_run
-from bert_glue.scoring import evaluate_splits, predict_splits
+from bert_glue.scoring import check_predictable, evaluate_splits, predict_splits
 from bert_glue.sources import TaskData, load_task_data
 from bert_glue.tasks import GlueTask
 from bert_glue.text_tokens import tokenize
@@ -89,9 +89,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         log.line(line)
     args = _with_sample_model(args, ranks)
     with phase("data"):
-        data = load_task_data(args, _needed(args))
-        for line in (f"data: {data.source}", *data.warnings):
-            log.line(line)
+        data = _read_data(args, log)
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
@@ -111,8 +109,11 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         if args.do_train:
             run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
             results |= train_results(run_of, plan)
-    is_stopped = _is_stopped(ranks, log)
-    analysis: dict = {}
+    is_stopped, analysis = _is_stopped(ranks, log), {}
+    is_saved = run_of is not None and not is_stopped
+    with phase("save"):
+        if is_saved:
+            _save_model(run_of)
     averaged = run_of.averaged if run_of else nullcontext
     try:
         with averaged(), phase("evaluate"):
@@ -125,7 +126,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         is_stopped = True
     with phase("save"):
         if run_of is not None:
-            _save(run_of, is_stopped)
+            _save_unfinished(run_of)
     results |= compiled.summary(evaluator.assemble.shapes, log) if compiled else {}
     results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
     results["seconds"] = phase.seconds
@@ -135,7 +136,6 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         progress = run_of.progress if run_of else Progress()
         log.results(results, progress.step)
         with checkpoint.plain_errors(Path(args.output_dir)):
-            is_saved = run_of is not None and not is_stopped
             record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)
             reporting.write_results(args, data, results, progress.history, record, analysis)
         if args.repeat and not is_stopped:
@@ -212,18 +212,23 @@ def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
     return found is not None
 
 
-def _save(run_of: Run, is_stopped: bool) -> None:
-    """The model of a finished run; if a signal came, the checkpoint it can be finished from."""
-    if not is_stopped and run_of.ranks.is_first:
-        model, weights = run_of.model, whole_weights(run_of)
-        checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
-        folder = run_of.output_dir / adapters.FOLDER
-        if model.adapter is not None:
-            with checkpoint.plain_errors(folder):
-                make_own_folder(folder)
-            checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
-        elif folder.exists():
-            run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
+def _save_model(run_of: Run) -> None:
+    """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
+    if not run_of.ranks.is_first:
+        return
+    model, weights = run_of.model, whole_weights(run_of)
+    checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
+    folder = run_of.output_dir / adapters.FOLDER
+    if model.adapter is not None:
+        with checkpoint.plain_errors(folder):
+            make_own_folder(folder)
+        checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
+    elif folder.exists():
+        run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
+
+
+def _save_unfinished(run_of: Run) -> None:
+    """If a signal came, the checkpoint that the run can be finished from."""
     if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
         with run_of.saver:
             save_checkpoint(run_of)
@@ -237,6 +242,15 @@ def _needed(args: Arguments) -> frozenset[str]:
         "test": args.do_predict,
     }
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
+    data = load_task_data(args, _needed(args))
+    for line in (f"data: {data.source}", *data.warnings):
+        log.line(line)
+    if args.do_predict:
+        check_predictable(data.task)
+    return data
 
 
 def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:

@@ -29,6 +29,9 @@ def analysis_sections(analysis: dict[str, Any]) -> str:
 
 
 def _confusion(part: dict) -> str:
+    if part.get("confused"):
+        rows = [[html.escape(label), html.escape(answer), str(count)] for label, answer, count in part["confused"]]
+        return f"<div>{table([both(key) for key in ('label', 'prediction', 'rows')], rows, numbers=(2,))}</div>"
     if "confusion" not in part:
         return ""
     labels = [html.escape(label) for label in part["labels"]]

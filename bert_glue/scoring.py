@@ -55,6 +55,16 @@ def predict_splits(
     return results
 
 
+def check_predictable(task: GlueTask) -> None:
+    """Before training: raises DataError where a class name cannot stand in `predict_results_<task>.txt`."""
+    for name in task.labels:
+        if any(sign in name for sign in "\t\n\r"):
+            raise DataError(
+                f"--do_predict: class {name!r} has a tab or line break, which predict_results_{task.name}.txt cannot "
+                "hold; rename the class, or run python -m bert_glue.predict instead, which writes csv"
+            )
+
+
 def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis: dict) -> dict:
     """Adds a companion's scores by category to `analysis`, or says why not; a broken file must not cost the run."""
     try:

@@ -1,4 +1,4 @@
-"""Checks between flags about a model's weights: which of them are trained, and where they are sent."""
+"""Checks of flags about a model: its tokenizer, which weights are trained, and where they are sent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from bert_glue.arguments import Arguments
 from bert_glue.errors import Problem
 from bert_glue.flag_values import shown
+
+
+def tokenizer_problems(args: Arguments) -> Iterator[Problem]:
+    """The choice between two tokenizers of one model, which transformers 5 no longer has."""
+    if not args.use_fast_tokenizer:
+        yield Problem(
+            ("use_fast_tokenizer",),
+            "--use_fast_tokenizer False: transformers 5 has one tokenizer for each model, and it runs whether it is "
+            "written in Rust or in Python; leave the flag out",
+        )
 
 
 def trained_problems(args: Arguments) -> Iterator[Problem]:

@@ -128,7 +128,7 @@ def test_a_padded_run_has_the_same_adapters(peft, tmp_path, model_type):
     assert (ours - expected).abs().max() <= 1e-5
     model.save(tmp_path / "merged")
     again = load_model(Arguments(model_name_or_path=str(tmp_path / "merged"), padding="longest"), RTE)
-    assert not again.is_fresh and (again.module.eval()(**padded) - expected).abs().max() <= 1e-5
+    assert not again.fresh and (again.module.eval()(**padded) - expected).abs().max() <= 1e-5
 
 
 def test_defaults_and_start_are_those_of_peft(peft, tmp_path):

@@ -175,3 +175,10 @@ def test_wrong_values_name_the_flag_that_was_typed(words, expected):
     with pytest.raises(UsageError) as caught:
         parse([*BASE, *words.split()])
     assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_the_slow_tokenizer_is_refused_not_ignored():
+    words = f"{README} --use_fast_tokenizer"
+    with pytest.raises(UsageError, match="use_fast_tokenizer False: transformers 5 has one tokenizer"):
+        parse([*words.split(), "False"])
+    assert parse([*words.split(), "True"]).use_fast_tokenizer
