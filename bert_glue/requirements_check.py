@@ -3,8 +3,7 @@
     python -m bert_glue.requirements_check requirements.txt [requirements-dev.txt]
 
 Prints what is missing and exits with 0 (nothing), 1 (something) or 3 (something, in an environment that
-has torch_npu: it must not be exchanged for one without). `--mend FOLDER` removes the records of packages
-whose installation into FOLDER was cut off, so that pip installs them again.
+has torch_npu: it must not be exchanged for one without).
 
 A compatible version is enough, because NPU and conda environments pin their own: torch from 2.6 (the
 first with every operator we call), transformers, datasets and accelerate of the pinned minor version
@@ -14,7 +13,6 @@ first with every operator we call), transformers, datasets and accelerate of the
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -60,20 +58,6 @@ def lacking(files: list[Path]) -> list[str]:
     return [text for text in found if text]
 
 
-def forget_half_installed(site_packages: Path) -> list[str]:
-    """Remove the `.dist-info` folders of packages that pip did not finish; returns their names.
-
-    pip writes INSTALLER's line into RECORD as its last act, and takes a folder without it for installed.
-    """
-    half = []
-    for folder in site_packages.glob("*.dist-info"):
-        record = folder / "RECORD"
-        if not record.is_file() or "INSTALLER" not in record.read_text(encoding="utf-8"):
-            half.append(folder.name.split("-")[0])
-            shutil.rmtree(folder)
-    return half
-
-
 def _has_npu_backend() -> bool:
     try:
         return bool(metadata.version("torch_npu"))
@@ -83,10 +67,6 @@ def _has_npu_backend() -> bool:
 
 def main(argv: list[str]) -> int:
     """Exit code, see the module's text."""
-    if argv[:1] == ["--mend"]:
-        for folder in Path(argv[1]).glob("lib/python*/site-packages"):
-            forget_half_installed(folder)
-        return 0
     missing = lacking([Path(name) for name in argv])
     if not missing:
         return 0

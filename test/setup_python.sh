@@ -85,13 +85,13 @@ install() { # install <venv> <what python3 lacks> <requirements file>...; the ca
     missing=".venv lacks $(lacks "$venv/bin/python" "$@" || true)"
   fi
   echo "setup: $missing; installing into .venv (once; 2 to 10 minutes)" >&2
-  # The file stays if we are killed, and tells the next launch that pip may have left half a package.
-  if "$venv/bin/python" -c '' 2>/dev/null; then
-    [[ ! -e $venv/.installing ]] || (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.requirements_check --mend "$venv")
-  else
+  # The file stays if we are killed, and tells the next launch that pip may have left half a package: pip takes it for
+  # a whole one, so the environment is made anew. Without its python it is no environment until that is done.
+  [[ ! -e $venv/.installing ]] || rm -f "$venv/bin/python"
+  if ! "$venv/bin/python" -c '' 2>/dev/null; then
     "$BASE_PYTHON" -m venv --clear --without-pip "$venv" >&2 || fail 4 "$BASE_PYTHON cannot make $venv"
   fi
-  if [[ -e $venv/.installing ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     : >"$venv/.installing"
     "$venv/bin/python" -m ensurepip >/dev/null ||
       fail 4 "$BASE_PYTHON has no pip for a virtual environment (Debian, Ubuntu: apt install python3-venv)"

@@ -76,12 +76,12 @@ if rank in (None, "0"):
     (output / "all_results.json").write_text(json.dumps(results))
 """
 
-# A python without the requirements. Everything but these three calls is the real one's business.
+# A python without the requirements. Everything but these two calls is the real one's business.
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
-  *requirements_check\\ --mend*) ;;
   *requirements_check*) echo "torch, datasets"; exit "${FAKE_LACKS:-1}" ;;
-  *"-m venv"*)
+  *"-m venv --clear"*)
+    rm -rf "${@: -1}"
     mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/venv_python" "${@: -1}/bin/python" && exit ;;
 esac
 exec REAL "$@"
