@@ -42,7 +42,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks
     return {
         "bert_glue": __version__,
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "argv": [_without_secrets(word, args) for word in sys.argv],
         "working_directory": os.getcwd(),
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
@@ -77,6 +77,11 @@ def _without_secrets(word: str, args: Arguments) -> str:
     for name in (name for name, flag in FLAGS.items() if flag.secret and getattr(args, name)):
         word = word.replace(getattr(args, name), "***")
     return word
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a result; None where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

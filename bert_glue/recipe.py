@@ -27,6 +27,7 @@ from bert_glue.model import LoadedModel, load_model
 from bert_glue.precision_plan import PrecisionPlan, plan_precision
 from bert_glue.progress import Progress, ProgressLog
 from bert_glue.provenance import provenance, with_outcome
+from bert_glue.rank_agreement import compare_inputs, compare_settings
 from bert_glue.ranks import Ranks
 from bert_glue.repeat import check_inputs, check_outcome, read_run
 from bert_glue.scoring import check_predictable, evaluate_splits, predict_splits
@@ -84,6 +85,7 @@ def run(args: Arguments) -> int:
 def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     phase, given = Phases(), args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
+    compare_settings(ranks, args)
     args, derived = for_ranks(args, ranks.world_size)
     for line in (*(f"note: {notice}" for notice in args.notices), *derived):
         log.line(line)
@@ -97,6 +99,8 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         record = _provenance(given, data, model, ranks, log)
     with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
+    with phase("agreement"):
+        compare_inputs(ranks, data.task, splits, model)
     plan = plan_precision(args, ranks.device)
     _say_how(args, model, plan, log)
     if log.is_first and "train" in splits:
