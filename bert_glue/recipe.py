@@ -57,6 +57,7 @@ def run(args: Arguments) -> int:
         UserError: a mistake that the user can mend, with its exit code.
     """
     ranks = Ranks(args)
+    compare_settings(ranks, args)
     trackers = Trackers(args, ranks.is_first)
     shows = ranks.is_first and args.log_level in ("debug", "info")
     log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
@@ -85,7 +86,6 @@ def run(args: Arguments) -> int:
 def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     phase, given = Phases(), args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
-    compare_settings(ranks, args)
     args, derived = for_ranks(args, ranks.world_size)
     for line in (*(f"note: {notice}" for notice in args.notices), *derived):
         log.line(line)
@@ -99,7 +99,6 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         record = _provenance(given, data, model, ranks, log)
     with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
-    with phase("agreement"):
         compare_inputs(ranks, data.task, splits, model)
     plan = plan_precision(args, ranks.device)
     _say_how(args, model, plan, log)
@@ -133,8 +132,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
             _save_unfinished(run_of)
     results |= compiled.summary(evaluator.assemble.shapes, log) if compiled else {}
     results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
-    results["seconds"] = phase.seconds
-    results["e2e_runtime"] = seconds_since_process_start()
+    results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
         progress = run_of.progress if run_of else Progress()
