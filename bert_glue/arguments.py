@@ -7,6 +7,7 @@ are those of Hugging Face's TrainingArguments and run_glue.py wherever the meani
 
 from __future__ import annotations
 
+import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -296,3 +297,15 @@ FLAGS: dict[str, Flag] = {
     for group in reversed(Arguments.__bases__)
     for found in fields(group)
 }
+
+
+def without_secrets(text: str, args: Any) -> str:
+    """`text` with `***` for the value of every secret flag, and for the token in HF_TOKEN.
+
+    Args:
+        args: `Arguments`, or an object with some of its fields.
+    """
+    secrets = [getattr(args, name, None) for name, flag in FLAGS.items() if flag.secret]
+    for secret in filter(None, (*secrets, os.environ.get("HF_TOKEN"))):
+        text = text.replace(secret, "***")
+    return text

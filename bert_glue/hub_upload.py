@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue import hub_files
-from bert_glue.arguments import Arguments
+from bert_glue.arguments import Arguments, without_secrets
 from bert_glue.errors import MachineError, first_line
 
 _SENT = [
@@ -37,7 +37,8 @@ def claim(args: Arguments) -> str:
         return _client(args).create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
     except Exception as error:  # the client raises a dozen kinds
         raise MachineError(
-            f"--push_to_hub: the hub does not take {name}: {_safe(error, args)}; nothing was trained yet"
+            f"--push_to_hub: the hub does not take {name}: {without_secrets(first_line(error), args)};"
+            " nothing was trained yet"
         ) from error
 
 
@@ -52,7 +53,7 @@ def push(args: Arguments, name: str) -> str:
         return _client(args).create_commit(name, _files(Path(args.output_dir)), commit_message=message).commit_url
     except Exception as error:
         raise MachineError(
-            f"--push_to_hub: {args.output_dir} was not sent to {name}: {_safe(error, args)}; "
+            f"--push_to_hub: {args.output_dir} was not sent to {name}: {without_secrets(first_line(error), args)}; "
             f"all results are there: `hf upload {name} {args.output_dir}` sends them"
         ) from error
 
@@ -88,11 +89,3 @@ def _client(args: Arguments) -> Any:
         raise MachineError("no token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
     disable_progress_bars()
     return HfApi(endpoint=constants.ENDPOINT, token=token)
-
-
-def _safe(error: Exception, args: Arguments) -> str:
-    """Its first line, without a token in it."""
-    text = first_line(error)
-    for secret in filter(None, (args.hub_token, args.token)):
-        text = text.replace(secret, "***")
-    return text

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bert_glue.arguments import without_secrets
 from bert_glue.errors import DataError, MachineError, UserError, first_line
 from bert_glue.hub_data import open_folder, start_probe
 from bert_glue.hub_files import MODEL_FILES, PICKLED_WEIGHTS, has_safetensors
@@ -47,10 +48,7 @@ def _fetch(name: str, kind: str, patterns: list[str], args: Any, error_type: typ
             token=args.token, local_files_only=reason is not None,
         )  # fmt: skip
     except Exception as error:  # the package raises two dozen kinds
-        first = first_line(error)
-        if args.token:
-            first = first.replace(args.token, "***")
-        why = f"ModelScope {endpoint} did not give it: {first}"
+        why = f"ModelScope {endpoint} did not give it: {without_secrets(first_line(error), args)}"
         if reason is not None:
             why = f"ModelScope {endpoint} is not used ({reason}) and its cache has no copy"
         raise error_type(f"--hub modelscope: {kind} {name}: {why}; {_WAYS_OUT}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue import __version__
-from bert_glue.arguments import FLAGS, Arguments
+from bert_glue.arguments import FLAGS, Arguments, without_secrets
 from bert_glue.checkpoint import file_hash
 from bert_glue.result_keys import is_of_evaluation
 
@@ -43,7 +43,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks
         "bert_glue": __version__,
         "python": sys.version.split()[0],
         "packages": package_versions(),
-        "argv": [_without_secrets(word, args) for word in sys.argv],
+        "argv": [without_secrets(word, args) for word in sys.argv],
         "working_directory": os.getcwd(),
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
         "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
@@ -71,12 +71,6 @@ def with_outcome(
         "scores": scores,
         "weights_sha256": file_hash(weights) if is_saved and weights.is_file() else None,
     }
-
-
-def _without_secrets(word: str, args: Arguments) -> str:
-    for name in (name for name, flag in FLAGS.items() if flag.secret and getattr(args, name)):
-        word = word.replace(getattr(args, name), "***")
-    return word
 
 
 def package_versions() -> dict[str, str | None]:
