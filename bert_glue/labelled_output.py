@@ -90,9 +90,10 @@ class ToFile:
         """Takes over what an earlier process told; returns the bytes that count."""
         try:
             told = json.loads(self._progress.read_text(encoding="utf-8"))
+            _check_progress(told)
         except FileNotFoundError:
             return 0
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self._progress}: is damaged ({error}); --overwrite begins anew") from None
         other = [name for name, value in self.identity.items() if told["identity"].get(name) != value]
         if other:
@@ -138,6 +139,20 @@ class ToFile:
         if not self.rows:
             self._partial.unlink(missing_ok=True)
         self._file.close()
+
+
+def _check_progress(told: Any) -> None:
+    """Raises ValueError where `told` is not what `ToFile.append` writes."""
+    kinds = {"rows": int, "bytes": int, "input_sha256": str, "columns": list, "identity": dict}
+    if not isinstance(told, dict):
+        raise ValueError("it is not an object")
+    for name, kind in kinds.items():
+        value = told.get(name)
+        is_count = kind is not int or (not isinstance(value, bool) and isinstance(value, int) and value >= 0)
+        if not isinstance(value, kind) or not is_count:
+            raise ValueError(f"its {name!r} is {str(value)[:40]}")
+    if not all(isinstance(name, str) for name in told["columns"]):
+        raise ValueError("its 'columns' are not names")
 
 
 class _Encoder:
