@@ -135,8 +135,8 @@ def state_shapes(
             means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
         return {name: (size, own) for name, size in means.items()} | {"step": (number, counts), "RMS": (number, own)}
     found = {"exp_avg": (shape, own), "exp_avg_sq": (shape, own)}
-    # apex's FusedAdam counts the steps of a whole group.
-    return found if any("step" in group for group in optimizer.param_groups) else found | {"step": (number, counts)}
+    # apex's FusedAdam counts the steps of a whole group, from its first update on.
+    return found if type(optimizer).__name__ == "FusedAdam" else found | {"step": (number, counts)}
 
 
 def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[dict]], torch.optim.Optimizer]:
