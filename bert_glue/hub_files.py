@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +37,19 @@ def use_ca_bundle() -> None:
             os.environ.setdefault("SSL_CERT_FILE", os.environ[name])
 
 
+@cache
+def _default_client() -> Any:
+    """The client as `huggingface_hub` makes it. Read once, because each of ours is made after it."""
+    from huggingface_hub import get_session
+
+    return get_session()
+
+
 def prepare_client() -> None:
     """Set the limit of requests for all that `huggingface_hub` does from here on."""
     import huggingface_hub
-    from huggingface_hub.utils._http import default_client_factory
 
+    default = _default_client()
     asked: Counter[str] = Counter()
 
     def count(request: Any) -> None:
@@ -50,9 +59,8 @@ def prepare_client() -> None:
             raise OSError(f"{address} was cut off {MOST_REQUESTS} times")
 
     def factory() -> Any:
-        client = default_client_factory()
-        client.event_hooks = {"request": [*client.event_hooks["request"], count]}
-        return client
+        hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], count]}
+        return type(default)(event_hooks=hooks, follow_redirects=default.follow_redirects, timeout=default.timeout)
 
     huggingface_hub.set_client_factory(factory)
 

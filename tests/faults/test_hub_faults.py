@@ -115,10 +115,10 @@ def test_damage_in_the_cache_is_found_offline(server, tmp_path, glue):
 
 def test_a_file_is_asked_for_ten_times_at_most(tmp_path, monkeypatch):
     """The client itself counts anew with each chunk it gets: of large files it would ask for ever."""
-    from huggingface_hub.utils import _http, get_session
+    from huggingface_hub import get_session, set_client_factory
 
     monkeypatch.setenv("NO_PROXY", "*")
-    root = make_model(tmp_path / "remote")
+    root, before = make_model(tmp_path / "remote"), get_session()
     try:
         with serve(root, MODEL, COMMIT) as hub:
             hub_files.prepare_client()
@@ -129,7 +129,7 @@ def test_a_file_is_asked_for_ten_times_at_most(tmp_path, monkeypatch):
                 get_session().get(f"{address}/config.json?download=true")
             assert get_session().get(f"{address}/vocab.txt").status_code == 200
     finally:
-        _http.set_client_factory(_http.default_client_factory)
+        set_client_factory(lambda: type(before)(follow_redirects=True, timeout=None))
 
 
 # ---- TLS ----
