@@ -16,7 +16,7 @@ import torch
 
 from bert_glue import host
 from bert_glue.errors import MachineError, UsageError, did_you_mean
-from bert_glue.npu_install import explain
+from bert_glue.npu_install import explained
 
 KINDS = ("npu", "cuda", "cpu")
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -39,7 +39,7 @@ def _torch_npu():
     except Exception as error:  # a wrong torch/torch_npu/CANN triple fails in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
             return None
-        raise MachineError(explain(error)) from error
+        raise explained(error) from error
     return torch_npu
 
 
@@ -272,13 +272,13 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
     if kind == "auto":
         kind = next(k for k in KINDS if is_available(k))
     elif not is_available(kind):
-        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {_here()}); {_fix(kind)}")
+        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {_here()})", _fix(kind))
     if kind == "cpu":
         return Device("cpu")
     number, count = int(index) if index else local_rank, _module(kind).device_count()
     if number >= count:
         raise MachineError(
-            f"--device {requested}: {kind} device {number} is not here, there are {count}; choose one below {count}"
+            f"--device {requested}: {kind} device {number} is not here, there are {count}", f"choose one below {count}"
         )
     return Device(kind, number)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bert_glue.errors import first_line
+from bert_glue.errors import UserError, first_line
 
 _PRECISIONS = {
     "fp32": {"fp16": False},
@@ -47,9 +47,20 @@ class _Facts:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # broken installations raise anything, SystemExit included
-            text = first_line(error)
-            self.tell(fact, **known, problem=text, kind_of_error=type(error).__name__)
+            self.tell(fact, **known, **_failure(error))
             return False
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """`problem` in one line, its parts `what` and `fix` ("" where there is none), and of what kind it is."""
+    line, is_ours = first_line(error), isinstance(error, UserError)
+    return {
+        "problem": line,
+        "what": error.what if is_ours and error.fix else line,
+        "fix": error.fix if is_ours else "",
+        "exit_code": error.exit_code if is_ours else None,
+        "kind_of_error": type(error).__name__,
+    }
 
 
 def _torch() -> dict[str, Any]:

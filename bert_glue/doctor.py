@@ -20,7 +20,9 @@ from typing import Any
 
 from bert_glue.doctor_checks import REPOSITORY, HubCheck, Problem, disk, memory, ports, versions
 from bert_glue.doctor_text import lines
+from bert_glue.errors import MachineError, UsageError
 
+_NO_FIX = "python -m bert_glue.doctor --device auto shows what is here"
 _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -68,7 +70,7 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
         "disk": _guarded("disk", problems, lambda: disk(problems)),
         "ports": _guarded("ports", problems, lambda: ports(problems)),
     }
-    is_unknown = any(fact.get("kind_of_error") == "UsageError" for fact in facts.get("chosen", []))
+    is_unknown = any(fact.get("exit_code") == UsageError.exit_code for fact in facts.get("chosen", []))
     report["can_train"] = _can_train(report)
     report["exit_code"] = 0 if report["can_train"] else 2 if is_unknown else 4
     report["problems"] = [problem._asdict() for problem in dict.fromkeys(problems)]
@@ -147,11 +149,12 @@ def _devices(facts: dict[str, list[dict[str, Any]]], problems: list[Problem]) ->
     chosen = facts.get("chosen", [{}])[0]
     for fact in (*facts.get("kind", []), *facts.get("auto", []), chosen):
         if fact.get("problem"):
-            problems.append(_with_fix(fact["problem"]))
+            problems.append(Problem(fact["what"], fact["fix"] or _NO_FIX))
     training = {fact["precision"]: fact for fact in facts.get("training", [])}
     for name, fact in training.items():
         # A precision that a device does not have is a fact about it; anything else is not as it should be.
-        if fact.get("kind_of_error") not in (None, "MachineError") or (name == "fp32" and "problem" in fact):
+        is_lack = fact.get("exit_code") == MachineError.exit_code and name != "fp32"
+        if "problem" in fact and not is_lack:
             fix = "check the device's memory, its other users and its own log"
             problems.append(Problem(f"training in {name} failed: {fact['problem']}", fix))
     return {
@@ -163,12 +166,6 @@ def _devices(facts: dict[str, list[dict[str, Any]]], problems: list[Problem]) ->
         "training": training,
         "apex": facts.get("apex", [None])[0],
     }
-
-
-def _with_fix(text: str) -> Problem:
-    """Our own messages have the fix behind their first semicolon."""
-    what, _, fix = text.partition("; ")
-    return Problem(what, fix or "python -m bert_glue.doctor --device auto shows what is here")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,20 @@ from typing import NamedTuple
 
 
 class UserError(Exception):
-    """Base of all mistakes a user can mend; `str(error)` is complete, one problem a line."""
+    """Base of all mistakes a user can mend; `str(error)` is complete, one problem a line.
+
+    Args:
+        what: what is wrong.
+        fix: the way out, printed behind it.
+        more: further lines.
+    """
 
     exit_code = 2
+
+    def __init__(self, what: str, fix: str = "", more: tuple[str, ...] = ()):
+        super().__init__("\n".join((f"{what}; {fix}" if fix else what, *more)))
+        self.what = what
+        self.fix = fix
 
 
 class UsageError(UserError):

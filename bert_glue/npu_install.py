@@ -6,7 +6,7 @@ import os
 import re
 from importlib import metadata
 
-from bert_glue.errors import first_line
+from bert_glue.errors import MachineError, first_line
 
 # torch_npu is built for one X.Y of torch (its metadata: `Requires-Dist: torch==X.Y.Z.*`) and tested with one CANN.
 # Source: TorchNPU's COMPATIBILITY.md, and for CANN 8.5.0 also the README in torch_npu 2.13.0's metadata.
@@ -18,16 +18,17 @@ PAIRS = (
 )
 
 
-def explain(error: BaseException) -> str:
-    """Lines for a MachineError: what failed with its fix, what is here, what goes together."""
+def explained(error: BaseException) -> MachineError:
+    """What failed with its fix, what is here, and which versions go together."""
     text = first_line(error)
     torch, torch_npu = _version("torch"), _version("torch_npu")
-    lines = [f"torch_npu cannot be imported: {text}; {_fix(text, torch, torch_npu)}"]
-    lines.append(f"here: torch {torch}, torch_npu {torch_npu}, {_cann()}")
-    lines.append("torch_npu X.Y.Z needs torch X.Y.Z, and a CANN (source: TorchNPU's COMPATIBILITY.md):")
-    lines += [f"  torch_npu {versions}: CANN {cann}" for versions, cann in PAIRS]
-    lines.append("--device cpu and --device cuda train without torch_npu")
-    return "\n".join(lines)
+    more = (
+        f"here: torch {torch}, torch_npu {torch_npu}, {_cann()}",
+        "torch_npu X.Y.Z needs torch X.Y.Z, and a CANN (source: TorchNPU's COMPATIBILITY.md):",
+        *(f"  torch_npu {versions}: CANN {cann}" for versions, cann in PAIRS),
+        "--device cpu and --device cuda train without torch_npu",
+    )
+    return MachineError(f"torch_npu cannot be imported: {text}", _fix(text, torch, torch_npu), more)
 
 
 def _fix(text: str, torch: str, torch_npu: str) -> str:
