@@ -59,7 +59,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise MachineError(f"{file}: no results of a finished run ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MachineError(f"{file}: no results of a finished run ({error})") from error
     if not isinstance(results, dict):
         raise MachineError(f"{file}: not a JSON object")

@@ -22,6 +22,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.layerwise import reinitialise
+from bert_glue.model_bounds import check_size
 from bert_glue.model_folder import guessed_type, model_folder, read_config
 from bert_glue.packed import EncoderShape, PackedClassifier
 from bert_glue.tasks import GlueTask
@@ -188,6 +189,8 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
     notes, files = guessed_type(config_folder), weight_files(folder, args.allow_pickle_weights)
+    check_size(config, files, config_folder / "config.json")
+    tokenizer.id_limit = config.get("vocab_size")
     packed: PackedClassifier | None = None
     if can_pack:
         packed, fresh, packed_notes = _packed(folder, config, args, stored_labels, task, earlier)

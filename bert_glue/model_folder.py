@@ -8,6 +8,7 @@ from pathlib import Path
 from bert_glue import hub_files
 from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError, first_line
+from bert_glue.model_bounds import check_config
 from bert_glue.weights import check_not_lfs_pointer
 
 
@@ -60,10 +61,11 @@ def read_config(folder: Path) -> dict:
     check_not_lfs_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MachineError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise MachineError(f"{path} is not a JSON object")
+    check_config(config, path)
     if not config.get("model_type"):
         if not _is_bert_shaped(config):
             raise MachineError(f'{path} has no model_type; add it, for example "model_type": "bert"')

@@ -12,14 +12,15 @@ import json
 import os
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bert_glue.chunked_encoding import encode_rows, flat_arrays
-from bert_glue.errors import MachineError, UsageError
+from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.sources import Split
 from bert_glue.weights import check_not_lfs_pointer
 
@@ -58,12 +59,15 @@ class TextTokenizer:
     Args:
         folder: model folder.
         uses_types: False for families whose token types are all 0.
+
+    `id_limit` is the number of rows of the model's embedding, None where it is not known.
     """
 
     def __init__(self, folder: Path, uses_types: bool = True, trust_remote_code: bool = False):
         self.folder, self.uses_types = folder, uses_types
         self.backend = _backend(folder, trust_remote_code)
         self.backend.no_padding()
+        self.id_limit: int | None = None
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, split: Split, max_length: int) -> TokenTable:
@@ -74,11 +78,26 @@ class TextTokenizer:
         """
         if self.backend.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
             raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
-        chunks = [flat_arrays(rows) for rows in encode_rows(self.backend, split.texts, max_length)]
+        with _library_errors(self.folder):
+            chunks = [flat_arrays(rows) for rows in encode_rows(self.backend, split.texts, max_length)]
         ids, lengths, second = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
         if not self.uses_types:
             second = lengths.astype(np.int32)
-        return TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second)
+        return self.checked(TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second))
+
+    def checked(self, table: TokenTable) -> TokenTable:
+        """The same table, whose ids the model's embedding has.
+
+        Raises:
+            MachineError: an id is beyond `id_limit`.
+        """
+        largest = int(table.ids.max()) if len(table.ids) else 0
+        if self.id_limit is not None and largest >= self.id_limit:
+            raise MachineError(
+                f"the tokenizer in {self.folder} gives token id {largest}, and the model has {self.id_limit} rows of "
+                "embeddings (vocab_size): they do not belong together"
+            )
+        return table
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json beside the model's other tokenizer files, copied as they are.
@@ -108,6 +127,17 @@ class TextTokenizer:
         self.backend.no_truncation()
         # Not backend.save: on a full disk that raises a bare Exception.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+
+
+@contextmanager
+def _library_errors(folder: Path) -> Iterator[None]:
+    """Turn what the Rust library makes of a broken tokenizer, a bare Exception or a panic, into one line."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise MachineError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
 
 
 def _backend(folder: Path, trust_remote_code: bool):
@@ -185,7 +215,7 @@ def tokenize(
     """
     folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length)
     if not refresh and (table := _read(folder)) is not None:
-        return table, "cached"
+        return tokenizer.checked(table), "cached"
     if threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(threads)
     table = tokenizer.encode(split, max_length)
