@@ -56,11 +56,11 @@ class Adapter:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What must not differ on resume, besides shapes, by flag."""
+        """What must not differ on resume, besides shapes."""
         return {
-            "--lora_alpha": self.config.lora_alpha,
-            "--lora_dropout": self.config.lora_dropout,
-            "adapted layers (--lora_target_modules)": list(self.layers),
+            "lora_alpha": self.config.lora_alpha,
+            "lora_dropout": self.config.lora_dropout,
+            "adapted_layers": list(self.layers),
         }
 
     def merged(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

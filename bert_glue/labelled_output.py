@@ -19,11 +19,23 @@ from typing import Any, BinaryIO
 
 from bert_glue.checkpoint import plain_errors
 from bert_glue.errors import CheckpointError, DataError
+from bert_glue.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.reporting import write_json
 from bert_glue.tables import Table
 from bert_glue.whole_file import open_own, written_aside
 
 Columns = dict[str, list]
+# All that decides the bytes of the output.
+IDENTITY = (
+    Fact("model_sha256", "model"),
+    Fact("tokenizers", "tokenizer"),
+    *flag_facts(("text_columns",)),
+    Fact("max_seq_lengths", "--max_seq_length"),
+    *flag_facts(("per_device_eval_batch_size",)),
+    Fact("precision", "precision"),
+    Fact("device", "device"),
+    *flag_facts(("output_format",)),
+)
 
 
 class ToStandardOutput:
@@ -60,8 +72,7 @@ class ToFile:
 
     Args:
         kind: csv, tsv, jsonl or parquet.
-        identity: all that decides the result, by the names a user knows; a part that was begun with
-            another one is refused.
+        identity: values of `IDENTITY`; a part that was begun with others is refused.
         overwrite: replace a finished file, and begin anew.
 
     Raises:
@@ -95,10 +106,10 @@ class ToFile:
             return 0
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self._progress}: is damaged ({error}); --overwrite begins anew") from None
-        other = [name for name, value in self.identity.items() if told["identity"].get(name) != value]
+        other = differences(IDENTITY, with_current_keys(IDENTITY, told["identity"]), self.identity)
         if other:
             raise CheckpointError(
-                f"--output {self.path}: {told['rows']} rows were labelled with another {', '.join(other)}; "
+                f"--output {self.path}: {told['rows']} rows were labelled with another {other}; "
                 "go on with the same, or --overwrite begins anew"
             )
         if self._partial.stat().st_size < told["bytes"]:

@@ -123,19 +123,20 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
 
 
 def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:
-    """All that decides the bytes of the output, by the names a user knows."""
+    """The values of `labelled_output.IDENTITY`."""
     from bert_glue.checkpoint import file_hash
     from bert_glue.weights import weight_files
 
+    files = [path for folder in folders for path in weight_files(folder, args.allow_pickle_weights)]
     return {
-        "model": [file_hash(path) for folder in folders for path in weight_files(folder, args.allow_pickle_weights)],
-        "tokenizer": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
-        "--text_columns": list(labeller.task.columns),
-        "--max_seq_length": [one.limit for one in (labeller, *labeller.others)],
-        "--per_device_eval_batch_size": args.per_device_eval_batch_size,
+        "model_sha256": [file_hash(path) for path in files],
+        "tokenizers": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
+        "text_columns": list(labeller.task.columns),
+        "max_seq_lengths": [one.limit for one in (labeller, *labeller.others)],
+        "per_device_eval_batch_size": args.per_device_eval_batch_size,
         "precision": labeller.evaluator.precision.plan.name,
         "device": labeller.evaluator.ranks.device.kind,
-        "--output_format": kind,
+        "output_format": kind,
     }
 
 

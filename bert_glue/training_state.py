@@ -17,6 +17,7 @@ from bert_glue.average import WeightAverage
 from bert_glue.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
 from bert_glue.errors import CheckpointError
 from bert_glue.generators import random_tensors, set_random_tensors
+from bert_glue.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.progress import Progress
 from bert_glue.training_run import Run
 
@@ -77,27 +78,44 @@ def _state(run: Run) -> dict:
     }
 
 
+_SAME = (
+    Fact("model_shapes", "model"),
+    Fact("frozen_weights_sha256", "weights that are not trained (--model_name_or_path)"),
+    *flag_facts(("lora_alpha", "lora_dropout")),
+    Fact("adapted_layers", "adapted layers (--lora_target_modules)"),
+    Fact("optimizer", "optimizer"),
+    *flag_facts(("amp_backend", "layerwise_lr_decay")),
+    Fact("training_rows", "training rows"),
+    Fact("samples_per_step", "samples a step (batch size x ranks x --gradient_accumulation_steps)"),
+    *flag_facts(("seed",)),
+    Fact("order_seed", "seed of the order (--data_seed)", "seed of the order"),
+    Fact("epoch_multiple_of", "samples an epoch is cut to a multiple of (--dataloader_drop_last)"),
+    Fact("is_grouped_by_length", "grouping by length (--train_sampling_strategy)", "grouping by length"),
+    Fact("words_sha256", "data (words in use; --do_eval, --do_predict and --max_*_samples count)"),
+)
+
+
 def _must_be_same(run: Run) -> dict[str, object]:
-    """What a resumed run shares with the first one, by the name a user knows it by."""
+    """What a resumed run shares with the first one: the values of `_SAME`."""
     words = run.narrowed.rows.numpy().tobytes() if run.narrowed else b""
     shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
     if run.narrowed:
         shapes.pop("words.weight")
     order, frozen = run.order, run.model.frozen_hash
     return {
-        "model": shapes,
-        **({"weights that are not trained (--model_name_or_path)": frozen} if frozen else {}),
+        "model_shapes": shapes,
+        **({"frozen_weights_sha256": frozen} if frozen else {}),
         **(run.model.adapter.settings if run.model.adapter else {}),
         "optimizer": type(run.optimizer).__name__,
-        "--amp_backend": run.precision.plan.backend,
-        "--layerwise_lr_decay": run.args.layerwise_lr_decay,
-        "training rows": order.rows,
-        "samples a step (batch size x ranks x --gradient_accumulation_steps)": order.step_size,
-        "--seed": run.args.seed,
-        "seed of the order": order.seed,
-        "samples an epoch is cut to a multiple of (--dataloader_drop_last)": order.unit,
-        "grouping by length": order.lengths is not None,
-        "data (words in use; --do_eval, --do_predict and --max_*_samples count)": hashlib.sha256(words).hexdigest(),
+        "amp_backend": run.precision.plan.backend,
+        "layerwise_lr_decay": run.args.layerwise_lr_decay,
+        "training_rows": order.rows,
+        "samples_per_step": order.step_size,
+        "seed": run.args.seed,
+        "order_seed": order.seed,
+        "epoch_multiple_of": order.unit,
+        "is_grouped_by_length": order.lengths is not None,
+        "words_sha256": hashlib.sha256(words).hexdigest(),
     }
 
 
@@ -111,15 +129,24 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_MAY_CHANGE = (
+    *flag_facts(_SETTINGS),
+    Fact("total_steps", "steps in all"),
+    Fact("world_size", "ranks"),
+    Fact("precision", "precision"),
+    Fact("device", "device"),
+)
+
+
 def _may_change(run: Run) -> dict[str, object]:
-    """What may differ on resume, but then gives another result than the run undisturbed."""
-    facts = {
-        "steps in all": run.total_steps,
-        "ranks": run.ranks.world_size,
+    """The values of `_MAY_CHANGE`: where one differs, a resumed run gives another result than one left alone."""
+    return {
+        **{name: getattr(run.args, name) for name in _SETTINGS},
+        "total_steps": run.total_steps,
+        "world_size": run.ranks.world_size,
         "precision": run.precision.plan.name,
         "device": run.ranks.device.name,
     }
-    return {**{f"--{name}": getattr(run.args, name) for name in _SETTINGS}, **facts}
 
 
 def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -168,12 +195,12 @@ def resume(run: Run, folder: Path) -> list[str]:
 
 def _resume(run: Run, folder: Path) -> list[str]:
     state = read_state(folder)
-    other = [_difference(key, state["same"].get(key), now) for key, now in _must_be_same(run).items()]
-    if any(other):
-        differences = "; ".join(filter(None, other))
-        raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {differences}")
+    other = differences(_SAME, with_current_keys(_SAME, state["same"]), _must_be_same(run))
+    if other:
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {other}")
     # A flag that came after the checkpoint had its default.
-    then = {f"--{name}": FLAGS[name].default for name in _SETTINGS} | state["settings"]
+    defaults = {name: FLAGS[name].default for name in _SETTINGS}
+    then = defaults | with_current_keys(_MAY_CHANGE, state["settings"])
     now = _may_change(run)
     tensors = read_tensors(run, folder)
     _load_optimizer(run, tensors)
@@ -185,7 +212,7 @@ def _resume(run: Run, folder: Path) -> list[str]:
         run.precision.load_scale_state(state["loss_scale"])
     if run.narrowed:
         run.narrowed.decay = state["narrowed_decay"]
-    if run.average and then["--ema_decay"]:
+    if run.average and then["ema_decay"]:
         run.average.load(tensors, state["average_row_decay"])
     elif run.average:
         run.average = WeightAverage(run.precision, run.narrowed, run.args.ema_decay)  # from the weights as they are now
@@ -195,18 +222,11 @@ def _resume(run: Run, folder: Path) -> list[str]:
     randoms = folder / f"random-{run.ranks.rank}.safetensors"
     if randoms.is_file():
         set_random_tensors(read_randoms(run, randoms), run.ranks.device)
-    changes = [f"{name} {value} (was {then[name]})" for name, value in now.items() if then[name] != value]
+    changes = [f"{f.label} {now[f.key]} (was {then[f.key]})" for f in _MAY_CHANGE if then[f.key] != now[f.key]]
     if not changes:
         return []
     run.progress.changes.append(f"after step {run.progress.step}: {', '.join(changes)}")
     return [f"resumed with other settings, so not bit for bit: {', '.join(changes)}"]
-
-
-def _difference(key: str, then: object, now: object) -> str:
-    """`key` with both values if they are short; "" where they are equal."""
-    if then == now:
-        return ""
-    return f"{key} ({then}, now {now})" if len(f"{then}{now}") < 60 else key
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +170,52 @@ def test_an_unchanged_resume_says_nothing(saved, tmp_path):
     run, notes = resumed(saved, tmp_path)
     assert notes == [] and run.progress.changes == []
     assert losses(run) == losses(saved[1])
+
+
+# The keys that versions up to 0.1 stored, by those of today.
+FORMER = {
+    "same": {
+        "model_shapes": "model",
+        "optimizer": "optimizer",
+        "amp_backend": "--amp_backend",
+        "layerwise_lr_decay": "--layerwise_lr_decay",
+        "training_rows": "training rows",
+        "samples_per_step": "samples a step (batch size x ranks x --gradient_accumulation_steps)",
+        "seed": "--seed",
+        "order_seed": "seed of the order",
+        "epoch_multiple_of": "samples an epoch is cut to a multiple of (--dataloader_drop_last)",
+        "is_grouped_by_length": "grouping by length",
+        "words_sha256": "data (words in use; --do_eval, --do_predict and --max_*_samples count)",
+    },
+    "settings": {"total_steps": "steps in all", "world_size": "ranks", "precision": "precision", "device": "device"},
+}
+
+
+def with_former_keys(folder: Path) -> None:
+    """Make a checkpoint what an earlier version would have written."""
+    file = folder / "trainer_state.json"
+    state = json.loads(file.read_text())
+    for part, names in FORMER.items():
+        state[part] = {names.get(key, f"--{key}"): value for key, value in state[part].items()}
+    file.write_text(json.dumps(state))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.file_hash(file)}
+    text = checkpoint._manifest_text(manifest["files"], manifest["written"])
+    (folder / checkpoint.MANIFEST).write_text(text)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_and_is_compared(saved, tmp_path):
+    args, _ = saved
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(Path(args.output_dir) / "checkpoint-3", folder)
+    with_former_keys(folder)
+    back = changed(args, resume_from_checkpoint=str(folder), output_dir=str(tmp_path / "out"))
+    assert losses(fit(back)) == losses(saved[1])
+    log = Lines()
+    fit(changed(back, learning_rate=1e-3), log)
+    assert any("--learning_rate 0.001 (was 0.005)" in line for line in log.lines)
+    with pytest.raises(CheckpointError, match=r"another seed of the order \(--data_seed\) \(.*, now 7\)"):
+        fit(changed(back, data_seed=7))
 
 
 def test_changed_settings_are_said_in_one_line_and_kept(saved, tmp_path):
