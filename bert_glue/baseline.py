@@ -19,7 +19,7 @@ from bert_glue.launch_results import read_results
 from bert_glue.perf import FORMAT, SETUP, setup_of
 from bert_glue.recipes import FOLDER as CONFIGS
 from bert_glue.tasks import TASKS
-from bert_glue.whole_file import write_whole
+from bert_glue.whole_file import json_object, write_whole
 
 FOLDER = CONFIGS / "baselines"
 # What decides a score beside the seed; of all devices and precisions the same is expected.
@@ -68,11 +68,10 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
         UsageError: it cannot be read or is neither.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json_object(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--baseline {file}: cannot be read ({error})") from error
-    is_ours = isinstance(found, dict) and found.get("format") == FORMAT
-    entries = found.get("entries", [found]) if is_ours else None
+    entries = found.get("entries", [found]) if found.get("format") == FORMAT else None
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         raise UsageError(f"--baseline {file}: neither a baseline nor a perf.json of this program")
     return entries

@@ -22,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bert_glue.errors import CheckpointError
+from bert_glue.whole_file import json_object
 
 MANIFEST = "manifest.json"
 _REMOVING = "removing.json"  # the manifest's name from the moment its checkpoint is given up
@@ -262,7 +263,7 @@ def remove(folder: Path) -> None:
 def _listed(manifest: Path) -> list[str] | None:
     """Names of the files in a manifest; None where it cannot be read."""
     try:
-        return [name for name in json.loads(manifest.read_text(encoding="utf-8"))["files"] if _is_plain(name)]
+        return [name for name in json_object(manifest)["files"] if _is_plain(name)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -7,7 +7,6 @@ and ranges are compared with what this run would write.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from bert_glue.generators import random_tensors
 from bert_glue.optim import state_shapes
 from bert_glue.progress import Progress
 from bert_glue.training_run import Run
+from bert_glue.whole_file import json_object
 
 _LARGEST = 2**53  # whole numbers up to here are the same in every reader of JSON
 _MT19937_WORDS = 624
@@ -73,9 +73,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, or a field is missing, of another type, or out of its range.
     """
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError("trainer_state.json is not an object")
+    state = json_object(folder / "trainer_state.json")
     for name, is_right in _FIELDS.items():
         if name not in state:
             raise ValueError(f"trainer_state.json has no {name!r}")

@@ -13,6 +13,7 @@ from typing import Any
 from bert_glue import hub_files
 from bert_glue.arguments import Arguments, without_secrets
 from bert_glue.errors import MachineError, first_line
+from bert_glue.whole_file import json_object
 
 _SENT = [
     "config.json", "model*.safetensors*", "*token*.json", "vocab*", "merges.txt", "*.model", "README.md",
@@ -72,7 +73,7 @@ def _content(file: Path) -> Path | bytes:
     """A file as it is, but for the base of adapters where that is a folder of this machine."""
     if file.name != "adapter_config.json":
         return file
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = json_object(file)
     base = config.get("base_model_name_or_path")
     if base is None or not Path(base).exists():
         return file

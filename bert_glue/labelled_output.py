@@ -22,7 +22,7 @@ from bert_glue.errors import CheckpointError, DataError
 from bert_glue.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.reporting import write_json
 from bert_glue.tables import Table
-from bert_glue.whole_file import open_own, written_aside
+from bert_glue.whole_file import json_object, open_own, written_aside
 
 Columns = dict[str, list]
 # All that decides the bytes of the output.
@@ -100,11 +100,11 @@ class ToFile:
     def _resume(self) -> int:
         """Takes over what an earlier process told; returns the bytes that count."""
         try:
-            told = json.loads(self._progress.read_text(encoding="utf-8"))
+            told = json_object(self._progress)
             _check_progress(told)
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{self._progress}: is damaged ({error}); --overwrite begins anew") from None
         other = differences(IDENTITY, with_current_keys(IDENTITY, told["identity"]), self.identity)
         if other:
@@ -155,8 +155,6 @@ class ToFile:
 def _check_progress(told: Any) -> None:
     """Raises ValueError where `told` is not what `ToFile.append` writes."""
     kinds = {"rows": int, "bytes": int, "input_sha256": str, "columns": list, "identity": dict}
-    if not isinstance(told, dict):
-        raise ValueError("it is not an object")
     for name, kind in kinds.items():
         value = told.get(name)
         is_count = kind is not int or (not isinstance(value, bool) and isinstance(value, int) and value >= 0)

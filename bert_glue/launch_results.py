@@ -22,7 +22,7 @@ from bert_glue.errors import MachineError, UsageError, did_you_mean, exit_code_o
 from bert_glue.perf import compare, perf_of, read_baseline
 from bert_glue.recipes import recipe_file
 from bert_glue.tasks import TASKS, TRAINABLE
-from bert_glue.whole_file import write_whole
+from bert_glue.whole_file import json_object, write_whole
 
 SAMPLE_NOTE = "sample data, not GLUE"
 
@@ -56,14 +56,10 @@ def read_json_object(file: Path) -> dict[str, Any]:
         MachineError: there is none, or it is not a JSON object.
     """
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MachineError(f"{file}: no results of a finished run ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise MachineError(f"{file}: no results of a finished run ({error})") from error
-    if not isinstance(results, dict):
-        raise MachineError(f"{file}: not a JSON object")
-    return results
+        return json_object(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MachineError(f"{file}: no results of a finished run ({reason})") from error
 
 
 def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not measured") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from bert_glue import hub_files
@@ -10,6 +9,7 @@ from bert_glue.arguments import Arguments
 from bert_glue.errors import MachineError, first_line
 from bert_glue.model_bounds import check_config
 from bert_glue.weights import check_not_lfs_pointer
+from bert_glue.whole_file import json_object
 
 
 def model_folder(name: str, args: Arguments) -> Path:
@@ -60,11 +60,9 @@ def read_config(folder: Path) -> dict:
         raise MachineError(f"{folder} has no config.json")
     check_not_lfs_pointer(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MachineError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MachineError(f"{path} is not a JSON object")
+        config = json_object(path)
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{path} cannot be read: {error}") from error
     check_config(config, path)
     if not config.get("model_type"):
         if not _is_bert_shaped(config):
@@ -75,7 +73,7 @@ def read_config(folder: Path) -> dict:
 
 def guessed_type(folder: Path) -> list[str]:
     """A line for the log where `read_config` took a config.json without model_type for BERT's."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = json_object(folder / "config.json")
     named = "config.json has no model_type; its keys are BERT's, so the model is read as BERT"
     return [] if stored.get("model_type") else [named]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePath
 from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.errors import BaselineError, UsageError
+from bert_glue.whole_file import json_object
 
 # A run may be slower than its baseline by this share: the same run twice differs by less on a quiet machine.
 TOLERANCE = 0.05
@@ -79,10 +79,10 @@ def read_baseline(file: Path) -> dict[str, Any]:
         UsageError: it cannot be read, is none, or holds no samples/s.
     """
     try:
-        perf = json.loads(file.read_text(encoding="utf-8"))
+        perf = json_object(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--baseline {file}: cannot be read ({error})") from error
-    if not isinstance(perf, dict) or perf.get("format") != FORMAT or not isinstance(perf.get("setup"), dict):
+    if perf.get("format") != FORMAT or not isinstance(perf.get("setup"), dict):
         raise UsageError(f"--baseline {file}: not a perf.json of this program")
     if not isinstance(perf.get("samples_per_second"), int | float):
         raise UsageError(f"--baseline {file}: it holds no samples/s")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import DataError, MachineError, UsageError
+from bert_glue.whole_file import json_object
 
 # Flags whose value may be a path relative to where the run was started.
 _PATHS = (
@@ -24,13 +24,15 @@ def read_run(path: str) -> dict[str, Any]:
         UsageError: not one, of a run that did not end, or of one whose settings were changed by a resume.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = json_object(Path(path))
         arguments, changes = record["arguments"], record["changes"]
         is_done = record["weights_sha256"] is not None or not arguments["do_train"]
         arguments["output_dir"], record["working_directory"], record["scores"], record["data"]["sha256"]
     except OSError as error:
         raise UsageError(f"--repeat {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except ValueError as error:
+        raise UsageError(f"--repeat {path}: not the run.json of a run: {error}") from None
+    except (KeyError, TypeError) as error:
         raise UsageError(f"--repeat {path}: not the run.json of a run ({type(error).__name__}: {error})") from None
     if not is_done:
         raise UsageError(f"--repeat {path}: that run did not come to its end")

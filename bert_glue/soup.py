@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, exit_code_of
+from bert_glue.whole_file import json_object
 
 # What of a config.json says nothing about the function.
 _NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -72,8 +73,8 @@ def _weights_hash(folder: Path) -> str:
 def _start(folder: Path) -> Any:
     """Hashes of the weights that a run started from; None where it does not say."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("model_sha256")
-    except (OSError, ValueError, AttributeError):
+        return json_object(folder / "run.json").get("model_sha256")
+    except (OSError, ValueError):
         return None
 
 

@@ -20,7 +20,7 @@ from bert_glue.recipes import recipe_file
 from bert_glue.result_keys import headline_keys
 from bert_glue.sample import SAMPLE_RECIPE
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask
-from bert_glue.whole_file import write_whole
+from bert_glue.whole_file import json_object, write_whole
 
 SETTINGS_FILE = "sweep_run.json"
 RESULTS_FILE = "all_results.json"
@@ -118,10 +118,9 @@ def _short(text: str) -> str:
 def _read_object(file: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none, or half of one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json_object(file)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def tasks_of(text: str) -> list[GlueTask]:

@@ -23,6 +23,7 @@ from bert_glue.chunked_encoding import encode_rows, flat_arrays
 from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.sources import Split
 from bert_glue.weights import check_not_lfs_pointer
+from bert_glue.whole_file import json_object
 
 _FORMAT = "1"
 _MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
@@ -152,7 +153,7 @@ def _backend(folder: Path, trust_remote_code: bool):
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
         if (folder / "vocab.txt").is_file() and _model_type(folder) in ("bert", "electra", "distilbert"):
             settings = folder / "tokenizer_config.json"
-            options = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            options = json_object(settings) if settings.is_file() else {}
             # A cased vocabulary without settings is not lower-cased, whatever transformers' default is.
             lower = options.get("do_lower_case", not _has_case(folder))
             return BertWordPieceTokenizer(
@@ -169,7 +170,7 @@ def _backend(folder: Path, trust_remote_code: bool):
 def _model_type(folder: Path) -> str:
     """Of config.json; a --tokenizer_name folder may have none, and vocab.txt is BERT's format."""
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "") if path.is_file() else "bert"
+    return json_object(path).get("model_type", "") if path.is_file() else "bert"
 
 
 def _has_case(folder: Path) -> bool:
@@ -240,7 +241,7 @@ def _key(tokenizer: TextTokenizer, split: Split, max_length: int) -> str:
 def _read(folder: Path) -> TokenTable | None:
     """A cached table, or None where it is absent or not what was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json_object(folder / "manifest.json")
         for name in _ARRAYS:
             if _hash(folder / f"{name}.npy") != manifest[name]:
                 return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from bert_glue.errors import DivergedError, MachineError, first_line
 from bert_glue.families import Family, weight_names
 from bert_glue.packed import PackedClassifier
+from bert_glue.whole_file import json_object
 
 _LFS_MARK = b"version https://git-lfs"
 _WRAPPED = "module."
@@ -56,7 +56,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
         elif index.is_file():
             check_not_lfs_pointer(index)
             try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                names = json_object(index)["weight_map"].values()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise MachineError(f"{index} is not an index of weight files: {error}") from error
             files = [folder / Path(name).name for name in sorted(set(names))]

@@ -7,12 +7,13 @@ point to is not ours.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -69,3 +70,21 @@ def make_own_folder(path: Path) -> None:
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link: remove it", str(path))
     path.mkdir(parents=True, exist_ok=True)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a file holds that is one JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, is nested too deeply, or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content

@@ -143,8 +143,8 @@ def test_a_sample_run_is_repeated_with_its_recipe(tmp_path, capsys):
 
 NOT_RECORDS = {
     "{}": "KeyError",
-    "[]": "TypeError",
-    "{": "JSONDecodeError",
+    "[]": "it is not a JSON object",
+    "{": "it is not JSON",
     '{"arguments": {"do_train": true}}': "KeyError",
 }
 
