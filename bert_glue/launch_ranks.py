@@ -1,6 +1,7 @@
 """One rank of a launcher, and the launcher's verdict on all ranks of this host. Imports nothing heavy.
 
     python launch_ranks.py below command...               becomes the command, which ends when its parent does
+    python launch_ranks.py meet NOTES SECONDS command...  the same, and ends it where no rank has started by then
     python launch_ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
     python launch_ranks.py verdict NOTES LOGS --launcher_log FILE --status S --signal N
     python launch_ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
@@ -33,6 +34,8 @@ from typing import Any
 _ASKED, _MADE = 1.0, 4.0
 _LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
 _LAST_LINES = 10
+_UNMET = "unmet"  # among the notes: the hosts did not meet in time
+_IMPORT_SECONDS = 15.0  # until torch's launcher begins to meet the others
 
 
 def log_of(logs: Path, rank: int) -> Path:
@@ -43,6 +46,24 @@ def log_of(logs: Path, rank: int) -> Path:
 def die_with_parent() -> None:
     """Ask the kernel for SIGKILL when the parent ends, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def end_unless_met(notes: Path, seconds: float) -> None:
+    """Start a process that kills this one, torch's launcher to be, where no rank has started after `seconds`.
+
+    torch's launcher waits without a bound, in C++, on a port whose listener accepts and never answers.
+    """
+    parent = os.getpid()
+    if os.fork():
+        return
+    die_with_parent()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not _read_notes(notes):
+        time.sleep(0.2)
+    if not _read_notes(notes):
+        (notes / _UNMET).touch()
+        os.kill(parent, signal.SIGKILL)
+    os._exit(0)
 
 
 def _read_notes(notes: Path) -> list[dict[str, Any]]:
@@ -137,6 +158,9 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
     stopped = 128 + signal_number
     if signal_number and all(note["code"] in (stopped, -signal_number) or note["is_cleared"] for note in failed):
         return stopped, []
+    if (notes / _UNMET).exists():
+        where = "the first host does not answer at --master_addr and --master_port; does another program listen there?"
+        return _LOST, [f"no rank was started within --ddp_timeout: {where}"]
     if not ranks and status:
         lines = [line for line in _last_lines(launcher_log) if line.strip()][-1:]
         return 4, [f"no rank was started; torch's launcher ended with {status}: {launcher_log}", *lines]
@@ -180,6 +204,10 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["below"]:
         die_with_parent()
         os.execvp(argv[1], argv[1:])
+    if argv[:1] == ["meet"]:
+        die_with_parent()
+        end_unless_met(Path(argv[1]), float(argv[2]) + _IMPORT_SECONDS)
+        os.execvp(argv[3], argv[3:])
     parser = argparse.ArgumentParser(prog="launch_ranks")
     parser.add_argument("action", choices=("rank", "verdict"))
     parser.add_argument("notes", type=Path)

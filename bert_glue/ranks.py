@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -13,6 +16,8 @@ import torch
 from bert_glue.arguments import Arguments
 from bert_glue.device import Device, resolve_device
 from bert_glue.errors import RankError, UsageError
+
+_GRACE_SECONDS = 1.0  # for torch's own message, which names more, where it keeps its bound
 
 
 class Place(NamedTuple):
@@ -81,7 +86,8 @@ class Ranks:
         if world > 1:
             self.rank, self.world_size = place.rank, world
             os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate asks for it
-            self._together("meeting them", self._meet, args)
+            with self._ends_in_time():
+                self._together("meeting them", self._meet, args)
 
     def _meet(self, args: Arguments) -> None:
         # Its functions have the group that there is at their import as a default argument. Held by them, gloo's
@@ -94,6 +100,31 @@ class Ranks:
             backend=args.ddp_backend or self.device.collective_backend,
             timeout=timedelta(seconds=args.ddp_timeout),
         )
+
+    @contextmanager
+    def _ends_in_time(self) -> Iterator[None]:
+        """End the process with exit code 7 where the block takes longer than `--ddp_timeout`.
+
+        torch's store has no bound of its own on a listener that accepts and never answers, and waits in C++, where
+        no exception reaches it: so a timer ends the process. Nothing is open yet that would have to be closed.
+        """
+
+        def end() -> None:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(
+                f"error: rank {self.rank} of {self.world_size} did not meet the other ranks within --ddp_timeout "
+                f"{self.timeout} s: {where} does not answer; does another program listen there?",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(RankError.exit_code)
+
+        timer = threading.Timer(self.timeout + _GRACE_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _together(self, what: str, operation: Callable, *given: Any) -> None:
         """Call an operation that all ranks take part in."""

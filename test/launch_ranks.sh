@@ -41,12 +41,15 @@ use_network_of() { # use_network_of <first host>: ranks talk over the interface 
 }
 
 elastic_command() { # fills ELASTIC: torch's launcher, the command of a rank is to follow
-  ELASTIC=("$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" below
+  local group_timeout below=(below)
+  group_timeout=$(extra_value ddp_timeout 1800)
+  ((NNODES == 1)) || below=(meet "$SCRATCH" "$group_timeout")
+  ELASTIC=("$PYTHON" -P "$ROOT/bert_glue/launch_ranks.py" "${below[@]}"
     "$PYTHON" -m torch.distributed.run --nproc-per-node="$NPROC" --max-restarts=0 --monitor-interval=0.1)
   if ((NNODES > 1)); then
     use_network_of "${SETTING[master_addr]}"
     ELASTIC+=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="${SETTING[master_addr]}"
-      --master-port="${SETTING[master_port]:-29500}" --rdzv-conf="timeout=$(extra_value ddp_timeout 1800)")
+      --master-port="${SETTING[master_port]:-29500}" --rdzv-conf="timeout=$group_timeout")
   else
     ELASTIC+=(--standalone --local-addr=127.0.0.1) # the kernel chooses the port
   fi

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,19 @@ def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
         Ranks(Arguments(use_cpu=True, ddp_timeout=1))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 7
     monkeypatch.setenv("LOCAL_RANK", "0")  # monkeypatch takes it away again
+
+
+def test_a_port_that_never_answers_ends_in_its_time(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody answers
+        place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        words = "from bert_glue.arguments import Arguments; from bert_glue.ranks import Ranks\n"
+        done = subprocess.run(
+            [sys.executable, "-c", words + "Ranks(Arguments(use_cpu=True, ddp_timeout=2))"],
+            env={**os.environ, **place, "MASTER_PORT": str(silent.getsockname()[1])},
+            cwd=REPOSITORY, timeout=60, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 7
+    assert "did not meet the other ranks within --ddp_timeout 2 s" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
