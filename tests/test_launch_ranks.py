@@ -300,10 +300,10 @@ def test_hosts_that_do_not_meet_are_ended_after_their_time(tmp_path: Path) -> No
 
 
 def test_hosts_that_meet_are_left_alone(tmp_path: Path) -> None:
-    notes_of(tmp_path, 0)
+    notes = notes_of(tmp_path / "notes", 0)
     words = (
         "import os, sys; from pathlib import Path; from bert_glue.launch_ranks import end_unless_met\n"
         "end_unless_met(Path(sys.argv[1]), 0.1); os.execvp('sleep', ['sleep', '1'])"
     )
-    done = subprocess.run([sys.executable, "-c", words, str(tmp_path)], cwd=REPOSITORY, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", words, str(notes)], cwd=REPOSITORY, timeout=30, check=False)
     assert done.returncode == 0
