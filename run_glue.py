@@ -15,12 +15,12 @@ def main(argv: list[str]) -> int:
     """Run one process; returns its exit code."""
 
     def parse_and_run() -> int:
-        from bert_glue.command_line import main_parse
+        from bert_glue.config.parser import main_parse
 
         args = main_parse(argv)
         if args is None:  # --help, --version or --print_config was answered
             return 0
-        from bert_glue.recipe import run
+        from bert_glue.pipeline.run import run
 
         return run(args)
 

@@ -36,13 +36,13 @@ class Step:
     def __init__(self, folder: Path, changes: dict, lengths: list[int]):
         import torch
 
-        from bert_glue.arguments import Arguments
-        from bert_glue.layout import PackedLayout
-        from bert_glue.model import load_model
-        from bert_glue.optim import build_optimizer
-        from bert_glue.precision import Precision
-        from bert_glue.precision_plan import PrecisionPlan
+        from bert_glue.config.arguments import Arguments
+        from bert_glue.data.packing import PackedLayout
+        from bert_glue.model.loading import load_model
+        from bert_glue.precision.native import Precision
+        from bert_glue.precision.plan import PrecisionPlan
         from bert_glue.tasks import get_task
+        from bert_glue.training.optim import build_optimizer
 
         args = Arguments(model_name_or_path=str(folder), do_train=True, **changes)
         self.model = load_model(args, get_task("mrpc"))
@@ -58,7 +58,7 @@ class Step:
         """(CPU, clock) of one step."""
         import torch
 
-        from bert_glue.noise import Noise
+        from bert_glue.model.layers import Noise
 
         cpu, clock = time.process_time(), time.perf_counter()
         self.model.module.train()

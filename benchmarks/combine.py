@@ -36,9 +36,9 @@ def soup(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, 
 
 def ensemble(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, float | None]:
     """Scores of the mean of the answers."""
-    from bert_glue.arguments import Arguments
-    from bert_glue.metrics import compute_metrics
-    from bert_glue.sources import load_task_data
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.data.sources import load_task_data
+    from bert_glue.evaluation.metrics import compute_metrics
 
     found: dict[str, float | None] = {}
     data = load_task_data(Arguments(task_name=task, data_path=data_path), frozenset({"evaluation"}))

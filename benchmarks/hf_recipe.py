@@ -32,7 +32,7 @@ import transformers as hf
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from bert_glue.sources import Split
+    from bert_glue.data.sources import Split
     from bert_glue.tasks import GlueTask
 
 # `python benchmarks/hf_recipe.py` puts benchmarks/ on the import path, not the repository.
@@ -199,7 +199,7 @@ def training_arguments(args: argparse.Namespace, output_dir: str) -> hf.Training
 
 def scorer(task: GlueTask):
     """Trainer's `compute_metrics` for the task."""
-    from bert_glue.metrics import compute_metrics
+    from bert_glue.evaluation.metrics import compute_metrics
 
     # Loads scikit-learn now: 2 s that would otherwise count as evaluation time of Trainer.
     compute_metrics(task, np.arange(2), np.arange(2))
@@ -255,8 +255,8 @@ def summarize(args: argparse.Namespace, trainer: hf.Trainer, clock: StepClock, c
 
 def run(args: argparse.Namespace, output_dir: str) -> dict[str, Any]:
     """Rows -> tokens -> model -> train -> evaluate; returns what goes into the JSON."""
-    from bert_glue.arguments import Arguments
-    from bert_glue.sources import load_task_data
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.data.sources import load_task_data
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     hf.set_seed(args.seed)

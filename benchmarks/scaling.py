@@ -44,7 +44,7 @@ def make_model(folder: Path) -> Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from bert_glue.sample import make_tiny_bert
+    from bert_glue.data.sample import make_tiny_bert
 
     make_tiny_bert(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -42,14 +42,14 @@ class Way:
         import numpy as np
         import torch
 
-        from bert_glue import compilation, graphs
-        from bert_glue.arguments import Arguments
-        from bert_glue.batching import Assembler
-        from bert_glue.model import load_model
-        from bert_glue.optim import build_optimizer
-        from bert_glue.precision import Precision
-        from bert_glue.precision_plan import PrecisionPlan
+        from bert_glue.config.arguments import Arguments
+        from bert_glue.data.batching import Assembler
+        from bert_glue.model.loading import load_model
+        from bert_glue.precision.native import Precision
+        from bert_glue.precision.plan import PrecisionPlan
         from bert_glue.tasks import get_task
+        from bert_glue.training import compile, cuda_graphs
+        from bert_glue.training.optim import build_optimizer
 
         began, self.device, self.kernel = time.perf_counter(), args.device, kernel
         place = self.device.torch_device
@@ -65,11 +65,13 @@ class Way:
         rows = np.split(np.arange(len(split)), args.batches)
         self.batches = [assemble(split, members) for members in rows]
         if how == "compiled":
-            compilation.compile_layers(self.module, {"backend": args.backend, "mode": args.mode, "dynamic": True})
+            compile.compile_layers(self.module, {"backend": args.backend, "mode": args.mode, "dynamic": True})
         self.recorded = None
         if how == "recorded":
-            recorder = graphs.Recorder(self.device)
-            self.recorded = graphs.RecordedStep(recorder, self._pass, _LONGEST, self.precision, self.optimizer, 1.0)
+            recorder = cuda_graphs.Recorder(self.device)
+            self.recorded = cuda_graphs.RecordedStep(
+                recorder, self._pass, _LONGEST, self.precision, self.optimizer, 1.0
+            )
         for _ in range(_WARM):
             self.seconds()
         self.first_seconds = time.perf_counter() - began
@@ -77,7 +79,7 @@ class Way:
     def _pass(self, batch, samples: int):
         import torch
 
-        from bert_glue.noise import Noise
+        from bert_glue.model.layers import Noise
 
         logits = self.module(**batch.inputs, noise=Noise(0))
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / samples
@@ -97,7 +99,7 @@ class Way:
         if not self.kernel:
             return nullcontext()
         name = None if self.kernel == "padded" else self.kernel
-        return patch("bert_glue.attention.cuda_kernel", lambda *given: name)
+        return patch("bert_glue.model.attention.cuda_kernel", lambda *given: name)
 
     def seconds(self) -> tuple[float, float]:
         """(clock, CPU) of one step on each batch, the device waited for."""
@@ -118,8 +120,8 @@ def random_split(args: argparse.Namespace):
     """Rows of random tokens, as long as asked."""
     import numpy as np
 
-    from bert_glue.batching import TokenSplit
-    from bert_glue.text_tokens import TokenTable
+    from bert_glue.data.batching import TokenSplit
+    from bert_glue.data.tokenization import TokenTable
 
     low, high = map(int, args.lengths.split(":"))
     draw = random.Random(0)
@@ -133,8 +135,8 @@ def ways(args: argparse.Namespace) -> list[tuple[float, str, str]]:
     """(dropout, how, attention kernel) of each way that this device has."""
     import torch
 
-    from bert_glue import attention
-    from bert_glue.model_folder import read_config
+    from bert_glue.model import attention
+    from bert_glue.model.loading import read_config
 
     config = read_config(Path(args.model))
     dim = config["hidden_size"] // config["num_attention_heads"]
@@ -178,7 +180,7 @@ def main() -> None:
     """Measure, print and, with --json, keep."""
     import torch
 
-    from bert_glue.device import resolve_device
+    from bert_glue.devices.device import resolve_device
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a BERT-family model")

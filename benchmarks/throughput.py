@@ -37,8 +37,8 @@ FIGURES = ("real_tokens_per_second", "seconds_to_first_step", "seconds_to_end", 
 
 def write_rows(folder: Path, task_name: str, data_path: str, rows: int) -> tuple[str, Path]:
     """Task to run as, and a jsonl folder with `rows` random rows of its training and validation splits."""
-    from bert_glue.arguments import Arguments
-    from bert_glue.sources import load_task_data
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.data.sources import load_task_data
 
     run_as, source = SENTENCES_LIKE.get(task_name, (task_name, task_name))
     data = load_task_data(Arguments(task_name=source, data_path=data_path), frozenset({"train", "evaluation"}))
@@ -246,7 +246,7 @@ def main() -> int:
 def _machine(threads: int) -> dict[str, str | int]:
     import torch
 
-    from bert_glue.device import resolve_device
+    from bert_glue.devices.device import resolve_device
 
     device = resolve_device("auto")
     return {

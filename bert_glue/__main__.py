@@ -30,14 +30,14 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("run_glue", "fine-tune: run_glue.py with --do_train", ("--do_train",)),
     "eval": Command("run_glue", "evaluate: run_glue.py with --do_eval", ("--do_eval",)),
-    "predict": Command("bert_glue.predict", "label a file or a stream"),
-    "sweep": Command("bert_glue.sweep", "tasks x seeds, a run per device"),
+    "predict": Command("bert_glue.predict.__main__", "label a file or a stream"),
+    "sweep": Command("bert_glue.sweep.__main__", "tasks x seeds, a run per device"),
     "submit": Command("bert_glue.submission", "the leaderboard's archive from finished runs"),
     "soup": Command("bert_glue.soup", "one model with the mean of several runs' weights"),
     "check": Command("bert_glue.check", "finished runs against a baseline, or a new baseline of them"),
-    "report": Command("bert_glue.report", "report.html of a run, or of many"),
+    "report": Command("bert_glue.report.__main__", "report.html of a run, or of many"),
     "export": Command("bert_glue.export", "ONNX, and the command for an Ascend OM model"),
-    "doctor": Command("bert_glue.doctor", "what this machine can run, and what to fix"),
+    "doctor": Command("bert_glue.doctor.__main__", "what this machine can run, and what to fix"),
 }
 
 
@@ -50,7 +50,7 @@ def usage() -> str:
 
 def completion() -> str:
     """A script for bash: `source <(bert-glue completion)`; flags come from run_glue.py's own list."""
-    from bert_glue.arguments import FLAGS
+    from bert_glue.config.arguments import FLAGS
 
     flags = " ".join(f"--{name}" for name in FLAGS)
     return (
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _config_first(argv: list[str], before: tuple[str, ...]) -> list[str]:
     """The user's words with ours among them: a config file has to stay the first."""
-    from bert_glue.config_file import CONFIG_SUFFIXES
+    from bert_glue.config.files import CONFIG_SUFFIXES
 
     has_config = bool(before and argv and argv[0].lower().endswith(CONFIG_SUFFIXES))
     return [*argv[:has_config], *before, *argv[has_config:]]

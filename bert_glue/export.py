@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.errors import MachineError, exit_code_of
-from bert_glue.whole_file import write_whole, written_aside
+from bert_glue.storage.files import write_whole, written_aside
 
 if TYPE_CHECKING:
     import torch
 
-    from bert_glue.model import LoadedModel
+    from bert_glue.model.classifier import LoadedModel
 
 _OPSET = 17  # the newest that both the tracer and CANN's parser know
 _SHAPES = ((1, 8), (3, 17), (8, 64))  # batch, seq_len
@@ -38,10 +38,8 @@ def load(name: str) -> LoadedModel:
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from bert_glue.arguments import Arguments
-    from bert_glue.labeller import task_of_model
-    from bert_glue.model import load_model
-    from bert_glue.model_folder import model_folder
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.model.loading import load_model, model_folder, task_of_model
 
     disable_progress_bar()  # of reading one file
     args = Arguments(model_name_or_path=name, padding="longest")
@@ -145,7 +143,7 @@ def export(name: str, path: Path, batch: int) -> list[str]:
         MachineError: no classifier, or the graph's logits differ from torch's.
         CheckpointError: a file cannot be written.
     """
-    from bert_glue.checkpoint import plain_errors
+    from bert_glue.storage.files import plain_errors
 
     if find_spec("onnx") is None:
         raise MachineError("--onnx: the package onnx is not installed (pip install onnx onnxruntime)")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import datasets
 import evaluate
 
-from bert_glue.metrics import compute_metrics
+from bert_glue.evaluation.metrics import compute_metrics
 from bert_glue.tasks import get_task
 
-_DESCRIPTION = "Metrics of the GLUE benchmark, computed by scikit-learn and scipy as bert_glue.metrics does."
+_DESCRIPTION = "Metrics of the GLUE benchmark, computed by scikit-learn and scipy as bert_glue.evaluation.metrics does."
 _CITATION = "Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform, ICLR 2019"
 _INPUTS = """
 Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, exit_code_of
-from bert_glue.whole_file import json_object
+from bert_glue.storage.files import json_object
 
 # What of a config.json says nothing about the function.
 _NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -32,8 +32,8 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
         UsageError: two are the same weights, or differ in more than their weights; the first difference is named.
         MachineError: one is no folder of a model.
     """
-    from bert_glue.model_folder import read_config
-    from bert_glue.text_tokens import TextTokenizer
+    from bert_glue.data.tokenization import TextTokenizer
+    from bert_glue.model.loading import read_config
 
     found: dict[Path, dict[str, Any]] = {}
     hashes: dict[str, Path] = {}
@@ -63,8 +63,8 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
 
 def _weights_hash(folder: Path) -> str:
     """SHA-256 of the file of weights; of the shards' hashes where there are several."""
-    from bert_glue.checkpoint import file_hash
-    from bert_glue.weights import weight_files
+    from bert_glue.model.weights import weight_files
+    from bert_glue.storage.files import file_hash
 
     hashes = [file_hash(file) for file in weight_files(folder, allow_pickle=False)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -84,7 +84,7 @@ def mean_weights(folders: list[Path]) -> dict[str, Any]:
     Raises:
         UsageError: names or shapes differ.
     """
-    from bert_glue.weights import read_tensors, weight_files
+    from bert_glue.model.weights import read_tensors, weight_files
 
     total: dict[str, Any] = {}
     kinds = {}
@@ -109,8 +109,8 @@ def cook(folders: list[Path], output_dir: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from bert_glue import checkpoint
-    from bert_glue.text_tokens import TextTokenizer
+    from bert_glue.data.tokenization import TextTokenizer
+    from bert_glue.storage import checkpoint, files
 
     if (output_dir / "config.json").exists():
         raise UsageError(f"--output_dir {output_dir}: there is a model already")
@@ -124,7 +124,7 @@ def cook(folders: list[Path], output_dir: Path) -> None:
         (into / "soup.json").write_text(json.dumps({"mean_of": made_of}, indent=2) + "\n", encoding="utf-8")
         TextTokenizer(folders[0], True, False).save(into)
 
-    with checkpoint.plain_errors(output_dir):
+    with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_files(output_dir, write)
     print(f"{output_dir}: mean of {len(folders)} runs; not scored: bert-glue eval --model_name_or_path {output_dir}")

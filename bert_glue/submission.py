@@ -18,13 +18,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_glue.data.readers import read_tsv
+from bert_glue.data.tables import Problems, Table
 from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of
-from bert_glue.launch_results import SAMPLE_NOTE, read_json_object, read_results
 from bert_glue.result_keys import predicted_samples_key, predictions_file
-from bert_glue.table_files import read_tsv
-from bert_glue.tables import Problems, Table
-from bert_glue.tasks import TASKS, GlueTask, companions, get_task
-from bert_glue.whole_file import write_whole
+from bert_glue.storage.files import read_json_object, read_results, write_whole
+from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, companions, get_task
 
 _HEADER = ["index", "prediction"]
 _SAMPLE_MARK = "SAMPLE-DATA-NOT-GLUE.txt"

@@ -1,9 +1,4 @@
-"""The nine GLUE tasks and the AX diagnostic, one row each. Nothing else knows a task by its name.
-
-Sources: Wang et al. 2018 (GLUE); columns and label names of the data set `nyu-mll/glue`; published
-figures of Ascend ModelZoo's "Bert_text_classification for PyTorch" (bert-large-cased) and of the
-Hugging Face text-classification example README (bert-base-cased).
-"""
+"""The nine GLUE tasks and the AX diagnostic, one row each. Nothing else knows a task by its name."""
 
 from __future__ import annotations
 
@@ -11,6 +6,21 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bert_glue.errors import UsageError, did_you_mean
+
+SAMPLE_NOTE = "sample data, not GLUE"
+
+
+def base_epochs(name: str) -> tuple[str, int]:
+    """The canonical name of a task and the epochs that Hugging Face published for bert-base-cased.
+
+    Raises:
+        UsageError: not a task with training data.
+    """
+    if name.lower() not in TRAINABLE:
+        known = did_you_mean("task", name.lower(), list(TRAINABLE))
+        raise UsageError(f"--TASK: {known if name else 'missing. Choices: ' + ', '.join(TRAINABLE)}")
+    task = TASKS[name.lower()]
+    return task.name, task.published[-1].epochs
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,6 @@ def _runs(one_a, one_n, eight_a, eight_n, base) -> tuple[Published, ...]:
 
 
 _SENTENCES = ("sentence1", "sentence2")
-
 _ROWS = (
     GlueTask(
         name="cola",
@@ -349,9 +358,7 @@ _ROWS = (
         leaderboard_names=True,
     ),
 )
-
 TASKS: dict[str, GlueTask] = {task.name: task for task in _ROWS}
-
 TRAINABLE = tuple(name for name, task in TASKS.items() if task.predicted_with is None)
 
 

@@ -41,7 +41,7 @@ code 2. This page is written by `python docs/make_migration.py` from the tables 
 
 def page() -> str:
     """The whole page, Markdown."""
-    from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES
+    from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES
 
     rows = [f"| `{old}` | {new} |" for old, new in REFERENCE.items()]
     renamed = {name: entry for name, entry in LEGACY_FLAGS.items() if entry.flag}

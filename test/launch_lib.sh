@@ -118,9 +118,9 @@ check_settings() { # what can be known before an installation of minutes; run_gl
   base_python
   if [[ -n ${SETTING[baseline]:-} ]]; then
     SETTING[baseline]=$(realpath -m -- "${SETTING[baseline]}")
-    (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results baseline "${SETTING[baseline]}") || exit $?
+    (cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch.results baseline "${SETTING[baseline]}") || exit $?
   fi
-  answer=$(cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch_results task "${SETTING[TASK]:-${TASK:-}}" \
+  answer=$(cd "$ROOT" && "$BASE_PYTHON" -m bert_glue.launch.results task "${SETTING[TASK]:-${TASK:-}}" \
     --recipe "${SETTING[recipe]:-$RECIPE}") || exit $?
   read -r TASK BASE_EPOCHS <<<"$answer"
 }
@@ -240,5 +240,5 @@ launch() {
   OUTPUT=$(cd "$OUTPUT" && pwd)
   local baseline=()
   [[ -z ${SETTING[baseline]:-} ]] || baseline=(--baseline "${SETTING[baseline]}")
-  (cd "$ROOT" && "$PYTHON" -m bert_glue.launch_results report "$OUTPUT" --case "$CASE" ${baseline[@]+"${baseline[@]}"})
+  (cd "$ROOT" && "$PYTHON" -m bert_glue.launch.results report "$OUTPUT" --case "$CASE" ${baseline[@]+"${baseline[@]}"})
 }

@@ -38,7 +38,7 @@ if [[ -n $wants_audit && ! -x $audit ]]; then
 fi
 [[ -x $audit ]] || audit=$(command -v pip-audit) || true
 packages=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$PYTHON" -m bert_glue.requirements_audit "$audit" "$packages"
+"$PYTHON" -m tools.requirements_audit "$audit" "$packages"
 
 workers=$(nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core: more threads would only wait for each other

@@ -15,7 +15,7 @@ fail() { # fail <exit code> <message>
 lacks() { # lacks <python> <requirements file>...: prints what is missing; status of requirements_check
   local python=$1
   shift
-  (cd "$ROOT" && "$python" -m bert_glue.requirements_check "$@" 2>/dev/null)
+  (cd "$ROOT" && "$python" -m bert_glue.doctor.requirements "$@" 2>/dev/null)
 }
 
 base_python() {

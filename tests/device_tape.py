@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bert_glue import attention, graphs
-from bert_glue.device import Device
+from bert_glue.devices.device import Device
+from bert_glue.model import attention
+from bert_glue.training import cuda_graphs
 
 
 class Tape:
@@ -47,7 +48,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     attention.cuda_kernel.cache_clear()
     patch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
     patch.setattr(attention, "CUDA_KERNELS", {"stand-in": (batched_kernel, True)})
-    patch.setattr(graphs, "Recorder", Tape)
+    patch.setattr(cuda_graphs, "Recorder", Tape)
     patch.setattr(Device, "can_record", True)
 
 

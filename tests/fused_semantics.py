@@ -16,8 +16,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bert_glue.flat import flatten
-from bert_glue.npu_optim import npu_fused_adamw
+from bert_glue.devices.npu import npu_fused_adamw
+from bert_glue.precision.flat_buffers import flatten
 
 STEPS, OPTIONS = 6, {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
 

@@ -44,9 +44,9 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
     import torch
     from recipe_parts import arguments, fit, losses
 
-    from bert_glue.batching import Assembler
-    from bert_glue.global_batch import for_ranks
-    from bert_glue.stopping import StopVote
+    from bert_glue.config.resolve import for_ranks
+    from bert_glue.data.batching import Assembler
+    from bert_glue.training.loop import StopVote
 
     rows, collectives = [], []
     assemble = Assembler.__call__
@@ -100,11 +100,11 @@ def recorded_run(folder: Path) -> dict[str, Any]:
     import pytest
     from device_tape import stand_in
 
-    from bert_glue import graphs
+    from bert_glue.training import cuda_graphs
 
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
-        patch.setattr(graphs, "_EAGER_FIRST", 1)
+        patch.setattr(cuda_graphs, "_EAGER_FIRST", 1)
         return _brief_run(folder, cuda_graph=True)
 
 
@@ -112,7 +112,7 @@ def _brief_run(folder: Path, **changes) -> dict[str, Any]:
     """A few steps with one global batch on any number of ranks."""
     from recipe_parts import arguments, fit, losses
 
-    from bert_glue.global_batch import for_ranks
+    from bert_glue.config.resolve import for_ranks
 
     args = arguments(
         folder.parent / "parts", max_steps=6, adam_epsilon=1e-4, global_batch_size=GLOBAL_BATCH,
@@ -129,8 +129,8 @@ def _brief_run(folder: Path, **changes) -> dict[str, Any]:
 
 def closed(folder: Path) -> list[str]:
     """Names of the threads that are left when the ranks have parted; the first import of torch's module is theirs."""
-    from bert_glue.arguments import Arguments
-    from bert_glue.ranks import Ranks
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.devices.distributed import Ranks
 
     for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
         del sys.modules[name]
@@ -146,7 +146,7 @@ def evaluations(folder: Path) -> dict[str, list]:
     """First token and length of every row by a model that echoes them, at each size; and this rank's share."""
     from test_evaluation import echo_evaluator, split_of
 
-    from bert_glue.batching import evaluation_batches
+    from bert_glue.data.batching import evaluation_batches
 
     evaluator = echo_evaluator(4)
     ranks = evaluator.ranks
@@ -166,7 +166,7 @@ def stopped(folder: Path) -> dict[str, Any]:
     from recipe_parts import arguments, fit
     from test_training import StopsAt
 
-    from bert_glue import checkpoint
+    from bert_glue.storage import checkpoint
 
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     args = arguments(folder.parent / "parts", max_steps=20, output_dir=str(folder / "out"))
@@ -182,7 +182,7 @@ def main(world: int, function: str, folder: Path) -> int:
     import test_training  # noqa: F401
     from torch.distributed import TCPStore
 
-    from bert_glue.launch_ranks import die_with_parent
+    from bert_glue.launch.ranks import die_with_parent
 
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the parent's

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from bert_glue import recipe
-from bert_glue.arguments import Arguments
-from bert_glue.evaluation import Evaluator
-from bert_glue.generators import seed_generators
-from bert_glue.model import load_model
-from bert_glue.precision_plan import plan_precision
-from bert_glue.progress import ProgressLog
-from bert_glue.ranks import Ranks
-from bert_glue.sources import load_task_data
-from bert_glue.training_run import Run
-from bert_glue.training_setup import assembler, fine_tune, make_precision, narrow
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.sources import load_task_data
+from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.rng import seed_generators
+from bert_glue.evaluation.evaluator import Evaluator
+from bert_glue.model.loading import load_model
+from bert_glue.pipeline import run as pipeline
+from bert_glue.precision.plan import plan_precision
+from bert_glue.training.console import ProgressLog
+from bert_glue.training.embedding_rows import narrow
+from bert_glue.training.setup import assembler, fine_tune, make_precision
+from bert_glue.training.state import Run
 
 REPOSITORY = Path(__file__).parents[1]
 # More threads than these tiny products can use only make the tests wait for each other.
@@ -131,15 +132,15 @@ def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     """Everything up to the trained model, without result files."""
     log = log or ProgressLog(False, False, watches_signals=False)
     ranks = Ranks(args)
-    data = load_task_data(args, recipe._needed(args))
+    data = load_task_data(args, pipeline._needed(args))
     seed_generators(args.seed)
     model = load_model(args, data.task)
-    splits = recipe._tokenize(args, data, model, log)
+    splits = pipeline._tokenize(args, data, model, log)
     narrowed = narrow(args, model, splits)
     precision = make_precision(args, plan_precision(args, ranks.device), model.module, ranks)
     assemble = assembler(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
-    recipe._compile(args, model, evaluator, splits, log)
+    pipeline._compile(args, model, evaluator, splits, log)
     return fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
 
 

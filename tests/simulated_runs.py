@@ -48,7 +48,7 @@ def main(file: Path) -> None:
     import torch_npu.tensor
 
     import run_glue
-    from bert_glue import attention
+    from bert_glue.model import attention
 
     results = {}
     for name, words in json.loads(file.read_text()).items():

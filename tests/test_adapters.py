@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from test_packed import _assert_same_gradients, _backward
 from tiny_models import SETTINGS, random_batch, stock_model, write_model
 
-from bert_glue import recipe
-from bert_glue.adapters import _targets
-from bert_glue.arguments import Arguments
-from bert_glue.command_line import parse
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.parser import parse
 from bert_glue.errors import CheckpointError, MachineError, UsageError
-from bert_glue.families import FAMILIES
-from bert_glue.model import load_model
+from bert_glue.model.adapters import _targets
+from bert_glue.model.families import FAMILIES
+from bert_glue.model.loading import load_model
+from bert_glue.pipeline import run as pipeline_run
 from bert_glue.tasks import get_task
-from bert_glue.training_state import whole_weights
+from bert_glue.training.resume import whole_weights
 
 RTE = get_task("rte")
 
@@ -151,7 +151,7 @@ def test_defaults_and_start_are_those_of_peft(peft, tmp_path):
 
 def test_dropout_before_the_adapters(peft, tmp_path):
     """Its mean over masks is the function without it, each mask another, the same address the same mask."""
-    from bert_glue.noise import Noise
+    from bert_glue.model.layers import Noise
 
     stock = write_model(tmp_path / "base")
     model = loaded(lora(tmp_path / "base", lora_dropout=0.5))
@@ -257,7 +257,7 @@ def test_the_folder_of_a_run_works_everywhere(peft, tmp_path, capsys):
     args = arguments(
         tmp_path, lora_rank=4, do_eval=True, do_predict=True, num_train_epochs=3.0, bf16=True, fp16_opt_level="O2"
     )
-    assert recipe.run(args) == 0
+    assert pipeline_run.run(args) == 0
     out, results = tmp_path / "out", results_of(args)
     assert "LoRA of rank 4 on 4 layers (query, value)" in results["trained"]
     assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -277,12 +277,12 @@ def test_the_folder_of_a_run_works_everywhere(peft, tmp_path, capsys):
         args, do_train=False, lora_rank=None, bf16=False, fp16_opt_level="O1", model_name_or_path=str(out),
         output_dir=str(tmp_path / "eval"),
     )  # fmt: skip
-    assert recipe.run(again) == 0
+    assert pipeline_run.run(again) == 0
     assert results_of(again)["eval_accuracy"] == pytest.approx(results["eval_accuracy"], abs=0.08)
     with pytest.raises(MachineError, match="adapters alone"):
         load_model(Arguments(model_name_or_path=str(out / "adapter")), RTE)
     # A later run of all weights deletes nothing, and says what it found.
-    assert recipe.run(changed(args, lora_rank=None)) == 0
+    assert pipeline_run.run(changed(args, lora_rank=None)) == 0
     assert "adapter: of an earlier run" in capsys.readouterr().out and (out / "adapter").exists()
 
 
@@ -328,7 +328,7 @@ def test_without_peft_one_line_and_the_way_to_get_it(tmp_path):
 
 
 def test_absent_peft_is_named_with_its_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("bert_glue.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("bert_glue.model.adapters.find_spec", lambda name: None)
     write_model(tmp_path)
     with pytest.raises(MachineError, match="pip install peft"):
         load_model(lora(tmp_path), RTE)

@@ -12,9 +12,10 @@ import torch
 from recipe_parts import arguments, make_data, make_model, rows
 from safetensors.torch import load_file
 
-from bert_glue import export, predict
+from bert_glue import export
 from bert_glue.__main__ import main
-from bert_glue.recipe import run
+from bert_glue.pipeline.run import run
+from bert_glue.predict import __main__ as predict
 
 PARTS = {"lora": {"lora_rank": 4, "lora_target_modules": "all-linear"}, "frozen": {"freeze_encoder": True}}
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from recipe_parts import arguments, make_data, make_model, results_of
 
-from bert_glue import recipe
-from bert_glue.analysis import analyse, calibration, confusion, diagnostic, standard_error
-from bert_glue.batching import TokenSplit
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.sources import Split
 from bert_glue.errors import DataError
-from bert_glue.evaluation import softmax
-from bert_glue.metrics import compute_metrics
-from bert_glue.sources import Split
+from bert_glue.evaluation.analysis import analyse, calibration, confusion, diagnostic, standard_error
+from bert_glue.evaluation.evaluator import softmax
+from bert_glue.evaluation.metrics import compute_metrics
+from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import get_task
 
 
@@ -139,7 +139,7 @@ def test_a_run_leaves_its_analysis_and_explains_rows(tmp_path, padding):
         tmp_path, model_name_or_path=str(model), do_eval=True, explain=2, max_steps=4, padding=padding,
         **make_data(tmp_path / "data"),
     )  # fmt: skip
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     part = results_of(args, "analysis.json")["splits"]["validation"]
     results = results_of(args)
     assert part["rows"] == 13 and np.sum(part["confusion"]) == 13
@@ -158,16 +158,16 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     """Gradient x input of a token is d logit / d scale of its embedding, here by finite differences."""
     import torch
 
-    from bert_glue.evaluation import Evaluator
-    from bert_glue.explain import token_scores
-    from bert_glue.model import load_model
-    from bert_glue.precision import InferencePrecision
-    from bert_glue.precision_plan import plan_precision
-    from bert_glue.progress import ProgressLog
-    from bert_glue.ranks import Ranks
-    from bert_glue.recipe import _tokenize
-    from bert_glue.sources import load_task_data
-    from bert_glue.training_setup import assembler
+    from bert_glue.data.sources import load_task_data
+    from bert_glue.devices.distributed import Ranks
+    from bert_glue.evaluation.analysis import token_scores
+    from bert_glue.evaluation.evaluator import Evaluator
+    from bert_glue.model.loading import load_model
+    from bert_glue.pipeline.run import _tokenize
+    from bert_glue.precision.native import InferencePrecision
+    from bert_glue.precision.plan import plan_precision
+    from bert_glue.training.console import ProgressLog
+    from bert_glue.training.setup import assembler
 
     args = arguments(tmp_path, model_name_or_path=str(make_model(tmp_path / "model")))
     ranks, data = Ranks(args), load_task_data(args, frozenset({"train"}))
@@ -202,14 +202,14 @@ def test_analysis_is_strict_json(tmp_path):
     data = tmp_path / "train.csv"
     data.write_text("sentence1,sentence2,label\n" + "".join(f"a dog,a cat {n},{n / 7}\n" for n in range(20)))
     args = arguments(tmp_path, train_file=str(data), validation_file=str(data), do_eval=True, max_steps=2)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     part = results_of(args, "analysis.json")["splits"]["validation"]
     assert "confusion" not in part and len(part["points"]) == 20 and part["hardest"][0]["probability"] is None
     assert json.loads((Path(args.output_dir) / "all_results.json").read_text())["eval_samples"] == 20
 
 
 def test_a_broken_diagnostic_does_not_cost_the_run(tmp_path):
-    from bert_glue.scoring import _diagnose
+    from bert_glue.pipeline.score import _diagnose
 
     write_diagnostic(tmp_path, ["entailment", "maybe"])
     analysis: dict = {}

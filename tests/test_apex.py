@@ -14,12 +14,14 @@ from recipe_parts import REPOSITORY, arguments, changed, fit, flags_of, losses, 
 from test_recipe import free_port
 from test_training import check_resume
 
-from bert_glue import device, recipe, throughput
-from bert_glue.apex_amp import load_amp
-from bert_glue.command_line import parse
+from bert_glue.config.parser import parse
+from bert_glue.devices import device
 from bert_glue.errors import CheckpointError, DivergedError, MachineError, UsageError
-from bert_glue.precision_plan import plan_precision
-from bert_glue.training_state import whole_weights
+from bert_glue.pipeline import run as pipeline
+from bert_glue.precision.apex import load_amp
+from bert_glue.precision.plan import plan_precision
+from bert_glue.training import throughput
+from bert_glue.training.resume import whole_weights
 
 CONTRACT = Path(__file__).parent / "apex_contract"
 ASCEND_ONLY = [
@@ -246,13 +248,13 @@ def test_a_checkpoint_of_one_backend_is_refused_by_the_other(amp, tmp_path):
 @pytest.mark.parametrize("level", ["O1", "O2"])
 def test_evaluation_alone_and_after_training(amp, tmp_path, level):
     args = apex_arguments(tmp_path, fp16_opt_level=level, do_eval=True, optim="adamw_apex_fused_npu")
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args)
     assert results["precision"] == f"{level} fp16, loss scale 1024, apex"
     assert results["optimizer"] == "adamw_apex_fused_npu"
     amp.undo()
     alone = changed(args, do_train=False, model_name_or_path=args.output_dir, output_dir=str(tmp_path / "alone"))
-    assert recipe.run(alone) == 0
+    assert pipeline.run(alone) == 0
     assert results_of(alone)["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-3)
 
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_glue.argument_checks import metric_names
-from bert_glue.arguments import FLAGS, Arguments
-from bert_glue.command_line import as_config, main_parse, parse
+from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.checks import metric_names
+from bert_glue.config.legacy import LEGACY_FLAGS
+from bert_glue.config.parser import as_config, main_parse, parse
+from bert_glue.config.values import in_range
 from bert_glue.errors import UsageError
-from bert_glue.flag_values import in_range
-from bert_glue.legacy_flags import LEGACY_FLAGS
 from bert_glue.tasks import TASKS, TRAINABLE
 
 FROZEN = Path(__file__).parent / "frozen_flags.json"
@@ -315,7 +315,7 @@ def test_help_fits_the_terminal_and_names_every_flag(monkeypatch, capsys, column
 def test_help_and_errors_import_nothing_heavy():
     """The command line answers before anything slow is loaded (torch alone takes seconds)."""
     code = (
-        "import sys\nfrom bert_glue.command_line import main_parse\nmain_parse(['--help'])\n"
+        "import sys\nfrom bert_glue.config.parser import main_parse\nmain_parse(['--help'])\n"
         "try: main_parse(['--nonsense'])\nexcept Exception: pass\n"
         "print([m for m in ('torch', 'transformers', 'numpy', 'yaml', 'datasets') if m in sys.modules])"
     )

@@ -10,8 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bert_glue import attention, device
-from bert_glue.attention import (
+from bert_glue.data.packing import PackedLayout
+from bert_glue.devices import device
+from bert_glue.model import attention
+from bert_glue.model.attention import (
     ATTENTION,
     attend,
     fusion_attention,
@@ -19,8 +21,7 @@ from bert_glue.attention import (
     padded_attention,
     varlen_attention,
 )
-from bert_glue.layout import PackedLayout
-from bert_glue.noise import Noise
+from bert_glue.model.layers import Noise
 
 LAYOUTS = {
     "one": PackedLayout((6,)),
@@ -306,16 +307,16 @@ def test_each_kind_of_device_has_its_function():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_slow_products_are_computed_in_fp32_and_rounded(monkeypatch, dtype):
     """Where a CPU has no kernels of a dtype: the fp32 product of the same 16-bit numbers, rounded once."""
-    from bert_glue import linear
+    from bert_glue.model import layers
 
-    monkeypatch.setattr(linear, "has_slow_products", lambda kind, dtype: dtype != torch.float32)
+    monkeypatch.setattr(layers, "has_slow_products", lambda kind, dtype: dtype != torch.float32)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(5, 64).to(dtype), torch.randn(3, 64).to(dtype), torch.randn(3).to(dtype)
     exact = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
-    assert torch.equal(linear.linear(x, weight, bias), exact)
+    assert torch.equal(layers.linear(x, weight, bias), exact)
     with torch.autocast("cpu", dtype=dtype):  # O1: fp32 in, 16 bits out
-        assert torch.equal(linear.linear(x.float(), weight.float(), bias.float()), exact)
-    layer = linear.Linear(64, 3).to(dtype)
+        assert torch.equal(layers.linear(x.float(), weight.float(), bias.float()), exact)
+    layer = layers.Linear(64, 3).to(dtype)
     layer.adds_into_grad = True
     for p in layer.parameters():
         p.grad = torch.zeros_like(p)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert_glue.batching import Assembler, TokenSplit, TrainingOrder, ahead, bucket, evaluation_batches, rank_share
-from bert_glue.text_tokens import TokenTable
+from bert_glue.data.batching import Assembler, TokenSplit, TrainingOrder, ahead, bucket, evaluation_batches, rank_share
+from bert_glue.data.tokenization import TokenTable
 
 HOST = torch.device("cpu")
 

@@ -13,10 +13,11 @@ from scipy import stats
 from tiny_models import write_model
 
 from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, steps, throughput
-from bert_glue import attention, graphs
-from bert_glue.arguments import Arguments
-from bert_glue.device import Device
-from bert_glue.sources import load_task_data
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.sources import load_task_data
+from bert_glue.devices.device import Device
+from bert_glue.model import attention
+from bert_glue.training import cuda_graphs
 
 
 def _figures(rate: float, share: float | None = None) -> dict:
@@ -147,7 +148,7 @@ def test_ways_of_a_step_on_a_gpu_run_on_stand_ins(tiny_steps, monkeypatch):
     """That the script is ready for one, not what it would find."""
     monkeypatch.setitem(attention.ATTENTION, "cpu", attention.varlen_attention)
     monkeypatch.setattr(attention, "CUDA_KERNELS", {"a": (batched_kernel, False), "b": (batched_kernel, True)})
-    monkeypatch.setattr(graphs, "Recorder", Tape)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Tape)
     monkeypatch.setattr(Device, "can_record", True)
     attention.cuda_kernel.cache_clear()
     found = steps.measure(tiny_steps)

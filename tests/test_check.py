@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from bert_glue.__main__ import main
-from bert_glue.baseline import FOLDER, group_runs, read_entries
-from bert_glue.check import Verdict, check
-from bert_glue.perf import perf_of
+from bert_glue.check import FOLDER, Verdict, check, group_runs, read_entries
+from bert_glue.results.perf import perf_of
 from bert_glue.tasks import TASKS, TRAINABLE
 
 RESULTS = {

@@ -17,10 +17,11 @@ import pytest
 import torch
 from recipe_parts import REPOSITORY, arguments, changed, fit, make_data, make_model
 
-from bert_glue import checkpoint
-from bert_glue.device import Device
+from bert_glue.devices.device import Device
+from bert_glue.devices.rng import random_tensors, set_random_tensors
 from bert_glue.errors import CheckpointError
-from bert_glue.generators import random_tensors, set_random_tensors
+from bert_glue.storage import checkpoint
+from bert_glue.storage import files as storage_files
 
 FILES = {"model.safetensors": b"w" * 300, "optimizer.safetensors": b"o" * 200, "trainer_state.json": b"{}"}
 
@@ -315,7 +316,7 @@ def test_a_manifest_reaches_no_file_outside(tmp_path):
     outside.write_text("keep")
     folder = publish(tmp_path / "run", 1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../../precious.txt"] = {"bytes": 4, "sha256": checkpoint.file_hash(outside)}
+    manifest["files"]["../../precious.txt"] = {"bytes": 4, "sha256": storage_files.file_hash(outside)}
     text = checkpoint._manifest_text(manifest["files"], manifest["written"])  # as someone who means harm would
     (folder / "manifest.json").write_text(text)
     assert checkpoint.verify(folder) != ""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from bert_glue import chunked_encoding
-from bert_glue.chunked_encoding import encode_rows
+from bert_glue.data import chunked_encoding
+from bert_glue.data.chunked_encoding import encode_rows
 
 ALPHABET = "abcdefgh   é中,.\n\t"
 

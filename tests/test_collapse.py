@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from recipe_parts import arguments, fit, results_of
 
-from bert_glue import recipe
-from bert_glue.collapse import CollapseWatch, collapsed_predictions, constant_loss, flat_loss
-from bert_glue.progress import ProgressLog
+from bert_glue.evaluation.collapse import CollapseWatch, collapsed_predictions, constant_loss, flat_loss
+from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import TASKS
+from bert_glue.training.console import ProgressLog
 
 MRPC, STSB = TASKS["mrpc"], TASKS["stsb"]
 
@@ -87,7 +87,7 @@ def test_a_run_that_cannot_learn_is_warned_of_and_marked(tmp_path) -> None:
     log = Lines()
     fit(stuck, log)
     assert [line for line in log.kept if line.startswith("warning: nothing learned so far: the loss")]
-    assert recipe.run(stuck) == 0
+    assert pipeline.run(stuck) == 0
     assert "that of a constant prediction" in results_of(stuck)["train_collapsed"]
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_learns_is_neither(tmp_path) -> None:
     log = Lines()
     fit(args, log)
     assert not [line for line in log.kept if line.startswith("warning")]
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args)
     assert results["train_collapsed"] is None and results["eval_collapsed"] is None
     assert results["eval_majority_baseline"] == pytest.approx(7 / 13)

@@ -9,14 +9,15 @@ from recipe_parts import arguments, changed, fit, flags_of, losses, results_of
 from test_training import check_resume
 from tiny_models import packed_like, random_batch, stock_model
 
-from bert_glue import compilation, recipe, training_state
-from bert_glue.command_line import parse
-from bert_glue.compilation import compile_model
-from bert_glue.device import Device
+from bert_glue.config.parser import parse
+from bert_glue.devices.device import Device
+from bert_glue.devices.rng import random_tensors
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.generators import random_tensors
-from bert_glue.noise import Noise
-from bert_glue.perf import perf_of
+from bert_glue.model.layers import Noise
+from bert_glue.pipeline import run as pipeline
+from bert_glue.results.perf import perf_of
+from bert_glue.training import compile, resume
+from bert_glue.training.compile import compile_model
 
 # Captures and differentiates as inductor does and runs the graph's operators one by one: no C++ compiler at work.
 FAST = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -26,7 +27,7 @@ BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o",
 @pytest.fixture(autouse=True)
 def no_graphs_of_others():
     torch.compiler.reset()
-    compilation.counters.clear()
+    compile.counters.clear()
     yield
     torch.compiler.reset()
 
@@ -67,7 +68,7 @@ def test_what_does_not_go_together_is_one_line(words, expected):
 
 def compiled_layers(module, backend: str):
     """Compile as `compile_model` does, without a run."""
-    compilation.compile_layers(module, {"backend": backend, "dynamic": True})
+    compile.compile_layers(module, {"backend": backend, "dynamic": True})
     return module
 
 
@@ -91,7 +92,7 @@ def test_masks_and_values_are_those_of_the_eager_module(dtype):
         with torch.no_grad():
             # Outside a compiler oneDNN multiplies where there are no gradients.
             torch.testing.assert_close(eager(**inputs), other(**inputs))
-    assert compilation.graphs_made() == 2  # with gradients and without, for all layers and lengths
+    assert compile.graphs_made() == 2  # with gradients and without, for all layers and lengths
 
 
 @pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -130,7 +131,7 @@ def test_a_run_has_the_losses_of_an_eager_run(tmp_path, settings, graphs):
     ours = fit(arguments(tmp_path, **settings, **FAST))
     is_low = "bf16" in settings  # filler moves the borders of vectorised loops in bf16 products
     assert losses(ours) == pytest.approx(losses(expected), rel=2e-2 if is_low else 1e-5)
-    assert compilation.graphs_made() == graphs
+    assert compile.graphs_made() == graphs
     scores = [[e["eval_loss"] for e in run.progress.history if "eval_loss" in e] for run in (ours, expected)]
     assert scores[0] == pytest.approx(scores[1], rel=2e-2 if is_low else 1e-4)
     assert ours.meter.real_tokens == expected.meter.real_tokens
@@ -143,7 +144,7 @@ def test_lora_with_dropout(tmp_path):
     settings = {"lora_rank": 2, "lora_dropout": 0.3, "lora_target_modules": "all-linear", "max_steps": 4}
     expected, ours = (fit(arguments(tmp_path, **settings, **how)) for how in ({}, FAST))
     assert losses(ours) == pytest.approx(losses(expected), rel=1e-5)  # filler comes last: the same masks before it
-    assert compilation.graphs_made() <= 3
+    assert compile.graphs_made() <= 3
 
 
 def test_a_resumed_compiled_run_is_bit_for_bit_the_same(tmp_path):
@@ -153,8 +154,8 @@ def test_a_resumed_compiled_run_is_bit_for_bit_the_same(tmp_path):
 def test_a_checkpoint_from_before_the_flag_is_resumed_and_the_change_said(tmp_path, monkeypatch):
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     with monkeypatch.context() as patch:
-        known = [name for name in training_state._SETTINGS if "compile" not in name and name != "cuda_graph"]
-        patch.setattr(training_state, "_SETTINGS", known)
+        known = [name for name in resume._SETTINGS if "compile" not in name and name != "cuda_graph"]
+        patch.setattr(resume, "_SETTINGS", known)
         whole = fit(args)
     at = str(whole.output_dir / "checkpoint-2")
     again = changed(args, resume_from_checkpoint=at, output_dir=str(tmp_path / "again"), **FAST)
@@ -176,7 +177,7 @@ def test_two_ranks_are_one(tmp_path):
 
 def test_the_whole_recipe_tells_graphs_shapes_and_seconds(tmp_path, capsys):
     args = arguments(tmp_path, do_eval=True, do_predict=True, explain=1, **FAST)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch_compile")]
     assert lines[0].startswith("torch_compile: aot_eager made 2 graph(s) in ")
     results = results_of(args)
@@ -191,7 +192,7 @@ def test_the_whole_recipe_tells_graphs_shapes_and_seconds(tmp_path, capsys):
 
 def test_the_warm_up_moves_no_generator_and_leaves_no_gradient(tmp_path, monkeypatch):
     """A padded model draws its dropout from torch's generator, which a checkpoint holds."""
-    warm_up, seen = compilation._warm_up, {}
+    warm_up, seen = compile._warm_up, {}
 
     def draws(*given):
         warm_up(*given)
@@ -205,8 +206,8 @@ def test_the_warm_up_moves_no_generator_and_leaves_no_gradient(tmp_path, monkeyp
         seen["gradients"] = [float(g.abs().sum()) for g in evaluator.precision.gradients]
         return found
 
-    monkeypatch.setattr(compilation, "_warm_up", draws)
-    monkeypatch.setattr(compilation, "compile_model", watched)
+    monkeypatch.setattr(compile, "_warm_up", draws)
+    monkeypatch.setattr(compile, "compile_model", watched)
     fit(arguments(tmp_path, **FAST))
     assert all(seen["same"]) and seen["gradients"] and not any(seen["gradients"])
 
@@ -239,7 +240,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch):
     def fails(*given):
         raise RuntimeError("C++ compile error\nline two")
 
-    monkeypatch.setattr(compilation, "_warm_up", fails)
+    monkeypatch.setattr(compile, "_warm_up", fails)
     with pytest.raises(MachineError) as caught:
         fit(arguments(tmp_path, **FAST))
     assert str(caught.value) == (

@@ -8,8 +8,8 @@ import types
 import pytest
 import torch
 
-from bert_glue import device, npu_install
-from bert_glue.device import Device, is_available, resolve_device
+from bert_glue.devices import device, npu_versions
+from bert_glue.devices.device import Device, is_available, resolve_device
 from bert_glue.errors import MachineError, UsageError
 
 
@@ -84,7 +84,7 @@ def broken_torch_npu(monkeypatch, tmp_path):
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
         versions = {"torch": torch_version, "torch_npu": torch_npu}
-        monkeypatch.setattr(npu_install.metadata, "version", versions.__getitem__)
+        monkeypatch.setattr(npu_versions.metadata, "version", versions.__getitem__)
         monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
 
     return make

@@ -20,9 +20,12 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import device_probe, doctor, doctor_checks, objectives
-from bert_glue.command_line import parse
+from bert_glue.config.parser import parse
+from bert_glue.devices import npu_versions
+from bert_glue.doctor import __main__ as doctor
+from bert_glue.doctor import checks, device_probe
 from bert_glue.errors import DivergedError
+from bert_glue.training import losses
 
 REPOSITORY = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "bert_glue.doctor"]
@@ -185,7 +188,7 @@ def test_apex_with_or_without_amp(tmp_path, monkeypatch, files: dict, amp: bool 
     except OSError as error:
         assert amp is None
         found = {"problem": str(error)}
-    from bert_glue.doctor_text import _apex
+    from bert_glue.doctor.__main__ import _apex
 
     assert shown in _apex(found)
     for name in ("apex", "apex.amp"):
@@ -227,10 +230,10 @@ def test_master_port(no_torch: Path) -> None:
 
 def test_little_memory_and_disk(monkeypatch) -> None:
     found: list[doctor.Problem] = []
-    monkeypatch.setattr(doctor_checks, "_container_limit", lambda: 1 << 30)
-    assert doctor_checks.memory(found)["total_bytes"] == 1 << 30
+    monkeypatch.setattr(checks, "_container_limit", lambda: 1 << 30)
+    assert checks.memory(found)["total_bytes"] == 1 << 30
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1 << 28))
-    doctor_checks.disk(found)
+    checks.disk(found)
     assert [problem.what[:14] for problem in found] == ["only 1.0 GiB o", "0.2 GiB free h"]
 
 
@@ -249,9 +252,9 @@ def test_cann_version(tmp_path, monkeypatch, file: str, text: str, version: str 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
     monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
-    assert doctor_checks.cann_version() == (version or "8.0.0")
+    assert npu_versions.cann_version() == (version or "8.0.0")
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    assert doctor_checks.cann_version() is None or Path("/usr/local/Ascend").exists()
+    assert npu_versions.cann_version() is None or Path("/usr/local/Ascend").exists()
 
 
 # The hub
@@ -301,7 +304,7 @@ def test_a_silent_hub_is_a_state_within_five_seconds(monkeypatch) -> None:
         monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
         found: list[doctor.Problem] = []
         began = time.monotonic()
-        result = doctor_checks.HubCheck().result(found)
+        result = checks.HubCheck().result(found)
         assert time.monotonic() - began < 5.0 and result["state"] == "not reachable" and not found
 
 
@@ -335,8 +338,8 @@ def test_weights_that_do_not_move_are_no_proof(monkeypatch) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_no_proof(monkeypatch) -> None:
-    real = objectives.sample_losses
-    monkeypatch.setattr(objectives, "sample_losses", lambda *args: real(*args) * float("nan"))
+    real = losses.sample_losses
+    monkeypatch.setattr(losses, "sample_losses", lambda *args: real(*args) * float("nan"))
     with pytest.raises(DivergedError):
         device_probe._training("cpu", {"fp16": False})
 

@@ -11,15 +11,15 @@ import torch
 from recipe_parts import arguments, bert_tensors, make_model, results_of
 from safetensors.numpy import save_file
 
-from bert_glue import recipe
-from bert_glue.batching import Assembler, TokenSplit, evaluation_batches
+from bert_glue.data.batching import Assembler, TokenSplit, evaluation_batches
+from bert_glue.data.tokenization import TokenTable
+from bert_glue.devices.distributed import Ranks
 from bert_glue.errors import DivergedError
-from bert_glue.evaluation import Evaluator, evaluate, predictions_of, row_losses
-from bert_glue.precision import Precision
-from bert_glue.precision_plan import PrecisionPlan
-from bert_glue.ranks import Ranks
+from bert_glue.evaluation.evaluator import Evaluator, evaluate, predictions_of, row_losses
+from bert_glue.pipeline import run as pipeline
+from bert_glue.precision.native import Precision
+from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.tasks import get_task
-from bert_glue.text_tokens import TokenTable
 
 
 class Echo(torch.nn.Module):
@@ -51,7 +51,7 @@ def echo_evaluator(batch_size: int = 8) -> Evaluator:
 
 
 def arguments_of_cpu():
-    from bert_glue.arguments import Arguments
+    from bert_glue.config.arguments import Arguments
 
     return Arguments(use_cpu=True)
 
@@ -134,7 +134,7 @@ def test_constant_scores_are_null_with_the_reason(tmp_path):
         tmp_path, model_name_or_path=str(model), sample=True, task_name="stsb", do_train=False, do_eval=True,
         max_eval_samples=20,
     )  # fmt: skip
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args, "eval_results.json")
     for metric in ("pearson", "spearmanr"):
         assert results[f"eval_{metric}"] is None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from recipe_parts import arguments, results_of, start
 
-from bert_glue.argument_checks import metric_names
-from bert_glue.command_line import parse
+from bert_glue.config.checks import metric_names
+from bert_glue.config.expectations import missed, read_expectations
+from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
-from bert_glue.expectations import missed, read_expectations
 from bert_glue.tasks import TASKS
 
 MRPC = ["--model_name_or_path=m", "--task_name=mrpc", "--output_dir=o", "--do_eval"]

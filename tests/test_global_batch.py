@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from recipe_parts import arguments, results_of
 
-from bert_glue import recipe
-from bert_glue.argument_checks import find_problems
-from bert_glue.arguments import Arguments
-from bert_glue.batching import TrainingOrder
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.checks import find_problems
+from bert_glue.config.resolve import for_ranks, samples_per_step
+from bert_glue.data.batching import TrainingOrder
 from bert_glue.errors import UsageError
-from bert_glue.global_batch import for_ranks, samples_per_step
+from bert_glue.pipeline import run as pipeline
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_derived_numbers_are_in_the_results(tmp_path, capsys):
         tmp_path, global_batch_size=16, per_device_train_batch_size=4, lr_scaling="linear", lr_base_batch_size=8,
         learning_rate=1e-3, max_steps=2,
     )  # fmt: skip
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args)
     assert (results["global_batch_size"], results["gradient_accumulation_steps"]) == (16, 4)
     assert results["learning_rate"] == 2e-3 and results["train_samples_consumed"] == 29

@@ -20,11 +20,14 @@ from recipe_parts import arguments, fit, flags_of, losses, make_model
 from test_attention import _loop_kernel
 from test_training import assert_close, check_resume, weights
 
-from bert_glue import attention, graphs, packed, precision, recipe
-from bert_glue.command_line import parse
+from bert_glue.config.parser import parse
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.precision_plan import PrecisionPlan
-from bert_glue.progress import ProgressLog
+from bert_glue.model import attention, encoder
+from bert_glue.pipeline import run as pipeline
+from bert_glue.precision import native
+from bert_glue.precision.plan import PrecisionPlan
+from bert_glue.training import cuda_graphs
+from bert_glue.training.console import ProgressLog
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
 
@@ -48,7 +51,7 @@ def runs(tmp_path, **settings):
     """The same run, eager on the same buckets and recorded."""
     settings = {"num_train_epochs": 10.0, "adam_epsilon": 1e-4, **settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "_EAGER_FIRST", 10**9)
+        patch.setattr(cuda_graphs, "_EAGER_FIRST", 10**9)
         eager = fit(arguments(tmp_path, cuda_graph=True, **settings))
     return eager, fit(arguments(tmp_path, cuda_graph=True, **settings))
 
@@ -89,8 +92,8 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
 
 def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
     """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
-    monkeypatch.setattr(precision, "_GROWTH_STEPS", 4)
-    overflow = precision.Precision.admits
+    monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
+    overflow = native.Precision.admits
 
     def admits(self, norm):
         seen.append(self.scale)
@@ -98,15 +101,15 @@ def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_
             self._is_bad.fill_(1.0)
         return overflow(self, norm)
 
-    monkeypatch.setattr(precision.Precision, "admits", admits)
+    monkeypatch.setattr(native.Precision, "admits", admits)
     # As fp16 has it, which few CPUs compute in.
     monkeypatch.setattr(recipe_parts, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
     found = []
-    monkeypatch.setattr(graphs, "_EAGER_FIRST", 10**9)
+    monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 10**9)
     for _ in range(2):
         seen = []
         found.append((fit(arguments(tmp_path, cuda_graph=True, adam_epsilon=1e-4, num_train_epochs=10.0)), seen))
-        monkeypatch.setattr(graphs, "_EAGER_FIRST", 3)
+        monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 3)
     (eager, scales), (replayed, again) = found
     assert scales == again and len(set(scales)) > 3 and replayed.precision.skipped_steps == 2
     assert update_replays(replayed) == replayed.total_steps - 3 - 2
@@ -125,8 +128,8 @@ def test_an_optimizer_that_asks_the_host_stays_eager(tmp_path, recordable, optim
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=str)
 def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, recordable, monkeypatch, settings):
-    monkeypatch.setattr(graphs, "_EAGER_FIRST", 1)
-    monkeypatch.setattr(packed, "dropout", of_device)
+    monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 1)
+    monkeypatch.setattr(encoder, "dropout", of_device)
     check_resume(tmp_path, {"cuda_graph": True, **settings})
 
 
@@ -143,7 +146,7 @@ def of_device(x, drop, noise, site, residual=None):
 
 
 def test_dropout_draws_anew_in_every_replay(tmp_path, recordable, monkeypatch):
-    monkeypatch.setattr(packed, "dropout", of_device)
+    monkeypatch.setattr(encoder, "dropout", of_device)
     eager, replayed = runs(tmp_path, model_name_or_path=str(make_model(tmp_path / "drops", dropout=0.2)))
     assert pass_replays(replayed)[0] and losses(replayed) == losses(eager)
 
@@ -195,7 +198,7 @@ def steps():
 
     found, notes = [], Notes()
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    return graphs.RecordedStep(notes, run_pass, 9, None, sgd, 0.0), notes.asked, found
+    return cuda_graphs.RecordedStep(notes, run_pass, 9, None, sgd, 0.0), notes.asked, found
 
 
 def test_a_shape_is_recorded_when_it_is_no_longer_rare():
@@ -218,7 +221,7 @@ def test_another_batch_of_the_shape_is_copied_to_the_recording():
 
 
 def test_the_run_says_how_much_was_replayed(tmp_path, recordable, capsys):
-    assert recipe.run(arguments(tmp_path, num_train_epochs=6.0, cuda_graph=True)) == 0
+    assert pipeline.run(arguments(tmp_path, num_train_epochs=6.0, cuda_graph=True)) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda_graph: ")]
     assert re.fullmatch(r"cuda_graph: [1-9] recording\(s\), \d+ of 24 passes replayed; 21 of 24 updates", line)
 
@@ -260,8 +263,8 @@ def test_other_devices_are_refused_with_exit_code_4(tmp_path, capsys):
 
 def test_padded_models_and_absent_kernels_are_refused(tmp_path, recordable, monkeypatch):
     with pytest.raises(MachineError, match="packed models only .*use --torch_compile"):
-        recipe.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
+        pipeline.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
     monkeypatch.setattr(attention, "CUDA_KERNELS", {})
     attention.cuda_kernel.cache_clear()
     with pytest.raises(MachineError, match="no attention kernel here takes O0 fp32 with dropout 0; use --bf16"):
-        recipe.run(arguments(tmp_path, cuda_graph=True))
+        pipeline.run(arguments(tmp_path, cuda_graph=True))

@@ -10,10 +10,10 @@ from pathlib import Path
 import loopback_hub
 import pytest
 
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
+from bert_glue.data.sources import load_task_data
 from bert_glue.errors import DataError
-from bert_glue.hub_data import GLUE_NAME, GLUE_REVISION
-from bert_glue.sources import load_task_data
 
 REPOSITORY = Path(__file__).parents[1]
 ALL = frozenset({"train", "evaluation", "test"})
@@ -21,9 +21,9 @@ ALL = frozenset({"train", "evaluation", "test"})
 # The libraries read their environment at import, hence a process of its own for each environment.
 CLIENT = """
 import json, sys, time
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
 from bert_glue.errors import UserError
-from bert_glue.sources import load_task_data
+from bert_glue.data.sources import load_task_data
 answers = []
 for flags in json.loads(sys.argv[1]):
     start = time.monotonic()

@@ -102,7 +102,7 @@ def test_without_a_token_and_without_a_network_it_ends_at_once(tmp_path, hub):
 
 
 def test_flags_that_need_push_to_hub(tmp_path):
-    from bert_glue.command_line import parse
+    from bert_glue.config.parser import parse
     from bert_glue.errors import UsageError
 
     base = ["--task_name", "rte", "--sample", "--output_dir", "out"]

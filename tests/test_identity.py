@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bert_glue.identity import Fact, differences, flag_facts, with_current_keys
+from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 
 FACTS = (Fact("rows", "training rows"), Fact("seed_of_order", "seed (--data_seed)", "seed of the order"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from launch_stubs import REPOSITORY, clean_environment, copy_repository, launch, wait_for
 
-from bert_glue.launch_ranks import network_to, verdict
+from bert_glue.launch.ranks import network_to, verdict
 
 EIGHT = (
     "train_full_8p.sh",
@@ -284,13 +284,13 @@ def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
 
 def test_the_way_to_this_host_is_one_of_its_interfaces() -> None:
     assert network_to("127.0.0.1") == ("127.0.0.1", "lo")
-    command = [sys.executable, str(REPOSITORY / "bert_glue/launch_ranks.py"), "network", "no such host.invalid"]
+    command = [sys.executable, str(REPOSITORY / "bert_glue/launch/ranks.py"), "network", "no such host.invalid"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 4
 
 
 def test_hosts_that_do_not_meet_are_ended_after_their_time(tmp_path: Path) -> None:
     words = (
-        "import os, sys; from pathlib import Path; from bert_glue.launch_ranks import end_unless_met\n"
+        "import os, sys; from pathlib import Path; from bert_glue.launch.ranks import end_unless_met\n"
         "end_unless_met(Path(sys.argv[1]), 0.3); os.execvp('sleep', ['sleep', '60'])"
     )
     done = subprocess.run([sys.executable, "-c", words, str(tmp_path)], cwd=REPOSITORY, timeout=30, check=False)
@@ -302,7 +302,7 @@ def test_hosts_that_do_not_meet_are_ended_after_their_time(tmp_path: Path) -> No
 def test_hosts_that_meet_are_left_alone(tmp_path: Path) -> None:
     notes = notes_of(tmp_path / "notes", 0)
     words = (
-        "import os, sys; from pathlib import Path; from bert_glue.launch_ranks import end_unless_met\n"
+        "import os, sys; from pathlib import Path; from bert_glue.launch.ranks import end_unless_met\n"
         "end_unless_met(Path(sys.argv[1]), 0.1); os.execvp('sleep', ['sleep', '1'])"
     )
     done = subprocess.run([sys.executable, "-c", words, str(notes)], cwd=REPOSITORY, timeout=30, check=False)

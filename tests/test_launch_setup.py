@@ -20,7 +20,7 @@ from launch_stubs import (
     write_script,
 )
 
-from bert_glue import requirements_check
+from bert_glue.doctor import requirements
 
 
 @pytest.fixture
@@ -141,20 +141,20 @@ def test_torch_of_an_npu_environment(
 ) -> None:
     fake_package(tmp_path, "torch", version)
     monkeypatch.syspath_prepend(tmp_path)
-    assert (requirements_check.problem("torch", "2.13.0") is None) is accepted
+    assert (requirements.problem("torch", "2.13.0") is None) is accepted
 
 
 def test_transformers_of_another_minor_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(tmp_path, "transformers", "5.22.4")
     monkeypatch.syspath_prepend(tmp_path)
-    assert requirements_check.problem("transformers", "5.23.0") == "transformers 5.22.4 (needs 5.23)"
-    assert requirements_check.problem("transformers", "5.22.0") is None
-    assert requirements_check.problem("no-such-package", "1.0") == "no-such-package"
+    assert requirements.problem("transformers", "5.23.0") == "transformers 5.22.4 (needs 5.23)"
+    assert requirements.problem("transformers", "5.22.0") is None
+    assert requirements.problem("no-such-package", "1.0") == "no-such-package"
 
 
 def test_pins_follow_included_files() -> None:
-    runtime = dict(requirements_check.pins(REPOSITORY / "requirements.txt"))
-    npu = dict(requirements_check.pins(REPOSITORY / "requirements-npu.txt"))
+    runtime = dict(requirements.pins(REPOSITORY / "requirements.txt"))
+    npu = dict(requirements.pins(REPOSITORY / "requirements-npu.txt"))
     assert npu == {**runtime, "torch_npu": "2.13.0"}
     assert runtime["torch"] == "2.13.0"
 

@@ -21,9 +21,10 @@ from launch_stubs import (
     write_script,
 )
 
-from bert_glue import launch_results
-from bert_glue.arguments import Arguments
-from bert_glue.command_line import parse
+from bert_glue import tasks
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.parser import parse
+from bert_glue.launch import results as launch_results
 from bert_glue.tasks import TASKS, TRAINABLE
 
 # Words of each launcher before there were recipes: which published run, epochs, and what it passed.
@@ -281,7 +282,7 @@ def test_results_that_are_not_json_are_an_error(repo: Path, capsys: pytest.Captu
 
 
 def test_published_epochs() -> None:
-    epochs = dict(launch_results.base_epochs(name) for name in TRAINABLE)
+    epochs = dict(tasks.base_epochs(name) for name in TRAINABLE)
     table = {"cola": 3, "sst2": 3, "mrpc": 5, "stsb": 3, "qqp": 3, "mnli": 3, "qnli": 3, "rte": 3, "wnli": 5}
     assert epochs == table  # Hugging Face's README
 
@@ -397,7 +398,7 @@ def python_for_tests(repo: Path, status_of_ruff: int = 0) -> tuple[dict[str, str
         "#!/bin/bash",
         'case "$*" in',
         '  *requirements_check* | "-m venv"*) ;;',
-        f'  "-m bert_glue.requirements_audit"*) echo "$*" >>"{calls}" ;;',
+        f'  "-m tools.requirements_audit"*) echo "$*" >>"{calls}" ;;',
         f'  "-m ruff"*) echo "$*" >>"{calls}"; exit {status_of_ruff} ;;',
         f'  "-m pytest"*) echo "$*" >>"{calls}" ;;',
         '  *) exec REAL "$@" ;;',
@@ -414,7 +415,7 @@ def test_the_gate_lints_then_runs_pytest_with_the_flags(repo: Path) -> None:
     command = ["bash", str(repo / ".ci/run"), "-k", "x"]
     subprocess.run(command, env=clean_environment(**settings), check=True, timeout=60)
     lint, style, audit, tests = calls.read_text().splitlines()
-    assert audit.startswith("-m bert_glue.requirements_audit ")
+    assert audit.startswith("-m tools.requirements_audit ")
     assert (lint, style) == ("-m ruff check .", "-m ruff format --check .")
     assert "-m not slow" in tests and tests.endswith("-k x")
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bert_glue.batching import bucket
-from bert_glue.layout import PackedLayout, RecordedLayout
+from bert_glue.data.batching import bucket
+from bert_glue.data.packing import PackedLayout
+from bert_glue.training.cuda_graphs import RecordedLayout
 
 
 def test_borders_and_counts_on_the_host():

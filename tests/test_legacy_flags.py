@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bert_glue.arguments import FLAGS
-from bert_glue.command_line import parse
+from bert_glue.config.arguments import FLAGS
+from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES
+from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
-from bert_glue.legacy_flags import LEGACY_FLAGS, LEGACY_VALUES
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "out", "--do_train"]
 

@@ -9,24 +9,24 @@ from test_packed import LENGTH_SETS, _compare
 from test_training import check_resume
 from tiny_models import packed_like, random_batch, stock_model
 
-from bert_glue import compilation, linear
-from bert_glue.flat import flatten
-from bert_glue.linear import Linear
-from bert_glue.noise import Noise
+from bert_glue.model import layers
+from bert_glue.model.layers import Linear, Noise
+from bert_glue.precision.flat_buffers import flatten
+from bert_glue.training import compile
 
 
 @pytest.fixture
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """oneDNN multiplies whatever the size; the shapes it was given, `(rows, in, out)`."""
-    calls, taken = [], linear._onednn
+    calls, taken = [], layers._onednn
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
     def record(x, weight, bias):
         calls.append((*x.shape, len(weight)))
         return taken(x, weight, bias)
 
-    monkeypatch.setattr(linear, "_onednn", record)
-    monkeypatch.setattr(linear, "_LEAST_FOR_ONEDNN", 0)
+    monkeypatch.setattr(layers, "_onednn", record)
+    monkeypatch.setattr(layers, "_LEAST_FOR_ONEDNN", 0)
     return calls
 
 
@@ -62,9 +62,9 @@ def test_no_gradient_is_computed_that_nobody_wants(products):
 
 def test_size_chooses(monkeypatch):
     """In both directions by the multiply-adds, which are the same in all three products."""
-    calls, taken = [], linear._onednn
+    calls, taken = [], layers._onednn
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(linear, "_onednn", lambda *given: calls.append(len(given[0])) or taken(*given))
+    monkeypatch.setattr(layers, "_onednn", lambda *given: calls.append(len(given[0])) or taken(*given))
     layer = Linear(512, 512)
     layer(torch.randn(255, 512)).sum().backward()
     assert not calls
@@ -87,7 +87,7 @@ def test_fp32_alone_is_multiplied_by_it(products, how):
 
 
 def test_a_torch_without_it_multiplies_as_ever(products, monkeypatch):
-    monkeypatch.setattr(linear, "has_onednn_linear", lambda *_: False)
+    monkeypatch.setattr(layers, "has_onednn_linear", lambda *_: False)
     layer, x = _layers(into_grad=True)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not products
@@ -120,10 +120,10 @@ def test_a_resumed_run_is_bit_for_bit_the_same(products, tmp_path, settings):
 def test_a_compiled_graph_calls_it_too(products):
     """One graph for every number of rows, and the product is in it."""
     torch.compiler.reset()
-    compilation.counters.clear()
+    compile.counters.clear()
     stock = stock_model("bert", num_hidden_layers=2, hidden_dropout_prob=0.1)
     eager, other = (packed_like(stock).train() for _ in range(2))
-    compilation.compile_layers(other, {"backend": "inductor", "dynamic": True})
+    compile.compile_layers(other, {"backend": "inductor", "dynamic": True})
     for lengths in [(5, 7, 9), (4, 8, 20, 3)]:
         inputs, noise = random_batch(lengths)[0], Noise(3)
         outputs = [eager(**inputs, noise=noise)]
@@ -137,5 +137,5 @@ def test_a_compiled_graph_calls_it_too(products):
         ]
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert compilation.graphs_made() == 1
+    assert compile.graphs_made() == 1
     torch.compiler.reset()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bert_glue.errors import DataError, DivergedError
-from bert_glue.metrics import Scores, compute_metrics, majority_baseline
+from bert_glue.evaluation.metrics import Scores, compute_metrics, majority_baseline
 from bert_glue.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny_models import LFS_POINTER, VOCAB, stock_model, write_model
 
-from bert_glue.arguments import Arguments
-from bert_glue.batching import Assembler, TokenSplit
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import Assembler, TokenSplit
+from bert_glue.data.splits import Split
 from bert_glue.errors import MachineError
-from bert_glue.families import FAMILIES
-from bert_glue.model import LoadedModel, load_model
-from bert_glue.model_folder import model_folder, read_config
-from bert_glue.splits import Split
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.families import FAMILIES
+from bert_glue.model.loading import load_model, model_folder, read_config
 from bert_glue.tasks import get_task
 
 MRPC, MNLI, STSB = get_task("mrpc"), get_task("mnli"), get_task("stsb")

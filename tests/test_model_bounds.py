@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bert_glue.errors import MachineError
-from bert_glue.model_bounds import check_config, check_size
+from bert_glue.model.bounds import check_config, check_size
 
 BERT_BASE = {
     "model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,

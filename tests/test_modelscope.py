@@ -17,12 +17,12 @@ import pytest
 from npu_wheel import fetch_wheel
 from tiny_models import write_model
 
-from bert_glue.arguments import Arguments
-from bert_glue.command_line import parse
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.parser import parse
+from bert_glue.data.sources import load_task_data
 from bert_glue.errors import DataError, MachineError, UsageError
-from bert_glue.hub_files import MODEL_FILES
-from bert_glue.model_folder import model_folder
-from bert_glue.sources import load_task_data
+from bert_glue.hub.client import MODEL_FILES
+from bert_glue.model.loading import model_folder
 
 PIN = "1.40.2"  # read, never installed
 
@@ -60,7 +60,7 @@ def modelscope(monkeypatch, tmp_path):
         module = types.ModuleType(f"modelscope.hub.{name}")
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("bert_glue.modelscope_hub.find_spec", lambda name: object())
+    monkeypatch.setattr("bert_glue.hub.modelscope.find_spec", lambda name: object())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the other hub: nobody may ask it
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -137,7 +137,7 @@ def test_offline_its_cache_is_used_or_one_line_says_why(modelscope, tmp_path, mo
 
 
 def test_without_the_package_one_line_and_the_way_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("bert_glue.modelscope_hub.find_spec", lambda name: None)
+    monkeypatch.setattr("bert_glue.hub.modelscope.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="pip install modelscope"):
         model_folder("someone/tiny", of(tmp_path))
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bert_glue.noise import Noise, dropout
+from bert_glue.model.layers import Noise, dropout
 
 SHAPE = (400, 500)
 CELLS = 400 * 500

@@ -16,7 +16,7 @@ from npu_calls import Sources, Use
 from npu_wheel import PIN, REPOSITORY, Wheel, fetch_wheel
 from test_npu import check_fused_semantics, fused_semantics
 
-from bert_glue.npu_install import PAIRS
+from bert_glue.devices.npu_versions import PAIRS
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import recipe_parts
 import torch
 from torch import nn
 
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
 from bert_glue.errors import MachineError
-from bert_glue.flat import flatten
-from bert_glue.optim import build_optimizer, is_elementwise, schedule
-from bert_glue.precision import Precision
-from bert_glue.precision_plan import PrecisionPlan
+from bert_glue.precision.flat_buffers import flatten
+from bert_glue.precision.native import Precision
+from bert_glue.precision.plan import PrecisionPlan
+from bert_glue.training.optim import build_optimizer, is_elementwise, schedule
 
 STEPS = 12
 DECAY = 0.1
@@ -139,7 +139,7 @@ def decayed_by_us(module: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("padding", ["packed", "longest"])
 def test_decay_groups_are_transformers(tmp_path, padding):
-    from bert_glue.model import load_model
+    from bert_glue.model.loading import load_model
     from bert_glue.tasks import get_task
 
     module = load_model(recipe_parts.arguments(tmp_path, padding=padding), get_task("mrpc")).module
@@ -208,7 +208,7 @@ def built(optim: str, **changes):
 
 
 def test_every_name_is_in_the_table():
-    from bert_glue.arguments import FLAGS
+    from bert_glue.config.arguments import FLAGS
 
     assert set(ON_A_BARE_CPU) == set(FLAGS["optim"].choices)
 
@@ -254,12 +254,12 @@ def test_a_device_without_fused_adamw(monkeypatch):
 
 
 def test_log_and_results_name_the_optimizer_that_ran(tmp_path, monkeypatch):
-    from bert_glue import recipe
+    from bert_glue.pipeline import run as pipeline
 
     lines = []
-    monkeypatch.setattr(recipe.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
     args = recipe_parts.arguments(tmp_path, optim="adamw_hf", max_steps=2)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     said = "adamw_torch instead of adamw_hf: transformers has removed it"
     assert f"optimizer: {said}" in lines
     assert recipe_parts.results_of(args)["optimizer"] == said

@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SETTINGS, packed_like, random_batch, stock_model, write_model
 
-from bert_glue.arguments import Arguments
-from bert_glue.batching import Assembler, TokenSplit
-from bert_glue.families import FAMILIES, weight_names, why_not_packed
-from bert_glue.flat import flatten
-from bert_glue.model import load_model
-from bert_glue.noise import Noise
-from bert_glue.objectives import sample_losses
-from bert_glue.packed import PackedClassifier
-from bert_glue.sample import sample_rows
-from bert_glue.splits import Split
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import Assembler, TokenSplit
+from bert_glue.data.sample import sample_rows
+from bert_glue.data.splits import Split
+from bert_glue.data.tokenization import TextTokenizer, TokenTable
+from bert_glue.model.encoder import PackedClassifier
+from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
+from bert_glue.model.layers import Noise
+from bert_glue.model.loading import load_model
+from bert_glue.model.weights import load_packed, normalise_names, packed_tensors, read_tensors, weight_files
+from bert_glue.precision.flat_buffers import flatten
 from bert_glue.tasks import TASKS
-from bert_glue.text_tokens import TextTokenizer, TokenTable
-from bert_glue.vocabulary import NarrowedEmbedding
-from bert_glue.weights import load_packed, normalise_names, packed_tensors, read_tensors, weight_files
+from bert_glue.training.embedding_rows import NarrowedEmbedding
+from bert_glue.training.losses import sample_losses
 
 LOGITS_LIMIT = 1e-5  # largest difference
 GRADIENT_LIMIT = 1e-5  # relative, per parameter and overall

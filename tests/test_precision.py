@@ -10,13 +10,15 @@ import torch
 from recipe_parts import arguments, fit, losses, results_of
 from torch import nn
 
-from bert_glue import device, flat, precision, throughput
-from bert_glue.arguments import Arguments
-from bert_glue.device import Device
+from bert_glue.config.arguments import Arguments
+from bert_glue.devices import device
+from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
-from bert_glue.optim import build_optimizer, is_elementwise
-from bert_glue.precision import Precision
-from bert_glue.precision_plan import PrecisionPlan, plan_precision
+from bert_glue.precision import flat_buffers, native
+from bert_glue.precision.native import Precision
+from bert_glue.precision.plan import PrecisionPlan, plan_precision
+from bert_glue.training import throughput
+from bert_glue.training.optim import build_optimizer, is_elementwise
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -97,10 +99,10 @@ def test_apex_is_refused_where_it_is_not():
 
 
 def test_fallback_trains_fp32_and_says_so(without_fp16, tmp_path):
-    from bert_glue import recipe
+    from bert_glue.pipeline import run as pipeline
 
     args = arguments(tmp_path, fp16=True, fp16_opt_level="O2", fallback_precision="fp32", max_steps=2)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args)
     assert results["precision"] == "O0 fp32"
     assert "fp32 (O0) instead of fp16 O2" in results["fallback"]
@@ -241,15 +243,15 @@ def test_other_bf16_levels_learn(tmp_path, level):
 
 def test_dynamic_fp16_learns_and_its_log_is_json(with_fp16, monkeypatch, tmp_path):
     """The first scale overflows here; a skipped step must neither stop the run nor put Infinity in a file."""
-    from bert_glue import recipe
+    from bert_glue.pipeline import run as pipeline
 
     monkeypatch.setattr(throughput, "gemm_rate", lambda *_: 1.0)  # minutes where fp16 is emulated
-    monkeypatch.setattr(precision, "_FIRST_SCALE", 2.0**24)
+    monkeypatch.setattr(native, "_FIRST_SCALE", 2.0**24)
     model = recipe_parts.make_model(tmp_path / "model")
     args = arguments(
         tmp_path, model_name_or_path=str(model), fp16=True, fp16_opt_level="O2", loss_scale="dynamic", max_steps=8,
     )  # fmt: skip
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     history = results_of(args, "trainer_state.json")["log_history"]
     assert results_of(args)["precision"] == "O2 fp16, loss scale dynamic"
     skipped = [entry for entry in history if entry["grad_norm"] is None]
@@ -355,8 +357,8 @@ class TestTable:
             inner = module[0](torch.ones(2, 4, dtype=low))
             assert torch.is_autocast_enabled("cpu") == (level == "O1")
         assert inner.dtype == (FP32 if level == "O0" else dtype)
-        from bert_glue.objectives import sample_losses
         from bert_glue.tasks import get_task
+        from bert_glue.training.losses import sample_losses
 
         assert sample_losses(get_task("mrpc"), inner[:, :2], torch.tensor([0, 1]), 0.0).dtype == FP32
 
@@ -451,7 +453,7 @@ class CountingRanks:
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "lamb"])
 @pytest.mark.parametrize("flags", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=["O0", "O2"])
 def test_gradients_are_views_of_flat_buffers_and_summed_in_one_collective(tmp_path, flags, optim):
-    from bert_glue.training import train
+    from bert_glue.training.loop import train
 
     run = fit(arguments(tmp_path, max_steps=1, optim=optim, use_combine_grad=True, **flags))
     parameters = dict(run.model.module.named_parameters())
@@ -473,10 +475,10 @@ def test_gradients_are_views_of_flat_buffers_and_summed_in_one_collective(tmp_pa
 
 
 def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
-    from bert_glue import recipe
+    from bert_glue.pipeline import run as pipeline
 
     lines = []
-    monkeypatch.setattr(recipe.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
     fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), recipe_parts_log())
     (line,) = [line for line in lines if line.startswith("gradients: ")]
     assert "views of 2 flat buffers" in line and "x 2 bytes" in line
@@ -484,13 +486,13 @@ def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
 
 
 def recipe_parts_log():
-    from bert_glue.progress import ProgressLog
+    from bert_glue.training.console import ProgressLog
 
     return ProgressLog(True, False, watches_signals=False)
 
 
 def test_flags_without_effect_are_told():
-    from bert_glue.command_line import parse
+    from bert_glue.config.parser import parse
 
     base = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
     told = {
@@ -519,18 +521,18 @@ def exact_norm(tensors: list[torch.Tensor]) -> float:
 
 def test_a_norm_of_chunks_covers_every_element(monkeypatch):
     """Small chunks, and tensors that fill none, some exactly, or some and a part."""
-    monkeypatch.setattr(flat, "_NORM_CHUNK", 16)
+    monkeypatch.setattr(flat_buffers, "_NORM_CHUNK", 16)
     draws = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (1, 15, 16, 17, 1000)]
     for tensors in (draws, draws[:1], [draws[4].view(10, 100).t()], [torch.zeros(0), draws[3]]):
-        assert flat.l2_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=3e-7)
-    assert flat.l2_norm([]).item() == flat.l2_norm([torch.zeros(20)]).item() == 0.0
-    assert flat.l2_norm([torch.tensor([3.0, torch.inf])]).item() == torch.inf
-    assert flat.l2_norm([torch.full((40,), torch.nan)]).isnan()
+        assert flat_buffers.l2_norm(tensors).item() == pytest.approx(exact_norm(tensors), rel=3e-7)
+    assert flat_buffers.l2_norm([]).item() == flat_buffers.l2_norm([torch.zeros(20)]).item() == 0.0
+    assert flat_buffers.l2_norm([torch.tensor([3.0, torch.inf])]).item() == torch.inf
+    assert flat_buffers.l2_norm([torch.full((40,), torch.nan)]).isnan()
 
 
 def test_a_norm_keeps_what_one_long_sum_loses():
     gradient = worst_case(1 << 24)
-    assert flat.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-6)
+    assert flat_buffers.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-6)
 
 
 @pytest.mark.parametrize("level, dtype", [("O0", FP32), ("O1", BF16), ("O2", BF16), ("O2", FP16), ("O3", BF16)])
@@ -553,4 +555,4 @@ def test_norm_and_clip_of_many_elements(level, dtype):
 def test_the_norm_of_335_million_elements(draw):
     """bert-large has 335 M parameters: one sum is 5 % low."""
     gradient = draw(335_000_000)
-    assert flat.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-5)
+    assert flat_buffers.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-5)

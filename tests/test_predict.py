@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from recipe_parts import REPOSITORY, arguments, make_data, make_model, rows
 
-from bert_glue import labelled_output, predict, recipe
-from bert_glue.table_files import read_table
-from bert_glue.table_stream import STREAMED
+from bert_glue.data.readers import read_table
+from bert_glue.data.streaming import STREAMED
+from bert_glue.pipeline import run as pipeline
+from bert_glue.predict import __main__ as predict
+from bert_glue.predict import output
 
 COUNT = 150  # over two chunks of 64 batches of one row
 
@@ -34,7 +36,7 @@ def run(tmp_path_factory) -> Path:
         num_train_epochs=20.0,
         **make_data(folder / "data", test=40),
     )
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     return Path(args.output_dir)
 
 
@@ -128,7 +130,7 @@ def test_after_a_kill_the_result_is_byte_for_byte_the_same(run, tmp_path, monkey
     """The kill comes after the second chunk reached the file in full, in half or not, untold to the journal."""
     source = write_input(tmp_path / "in.jsonl")
     assert label(run, source, tmp_path / f"whole.{kind}") == 0
-    monkeypatch.setattr(labelled_output.ToFile, "append", killed_in_second_chunk(written))
+    monkeypatch.setattr(output.ToFile, "append", killed_in_second_chunk(written))
     target = tmp_path / f"out.{kind}"
     with pytest.raises(Killed):
         label(run, source, target)
@@ -144,7 +146,7 @@ class Killed(BaseException):
 
 
 def killed_in_second_chunk(written: str):
-    append = labelled_output.ToFile.append
+    append = output.ToFile.append
 
     def until_killed(self, table, columns, input_hash):
         if self.rows:
@@ -179,7 +181,7 @@ def test_kill_9_and_go_on(run, tmp_path):
 def interrupted(run, tmp_path, monkeypatch) -> tuple[Path, Path]:
     source, target = write_input(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr(labelled_output.ToFile, "append", killed_in_second_chunk("half"))
+        patched.setattr(output.ToFile, "append", killed_in_second_chunk("half"))
         with pytest.raises(Killed):
             label(run, source, target)
     return source, target
@@ -210,7 +212,7 @@ def test_a_finished_output_is_kept(run, tmp_path, capsys):
 
 
 def test_two_processes_do_not_share_an_output(run, tmp_path, capsys):
-    held = labelled_output.ToFile(tmp_path / "out.csv", "csv", {}, False)
+    held = output.ToFile(tmp_path / "out.csv", "csv", {}, False)
     assert label(run, write_input(tmp_path / "in.csv", 5), tmp_path / "out.csv") == 6
     assert "another process is writing it" in capsys.readouterr().err
     held.close()
@@ -318,7 +320,7 @@ def test_regression_gives_scores_only(tmp_path):
     data = tmp_path / "train.csv"
     data.write_text("sentence1,sentence2,label\n" + "".join(f"a dog runs,a cat {n},{n / 7}\n" for n in range(20)))
     args = arguments(tmp_path, train_file=str(data), max_steps=2)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     source = write_input(tmp_path / "in.jsonl", 5)
     assert label(Path(args.output_dir), source, tmp_path / "out.jsonl") == 0
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -328,7 +330,7 @@ def test_regression_gives_scores_only(tmp_path):
 def peak_memory(run: Path, source: Path, target: Path) -> int:
     """Bytes of a process that labels `source`."""
     code = (
-        "import sys; from bert_glue import predict; from bert_glue.device import Device\n"
+        "import sys; from bert_glue import predict; from bert_glue.devices.device import Device\n"
         f"assert predict.main({flags(run, source, target)!r}[:-2]) == 0\n"
         "print(Device('cpu').peak_memory())"
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from recipe_parts import arguments, changed, fit, results_of
 
-from bert_glue import checkpoint, recipe
-from bert_glue.command_line import parse
-from bert_glue.device import Device
+from bert_glue.config.parser import parse
+from bert_glue.devices.device import Device
 from bert_glue.errors import CheckpointError, DivergedError, UsageError
+from bert_glue.pipeline import run as pipeline
+from bert_glue.storage import checkpoint
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "out", "--do_train"]
 
@@ -37,9 +38,9 @@ def test_the_trace_holds_the_steps_asked_for_and_what_they_did(tmp_path, steps, 
 
 def test_samples_a_second_leave_traced_steps_out(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(recipe.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
     args = arguments(tmp_path, profile_steps="2:3", max_steps=8, skip_steps=1)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args)
     assert results["train_timed_steps"] == 5 and results["train_samples_consumed"] == 8 + 8 + 8 + 5 + 8 + 8 + 8 + 5
     timed = results["train_samples_per_second"] * results["train_timed_seconds"]

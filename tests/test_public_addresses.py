@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import public_addresses
 from bert_glue.errors import DataError
-from bert_glue.public_addresses import STATEMENT, addresses_in, main, refresh, rows_of
+from tools import public_addresses
+from tools.public_addresses import STATEMENT, addresses_in, main, refresh, rows_of
 
 REPOSITORY = Path(__file__).parents[1]
 HEADER = "# Addresses\n\n| type | source address | file | public address | purpose |\n|---|---|---|---|---|\n"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from recipe_parts import arguments, changed
 
-from bert_glue import rank_agreement
 from bert_glue.errors import RankError, UsageError
-from bert_glue.rank_agreement import compare_inputs, compare_settings, differences
+from bert_glue.pipeline import rank_agreement
+from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings, differences
 
 
 class Peers:

@@ -16,11 +16,11 @@ from accelerate import PartialState
 from rank_parts import GLOBAL_BATCH, SIZES, on_ranks
 from recipe_parts import REPOSITORY, arguments, flags_of, make_data, make_model, results_of, start
 
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.devices.distributed import Place, Ranks, place_in
 from bert_glue.errors import RankError, UsageError
-from bert_glue.flat import GradientBuffers
-from bert_glue.ranks import Place, Ranks, place_in
-from bert_glue.stopping import StopVote
+from bert_glue.precision.flat_buffers import GradientBuffers
+from bert_glue.training.loop import StopVote
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_port_that_never_answers_ends_in_its_time(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody answers
         place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-        words = "from bert_glue.arguments import Arguments; from bert_glue.ranks import Ranks\n"
+        words = "from bert_glue.config.arguments import Arguments; from bert_glue.devices.distributed import Ranks\n"
         done = subprocess.run(
             [sys.executable, "-c", words + "Ranks(Arguments(use_cpu=True, ddp_timeout=2))"],
             env={**os.environ, **place, "MASTER_PORT": str(silent.getsockname()[1])},

@@ -26,8 +26,8 @@ from simulated_runs import SIMULATED
 from test_sources import make_glue
 
 import run_glue
-from bert_glue.hub_data import GLUE_NAME, GLUE_REVISION
-from bert_glue.sample import make_tiny_bert
+from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
+from bert_glue.data.sample import make_tiny_bert
 from bert_glue.tasks import get_task
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ import torch
 from recipe_parts import fit, losses
 from test_real_data import DATA, MODEL, pytestmark  # noqa: F401  (skips where data or model are absent)
 
-from bert_glue import device
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.devices import device
 
 STEPS = 200
 LEVELS = {

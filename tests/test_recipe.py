@@ -28,9 +28,10 @@ from recipe_parts import (
 )
 from safetensors.torch import load_file
 
-from bert_glue import checkpoint, recipe
 from bert_glue.errors import CheckpointError
-from bert_glue.lock import FolderLock
+from bert_glue.pipeline import run as pipeline_run
+from bert_glue.storage import checkpoint
+from bert_glue.storage.lock import FolderLock
 
 
 @pytest.fixture(autouse=True)
@@ -186,12 +187,12 @@ def test_sigterm_saves_a_checkpoint_and_the_second_run_goes_on(tmp_path):
 
 def test_the_saved_folder_works_in_transformers_and_gives_the_same_metric(tmp_path):
     args = arguments(tmp_path, do_eval=True, do_predict=True, num_train_epochs=3.0)
-    assert recipe.run(args) == 0
+    assert pipeline_run.run(args) == 0
     trained = results_of(args)
     again = changed(
         args, do_train=False, model_name_or_path=args.output_dir, output_dir=str(tmp_path / "again")
     )  # fmt: skip
-    assert recipe.run(again) == 0
+    assert pipeline_run.run(again) == 0
     evaluated = results_of(again)
     for key in ("eval_accuracy", "eval_f1", "eval_samples"):
         assert evaluated.get(key) == trained.get(key), key
@@ -212,11 +213,11 @@ def test_the_saved_folder_works_in_transformers_and_gives_the_same_metric(tmp_pa
 
 def test_a_padded_run_saves_a_folder_that_works_too(tmp_path):
     args = arguments(tmp_path, do_eval=True, max_steps=3, padding="longest", bf16=True, fp16_opt_level="O2")
-    assert recipe.run(args) == 0
+    assert pipeline_run.run(args) == 0
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float32}  # the masters
     again = changed(args, do_train=False, model_name_or_path=args.output_dir, output_dir=str(tmp_path / "again"))
-    assert recipe.run(again) == 0
+    assert pipeline_run.run(again) == 0
     assert results_of(again)["eval_loss"] == pytest.approx(results_of(args)["eval_loss"], abs=1e-5)
 
 
@@ -228,7 +229,7 @@ def test_a_run_twice_gives_the_same_weights(tmp_path):
         args = arguments(
             tmp_path, model_name_or_path=model, max_steps=3, output_dir=str(tmp_path / name), seed=seed, data_seed=1
         )  # fmt: skip
-        assert recipe.run(args) == 0
+        assert pipeline_run.run(args) == 0
         saved.append((tmp_path / name / "model.safetensors").read_bytes())
     assert saved[0] == saved[1] != saved[2]
 
@@ -267,7 +268,7 @@ def test_two_ranks_are_one_with_the_same_global_batch(tmp_path):
     manifest = json.loads((tmp_path / "out" / "checkpoint-5" / "manifest.json").read_text())
     assert {"random-0.safetensors", "random-1.safetensors"} <= set(manifest["files"])
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    from bert_glue.training_state import whole_weights
+    from bert_glue.training.resume import whole_weights
 
     for name, value in whole_weights(alone).items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0)
@@ -278,7 +279,7 @@ def test_sample_without_a_model_makes_one(tmp_path):
         tmp_path, sample=True, task_name="cola", do_eval=True, max_train_samples=64, max_eval_samples=20, max_steps=3
     )  # fmt: skip
     began = time.perf_counter()
-    assert recipe.run(args) == 0
+    assert pipeline_run.run(args) == 0
     assert results_of(args)["model_name_or_path"].endswith("sample_bert")
     assert "eval_matthews_correlation" in results_of(args)
     assert time.perf_counter() - began < 60

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from bert_glue.argument_checks import metric_names
-from bert_glue.arguments import Arguments
-from bert_glue.command_line import parse
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.checks import metric_names
+from bert_glue.config.files import FOLDER, recipe_names
+from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
-from bert_glue.recipes import FOLDER, recipe_names
 from bert_glue.tasks import TASKS, TRAINABLE
 
 NEEDED = ["--model_name_or_path", "m", "--output_dir", "o", "--do_train"]

@@ -9,9 +9,9 @@ import pytest
 from recipe_parts import arguments, changed, flags_of, make_model
 
 import run_glue
-from bert_glue.checkpoint import file_hash
-from bert_glue.command_line import parse
+from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
+from bert_glue.storage.files import file_hash
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import report, suite_report, svg
-from bert_glue.report_words import WORDS
+from bert_glue.report import charts, run_page, suite_page
+from bert_glue.report.words import WORDS
 from bert_glue.tasks import get_task
 
 REPOSITORY = Path(__file__).parents[1]
@@ -99,19 +99,19 @@ def rows_of(page: str) -> list[list[str]]:
 
 
 def test_the_page_is_one_file_without_network_or_script(run):
-    page = checked(report.run_page(run))
+    page = checked(run_page.run_page(run))
     assert not re.search(r"""(src|href|url)\s*[=(]""", re.sub(r"&lt;.*?&gt;", "", page), re.IGNORECASE)
     assert not re.search(r"<(script|link|iframe|img)|@import|https?://", page, re.IGNORECASE)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 
 
 def test_what_a_user_wrote_is_escaped(run):
-    page = report.run_page(run)
+    page = run_page.run_page(run)
     assert EVIL not in page and page.count("&lt;img src=x onerror=") >= 4  # model, data, error, token
 
 
 def test_the_table_beside_published_figures(run):
-    rows = rows_of(report.run_page(run))
+    rows = rows_of(run_page.run_page(run))
     own = next(row for row in rows if row[0].startswith("this run"))
     assert own == ["this run, Some Device", "57.75", "5.90", "-", "-", "321.5"]
     majority = next(row for row in rows if row[0] == "most frequent class")
@@ -133,21 +133,21 @@ def english(page: str) -> str:
 
 def test_a_sentence_for_who_reads_nothing_else(tmp_path):
     """Above the table: the score, its standard error and where the published figures lie."""
-    text = english(report.run_page(make_run(tmp_path / "a", value=0.5775)))
+    text = english(run_page.run_page(make_run(tmp_path / "a", value=0.5775)))
     assert "57.75, standard error 5.90: within noise of 5 published figure(s)" in text
-    text = english(report.run_page(make_run(tmp_path / "b", value=0.71)))
+    text = english(run_page.run_page(make_run(tmp_path / "b", value=0.71)))
     assert "71.00, standard error 5.90: within noise of 3 published figure(s); higher than 2, beyond noise" in text
     for changes, says in (
         ({"sample_data": True}, "Not comparable: this is generated sample data"),
         ({"eval_samples": 30}, "Not comparable: 30 rows"),
     ):
-        page = report.run_page(make_run(tmp_path / says[-5:], **changes))
+        page = run_page.run_page(make_run(tmp_path / says[-5:], **changes))
         assert says in english(page) and "standard error 5.90:" not in english(page) and 'class="strip"' not in page
 
 
 def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
     """The dot lies in the shaded zone exactly where the difference is noise."""
-    page = report.run_page(make_run(tmp_path / "run", value=0.71))
+    page = run_page.run_page(make_run(tmp_path / "run", value=0.71))
     rows = re.findall(r'class="strip">(.*?)</svg>.*?</td></tr>', page)
     assert len(rows) == 7
     seen = []
@@ -161,20 +161,20 @@ def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.20, "lower, beyond noise"), (0.90, "higher, beyond noise")])
 def test_a_large_difference_is_no_noise(tmp_path, value, verdict):
-    rows = rows_of(report.run_page(make_run(tmp_path / "run", value=value)))
+    rows = rows_of(run_page.run_page(make_run(tmp_path / "run", value=value)))
     assert all(row[4] == verdict for row in rows if "published" in row[0])
 
 
 def test_noise_ends_at_twice_the_error_of_a_difference(tmp_path):
     edge = 0.5469 + 2 * 2**0.5 * 0.059
     for value, verdict in ((edge - 1e-4, "within noise"), (edge + 1e-4, "higher, beyond noise")):
-        rows = rows_of(report.run_page(make_run(tmp_path / f"run{value}", value=value)))
+        rows = rows_of(run_page.run_page(make_run(tmp_path / f"run{value}", value=value)))
         assert next(row for row in rows if "1p Ascend NPU" in row[0])[4] == verdict
 
 
 @pytest.mark.parametrize("changes", [{"sample_data": True}, {"eval_samples": 30}])
 def test_other_data_is_not_compared(tmp_path, changes):
-    page = report.run_page(make_run(tmp_path / "run", **changes))
+    page = run_page.run_page(make_run(tmp_path / "run", **changes))
     published = [row for row in rows_of(page) if "published" in row[0]]
     assert len(published) == 5 and all(row[3:5] == ["-", "not comparable"] for row in published)
     if "eval_samples" in changes:
@@ -182,17 +182,17 @@ def test_other_data_is_not_compared(tmp_path, changes):
 
 
 def test_a_model_no_better_than_the_majority_is_told(tmp_path):
-    assert WORDS["at_majority"][0] in report.run_page(make_run(tmp_path / "a", value=40 / 71))
-    assert WORDS["at_majority"][0] not in report.run_page(make_run(tmp_path / "b", value=0.6))
+    assert WORDS["at_majority"][0] in run_page.run_page(make_run(tmp_path / "a", value=40 / 71))
+    assert WORDS["at_majority"][0] not in run_page.run_page(make_run(tmp_path / "b", value=0.6))
 
 
 def test_a_value_that_does_not_exist_has_its_reason(tmp_path):
-    page = report.run_page(make_run(tmp_path / "run", value=None, eval_accuracy_reason="no rows to score"))
+    page = run_page.run_page(make_run(tmp_path / "run", value=None, eval_accuracy_reason="no rows to score"))
     assert '<div class="figure">-</div>' in page and "no rows to score" in page
 
 
 def test_curves_confusions_and_calibration_are_drawn(run):
-    page = report.run_page(run)
+    page = run_page.run_page(run)
     assert page.count("<polyline") == 6  # four curves, of which two have a second line
     assert page.count('class="chart"') == 5 and page.count('class="strip"') == 7  # a row of the comparison each
     assert "expected calibration error 0.123" in page and "75.0 %" in page
@@ -202,7 +202,7 @@ def test_files_of_an_earlier_run_are_not_shown(run):
     results = json.loads((run / "all_results.json").read_text())
     kept = {name: value for name, value in results.items() if not name.startswith(("eval_", "train_"))}
     (run / "all_results.json").write_text(json.dumps(kept))
-    page = report.run_page(run)
+    page = run_page.run_page(run)
     assert "<svg" not in page and WORDS["no_curve"][0] in page and "0.123" not in page
 
 
@@ -210,7 +210,7 @@ def test_diagnostic_categories(run):
     analysis = json.loads((run / "analysis.json").read_text())
     analysis["diagnostic"] = {"all": [0.3, 1104], "Logic": [None, 364]}
     (run / "analysis.json").write_text(json.dumps(analysis))
-    rows = rows_of(report.run_page(run))
+    rows = rows_of(run_page.run_page(run))
     assert ["all", "30.00", "1104"] in rows and ["Logic", "-", "364"] in rows
 
 
@@ -226,7 +226,7 @@ def test_the_page_opens_in_the_language_of_the_locale(run, monkeypatch, locale, 
     for name in ("LC_ALL", "LC_MESSAGES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANG", locale)
-    assert f'id="lang-{language}" checked' in report.run_page(run)
+    assert f'id="lang-{language}" checked' in run_page.run_page(run)
 
 
 def suite(folder: Path) -> Path:
@@ -239,7 +239,7 @@ def suite(folder: Path) -> Path:
 
 
 def test_a_suite_has_means_deviations_collapses_and_what_is_missing(tmp_path):
-    page = checked(suite_report.suite_page(*suite_report.find_runs([suite(tmp_path / "suite")])))
+    page = checked(suite_page.suite_page(*suite_page.find_runs([suite(tmp_path / "suite")])))
     header, first, *_ = page[page.index("<table") :].split("</tr>")
     assert header.count("<th") == first.count("<td")
     rows = rows_of(page)
@@ -256,16 +256,16 @@ def test_a_suite_has_means_deviations_collapses_and_what_is_missing(tmp_path):
 def test_a_box_plot_holds_the_published_figures_and_the_majority():
     """On the scale where it is near, as a number where it would squeeze the rest."""
     seeds = [(62.0, False), (64.0, False)]
-    near, far = (svg.boxes([("", seeds, majority, [58.3, 63.8])]) for majority in (57.0, 0.0))
+    near, far = (charts.boxes([("", seeds, majority, [58.3, 63.8])]) for majority in (57.0, 0.0))
     assert near.count('class="other"') == far.count('class="other"') == 2
     assert "line rule" in near and "\u25c2" not in near
     assert "line rule" not in far and "\u25c2 0.0" in far
 
 
 def test_quartiles_and_ticks():
-    assert svg.quartiles([4.0, 1.0, 2.0, 3.0]) == (1.75, 2.5, 3.25) and svg.quartiles([7.0]) == (7.0, 7.0, 7.0)
-    assert svg.ticks(0.0, 1.0) == pytest.approx([0, 0.5, 1.0]) and svg.ticks(3.0, 3.0) == [3.0]
-    assert [svg.number(v) for v in (0, 0.5, 2e-5, 1024, 250000)] == ["0", "0.5", "2e-5", "1024", "2.5e5"]
+    assert charts.quartiles([4.0, 1.0, 2.0, 3.0]) == (1.75, 2.5, 3.25) and charts.quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert charts.ticks(0.0, 1.0) == pytest.approx([0, 0.5, 1.0]) and charts.ticks(3.0, 3.0) == [3.0]
+    assert [charts.number(v) for v in (0, 0.5, 2e-5, 1024, 250000)] == ["0", "0.5", "2e-5", "1024", "2.5e5"]
 
 
 def command(*words: object) -> subprocess.CompletedProcess:
@@ -321,8 +321,8 @@ def browse(tmp_path: Path, page: Path, width: int, dark: bool) -> dict:
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, False), (1280, True)])
 def test_in_a_browser(tmp_path, width, dark):
     folder = suite(tmp_path / "suite")
-    (folder / "report.html").write_text(suite_report.suite_page(*suite_report.find_runs([folder])))
-    (folder / "wnli-1" / "report.html").write_text(report.run_page(folder / "wnli-1"))
+    (folder / "report.html").write_text(suite_page.suite_page(*suite_page.find_runs([folder])))
+    (folder / "wnli-1" / "report.html").write_text(run_page.run_page(folder / "wnli-1"))
     for page, words, chinese in (
         (folder / "wnli-1" / "report.html", "Beside published figures", "与公布的结果对比"),
         (folder / "report.html", "Scores over seeds", "各种子的得分"),
@@ -341,8 +341,8 @@ def test_screenshots_in_both_languages(tmp_path, run, monkeypatch):
 
     pictures = {}
     for language in ("en", "zh"):
-        monkeypatch.setattr("bert_glue.report_page.starts_chinese", lambda is_chinese=language == "zh": is_chinese)
-        (run / "report.html").write_text(report.run_page(run))
+        monkeypatch.setattr("bert_glue.report.page.starts_chinese", lambda is_chinese=language == "zh": is_chinese)
+        (run / "report.html").write_text(run_page.run_page(run))
         target = tmp_path / f"{language}.png"
         words = [CHROMIUM, "--headless=new", "--disable-gpu", f"--user-data-dir={tmp_path / language}"]
         words += ["--no-sandbox"] if os.geteuid() == 0 else []

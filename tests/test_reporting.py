@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from recipe_parts import arguments, changed, make_data, make_model, results_of
 
-from bert_glue import recipe, reporting
-from bert_glue.checkpoint import file_hash
-from bert_glue.sample import SAMPLE_LABEL
+from bert_glue.data.sample import SAMPLE_LABEL
+from bert_glue.pipeline import outputs
+from bert_glue.pipeline import run as pipeline
+from bert_glue.storage import files
+from bert_glue.storage.files import file_hash
 from bert_glue.tasks import get_task
 
 TOKEN = "hf_secretsecretsecret"
@@ -30,7 +32,7 @@ class Finished:
 
 
 def finish(args, capsys) -> Finished:
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     return Finished(args, capsys.readouterr().out)
 
 
@@ -50,7 +52,7 @@ def own(tmp_path_factory, model) -> Finished:
     argv = sys.argv
     sys.argv = ["run_glue.py", "--token", TOKEN, f"--token={TOKEN}", "--seed", "42"]
     try:
-        assert recipe.run(args) == 0
+        assert pipeline.run(args) == 0
     finally:
         sys.argv = argv
     return Finished(args, "")
@@ -143,21 +145,21 @@ def test_predictions_of_own_data_are_label_names(own):
 
 
 def test_written_predictions(tmp_path):
-    reporting.write_predictions(tmp_path, get_task("mnli"), "-mm", np.array([2, 0]))
+    outputs.write_predictions(tmp_path, get_task("mnli"), "-mm", np.array([2, 0]))
     assert (
         tmp_path / "predict_results_mnli-mm.txt"
     ).read_text() == "index\tprediction\n0\tcontradiction\n1\tentailment\n"
-    reporting.write_predictions(tmp_path, get_task("stsb"), "", np.array([-0.2, 1.23456, 7.0], np.float32))
+    outputs.write_predictions(tmp_path, get_task("stsb"), "", np.array([-0.2, 1.23456, 7.0], np.float32))
     values = [line.split("\t")[1] for line in (tmp_path / "predict_results_stsb.txt").read_text().splitlines()[1:]]
     assert values == ["0.000", "1.235", "5.000"]
 
 
 def test_a_results_file_is_whole_or_the_old_one(tmp_path):
     path = tmp_path / "all_results.json"
-    reporting.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     for bad in (float("nan"), object()):
         with pytest.raises((ValueError, TypeError)):
-            reporting.write_json(path, {"a": bad})
+            files.write_json(path, {"a": bad})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["all_results.json"]
 
@@ -173,7 +175,7 @@ def sample(tmp_path_factory, model) -> Finished:
         max_train_samples=30, max_eval_samples=20, max_predict_samples=10,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as console:
-        assert recipe.run(args) == 0
+        assert pipeline.run(args) == 0
     return Finished(args, console.getvalue())
 
 
@@ -239,5 +241,5 @@ def test_the_curves_have_four_panels(own, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *words, **more: drawn.append(self))
     history = results_of(own.args, "trainer_state.json")["log_history"]
     data = type("Data", (), {"task": get_task("wnli"), "source": "x"})
-    reporting.curves(own.folder / "x.png", history, data)
+    outputs.curves(own.folder / "x.png", history, data)
     assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "learning_rate", "eval_accuracy", "loss_scale"]

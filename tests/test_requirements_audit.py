@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue.requirements_audit import audit, judge
+from tools.requirements_audit import audit, judge
 
 SOUND = {"name": "torch", "version": "2.13.0", "vulns": []}
 SKIPPED = {"name": "numpy", "skip_reason": "not found and could not be audited"}
@@ -45,7 +45,7 @@ def tool(folder: Path, body: str) -> str:
 def test_a_vulnerability_fails_the_gate(tmp_path):
     found = json.dumps({"dependencies": [BAD], "fixes": []})
     path = tool(tmp_path, f"open(output, 'w').write({found!r}); sys.exit(1)")
-    command = [sys.executable, "-m", "bert_glue.requirements_audit", path, str(tmp_path)]
+    command = [sys.executable, "-m", "tools.requirements_audit", path, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 1 and "CVE-1" in done.stdout
 

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from bert_glue import sample
+from bert_glue.config import files
+from bert_glue.data.sample import SAMPLE_TASKS, make_tiny_bert, sample_rows
 from bert_glue.errors import UsageError
-from bert_glue.sample import SAMPLE_TASKS, make_tiny_bert, sample_rows
 from bert_glue.tasks import TASKS, TRAINABLE, own_task
 
 # Changing a grammar changes this on purpose: then measure again what the recipe reaches on every task.
@@ -166,7 +166,7 @@ def test_several_makers_at_once_agree(tiny_bert, tmp_path):
 
 def test_making_needs_neither_torch_nor_transformers(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from bert_glue.sample import make_tiny_bert;"
+        "import sys; from pathlib import Path; from bert_glue.data.sample import make_tiny_bert;"
         "make_tiny_bert(Path(sys.argv[1])); sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
@@ -215,4 +215,4 @@ def test_transformers_loads_encoder_and_tokenizer(tiny_bert, tokenizer):
 
 
 def test_recipe_is_flags_of_the_command_line():
-    assert set(sample.SAMPLE_RECIPE) == {"learning_rate", "num_train_epochs"}
+    assert set(files.SAMPLE_RECIPE) == {"learning_rate", "num_train_epochs"}

@@ -13,11 +13,13 @@ import torch
 from recipe_parts import arguments, changed, fit, losses
 from safetensors.torch import load_file
 
-from bert_glue import checkpoint, evaluation, objectives
 from bert_glue.errors import CheckpointError, DivergedError
-from bert_glue.progress import ProgressLog
-from bert_glue.saving import Saver
-from bert_glue.training_state import whole_weights
+from bert_glue.evaluation import evaluator as evaluation_evaluator
+from bert_glue.storage import checkpoint, files
+from bert_glue.storage.checkpoint import Saver
+from bert_glue.training import losses as training_losses
+from bert_glue.training.console import ProgressLog
+from bert_glue.training.resume import whole_weights
 
 
 def slowly(monkeypatch, seconds: float) -> list[float]:
@@ -99,14 +101,14 @@ def test_an_error_in_the_last_one_ends_the_run(tmp_path, monkeypatch):
 
 def test_a_sound_checkpoint_is_finished_though_the_run_diverges(tmp_path, monkeypatch):
     slowly(monkeypatch, 0.5)
-    original = objectives.sample_losses
+    original = training_losses.sample_losses
     calls = []
 
     def bad(*arguments):
         calls.append(1)
         return original(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(objectives, "sample_losses", bad)
+    monkeypatch.setattr(training_losses, "sample_losses", bad)
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     with pytest.raises(DivergedError):
         fit(args)
@@ -199,7 +201,7 @@ def with_former_keys(folder: Path) -> None:
         state[part] = {names.get(key, f"--{key}"): value for key, value in state[part].items()}
     file.write_text(json.dumps(state))
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.file_hash(file)}
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": files.file_hash(file)}
     text = checkpoint._manifest_text(manifest["files"], manifest["written"])
     (folder / checkpoint.MANIFEST).write_text(text)
 
@@ -271,7 +273,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, mon
     args = arguments(tmp_path, **settings)
     # recipe.py hands the log's question to the evaluator; here it is asked for the same way.
     log = Stopping(after)
-    evaluator = evaluation.Evaluator
+    evaluator = evaluation_evaluator.Evaluator
     monkeypatch.setattr(
         "recipe_parts.Evaluator", lambda *parts: evaluator(*parts, stop_asked=log.stop_asked)
     )  # fmt: skip

@@ -14,10 +14,10 @@ import torch
 from recipe_parts import arguments, fit, make_data, make_model, results_of, rows
 from safetensors.torch import load_file, save_file
 
-from bert_glue import predict
 from bert_glue.__main__ import main
-from bert_glue.recipe import run
-from bert_glue.training_state import whole_weights
+from bert_glue.pipeline.run import run
+from bert_glue.predict import __main__ as predict
+from bert_glue.training.resume import whole_weights
 
 
 @pytest.fixture(scope="module")

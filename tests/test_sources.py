@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.sources import Split, load_task_data
+from bert_glue.data.splits import make_split, sorted_labels
+from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, UsageError
-from bert_glue.sources import Split, load_task_data
-from bert_glue.splits import make_split, sorted_labels
-from bert_glue.tables import Table
 from bert_glue.tasks import TASKS, get_task
 
 ALL = frozenset({"train", "evaluation", "test"})
@@ -91,7 +91,7 @@ def test_sample_is_marked_and_takes_the_companion_along():
 def test_a_folder_named_like_the_task_is_not_a_source(tmp_path, monkeypatch):
     write(tmp_path / "mrpc" / "train.csv", ["sentence1", "sentence2", "label"], ["a", "b", "1"], gap=",")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bert_glue.hub_data.open_hub", lambda name, *_: (_ for _ in ()).throw(DataError(name)))
+    monkeypatch.setattr("bert_glue.data.hub_datasets.open_hub", lambda name, *_: (_ for _ in ()).throw(DataError(name)))
     assert refusal(task_name="mrpc") == "nyu-mll/glue"
 
 

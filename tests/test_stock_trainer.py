@@ -12,7 +12,7 @@ import pytest
 import torch
 from recipe_parts import arguments, fit, losses, make_model
 
-from bert_glue.training_state import whole_weights
+from bert_glue.training.resume import whole_weights
 
 RATE, BATCH = 2e-3, 8
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from recipe_parts import REPOSITORY, arguments, make_model
 
-from bert_glue import recipe, submission
+from bert_glue import submission
 from bert_glue.errors import DataError
-from bert_glue.reporting import write_predictions
+from bert_glue.pipeline import run as pipeline
+from bert_glue.pipeline.outputs import write_predictions
 from bert_glue.tasks import TASKS, companions, get_task
 
 FILES = {
@@ -213,7 +214,7 @@ def test_sample_data_is_refused_and_a_dry_run_is_marked(tmp_path):
     args = arguments(
         tmp_path, sample=True, task_name="wnli", model_name_or_path=str(model), do_train=False, do_predict=True
     )
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     output = tmp_path / "dry.zip"
     code, _, errors = command(args.output_dir, "--output", output, "--partial")
     assert code == 3 and "sample data, not GLUE" in errors and not output.exists()

@@ -17,11 +17,11 @@ import pytest
 from launch_stubs import clean_environment
 from sweep_stubs import REPOSITORY, Sweep, is_alive, stub_repository, wait_until
 
-from bert_glue.analysis import standard_errors
 from bert_glue.errors import UsageError
-from bert_glue.sweep import _slots
-from bert_glue.sweep_plan import Suite, plan, seeds_of, tasks_of
-from bert_glue.sweep_summary import lines, summarise, write
+from bert_glue.evaluation.analysis import standard_errors
+from bert_glue.sweep.__main__ import _slots
+from bert_glue.sweep.plan import Suite, plan, seeds_of, tasks_of
+from bert_glue.sweep.summary import lines, summarise, write
 from bert_glue.tasks import TASKS, TRAINABLE
 
 

@@ -11,7 +11,7 @@ import pytest
 from sweep_stubs import Sweep, stub_repository, wait_until
 
 from bert_glue.errors import UsageError
-from bert_glue.sweep_search import _without_login, read_space
+from bert_glue.sweep.search import _without_login, read_space
 
 SEARCH = ("--tasks", "mrpc", "--seeds", "1")
 
@@ -101,7 +101,7 @@ def test_trials_lie_in_their_ranges_and_the_best_becomes_a_config(optuna, sweep:
         assert value_of(argv, "per_device_train_batch_size") in ("16", "32")
     best = json.loads((sweep.output / "best_mrpc.json").read_text())
     assert best["learning_rate"] == float(study["best"]["learning_rate"]) and "seed" not in best
-    from bert_glue.command_line import parse
+    from bert_glue.config.parser import parse
 
     assert parse([str(sweep.output / "best_mrpc.json"), "--output_dir=x"]).task_name == "mrpc"
     assert "best of 4 trials, mrpc" in done.stdout
@@ -168,5 +168,5 @@ def test_a_storage_that_does_not_open(optuna, sweep: Sweep, storage: str) -> Non
 
 
 def test_modules_of_the_search_need_no_optuna() -> None:
-    code = "import sys; sys.modules['optuna'] = None; import bert_glue.sweep, bert_glue.sweep_search"
+    code = "import sys; sys.modules['optuna'] = None; import bert_glue.sweep, bert_glue.sweep.search"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from bert_glue.data.readers import header_of, read_csv, read_json, read_parquet, read_table, read_tsv
+from bert_glue.data.tables import SHOWN_PROBLEMS
 from bert_glue.errors import DataError
-from bert_glue.table_files import header_of, read_csv, read_json, read_parquet, read_table, read_tsv
-from bert_glue.tables import SHOWN_PROBLEMS
 
 
 def write(folder, name, content):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import table_stream
+from bert_glue.data import streaming
+from bert_glue.data.readers import read_table
+from bert_glue.data.streaming import STANDARD, stream_tables
 from bert_glue.errors import DataError
-from bert_glue.table_files import read_table
-from bert_glue.table_stream import STANDARD, stream_tables
 
 TEXTS = {
     "csv": '\ufeffa,b\r\n"two\r\nlines, ""q""",1\r\nNA,2\r\n\u2028x,3\r\n caf\u00e9 ,4\r\n\r\n\r\n',
@@ -36,7 +36,7 @@ def joined(path: Path, kind: str, rows: int) -> tuple[dict, list[str]]:
 @pytest.mark.parametrize("rows", [1, 2, 100])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_stream_is_the_file_read_whole(tmp_path, monkeypatch, kind, rows, block):
-    monkeypatch.setattr(table_stream, "_BLOCK", max(block, 3))  # a mark has three bytes
+    monkeypatch.setattr(streaming, "_BLOCK", max(block, 3))  # a mark has three bytes
     path = tmp_path / f"a.{kind}"
     path.write_bytes(TEXTS[kind].encode())
     whole = read_table(path)

@@ -14,13 +14,13 @@ import torch
 from recipe_parts import LAYERS, REPOSITORY, arguments, fit, flags_of, losses, make_model, results_of
 from safetensors.torch import load_file
 
-from bert_glue import objectives
-from bert_glue.command_line import parse
+from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
-from bert_glue.layerwise import rate_factors
-from bert_glue.objectives import EmbeddingShift, disagreement
-from bert_glue.recipe import run
+from bert_glue.pipeline.run import run
 from bert_glue.tasks import TASKS
+from bert_glue.training import losses as training_losses
+from bert_glue.training.losses import EmbeddingShift, disagreement
+from bert_glue.training.optim import rate_factors
 
 TECHNIQUES = {
     "layerwise_lr_decay": {"layerwise_lr_decay": 0.5, "weight_decay": 0.1},
@@ -185,8 +185,8 @@ def test_rdrop_without_dropout_is_the_plain_run(tmp_path: Path) -> None:
 
 def test_rdrop_sees_two_masks_and_its_loss_is_as_written(tmp_path: Path, monkeypatch) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    original = objectives.disagreement
-    monkeypatch.setattr(objectives, "disagreement", lambda *a: seen.append(a[1:]) or original(*a))
+    original = training_losses.disagreement
+    monkeypatch.setattr(training_losses, "disagreement", lambda *a: seen.append(a[1:]) or original(*a))
     run_of = fit(arguments(tmp_path, model_name_or_path=wide(tmp_path), rdrop_alpha=1.0, max_steps=2))
     assert len(seen) == 2 and all(not torch.equal(*pair) for pair in seen)
     assert run_of.progress.forward_passes == 2
@@ -220,8 +220,8 @@ def test_each_row_is_moved_along_its_gradient_by_epsilon(tmp_path: Path, monkeyp
 
 def test_the_adversarial_gradient_is_added_and_raises_the_loss(tmp_path: Path, monkeypatch) -> None:
     found = []
-    original = objectives.sample_losses
-    monkeypatch.setattr(objectives, "sample_losses", lambda *a: found.append(original(*a)) or found[-1])
+    original = training_losses.sample_losses
+    monkeypatch.setattr(training_losses, "sample_losses", lambda *a: found.append(original(*a)) or found[-1])
     run_of = fit(arguments(tmp_path, fgm_epsilon=0.1, max_steps=3))
     clean, moved = found[0::2], found[1::2]
     assert all(m > c for c, m in zip(clean, moved, strict=True))

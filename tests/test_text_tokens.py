@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_models import LFS_POINTER, write_vocab
 
-from bert_glue import text_tokens
+from bert_glue.data import tokenization
+from bert_glue.data.splits import Split
+from bert_glue.data.tokenization import TextTokenizer, cache_folder, tokenize
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.splits import Split
-from bert_glue.text_tokens import TextTokenizer, cache_folder, tokenize
 
 TEXTS = (
     "the cat sat on the mat .",
@@ -276,29 +276,29 @@ def test_where_the_cache_is(monkeypatch, variables, expected):
 def test_a_job_that_was_a_moment_faster_is_no_error(tmp_path, monkeypatch):
     """Two jobs make the same table; the second finds the first one's in its place."""
     monkeypatch.setenv("BERT_GLUE_CACHE", str(tmp_path))
-    table = text_tokens.TokenTable(np.array([1, 2], np.int32), np.array([0, 2]), np.array([2], np.int32))
+    table = tokenization.TokenTable(np.array([1, 2], np.int32), np.array([0, 2]), np.array([2], np.int32))
     folder = tmp_path / "tokens" / "key"
     original, others = Path.rename, []
 
     def late(path: Path, target: Path) -> Path:
         if path.name == "table" and not others:
             others.append(path)
-            text_tokens._write(folder, table)  # the other job, between our two renames
+            tokenization._write(folder, table)  # the other job, between our two renames
         return original(path, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    text_tokens._write(folder, table)
-    assert text_tokens._read(folder) is not None
+    tokenization._write(folder, table)
+    assert tokenization._read(folder) is not None
     assert [path.name for path in folder.parent.iterdir()] == ["key"]
 
 
 def test_what_killed_jobs_left_is_cleared_after_a_day(tmp_path, monkeypatch):
     monkeypatch.setenv("BERT_GLUE_CACHE", str(tmp_path))
-    table = text_tokens.TokenTable(np.array([1, 2], np.int32), np.array([0, 2]), np.array([2], np.int32))
+    table = tokenization.TokenTable(np.array([1, 2], np.int32), np.array([0, 2]), np.array([2], np.int32))
     for name, age in ((".making-old", 90_000), (".making-new", 60)):
         inside = tmp_path / "tokens" / name / "table"
         inside.mkdir(parents=True)
         (inside / "ids.npy").write_bytes(b"half")
         os.utime(inside.parent, (time.time() - age,) * 2)
-    text_tokens._write(tmp_path / "tokens" / "key", table)
+    tokenization._write(tmp_path / "tokens" / "key", table)
     assert {path.name for path in (tmp_path / "tokens").iterdir()} == {"key", ".making-new"}

@@ -10,12 +10,13 @@ import torch
 from recipe_parts import arguments, changed, fit, results_of
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bert_glue import recipe, throughput, training, training_setup
-from bert_glue.batching import Batch
-from bert_glue.device import Device
-from bert_glue.layout import PackedLayout
-from bert_glue.packed import EncoderShape, PackedClassifier
-from bert_glue.throughput import Meter, forward_flops, gemm_rate
+from bert_glue.data.batching import Batch
+from bert_glue.data.packing import PackedLayout
+from bert_glue.devices.device import Device
+from bert_glue.model.encoder import EncoderShape, PackedClassifier
+from bert_glue.pipeline import run as pipeline
+from bert_glue.training import loop, setup, throughput
+from bert_glue.training.throughput import Meter, forward_flops, gemm_rate
 
 
 def shape(**changes) -> EncoderShape:
@@ -131,8 +132,8 @@ def test_the_clock_stands_still_while_a_run_evaluates_and_saves(tmp_path, monkey
 
     noted(Meter, "start", "start")
     noted(Meter, "stop", "stop")
-    noted(training_setup, "evaluate", "work", {"eval_accuracy": 0.5})
-    noted(training, "save_checkpoint", "work")
+    noted(setup, "evaluate", "work", {"eval_accuracy": 0.5})
+    noted(loop, "save_checkpoint", "work")
     fit(arguments(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1))
     assert events.count("work") == 6 and events.count("stop") == 4
     for at, word in enumerate(events):
@@ -194,8 +195,8 @@ def test_rate_is_that_of_an_independent_count(tmp_path, monkeypatch, drop_last, 
         monkeypatch.setattr(owner, name, call)
 
     slow(PackedClassifier, "forward", 1.0, lambda logits: passes.append(len(logits)))
-    slow(training, "save_checkpoint", 50.0)
-    monkeypatch.setattr(training_setup, "evaluate", lambda *_: setattr(clock, "now", clock.now + 100.0) or {})
+    slow(loop, "save_checkpoint", 50.0)
+    monkeypatch.setattr(setup, "evaluate", lambda *_: setattr(clock, "now", clock.now + 100.0) or {})
     hook = register_optimizer_step_post_hook(lambda *_: steps.append((sum(passes), len(passes))))
     args = arguments(
         tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=accumulation, skip_steps=skip,
@@ -237,7 +238,7 @@ def test_a_moment_counts_for_the_inner_phase(monkeypatch):
 
 def test_nothing_left_to_time_is_null_with_the_reason(tmp_path):
     args = arguments(tmp_path, max_steps=3, skip_steps=3)
-    assert recipe.run(args) == 0
+    assert pipeline.run(args) == 0
     results = results_of(args, "train_results.json")
     assert results["train_samples_per_second"] is None
     assert results["train_samples_per_second_reason"] == "no step was left to time: 3 optimizer steps, --skip_steps 3"

@@ -10,7 +10,7 @@ import sys
 import pytest
 from recipe_parts import REPOSITORY, arguments, flags_of
 
-from bert_glue import trackers
+from bert_glue.training import console
 
 # No connection but to files and this machine's own sockets; names are not looked up either.
 WATCHED = """
@@ -57,26 +57,26 @@ def nobody(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("name", "mode"), [("wandb", "WANDB_MODE"), ("swanlab", "SWANLAB_MODE")])
 def test_without_a_login_a_tracker_records_to_files_and_says_so(nobody, monkeypatch, name, mode):
     monkeypatch.setenv(mode, "")
-    (note,) = trackers._stay_offline_without_login(name)
+    (note,) = console._stay_offline_without_login(name)
     assert os.environ[mode] == "offline"
     assert note.startswith(f"--report_to {name}: no login here") and f"{mode}=offline" in note
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "trackio"])
 def test_trackers_without_logins_are_left_alone(nobody, name):
-    assert trackers._stay_offline_without_login(name) == []
+    assert console._stay_offline_without_login(name) == []
 
 
 def test_a_key_a_mode_or_a_saved_login_is_respected(nobody, monkeypatch):
     with monkeypatch.context() as here:
         here.setenv("WANDB_API_KEY", "k")
-        assert trackers._stay_offline_without_login("wandb") == [] and "WANDB_MODE" not in os.environ
+        assert console._stay_offline_without_login("wandb") == [] and "WANDB_MODE" not in os.environ
     with monkeypatch.context() as here:
         here.setenv("WANDB_MODE", "disabled")
-        assert trackers._stay_offline_without_login("wandb") == [] and os.environ["WANDB_MODE"] == "disabled"
+        assert console._stay_offline_without_login("wandb") == [] and os.environ["WANDB_MODE"] == "disabled"
     (nobody / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (nobody / ".netrc").chmod(0o600)
-    assert trackers._stay_offline_without_login("wandb") == [] and "WANDB_MODE" not in os.environ
+    assert console._stay_offline_without_login("wandb") == [] and "WANDB_MODE" not in os.environ
 
 
 class Asking:
@@ -155,7 +155,7 @@ def _run_with_fake(tmp_path, where: str, **changes):
     (room / "wandb-1.0.dist-info").mkdir()
     (room / "wandb-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 1.0\n")
     args = arguments(tmp_path, max_steps=6, report_to="wandb", run_name="trial", token="hf_secret", **changes)
-    script = "import sys, json, bert_glue.trackers as t, run_glue; t.CLOSE_SECONDS = float(sys.argv[2]); "
+    script = "import sys, json, bert_glue.training.console as t, run_glue; t.CLOSE_SECONDS = float(sys.argv[2]); "
     script += "sys.exit(run_glue.main(json.loads(sys.argv[1])))"
     began = time.monotonic()
     done = subprocess.run(
@@ -206,9 +206,9 @@ def test_a_missing_package_is_one_line_before_any_work(tmp_path):
 
 
 def test_the_default_is_tensorboard_where_it_is_installed():
-    assert trackers._names(None, ["wandb", "tensorboard"]) == ["tensorboard"]
-    assert trackers._names(None, ["wandb"]) == []
-    assert trackers._names("all", ["wandb", "clearml", "tensorboard"]) == ["wandb", "tensorboard"]
+    assert console._names(None, ["wandb", "tensorboard"]) == ["tensorboard"]
+    assert console._names(None, ["wandb"]) == []
+    assert console._names("all", ["wandb", "clearml", "tensorboard"]) == ["wandb", "tensorboard"]
 
 
 def test_tensorboard_can_read_what_a_run_wrote(tmp_path):

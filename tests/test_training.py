@@ -12,14 +12,15 @@ import torch
 from recipe_parts import arguments, bert_tensors, changed, fit, losses, make_data, make_model
 from safetensors.torch import load_file
 
-from bert_glue import checkpoint, training_setup
-from bert_glue.batching import TrainingOrder
+from bert_glue.data.batching import TrainingOrder
 from bert_glue.errors import DivergedError, UsageError
-from bert_glue.evaluation import Evaluator, evaluate
-from bert_glue.objectives import sample_losses
-from bert_glue.progress import ProgressLog
+from bert_glue.evaluation.evaluator import Evaluator, evaluate
+from bert_glue.storage import checkpoint
 from bert_glue.tasks import get_task
-from bert_glue.training_state import whole_weights
+from bert_glue.training import setup
+from bert_glue.training.console import ProgressLog
+from bert_glue.training.losses import sample_losses
+from bert_glue.training.resume import whole_weights
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -219,11 +220,11 @@ def test_the_best_weights_are_really_loaded(tmp_path, metric):
 
 
 def tokenized(args, run):
-    from bert_glue import recipe
-    from bert_glue.sources import load_task_data
+    from bert_glue.data.sources import load_task_data
+    from bert_glue.pipeline import run as pipeline
 
     data = load_task_data(args, frozenset({"evaluation"}))
-    return recipe._tokenize(args, data, run.model, run.log)
+    return pipeline._tokenize(args, data, run.model, run.log)
 
 
 def test_the_best_weights_survive_the_limit_and_a_resume_elsewhere(tmp_path):
@@ -253,7 +254,7 @@ def test_the_best_weights_survive_the_limit_and_a_resume_elsewhere(tmp_path):
 )
 def test_early_stopping(tmp_path, monkeypatch, metric, values, flags, stops_after, best):
     script = iter(values)
-    monkeypatch.setattr(training_setup, "evaluate", lambda *_: {f"eval_{metric}": next(script)})
+    monkeypatch.setattr(setup, "evaluate", lambda *_: {f"eval_{metric}": next(script)})
     args = arguments(
         tmp_path, max_steps=6, eval_strategy="steps", eval_steps=1, early_stopping_patience=2,
         metric_for_best_model=metric, **flags,

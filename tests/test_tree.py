@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from bert_glue import public_addresses
 from bert_glue.tasks import TASKS
+from tools import public_addresses
 
 REPOSITORY = Path(__file__).parents[1]
 DEVICE_NAMES = {"npu", "cuda", "cpu", "mps"}
-DEVICE_ROOMS = {"device.py", "attention.py"}
-LONGEST_FUNCTION = {"training.py": 80}  # the loop reads better in one piece
+DEVICE_ROOMS = ("bert_glue/devices/", "bert_glue/model/attention.py")
+LONGEST_FUNCTION = {"loop.py": 80}  # the loop reads better in one piece
 LONGEST_MODULE = {"tasks.py": 450}  # a table of rows
 OPTIONAL_PACKAGES = {
     "torch_npu", "apex", "amp_C", "flash_attn",  # devices
@@ -105,7 +105,7 @@ def device_literals(module: ast.Module) -> Iterator[int]:
 
 
 def test_a_device_is_known_by_its_name_in_two_rooms() -> None:
-    files = [file for file in program() if file.name not in DEVICE_ROOMS]
+    files = [file for file in program() if not relative(file).startswith(DEVICE_ROOMS)]
     assert not [f"{relative(file)}:{line}" for file in files for line in device_literals(parsed(file))]
 
 
@@ -200,7 +200,7 @@ def test_modules_are_short() -> None:
 
 
 def test_public_functions_are_typed_and_modules_documented() -> None:
-    found = [relative(file) for file in program() if not ast.get_docstring(parsed(file))]
+    found = [relative(file) for file in program() if file.read_text() and not ast.get_docstring(parsed(file))]
     for where, node in nodes(program(), ast.FunctionDef):
         hook = node.name.startswith("_") or node.name in ("forward", "backward")  # torch.autograd.Function
         if not hook and node.returns is None and not is_nested(node, where):

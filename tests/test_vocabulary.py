@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert_glue.batching import TokenSplit
-from bert_glue.text_tokens import TokenTable
-from bert_glue.vocabulary import NarrowedEmbedding
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.tokenization import TokenTable
+from bert_glue.training.embedding_rows import NarrowedEmbedding
 
 
 class _Words(nn.Module):

@@ -11,9 +11,10 @@ from tiny_models import LFS_POINTER, packed_like, stock_model
 from torch.torch_version import TorchVersion
 
 from bert_glue.errors import MachineError
-from bert_glue.families import FAMILIES
-from bert_glue.packed import PackedClassifier
-from bert_glue.weights import check_not_lfs_pointer, initialise, load_packed, packed_tensors, read_tensors, weight_files
+from bert_glue.model.encoder import PackedClassifier
+from bert_glue.model.families import FAMILIES
+from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, weight_files
+from bert_glue.storage.files import check_not_lfs_pointer
 
 BERT = FAMILIES["bert"]
 

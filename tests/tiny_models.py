@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bert_glue.families import FAMILIES
-from bert_glue.layout import PackedLayout
-from bert_glue.packed import PackedClassifier
-from bert_glue.weights import load_packed
+from bert_glue.data.packing import PackedLayout
+from bert_glue.model.encoder import PackedClassifier
+from bert_glue.model.families import FAMILIES
+from bert_glue.model.weights import load_packed
 
 # What git leaves in place of a large file that was not fetched.
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 435755784\n"

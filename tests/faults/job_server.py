@@ -27,7 +27,8 @@ import torch._dynamo  # noqa: E402, F401  (the first optimizer would import it i
 from matplotlib.figure import Figure  # noqa: E402, F401
 
 import run_glue  # noqa: E402
-from bert_glue import command_line, lock, metrics, recipe, reporting  # noqa: E402, F401
+from bert_glue.config import parser  # noqa: E402, F401
+from bert_glue.storage import lock  # noqa: E402, F401
 
 _FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -74,7 +75,7 @@ def give_up_privileges() -> None:
 
 def fit(argv: list[str]) -> int:
     """Everything up to the trained model and its checkpoints; no final files, which cost a plot."""
-    args = command_line.parse(argv)
+    args = parser.parse(argv)
     with lock.FolderLock(Path(args.output_dir), is_holder=os.environ.get("RANK", "0") == "0"):
         recipe_parts.fit(args)
     return 0

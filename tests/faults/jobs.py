@@ -12,8 +12,8 @@ from pathlib import Path
 
 import recipe_parts
 
-from bert_glue import checkpoint
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.storage import checkpoint, files
 
 NOT_COMPARED = ("_runtime", "_per_second")
 
@@ -107,7 +107,7 @@ def last_state(output: Path) -> dict:
     state["history"] = [
         {key: value for key, value in entry.items() if not key.endswith(NOT_COMPARED)} for entry in state["history"]
     ]
-    tensors = {path.name: checkpoint.file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
+    tensors = {path.name: files.file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
     return {"folder": folder.name, **tensors, **state}
 
 

@@ -10,7 +10,7 @@ from jobs import last_state
 from recipe_parts import arguments, changed, fit
 
 from bert_glue.errors import CheckpointError
-from bert_glue.training_state import choose
+from bert_glue.training.resume import choose
 
 DAMAGES = 500
 

@@ -14,9 +14,9 @@ import pytest
 from jobs import argv_of
 from recipe_parts import arguments, changed, fit
 
-from bert_glue import checkpoint
 from bert_glue.errors import CheckpointError
-from bert_glue.training_state import save_checkpoint
+from bert_glue.storage import checkpoint
+from bert_glue.training.resume import save_checkpoint
 
 PAGE = 4096
 

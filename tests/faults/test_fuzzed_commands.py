@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from recipe_parts import REPOSITORY
 
-from bert_glue.arguments import FLAGS, Arguments
-from bert_glue.command_line import main_parse
+from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.legacy import LEGACY_FLAGS
+from bert_glue.config.parser import main_parse
 from bert_glue.errors import UsageError
-from bert_glue.legacy_flags import LEGACY_FLAGS
 
 NAMES = st.one_of(
     st.sampled_from(list(FLAGS)),

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from recipe_parts import make_model
 
-from bert_glue.arguments import Arguments
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.sources import load_task_data
+from bert_glue.data.tokenization import TextTokenizer
 from bert_glue.errors import DataError
-from bert_glue.sources import load_task_data
-from bert_glue.text_tokens import TextTokenizer
 
 TEXTS = st.one_of(
     st.text(max_size=12),

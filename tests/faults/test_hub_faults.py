@@ -12,8 +12,8 @@ from faulty_hub import self_signed, serve
 from jobs import argv_of
 from recipe_parts import arguments, changed, make_model
 
-from bert_glue import hub_files
-from bert_glue.hub_data import GLUE_NAME, GLUE_REVISION
+from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
+from bert_glue.hub import client
 
 MODEL, COMMIT = "some/bert", "1" * 40
 
@@ -121,9 +121,9 @@ def test_a_file_is_asked_for_ten_times_at_most(tmp_path, monkeypatch):
     root, before = make_model(tmp_path / "remote"), get_session()
     try:
         with serve(root, MODEL, COMMIT) as hub:
-            hub_files.prepare_client()
+            client.prepare_client()
             address = f"{hub.url}/{MODEL}/resolve/{COMMIT}"
-            for _ in range(hub_files.MOST_REQUESTS):
+            for _ in range(client.MOST_REQUESTS):
                 assert get_session().get(f"{address}/config.json").status_code == 200
             with pytest.raises(OSError, match="config.json was cut off 10 times"):
                 get_session().get(f"{address}/config.json?download=true")

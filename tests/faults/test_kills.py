@@ -12,7 +12,7 @@ import pytest
 from jobs import Job, argv_of, last_state
 from recipe_parts import arguments, changed, make_model
 
-from bert_glue import checkpoint
+from bert_glue.storage import checkpoint
 
 SAVES, EVENTS = 8, 14  # of a run; file operations of one save at least
 PRECISIONS = {"O0": {}, "O2": {"bf16": True, "fp16_opt_level": "O2"}}

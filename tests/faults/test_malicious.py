@@ -18,10 +18,10 @@ import pytest
 import torch
 from recipe_parts import REPOSITORY, arguments, changed, fit, make_model
 
-from bert_glue import checkpoint
+from bert_glue.data.tokenization import TextTokenizer, tokenize
 from bert_glue.errors import CheckpointError, UserError
-from bert_glue.model import load_model
-from bert_glue.text_tokens import TextTokenizer, tokenize
+from bert_glue.model.loading import load_model
+from bert_glue.storage import checkpoint
 
 
 class Evil:
@@ -128,7 +128,7 @@ def test_as_weights(saved, tmp_path, name, place):
     (model / "model.safetensors").unlink()
     (model / file).write_bytes(bombs(marker)[name])
     args = changed(saved, model_name_or_path=str(model), allow_pickle_weights=allowed)
-    from bert_glue.sources import load_task_data
+    from bert_glue.data.sources import load_task_data
 
     task = load_task_data(args, frozenset({"train"})).task
     with pytest.raises(UserError) as caught:
@@ -140,7 +140,7 @@ def test_as_weights(saved, tmp_path, name, place):
 @pytest.mark.parametrize("name", NAMES)
 def test_in_the_token_cache(saved, tmp_path, monkeypatch, name):
     """Also where the cache's own manifest is made to fit."""
-    from bert_glue.sources import load_task_data
+    from bert_glue.data.sources import load_task_data
 
     monkeypatch.setenv("BERT_GLUE_CACHE", str(tmp_path / "cache"))
     marker = tmp_path / "executed"

@@ -10,7 +10,7 @@ import pytest
 from jobs import argv_of
 from recipe_parts import arguments, changed, make_data, make_model
 
-from bert_glue.checkpoint import file_hash
+from bert_glue.storage.files import file_hash
 
 
 def settings(folder: Path, **changes):

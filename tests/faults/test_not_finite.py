@@ -11,8 +11,9 @@ from jobs import argv_of
 from recipe_parts import arguments, bert_tensors, changed, fit, make_model
 from safetensors.torch import load_file
 
-from bert_glue import checkpoint, objectives, training
 from bert_glue.errors import DivergedError
+from bert_glue.storage import checkpoint
+from bert_glue.training import loop, losses
 
 LEVELS = {
     "O0": {},
@@ -63,14 +64,14 @@ def test_a_bad_step_changes_no_weight_and_no_checkpoint(tmp_path, monkeypatch, l
         tmp_path, max_steps=6, num_train_epochs=3.0, save_strategy="steps", save_steps=1, logging_steps=500,
         **LEVELS[level],
     )  # fmt: skip
-    original, passes = objectives.sample_losses, [0]
+    original, passes = losses.sample_losses, [0]
 
     def poisoned(*parts) -> torch.Tensor:
         passes[0] += 1
         loss = original(*parts)
         return KINDS[kind](loss) if passes[0] == (BAD_STEP - 1) * args.gradient_accumulation_steps + 1 else loss
 
-    monkeypatch.setattr(objectives, "sample_losses", poisoned)
+    monkeypatch.setattr(losses, "sample_losses", poisoned)
     with pytest.raises(DivergedError, match="not finite") as caught:
         fit(args)
     assert caught.value.exit_code == 5
@@ -84,7 +85,7 @@ def test_the_update_is_not_made_even_where_nobody_looks_for_long(tmp_path, monke
     held = {}
     args = arguments(tmp_path, max_steps=6, num_train_epochs=3.0, logging_steps=500)
     good = fit(changed(args, lr_scheduler_type="constant", max_steps=BAD_STEP - 1, output_dir=str(tmp_path / "good")))
-    original, train, passes = objectives.sample_losses, training.train, [0]
+    original, train, passes = losses.sample_losses, loop.train, [0]
 
     def poisoned(*parts) -> torch.Tensor:
         passes[0] += 1
@@ -94,8 +95,8 @@ def test_the_update_is_not_made_even_where_nobody_looks_for_long(tmp_path, monke
         held["run"] = run
         train(run)
 
-    monkeypatch.setattr(objectives, "sample_losses", poisoned)
-    monkeypatch.setattr("bert_glue.training_setup.train", keep)
+    monkeypatch.setattr(losses, "sample_losses", poisoned)
+    monkeypatch.setattr("bert_glue.training.setup.train", keep)
     with pytest.raises(DivergedError):
         fit(changed(args, lr_scheduler_type="constant"))
     for ours, theirs in zip(held["run"].precision.masters, good.precision.masters, strict=True):

@@ -14,7 +14,7 @@ import pytest
 from jobs import Job, argv_of, last_state
 from recipe_parts import arguments, changed, make_data, make_model, results_of
 
-from bert_glue import checkpoint
+from bert_glue.storage import checkpoint
 
 STEPS = 24
 ATTEMPTS = 6  # on a busy machine a signal may come after what it was meant to hit

@@ -1,0 +1,315 @@
+"""What one flag alone cannot know: which flags go together, with every problem in one error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from bert_glue import result_keys as keys
+from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.expectations import read_expectations
+from bert_glue.config.values import read_number, read_steps, shown
+from bert_glue.errors import Problem, UsageError, did_you_mean
+from bert_glue.tasks import GlueTask, get_task, own_task
+
+DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_FILES = ("train_file", "validation_file", "test_file")
+_WORK = ("do_train", "do_eval", "do_predict")
+
+
+def find_problems(args: Arguments) -> list[Problem]:
+    """Everything wrong between flags, in the order of the help. Reads no file."""
+    checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
+    checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
+    checks += (tokenizer_problems, trained_problems, upload_problems)
+    return [problem for check in checks for problem in check(args)]
+
+
+def _required(args: Arguments) -> Iterator[Problem]:
+    if not args.model_name_or_path and not args.sample:
+        yield Problem(
+            ("model_name_or_path", "sample"),
+            "--model_name_or_path is required: a folder or a hub name (only --sample makes its own model)",
+        )
+    if not args.output_dir:
+        yield Problem(("output_dir",), "--output_dir is required: the folder for model and results")
+    if not any(getattr(args, work) for work in _WORK):
+        yield Problem(_WORK, "nothing to do: give one or more of --do_train, --do_eval, --do_predict")
+
+
+def _data(args: Arguments) -> Iterator[Problem]:
+    files = [name for name in _FILES if getattr(args, name)]
+    origins = [name for name in ("data_path", "sample", "dataset_name") if getattr(args, name)] + files[:1]
+    everything = ("task_name", "data_path", "sample", "dataset_name", *_FILES)
+    if len(origins) > 1:
+        given = " and ".join(f"--{name}" for name in origins)
+        yield Problem(tuple(origins), f"{given} are two sources of data: give one")
+    elif not origins and not args.task_name:
+        yield Problem(
+            everything,
+            "no data: give --task_name, alone (hub) or with --data_path or --sample,"
+            " or --dataset_name, or --train_file, --validation_file and --test_file",
+        )
+    for name in ("data_path", "sample"):
+        if getattr(args, name) and not args.task_name:
+            yield Problem((name, "task_name"), f"--{name} needs --task_name: which task is it")
+    if args.dataset_name and args.task_name and args.hub == "huggingface":
+        yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one")
+    if args.dataset_config_name and not args.dataset_name:
+        yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
+    yield from _files(args, files)
+
+
+def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
+    for name in files:
+        if PurePath(getattr(args, name)).suffix.lower() not in DATA_FILE_SUFFIXES:
+            known = ", ".join(DATA_FILE_SUFFIXES)
+            yield Problem((name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}")
+    for work, name in zip(_WORK, _FILES, strict=True):
+        if files and getattr(args, work) and name not in files:
+            yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
+
+
+def _task_of(args: Arguments) -> GlueTask | None:
+    """The row of `--task_name`; None for own data and for a name that is no task."""
+    try:
+        return get_task(args.task_name) if args.task_name else None
+    except UsageError:
+        return None
+
+
+def _task(args: Arguments) -> Iterator[Problem]:
+    if args.task_name is None:
+        return
+    try:
+        task = get_task(args.task_name)
+    except UsageError as error:
+        yield Problem(("task_name",), str(error))
+        return
+    other = f"; use a model of {task.predicted_with}" if task.predicted_with else ""
+    if args.do_train and "train" not in task.splits:
+        yield Problem(("do_train", "task_name"), f"--do_train: {task.name} has no training data{other}")
+    if args.do_eval and not task.evaluation:
+        yield Problem(("do_eval", "task_name"), f"--do_eval: {task.name} has no labelled data{other}")
+
+
+def _padding(args: Arguments) -> Iterator[Problem]:
+    if args.pad_to_max_length and args.padding not in ("auto", "max_length"):
+        yield Problem(
+            ("pad_to_max_length", "padding"),
+            f"--pad_to_max_length contradicts --padding {args.padding}: give one",
+        )
+
+
+def _batch(args: Arguments) -> Iterator[Problem]:
+    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
+        yield Problem(
+            ("global_batch_size", "gradient_accumulation_steps"),
+            f"--global_batch_size {args.global_batch_size} sets the accumulation itself:"
+            f" leave --gradient_accumulation_steps {args.gradient_accumulation_steps} out",
+        )
+
+
+def _schedule(args: Arguments) -> Iterator[Problem]:
+    if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
+        yield Problem(
+            ("warmup_steps",),
+            f"--warmup_steps {args.warmup_steps}: whole from 1 on; below 1 it is a share of all steps",
+        )
+
+
+def _evaluation(args: Arguments) -> Iterator[Problem]:
+    strategies = f"--eval_strategy {args.eval_strategy}, --save_strategy {args.save_strategy}"
+    if args.early_stopping_patience and args.eval_strategy == "no":
+        yield Problem(
+            ("early_stopping_patience", "eval_strategy"),
+            f"--early_stopping_patience {args.early_stopping_patience} needs --eval_strategy steps or epoch",
+        )
+    if not args.load_best_model_at_end:
+        return
+    if args.eval_strategy == "no" or args.eval_strategy != args.save_strategy:
+        yield Problem(
+            ("load_best_model_at_end", "eval_strategy", "save_strategy"),
+            f"--load_best_model_at_end needs both strategies to be steps, or both epoch; here {strategies}",
+        )
+    elif args.eval_strategy == "steps" and args.save_steps % (args.eval_steps or args.logging_steps):
+        # The best model must have been evaluated when it was saved.
+        yield Problem(
+            ("load_best_model_at_end", "save_steps", "eval_steps", "logging_steps"),
+            f"--load_best_model_at_end: --save_steps {args.save_steps} must be a multiple of"
+            f" --eval_steps {args.eval_steps or args.logging_steps}",
+        )
+
+
+def metric_names(task: GlueTask | None) -> list[str]:
+    """Names for `--metric_for_best_model`; None stands for own data, whose kind is not known yet."""
+    rows = [task] if task else [own_task("own", (), ("0", "1")), own_task("own", (), ())]
+    names = [keys.LOSS]
+    for row in rows:
+        combined = ("combined_score",) if len(row.metrics) > 1 else ()
+        suffixes = [split.key_suffix for split in row.evaluation]
+        names += [metric + suffix for suffix in suffixes for metric in (*row.metrics, *combined)]
+        names += [keys.LOSS + suffix for suffix in suffixes if suffix]
+    return list(dict.fromkeys(names))
+
+
+def _metric(args: Arguments) -> Iterator[Problem]:
+    if args.metric_for_best_model is None:
+        return
+    known, given = metric_names(_task_of(args)), keys.without_eval(args.metric_for_best_model)
+    if given not in known:
+        yield Problem(
+            ("metric_for_best_model", "task_name"),
+            f"--metric_for_best_model: {did_you_mean('metric', given, known)}",
+        )
+
+
+def _expect(args: Arguments) -> Iterator[Problem]:
+    if args.expect is None:
+        return
+    task = _task_of(args)
+    try:
+        bounds = read_expectations(args.expect, task.name if task else None, metric_names(task))
+    except ValueError as error:
+        yield Problem(("expect", "task_name"), f"--expect: {error}")
+        return
+    evaluates = args.do_eval or (args.do_train and args.eval_strategy != "no")
+    for bound in bounds:
+        if keys.is_of_evaluation(bound.key) and not evaluates:
+            yield Problem(("expect", "do_eval"), f"--expect {bound.text} needs --do_eval")
+        if keys.is_of_training(bound.key) and not args.do_train:
+            yield Problem(("expect", "do_train"), f"--expect {bound.text} needs --do_train")
+
+
+def _precision(args: Arguments) -> Iterator[Problem]:
+    if args.fp16 and args.bf16:
+        yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions: give one")
+    if args.bf16 and args.amp_backend == "apex":
+        yield Problem(("bf16", "amp_backend"), "--amp_backend apex knows no bf16: give --fp16, or leave apex out")
+    if args.loss_scale not in (None, "dynamic") and not _is_positive(args.loss_scale):
+        yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return read_number(text) > 0
+    except ValueError:
+        return False
+
+
+def _profile(args: Arguments) -> Iterator[Problem]:
+    if args.profile_steps is None:
+        return
+    try:
+        first, _ = read_steps(args.profile_steps)
+    except ValueError as error:
+        yield Problem(("profile_steps",), f"--profile_steps {error}")
+        return
+    if not args.do_train:
+        yield Problem(("profile_steps", "do_train"), "--profile_steps needs --do_train: training steps are traced")
+    elif 0 < args.max_steps < first:
+        yield Problem(
+            ("profile_steps", "max_steps"),
+            f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends before",
+        )
+
+
+def _trackers(args: Arguments) -> Iterator[Problem]:
+    chosen = re.split(",", args.report_to or "")
+    if "none" in chosen and len(chosen) > 1:
+        yield Problem(("report_to",), f"--report_to {args.report_to}: none goes alone")
+
+
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+def compiled_problems(args: Arguments) -> Iterator[Problem]:
+    """What `--torch_compile` does not go with."""
+    if args.torch_compile_mode and args.torch_compile_backend not in (None, "inductor"):
+        text = f"--torch_compile_mode {args.torch_compile_mode} is inductor's, not {args.torch_compile_backend}'s"
+        yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}: give one")
+    if args.amp_backend == "apex":
+        for name in _COMPILE:
+            if getattr(args, name):
+                yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
+
+
+def recorded_problems(args: Arguments) -> Iterator[Problem]:
+    """What `--cuda_graph` does not go with."""
+    if not args.cuda_graph:
+        return
+    reasons = {
+        **dict.fromkeys(_COMPILE, "a compiled graph was never recorded"),
+        "gradient_checkpointing": "it asks the host for the generator's state within a pass",
+        "fgm_epsilon": "it needs lengths on the host within a pass",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name):
+            yield Problem((name, "cuda_graph"), f"--cuda_graph with --{name}: {reason}; give one")
+    if args.amp_backend == "apex":
+        yield Problem(("cuda_graph", "amp_backend"), "--cuda_graph goes with --amp_backend native only")
+
+
+# name -> what each changes; off at its default.
+_TECHNIQUES = ("layerwise_lr_decay", "reinit_layers", "ema_decay", "rdrop_alpha", "fgm_epsilon")
+
+
+def asked(args: Arguments) -> list[str]:
+    """Techniques that are not off."""
+    return [name for name in _TECHNIQUES if getattr(args, name) != FLAGS[name].default]
+
+
+def technique_problems(args: Arguments) -> Iterator[Problem]:
+    """Combinations that make no sense."""
+    names = asked(args)
+    if {"rdrop_alpha", "fgm_epsilon"} <= set(names):
+        text = "--rdrop_alpha and --fgm_epsilon both run each batch twice: give one"
+        yield Problem(("rdrop_alpha", "fgm_epsilon"), text)
+    partly = "lora_rank" if args.lora_rank is not None else "freeze_encoder" if args.freeze_encoder else None
+    for name in names:
+        if partly and name in ("reinit_layers", "fgm_epsilon", "layerwise_lr_decay"):
+            text = f"--{name} is for training the whole model, --{partly} trains a part: give one"
+            yield Problem((name, partly), text)
+        if args.amp_backend == "apex" and name in ("layerwise_lr_decay", "ema_decay", "fgm_epsilon"):
+            yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
+        if name == "reinit_layers" and not args.do_train:
+            yield Problem(("reinit_layers", "do_train"), "--reinit_layers needs --do_train: new layers know nothing")
+
+
+def tokenizer_problems(args: Arguments) -> Iterator[Problem]:
+    """The choice between two tokenizers of one model, which transformers 5 no longer has."""
+    if not args.use_fast_tokenizer:
+        yield Problem(
+            ("use_fast_tokenizer",),
+            "--use_fast_tokenizer False: transformers 5 has one tokenizer for each model, and it runs whether it is "
+            "written in Rust or in Python; leave the flag out",
+        )
+
+
+def trained_problems(args: Arguments) -> Iterator[Problem]:
+    """Which weights are trained."""
+    for name in ("lora_rank", "freeze_encoder"):
+        if getattr(args, name) and not args.do_train:
+            yield Problem((name, "do_train"), f"--{name} needs --do_train: a saved model has its adapters merged")
+    if args.lora_rank is not None and args.freeze_encoder:
+        yield Problem(
+            ("lora_rank", "freeze_encoder"),
+            "--freeze_encoder trains the head alone, --lora_rank adapters too: give one",
+        )
+    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        if args.lora_rank is None and getattr(args, name):
+            yield Problem((name, "lora_rank"), f"--{name} needs --lora_rank")
+
+
+_HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+
+
+def upload_problems(args: Arguments) -> Iterator[Problem]:
+    """Of --push_to_hub and its place."""
+    if args.push_to_hub and not args.do_train:
+        yield Problem(("push_to_hub", "do_train"), "--push_to_hub needs --do_train: a trained model is sent")
+    if args.push_to_hub and args.hub != "huggingface":
+        yield Problem(("push_to_hub", "hub"), f"--push_to_hub sends to Hugging Face's hub, not to --hub {args.hub}")
+    if args.hub_model_id and not re.fullmatch(_HUB_NAME, args.hub_model_id):
+        yield Problem(("hub_model_id",), f"--hub_model_id {shown(args.hub_model_id)} is not NAME or OWNER/NAME")

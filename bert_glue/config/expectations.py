@@ -1,0 +1,90 @@
+"""The gate of `--expect`: bounds that the results of a run have to keep, such as mrpc.f1>=0.88."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from bert_glue import result_keys as keys
+from bert_glue.config.values import read_number, shown
+from bert_glue.errors import did_you_mean
+from bert_glue.tasks import TASKS
+
+_PATTERN = re.compile(r"(?:(?P<task>[a-z0-9]+)\.)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<sign>>=|<=|>|<)(?P<bound>\S+)")
+_SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+# Figures of a run that are no metric of its task and still worth a gate.
+FIGURES = (
+    keys.TRAIN_LOSS, keys.TRAIN_SAMPLES_PER_SECOND, keys.TRAIN_REAL_TOKENS_PER_SECOND, keys.TRAIN_RUNTIME,
+    keys.E2E_RUNTIME, keys.PEAK_MEMORY_BYTES,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One bound.
+
+    Args:
+        text: as it was given.
+        task: the task it is about; None: whichever is run.
+        key: entry of all_results.json.
+        sign: >=, <=, > or <.
+        bound: metrics are 0..1, correlations -1..1, other figures in their own unit.
+    """
+
+    text: str
+    task: str | None
+    key: str
+    sign: str
+    bound: float
+
+    def judge(self, results: dict[str, Any]) -> dict[str, Any]:
+        """expect, value and is_met; a figure that is null or absent misses every bound, with the reason."""
+        value = results.get(self.key)
+        found = {"expect": self.text, "value": value, "is_met": False}
+        if value is None:
+            found["reason"] = results.get(keys.reason_key(self.key)) or "this run has no such figure"
+        else:
+            found["is_met"] = bool(_SIGNS[self.sign](value, self.bound))
+        return found
+
+
+def read_expectations(text: str, task: str | None, metrics: list[str]) -> list[Expectation]:
+    """The bounds of `--expect`, several separated by commas.
+
+    Args:
+        task: of the run; None for own data.
+        metrics: names that the run's evaluation can give.
+
+    Raises:
+        ValueError: not a bound, of another task, or no such metric; one line, to go after the flag's name.
+    """
+    return [_read(part.strip(), task, metrics) for part in text.split(",")]
+
+
+def _read(text: str, task: str | None, metrics: list[str]) -> Expectation:
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        hint = "; put it in quotes, as the shell takes > for a file" if re.fullmatch(r"[\w.]+", text) else ""
+        raise ValueError(f"{shown(text)} is no bound such as 'mrpc.f1>=0.88'{hint}")
+    name, bound = keys.without_eval(match["name"]), float(read_number(match["bound"]))
+    if match["task"] and match["task"] != task:
+        known = "" if match["task"] in TASKS else f" ({did_you_mean('task', match['task'], list(TASKS))})"
+        raise ValueError(f"{shown(text)} is about {match['task']}{known}, this run's task is {task or 'own data'}")
+    if name in FIGURES:
+        return Expectation(text, match["task"], name, match["sign"], bound)
+    if name not in metrics:
+        raise ValueError(f"{shown(text)}: {did_you_mean('metric', name, [*metrics, *FIGURES])}")
+    if not keys.is_loss(keys.evaluation_key(name)) and not -1.0 <= bound <= 1.0:
+        raise ValueError(f"{shown(text)}: metrics are fractions here, at most 1: {bound:g} % is {bound / 100:g}")
+    return Expectation(text, match["task"], keys.evaluation_key(name), match["sign"], bound)
+
+
+def missed(judged: list[dict[str, Any]]) -> list[str]:
+    """One line for each bound that was not kept."""
+    return [
+        f"--expect {one['expect']}: missed, it is {'null: ' + one['reason'] if one['value'] is None else one['value']}"
+        for one in judged
+        if not one["is_met"]
+    ]

@@ -1,0 +1,113 @@
+"""`--repeat run.json`: the same run once more, in a folder of its own, and whether it came out the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import DataError, MachineError, UsageError
+from bert_glue.storage.files import json_object
+
+# Flags whose value may be a path relative to where the run was started.
+_PATHS = (
+    "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_path", "train_file", "validation_file",
+    "test_file", "dataset_name", "output_dir",
+)  # fmt: skip
+# A resumed run equals one that was left alone; nothing is sent in the name of whoever repeats a run.
+_NOT_REPEATED = ("repeat", "resume_from_checkpoint", "push_to_hub")
+
+
+def read_run(path: str) -> dict[str, Any]:
+    """run.json of a finished run.
+
+    Raises:
+        UsageError: not one, of a run that did not end, or of one whose settings were changed by a resume.
+    """
+    try:
+        record = json_object(Path(path))
+        arguments, changes = record["arguments"], record["changes"]
+        is_done = record["weights_sha256"] is not None or not arguments["do_train"]
+        arguments["output_dir"], record["working_directory"], record["scores"], record["data"]["sha256"]
+    except OSError as error:
+        raise UsageError(f"--repeat {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--repeat {path}: not the run.json of a run: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--repeat {path}: not the run.json of a run ({type(error).__name__}: {error})") from None
+    if not is_done:
+        raise UsageError(f"--repeat {path}: that run did not come to its end")
+    if changes:
+        raise UsageError(f"--repeat {path}: that run was resumed with other settings, {'; '.join(changes)}")
+    return record
+
+
+def settings_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Flags of the repeated run: those of the first, with an output folder beside the first one's."""
+    started_in, settings = Path(record["working_directory"]), {}
+    has_moved = started_in != Path.cwd()
+    for name, value in record["arguments"].items():
+        if name in _NOT_REPEATED:
+            continue
+        if has_moved and name in _PATHS and isinstance(value, str) and (started_in / value).exists():
+            value = str(started_in / value)
+        settings[name] = f"{value}-repeat" if name == "output_dir" else value
+    return settings
+
+
+def check_inputs(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was.
+
+    Args:
+        now: what run.json of the repeated run will say, as far as it is known before training.
+
+    Returns:
+        Lines on what may make a difference.
+
+    Raises:
+        DataError: other rows.
+        MachineError: other weights to start from.
+    """
+    then = record["data"]["sha256"]
+    other = [name for name, value in now["data"]["sha256"].items() if then.get(name) != value]
+    if other:
+        raise DataError(
+            f"--repeat: the rows of {', '.join(other)} are not those of the first run ({record_source(now)})"
+        )
+    if record.get("model_sha256") != now["model_sha256"]:
+        files = ", ".join(now["model_sha256"])
+        raise MachineError(f"--repeat: the model's files are not those that the first run started from: {files}")
+    facts = {**_facts(record), **{name: None for name in _facts(now) if name not in _facts(record)}}
+    return [
+        f"repeated with {name} {value} (was {facts[name]}): the result may differ"
+        for name, value in _facts(now).items()
+        if facts[name] != value
+    ]
+
+
+def record_source(record: dict[str, Any]) -> str:
+    """Where the rows of a run came from."""
+    return str(record["data"]["source"])
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    names = ("bert_glue", "python", "device_name", "world_size")
+    return {**{name: record.get(name) for name in names}, **record.get("packages", {})}
+
+
+def check_outcome(record: dict[str, Any], now: dict[str, Any]) -> str:
+    """A line saying that both runs came out alike.
+
+    Raises:
+        MachineError: they did not, which is due to what differs between the machines.
+    """
+    if record["weights_sha256"] != now["weights_sha256"]:
+        raise MachineError(
+            f"--repeat: other weights than the first run (sha256 {now['weights_sha256']}, "
+            f"was {record['weights_sha256']}); see the notes on what differs here"
+        )
+    other = [f"{name} {value} (was {record['scores'].get(name)})" for name, value in now["scores"].items()
+             if record["scores"].get(name) != value]  # fmt: skip
+    if other:
+        raise MachineError(f"--repeat: other scores than the first run: {', '.join(other)}")
+    weights = f"weights with sha256 {now['weights_sha256']}" if now["weights_sha256"] else "scores"
+    return f"repeat: the same {weights}"

@@ -1,0 +1,263 @@
+"""Which samples make up each step, on which rank, and how a batch is laid out.
+
+The order depends on the seed and the epoch alone, so that a resumed run continues where it was, and
+packed and padded runs, one rank or eight, see the same samples in the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bert_glue.data.packing import PackedLayout
+from bert_glue.data.tokenization import TokenTable
+
+# Megabatches of group_by_length, in optimizer steps; as in transformers' LengthGroupedSampler.
+_MEGABATCH = 50
+# Sizes of buckets between one power of two and the next, and the least step from one size to the next, tokens.
+_BUCKETS, _LEAST_STEP = 16, 16
+
+
+def bucket(tokens: int) -> int:
+    """The smallest size of a bucket that holds `tokens` (> 0): 16 sizes an octave, so at most 1/16 is filler."""
+    step = max(_LEAST_STEP, (1 << (tokens - 1).bit_length()) // (2 * _BUCKETS))
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """A tokenized split with its labels.
+
+    Args:
+        name: of the split.
+        table: token ids.
+        labels: `[rows]` int64 or float32; None where unlabelled.
+    """
+
+    name: str
+    table: TokenTable
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.table)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes.
+
+    Args:
+        inputs: keyword arguments of the module.
+        labels: `[samples]` on the module's device, None where unlabelled.
+        lengths: tokens of each sample, on the host.
+        computed_tokens: tokens the model runs, padding and filler included.
+    """
+
+    inputs: dict
+    labels: torch.Tensor | None
+    lengths: tuple[int, ...]
+    computed_tokens: int
+
+    @property
+    def samples(self) -> int:
+        """Rows in it."""
+        return len(self.lengths)
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of those rows."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Rows of a split to a batch on a device.
+
+    Args:
+        padding: packed, longest or max_length.
+        max_length: tokens a max_length batch is padded to.
+        pad_id: token id of padding.
+        uses_types: whether the model takes token types (padded runs only).
+        is_rounded: token counts of packed batches, and widths of padded ones, are rounded up to a bucket. A packed
+            batch then always ends with filler, so that there is one sequence more than there are samples.
+        device: where the tensors go.
+        renumber: `[vocabulary]` int32, token id -> row of a narrowed embedding table, or None.
+        shapes: token counts of the batches so far.
+    """
+
+    padding: str
+    max_length: int
+    pad_id: int
+    uses_types: bool
+    device: torch.device
+    is_rounded: bool = False
+    renumber: np.ndarray | None = None
+    shapes: set[int] = field(default_factory=set)
+
+    def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
+        """Batch of `rows` (`[samples]` int64), in that order."""
+        table = split.table
+        begins, ends = table.borders[rows], table.borders[rows + 1]
+        ids = [table.ids[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
+        labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
+        build = self._packed if self.padding == "packed" else self._padded
+        inputs, computed = build(ids, table.second_at[rows])
+        self.shapes.add(computed)
+        return Batch(inputs, labels, tuple((ends - begins).tolist()), computed)
+
+    def _packed(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
+        lengths = tuple(len(i) for i in ids)
+        layout = PackedLayout(lengths, bucket(sum(lengths) + 1) - sum(lengths) if self.is_rounded else 0)
+        filler = np.full(layout.tail, self.pad_id, np.int32)
+        flat = np.concatenate([*ids, filler])
+        if self.renumber is not None:
+            flat = self.renumber[flat]
+        positions = layout.positions
+        starts_second = np.repeat(np.concatenate([second_at, [layout.tail] if layout.tail else []]), layout.all_lengths)
+        tensors = {
+            "input_ids": flat.astype(np.int64),
+            "token_type_ids": (positions >= starts_second).astype(np.int64),
+            "position_ids": positions,
+        }
+        inputs = {name: self._move(torch.from_numpy(array)[None]) for name, array in tensors.items()}
+        return {**inputs, "layout": layout}, layout.tokens
+
+    def _padded(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
+        lengths = np.array([len(i) for i in ids])
+        width = self.max_length if self.padding == "max_length" else int(lengths.max())
+        if self.is_rounded:
+            width = min(bucket(width), self.max_length)
+        columns = np.arange(width)[None]
+        mask = columns < lengths[:, None]
+        block = np.full((len(ids), width), self.pad_id, np.int64)
+        block[mask] = np.concatenate(ids)
+        arrays = {"input_ids": block, "attention_mask": mask.astype(np.int64)}
+        if self.uses_types:
+            arrays["token_type_ids"] = (mask & (columns >= second_at[:, None])).astype(np.int64)
+        return {name: self._move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """Samples of every optimizer step, all ranks alike.
+
+    Args:
+        rows: samples of the split.
+        micro_batch: samples of one forward pass on all ranks together.
+        accumulation: forward passes per optimizer step.
+        seed: of the order.
+        drop_last: leave out an epoch's last, smaller forward pass.
+        whole_steps: `drop_last` leaves out the last, smaller optimizer step, so that the samples of an epoch do
+            not depend on how a step is dealt out to passes and ranks.
+        lengths: `[rows]`, given to keep samples of similar length together; None for plain shuffling.
+    """
+
+    rows: int
+    micro_batch: int
+    accumulation: int
+    seed: int
+    drop_last: bool
+    lengths: np.ndarray | None = field(default=None, compare=False)
+    whole_steps: bool = False
+
+    @property
+    def step_size(self) -> int:
+        """Samples of a full optimizer step."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def unit(self) -> int:
+        """Samples that an epoch is cut to a multiple of."""
+        if not self.drop_last:
+            return 1
+        return self.step_size if self.whole_steps else self.micro_batch
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Forward passes of one epoch."""
+        return math.ceil(self.rows // self.unit * self.unit / self.micro_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last may have fewer forward passes."""
+        return math.ceil(self.micro_batches_per_epoch / self.accumulation)
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Order of all samples in `epoch` (from 0), `[rows]` int64."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        if self.lengths is None:
+            return order
+        size = _MEGABATCH * self.step_size
+        parts = [order[i : i + size] for i in range(0, self.rows, size)]
+        return np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
+
+    def step(self, permutation: np.ndarray, step_in_epoch: int) -> list[np.ndarray]:
+        """Rows of each forward pass of one optimizer step, all ranks together."""
+        first = step_in_epoch * self.accumulation
+        last = min(first + self.accumulation, self.micro_batches_per_epoch)
+        size = self.micro_batch
+        return [permutation[i * size : (i + 1) * size] for i in range(first, last)]
+
+
+def rank_share(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """This rank's contiguous part of a list of rows; parts differ by one sample at most."""
+    return np.array_split(rows, world_size)[rank]
+
+
+def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """Each sample exactly once over all ranks, longest first, so that batches are of even length."""
+    order = np.argsort(-lengths, kind="stable")
+    starts = range(rank * batch_size, len(order), world_size * batch_size)
+    return (order[start : start + batch_size] for start in starts)
+
+
+def ahead(batches: Iterable, depth: int = 2) -> Iterator:
+    """The same items, made by a thread up to `depth` before they are asked for.
+
+    For devices that compute while the host assembles; on a CPU both want the same cores. An error in
+    the thread is raised here.
+    """
+    import queue
+    import threading
+
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+    end = object()
+
+    def put(item: object, error: BaseException | None = None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill() -> None:
+        try:
+            if all(put(item) for item in batches):
+                put(end)
+        except BaseException as error:
+            put(end, error)
+
+    thread = threading.Thread(target=fill, daemon=True, name="batches")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join(timeout=5)

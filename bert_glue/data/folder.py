@@ -1,0 +1,166 @@
+"""What lies in `--data_path`: saved data sets, data files, or GLUE's own TSV folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bert_glue.data.readers import DATA_SUFFIXES, header_of, read_table, read_tsv
+from bert_glue.data.splits import LABEL, Split, join_splits, make_split
+from bert_glue.data.tables import Table
+from bert_glue.errors import DataError
+from bert_glue.tasks import GlueTask, TsvFile
+
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay out a task's splits.
+
+    Args:
+        name: as shown to the user.
+        find: (task, root, split) -> its files or folders, in order; [] where there is none.
+        read: (task, split, path) -> its rows, in the task's own column names.
+        looks_like: what it expects, for the error where nothing was found.
+    """
+
+    name: str
+    find: Callable[[GlueTask, Path, str], list[Path]]
+    read: Callable[[GlueTask, str, Path], Table]
+    looks_like: str
+
+
+def _split_names(split: str) -> tuple[str, ...]:
+    """Names a folder or file of the split may have; GLUE itself says dev."""
+    return tuple(dict.fromkeys((split, split.replace("validation", "dev"))))
+
+
+def _find_saved(task: GlueTask, root: Path, split: str) -> list[Path]:
+    # A saved DatasetDict is one folder a split too, with dataset_dict.json beside them.
+    folders = (root / name for name in _split_names(split))
+    return [folder for folder in folders if (folder / "state.json").is_file()][:1]
+
+
+def _read_saved(task: GlueTask, split: str, path: Path) -> Table:
+    from bert_glue.data.hub_datasets import load_saved
+
+    return load_saved(path)
+
+
+def _one_kind(place: Path, files: Iterable[Path]) -> list[Path]:
+    found = sorted(files)
+    kinds = sorted({path.suffix.lower() for path in found})
+    if len(kinds) > 1:
+        # Most likely the same rows twice; reading both would train on each row twice.
+        raise DataError(f"{place}: has {' and '.join(kinds)} files for one split; keep one kind")
+    return found
+
+
+def _find_files(task: GlueTask, root: Path, split: str) -> list[Path]:
+    for name in _split_names(split):
+        inside = [
+            path
+            for path in (root / name).glob("*")
+            if path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
+        ]
+        beside = [root / f"{name}{suffix}" for suffix in DATA_SUFFIXES]
+        beside = [path for path in beside if path.is_file() and not _is_glue_file(task, split, path)]
+        if inside or beside:
+            return _one_kind(root / name, inside or beside)
+    return []
+
+
+def _read_file(task: GlueTask, split: str, path: Path) -> Table:
+    return read_table(path)
+
+
+def _is_glue_file(task: GlueTask, split: str, path: Path) -> bool:
+    """Whether `train.tsv` has GLUE's columns, not the hub's; decided by its header."""
+    tsv = task.tsv.get(split)
+    if tsv is None or path.name != tsv.file:
+        return False
+    header = header_of(path)
+    plain = {*task.columns, *((LABEL,) if tsv.label is not None else ())}
+    return not plain <= set(header) or (tsv.has_header and _tsv_columns(tsv) <= set(header))
+
+
+def _tsv_columns(tsv: TsvFile) -> set[str | int]:
+    return {*tsv.texts, *(() if tsv.label is None else (tsv.label,))}
+
+
+def _find_glue(task: GlueTask, root: Path, split: str) -> list[Path]:
+    path = root / task.tsv[split].file
+    return [path] if path.is_file() else []
+
+
+def _read_glue(task: GlueTask, split: str, path: Path) -> Table:
+    tsv = task.tsv[split]
+    names = dict(zip(tsv.texts, task.columns, strict=True))
+    if tsv.label is not None:
+        names[tsv.label] = LABEL
+    return read_tsv(path, header=tsv.has_header, only=_tsv_columns(tsv)).renamed(names)
+
+
+# In the order in which they are tried.
+LAYOUTS = (
+    Layout("saved data sets", _find_saved, _read_saved, "train/ validation/ test/ saved by datasets"),
+    Layout("data files", _find_files, _read_file, f"the same folders with {' '.join(DATA_SUFFIXES)} files"),
+    Layout("GLUE TSV folder", _find_glue, _read_glue, "GLUE's own files, such as train.tsv and dev.tsv"),
+)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def is_folder_of(task: GlueTask, folder: Path) -> bool:
+    """Whether a folder is named for the task: MRPC, mrpc, STS-B, stsb, sts-b."""
+    return _plain(folder.name) in (_plain(task.name), _plain(task.folder))
+
+
+def roots_of(task: GlueTask, folder: Path) -> list[Path]:
+    """The sub-folders of `folder` that are named for the task.
+
+    Raises:
+        DataError: `folder` is no folder or cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and is_folder_of(task, path))
+    except OSError as error:
+        raise DataError(f"--data_path {folder}: cannot be read: {error.strerror}") from None
+
+
+def detect(task: GlueTask, roots: list[Path]) -> tuple[Layout, Path] | None:
+    """The first layout, and root of it, that has any split of the task."""
+    for layout in LAYOUTS:
+        for root in roots:
+            if any(layout.find(task, root, split) for split in task.splits):
+                return layout, root
+    return None
+
+
+def read_folder(task: GlueTask, layout: Layout, root: Path, splits: Iterable[str]) -> dict[str, Split]:
+    """Reads splits of a detected layout.
+
+    Raises:
+        DataError: a split is not there, or a file is broken.
+    """
+    found = {split: layout.find(task, root, split) for split in splits}
+    missing = [split for split, paths in found.items() if not paths]
+    if missing:
+        there = [split for split in task.splits if layout.find(task, root, split)]
+        raise DataError(f"{root} ({layout.name}): no {', '.join(missing)}; splits there: {', '.join(there)}")
+    labelled = {"train", *(split for split, _, _ in task.evaluation)}
+    return {
+        split: join_splits(
+            [make_split(task, split, layout.read(task, split, path), split in labelled) for path in paths]
+        )
+        for split, paths in found.items()
+    }
+
+
+def expected() -> str:
+    """What a data folder may look like, for an error message."""
+    return "; ".join(f"{layout.name}: {layout.looks_like}" for layout in LAYOUTS)

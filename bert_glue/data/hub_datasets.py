@@ -1,0 +1,204 @@
+"""Data sets of the hub and data sets saved by `datasets`, as tables."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bert_glue.data.readers import from_arrow
+from bert_glue.data.tables import Table
+from bert_glue.errors import DataError, first_line
+from bert_glue.hub import client
+from bert_glue.hub.client import start_probe
+from bert_glue.hub.modelscope import fetch
+
+
+def open_data(name: str, config: str | None, args: Any) -> Any:
+    """A `datasets.DatasetDict` of a data set's files, as parquet, csv or json in the repository.
+
+    Args:
+        args: `cache_dir`, `token` and `disable_tqdm` are read.
+
+    Raises:
+        MachineError: no package.
+        DataError: no such data set to be had, or `datasets` cannot read it.
+    """
+    patterns = ["README.md", f"{config}/*"] if config else []
+    return open_folder(str(fetch(name, "dataset", patterns or ["*"], args, DataError)), config, args)
+
+
+GLUE_NAME = "nyu-mll/glue"
+# The commit that holds <config>/train-00000-of-00001.parquet; pinned so that the rows a run was measured
+# on do not change under it.
+GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+_WAYS_OUT = (
+    "use --data_path FOLDER (GLUE's TSV files, or a saved data set), --sample (generated data), "
+    "HF_ENDPOINT=<address of a mirror>, or HF_HUB_OFFLINE=1 and HF_HOME with a cache filled elsewhere"
+)
+
+
+@contextmanager
+def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
+    """Sets both libraries' offline switch, and no bars or warnings about it, for one call.
+
+    The switches are read at import from the environment, so setting the environment now is too late.
+    The download counter is off: it would call an address outside a mirror's network. Bars that were
+    switched off stay off, as both libraries are quiet for the same reason from then on.
+    """
+    import datasets
+    import huggingface_hub
+
+    settings = (
+        (datasets.config, "HF_HUB_OFFLINE", is_offline),
+        (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline),
+    )
+    before = [(room, name, getattr(room, name)) for room, name, _ in settings]
+    verbosity = datasets.logging.get_verbosity()
+    for room, name, value in settings:
+        setattr(room, name, value)
+    datasets.logging.set_verbosity_error()
+    if is_quiet:
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for room, name, value in before:
+            setattr(room, name, value)
+        datasets.logging.set_verbosity(verbosity)
+
+
+def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> Any:
+    """A `datasets.DatasetDict` from the hub or its cache.
+
+    The name is looked up on the hub even where a local folder has it.
+
+    Args:
+        revision: full commit the data must be of, also when it comes from the cache; None: newest.
+        args: `cache_dir`, `token` and `disable_tqdm` are read.
+
+    Raises:
+        DataError: not reachable (within 5 s) and not cached, not found, refused, or another revision.
+    """
+    probe = start_probe()
+    import datasets  # meanwhile the probe runs
+
+    reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
+    try:
+        client.prepare_client()
+        with _hub_mode(reason is not None, args.disable_tqdm or not sys.stderr.isatty()):
+            found = client.with_retries(
+                lambda: datasets.load_dataset(
+                    # hf:// keeps a local folder of that name out of it
+                    f"hf://datasets/{name}",
+                    config,
+                    revision=revision,
+                    cache_dir=args.cache_dir,
+                    token=args.token,
+                )
+            )
+    except Exception as error:  # the libraries below raise some thirty types; all end here as one line
+        raise DataError(_refusal(name, config, revision, reason, error, args)) from error
+    _check_files(name, config, args)
+    for split, dataset in found.items():
+        cached = revision_of(dataset)
+        if revision and cached and cached != revision:
+            raise DataError(
+                f"{name} {config} {split}: the cache holds revision {cached}, not the pinned {revision}, "
+                f"and the hub did not give that one ({reason or 'it is reachable'}); {_WAYS_OUT}"
+            )
+    return found
+
+
+def _check_files(name: str, config: str | None, args: Any) -> None:
+    """Raises DataError where the downloaded files that the rows were made from are not the hub's.
+
+    Rows already made from them are in the cache of `datasets`: both are named, to be deleted.
+    """
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "snapshots"
+    try:
+        client.check(sorted(folder.glob(f"*/{config or '**'}/*.*")))
+    except client.DamagedFileError as error:
+        rows = Path(args.cache_dir or settings.HF_DATASETS_CACHE) / name.replace("/", "___")
+        raise DataError(f"{name} {config or ''}: {error}, and with it {rows}") from error
+
+
+def _refusal(
+    name: str, config: str | None, revision: str | None, reason: str | None, error: Exception, args: Any
+) -> str:
+    from datasets import config as settings
+    from huggingface_hub import constants
+
+    what = " ".join(filter(None, (f"{name}@{revision}" if revision else name, config)))
+    first = first_line(error)
+    if reason is None:
+        text = f"{what}: the hub {constants.ENDPOINT} did not give it: {first}"
+    else:
+        cache = args.cache_dir or settings.HF_DATASETS_CACHE
+        text = f"{what}: the hub {constants.ENDPOINT} is not used ({reason}) and {cache} has no copy"
+    shadowed = f"\nfor the local folder {name} write --dataset_name ./{name}" if Path(name).is_dir() else ""
+    return f"{text}\n{_WAYS_OUT}{shadowed}"
+
+
+def open_folder(folder: str, config: str | None, args: Any) -> Any:
+    """A `datasets.DatasetDict` from a local folder of data files.
+
+    Raises:
+        DataError: `datasets` cannot read it.
+    """
+    import datasets
+
+    try:
+        with _hub_mode(True, args.disable_tqdm or not sys.stderr.isatty()):
+            return datasets.load_dataset(folder, config, cache_dir=args.cache_dir)
+    except Exception as error:
+        raise DataError(f"{folder}: {first_line(error)}") from error
+
+
+def revision_of(dataset: Any) -> str | None:
+    """The commit a `datasets.Dataset` was made from, as its cache folder is named; None if unknown."""
+    for file in dataset.cache_files:
+        folder = Path(file["filename"]).parent.name
+        if re.fullmatch(r"[0-9a-f]{40}", folder):
+            return folder
+    return None
+
+
+def to_table(dataset: Any, origin: str) -> Table:
+    """A `datasets.Dataset` as a table, with the names of its ClassLabel columns.
+
+    Raises:
+        DataError: no rows.
+    """
+    table = from_arrow(dataset.with_format("arrow")[:], origin)
+    names = {
+        name: tuple(feature.names)
+        for name, feature in dataset.features.items()
+        if getattr(feature, "_type", "") == "ClassLabel"
+    }
+    return replace(table, class_names=names)
+
+
+def load_saved(folder: Path) -> Table:
+    """One data set as `Dataset.save_to_disk` left it.
+
+    Raises:
+        DataError: damaged, or no rows.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        first = first_line(error)
+        raise DataError(f"{folder}: cannot be read as a saved data set: {first}") from error
+    return to_table(dataset, str(folder))

@@ -1,0 +1,347 @@
+"""Reads csv, tsv, json, jsonl and parquet files into columns that still know their line numbers."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bert_glue.data.tables import Problems, Table, build_table, check_header, read_text
+from bert_glue.errors import DataError
+
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key occurs more than once in an object")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
+
+
+def read_json(path: Path) -> Table:
+    """Reads a list of objects, {"data": [objects]}, or one object a line; told apart by content.
+
+    Columns are the keys of all objects; a key an object lacks is None there.
+
+    Raises:
+        DataError: not a text file, not JSON, a row that is no object, no rows.
+    """
+    text = read_text(path)
+    start, _ = _skip(text, 0, 1)
+    if text.startswith("[", start):
+        return _records(str(path), list(_list_rows(path, text, start)), "line")
+    # Stops at the first object's end, so this costs nothing for a file of one object a line.
+    document = _parse_or_none(text)
+    if isinstance(document, dict) and isinstance(document.get("data"), list):
+        return _records(str(path), list(enumerate(document["data"], 1)), "row")
+    return json_lines(str(path), text.rstrip().split("\n"), 1)
+
+
+def json_lines(origin: str, lines: Iterable[str], first_line: int) -> Table:
+    """One object a line as a table.
+
+    Args:
+        first_line: number of the first of the lines.
+
+    Raises:
+        DataError: a line is not JSON or no object.
+    """
+    problems = Problems(origin)
+    rows = list(_line_rows(origin, lines, first_line, problems))
+    problems.raise_any()
+    return _records(origin, rows, "line")
+
+
+def _parse_or_none(text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} (column {error.colno})"
+    return f"not JSON that can be read: {error}"
+
+
+def _line_rows(origin: str, lines: Iterable[str], first: int, problems: Problems) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, first):
+        try:
+            yield number, _DECODER.decode(line)
+        except (ValueError, RecursionError) as error:
+            problems.add(f"{origin}:{number}", _json_problem(error) if line.strip() else "the line is empty")
+
+
+def _skip(text: str, at: int, line: int) -> tuple[int, int]:
+    """Position and line of the next character that is not white space."""
+    end = _JSON_SPACE.match(text, at).end()
+    return end, line + text.count("\n", at, end)
+
+
+def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
+    """Yields (line, element) of the list that opens at `start`; `json.load` would forget the lines."""
+    at, line = _skip(text, start + 1, text.count("\n", 0, start) + 1)
+    try:
+        while not text.startswith("]", at):
+            row, end = _DECODER.raw_decode(text, at)
+            yield line, row
+            at, line = _skip(text, end, line + text.count("\n", at, end))
+            if text.startswith(",", at):
+                at, line = _skip(text, at + 1, line)
+                if text.startswith("]", at):
+                    raise ValueError("a comma before the closing ]")
+            elif not text.startswith("]", at):
+                raise ValueError("a comma or ] is missing")
+        if text[at + 1 :].strip():
+            raise ValueError("there is text after the closing ]")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{getattr(error, 'lineno', line)}: {_json_problem(error)}") from None
+
+
+def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
+    table = Table(origin, {}, [place for place, _ in rows], unit)
+    problems = Problems(origin)
+    for at, (_, row) in enumerate(rows):
+        if not isinstance(row, dict):
+            problems.add(table.where(at), f"{repr(row)[:40]} is not an object")
+    problems.raise_any()
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    columns = [[row.get(name) for _, row in rows] for name in names]
+    return build_table(origin, names, columns, table.places, unit)
+
+
+def read_table(path: Path) -> Table:
+    """Reads a data file by its suffix; every value is a str in csv and tsv.
+
+    Raises:
+        DataError: unknown suffix, unreadable, or broken anywhere; names file:line.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file; choices: {', '.join(_READERS)}")
+    return reader(path)
+
+
+def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -> None:
+    if fields in ([], [""]):
+        problems.add(place, "the line is empty")
+    else:
+        problems.add(
+            place,
+            f"{len(fields)} columns where {width} are expected: a separator too many or too few, "
+            "or a line break inside a text",
+        )
+
+
+def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None = None) -> Table:
+    """Reads tab-separated lines as GLUE has them: no quoting at all, a quote is a character.
+
+    Lines end at LF or CRLF, never at other Unicode line separators, which occur inside texts. Texts
+    with tabs or line breaks cannot be stored so: csv or json can. 400,000 rows take about a second.
+
+    Args:
+        header: the first line has names; otherwise columns are 0-based positions.
+        only: columns to keep (GLUE files carry parse trees of ten times the text); default: all.
+
+    Raises:
+        DataError: not a text file, a line with another number of columns, no rows, a doubled name.
+    """
+    # Blank lines at the very end are no rows; anywhere else they are an error.
+    lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    first = lines[0].split("\t")
+    names: Sequence = first if header else range(len(first))
+    if header:
+        check_header(f"{path}:1", first)
+    if only is not None and not set(only) <= set(names):
+        only = None  # a column is missing: the error that follows shall list those that are there
+    return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only)
+
+
+def tsv_rows(
+    origin: str, names: Sequence, lines: list[str], first_line: int, only: Collection[str | int] | None = None
+) -> Table:
+    """Lines of a tsv file, without their ends, as a table.
+
+    Args:
+        names: of all columns.
+        first_line: number of the first of the lines.
+
+    Raises:
+        DataError: as `read_tsv`.
+    """
+    width = len(names)
+    kept = [at for at, name in enumerate(names) if only is None or name in only]
+    columns: list[list[str]] = [[] for _ in kept]
+    problems = Problems(origin)
+    for number, line in enumerate(lines, first_line):
+        fields = line.split("\t")
+        if len(fields) != width:
+            _add_ragged(problems, f"{origin}:{number}", fields, width)
+            continue
+        for column, at in zip(columns, kept, strict=True):
+            column.append(fields[at])
+    problems.raise_any()
+    places = range(first_line, first_line + len(lines))
+    return build_table(origin, [names[at] for at in kept], columns, places)
+
+
+def header_of(path: Path) -> list[str]:
+    """Column names of a tsv file (its first line), read without the rest; [] if unreadable."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+        return first.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n").split("\t")
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line the record starts at, fields); a quoted field may span lines.
+
+    Args:
+        lines: with their ends; ends by a lone CR are none, as it is a character here.
+        problems: gets a broken record, after which nothing more is yielded.
+    """
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, refuses long documents
+    reader = csv.reader(lines, strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        # Where a closing quote is missing the reader only notices at the end of the file.
+        problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {error}")
+
+
+def read_csv(path: Path) -> Table:
+    """Reads comma-separated rows with RFC 4180 quoting; the first row has the names.
+
+    Raises:
+        DataError: not a text file, broken quoting, a ragged row, no rows, a doubled name.
+    """
+    problems = Problems(str(path))
+    text = read_text(path).rstrip("\r\n")
+    # newline="\n": Python would otherwise end records at a lone CR too.
+    records = csv_records(str(path), io.StringIO(text, newline="\n"), problems)
+    names = next(records, (1, []))[1]
+    problems.raise_any()
+    check_header(f"{path}:1", names)
+    return csv_rows(str(path), names, records, problems)
+
+
+def csv_rows(origin: str, names: list[str], records: Iterable[tuple[int, list[str]]], problems: Problems) -> Table:
+    """Records of a csv file as a table.
+
+    Raises:
+        DataError: as `read_csv`.
+    """
+    rows: list[list[str]] = []
+    places: list[int] = []
+    for line, fields in records:
+        if len(fields) != len(names):
+            _add_ragged(problems, f"{origin}:{line}", fields, len(names))
+        else:
+            rows.append(fields)
+            places.append(line)
+    problems.raise_any()
+    return build_table(origin, names, [list(column) for column in zip(*rows, strict=True)], places)
+
+
+def read_parquet(path: Path) -> Table:
+    """Reads a parquet file, with the class names `datasets` stores in its metadata.
+
+    Raises:
+        DataError: not a parquet file, damaged, or no rows.
+    """
+    with parquet_errors(path):
+        # Not read_table(path): it would take folder names such as `a=b` for columns.
+        table = open_parquet(path).read()
+    return from_arrow(table, str(path))
+
+
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`; open and read it within `parquet_errors`."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Raises DataError where pyarrow cannot open or read a file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:
+    """A `pyarrow.Table` as a Table of Python values.
+
+    Args:
+        first_row: number of its first row in the file.
+
+    Raises:
+        DataError: doubled column names, no rows, text that is not UTF-8, or broken metadata.
+    """
+    names = table.column_names
+    check_header(origin, names)
+    columns = [_arrow_values(table.column(name), name, origin, first_row) for name in names]
+    built = build_table(origin, names, columns, range(first_row, first_row + table.num_rows), "row")
+    try:
+        return replace(built, class_names=_class_names(table.schema.metadata or {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{origin}: the class names in its metadata cannot be read: {error}") from None
+
+
+def _arrow_values(column: Any, name: str, origin: str, first_row: int) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        row = next(at for at, value in enumerate(column, first_row) if not _is_readable(value))
+        raise DataError(f"{origin} row {row}: column {name!r} is not UTF-8") from None
+
+
+def _is_readable(value: Any) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Names of integer classes from the schema metadata key `huggingface` (datasets' format)."""
+    described = json.loads(metadata.get(b"huggingface", b"{}"))
+    features = described.get("info", {}).get("features", {})
+    return {
+        name: tuple(feature["names"])
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+_READERS = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".parquet": read_parquet,
+}
+DATA_SUFFIXES = tuple(_READERS)

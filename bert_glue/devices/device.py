@@ -1,0 +1,310 @@
+"""Which device runs, what it can do, how to wait for it, and how much memory it and the host took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bert_glue.devices.npu import import_torch_npu
+from bert_glue.errors import MachineError, UsageError, did_you_mean
+
+KINDS = ("npu", "cuda", "cpu")
+_BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+_FIXES = {
+    "npu": "install torch_npu of torch's own version (2.13.0 with 2.13.0) and source CANN's set_env.sh",
+    "cuda": "install a CUDA build of torch and check `nvidia-smi`",
+    "cpu": "",
+}
+_NO_NPU = "torch_npu is installed: check `npu-smi info`, ASCEND_RT_VISIBLE_DEVICES and a container's --device flags"
+
+
+def _module(kind: str):
+    """`torch.npu` or `torch.cuda`; None for the CPU or where the device's package is absent."""
+    if kind == "npu" and import_torch_npu() is None:
+        return None
+    return getattr(torch, kind, None) if kind != "cpu" else None
+
+
+def is_available(kind: str) -> bool:
+    """True if at least one device of `kind` can be used now."""
+    module = _module(kind)
+    return kind == "cpu" or bool(module is not None and module.is_available())
+
+
+def devices(kind: str) -> list[Device]:
+    """All devices of a kind that can be used now, in the order of their index.
+
+    Raises:
+        MachineError: its package is there and cannot be imported.
+    """
+    if not is_available(kind):
+        return []
+    count = 1 if kind == "cpu" else _module(kind).device_count()
+    return [Device(kind, index) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One resolved device of this process.
+
+    Args:
+        kind: npu, cuda or cpu.
+        index: device number on this host, 0 for a CPU.
+    """
+
+    kind: str
+    index: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """As torch names it."""
+        return torch.device(self.kind) if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def is_host(self) -> bool:
+        """True if tensors live in host memory and every operation has ended when its call returns."""
+        return self.kind == "cpu"
+
+    @property
+    def collective_backend(self) -> str:
+        """torch.distributed's backend for this kind of device."""
+        return _BACKENDS[self.kind]
+
+    @property
+    def name(self) -> str:
+        """Model name of the device, e.g. for result files; simulated devices are named so."""
+        if self.is_host:
+            return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        name = _module(self.kind).get_device_name(self.index)
+        return f"simulated {name}" if self.is_simulated else name
+
+    @property
+    def is_simulated(self) -> bool:
+        """True on the simulated NPU of the tests, which proves calls and flow, never kernels or speed."""
+        return self.kind == "npu" and bool(getattr(import_torch_npu(), "is_simulated", False))
+
+    def activate(self, tf32: bool | None = None) -> None:
+        """Make this the process's current device, with the settings it trains best with.
+
+        Args:
+            tf32: TensorFloat-32 products on or off; None leaves the device's default.
+        """
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+        if self.kind != "npu":
+            # Libraries that look for torch_npu import it unguarded; one that is broken must not end this run.
+            sys.modules.setdefault("torch_npu", None)
+        if self.is_host:
+            keep_freed_pages()
+            return
+        _module(self.kind).set_device(self.index)
+        if self.kind == "npu" and not self.is_simulated:
+            # Kernels compiled ahead of time; just-in-time ones are rebuilt for every new shape.
+            torch.npu.set_compile_mode(jit_compile=False)
+
+    @property
+    def can_compile(self) -> bool:
+        """True if torch.compile is offered here: an NPU's graph compiler was never tried."""
+        return self.kind != "npu"
+
+    @property
+    def can_record(self) -> bool:
+        """True if work given to the device can be recorded and replayed."""
+        return self.kind == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait until all work given to the device has ended; read no clock before."""
+        if not self.is_host:
+            _module(self.kind).synchronize()
+
+    def mark(self) -> Any:
+        """A point in the work given to the device, for `seconds_between`; it waits for nothing.
+
+        An event; the host's clock on a CPU and on devices without events.
+        """
+        kind = None if self.is_host else getattr(_module(self.kind), "Event", None)
+        if kind is None:
+            return time.perf_counter()
+        event = kind(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to a later one, once the device has passed both (`synchronize`)."""
+        return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000.0
+
+    def read_later(self, number: torch.Tensor) -> Callable[[], float]:
+        """The number in a `[1]` tensor as of now; the call waits for the work given so far and for no more."""
+        if self.is_host:
+            value = number.item()
+            return lambda: value
+        copy = torch.empty(1, dtype=number.dtype, pin_memory=not self.is_simulated)
+        copy.copy_(number, non_blocking=True)
+        wait = getattr(self.mark(), "synchronize", self.synchronize)
+
+        def read() -> float:
+            wait()
+            return copy.item()
+
+        return read
+
+    def peak_memory(self) -> int:
+        """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
+        if self.is_host:
+            return peak_memory()
+        return int(_module(self.kind).max_memory_allocated())
+
+    def profiler(self) -> Any:
+        """A profiler of the host and all devices: start(), stop(), export_chrome_trace(path)."""
+        if self.kind == "npu":
+            torch_npu = import_torch_npu()
+            return torch_npu.profiler.profile()
+        return torch.profiler.profile()
+
+    def memory(self) -> tuple[int, int] | None:
+        """Free and total memory of the device, bytes; None for a CPU, whose memory is the host's."""
+        if self.is_host:
+            return None
+        free, total = _module(self.kind).mem_get_info(self.index)
+        return int(free), int(total)
+
+    def random_state(self) -> torch.Tensor | None:
+        """State of the device's own generator, `[bytes]` uint8 on the host; None on a CPU."""
+        return None if self.is_host else _module(self.kind).get_rng_state().cpu()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Give the device's generator the state of `random_state`."""
+        if not self.is_host:
+            _module(self.kind).set_rng_state(state)
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """True if the device computes in `dtype` natively, so that training in it makes sense."""
+        if dtype == torch.float32:
+            return True
+        if self.is_host:
+            return _cpu_supports(dtype)
+        if dtype == torch.bfloat16:
+            return bool(_module(self.kind).is_bf16_supported())
+        return True
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction-set names as /proc/cpuinfo spells them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
+    except OSError:
+        return frozenset()
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+
+
+def _cpu_supports(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return True  # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better
+    return bool(_cpu_flags() & {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"})
+
+
+def _here() -> str:
+    """Kinds that can be used now; a broken package of another kind is none."""
+    usable = []
+    for kind in KINDS:
+        with suppress(MachineError):
+            if is_available(kind):
+                usable.append(kind)
+    return ", ".join(usable)
+
+
+def _fix(kind: str) -> str:
+    return _NO_NPU if kind == "npu" and import_torch_npu() is not None else _FIXES[kind]
+
+
+def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -> Device:
+    """The device that `--device` means on this machine.
+
+    Args:
+        requested: auto, a kind, kind:index, or an index of the best kind here.
+        local_rank: rank on this host; chooses the index where none is given.
+
+    Raises:
+        UsageError: no such kind.
+        MachineError: the kind, or that index, is not here; the message has the fix.
+    """
+    if use_cpu:
+        return Device("cpu")
+    kind, colon, index = requested.partition(":")
+    if kind.isdecimal():
+        kind, index = "auto", kind
+    elif colon and not index.isdecimal():
+        raise UsageError(f"--device {requested}: {index!r} is not a device number, such as npu:1")
+    if kind != "auto" and kind not in KINDS:
+        raise UsageError(f"--device: {did_you_mean('device', kind, ['auto', *KINDS])}")
+    if kind == "auto":
+        kind = next(k for k in KINDS if is_available(k))
+    elif not is_available(kind):
+        raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {_here()})", _fix(kind))
+    if kind == "cpu":
+        return Device("cpu")
+    number, count = int(index) if index else local_rank, _module(kind).device_count()
+    if number >= count:
+        raise MachineError(
+            f"--device {requested}: {kind} device {number} is not here, there are {count}", f"choose one below {count}"
+        )
+    return Device(kind, number)
+
+
+def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
+    """True if torch multiplies matrices of a 16-bit `dtype` in loops of its own, 10 to 40 times slower than fp32.
+
+    That is so on CPUs for which oneDNN has no kernels of that dtype (below AVX-512 on x86).
+    """
+    if kind != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
+
+
+def has_onednn_linear(kind: str, is_transposed: bool = False) -> bool:
+    """True if oneDNN multiplies here, by a matrix as it lies or by its transpose: on CPUs, with a torch that has it.
+
+    Transposes take its AVX2 kernels up to twice as long as MKL's; its AVX-512 kernels take either in their stride.
+    """
+    if kind != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return not is_transposed or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def peak_memory() -> int:
+    """Highest memory of this process so far, bytes."""
+    try:
+        # Not getrusage: that also counts what the parent process held before exec.
+        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # a sandbox without /proc
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed_pages() -> None:
+    """Tell glibc to reuse freed blocks: by default each large tensor is new, zeroed pages every time.
+
+    Costs nothing but memory the process had already used; 10 to 30 % of a CPU training step.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)

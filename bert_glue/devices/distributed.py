@@ -1,0 +1,169 @@
+"""The processes of one run, on accelerate's PartialState: torchrun's variables, collectives, waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.devices.device import Device, resolve_device
+from bert_glue.errors import RankError, UsageError
+
+_GRACE_SECONDS = 1.0  # for torch's own message, which names more, where it keeps its bound
+
+
+class Place(NamedTuple):
+    """Which process of a run this is: `rank` of `world_size`, `local_rank` on its host."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def place_in(environment: Mapping[str, str]) -> Place:
+    """What torchrun's variables say.
+
+    A process alone is rank 0 whatever RANK and LOCAL_RANK say: `--device npu:3` must not be moved by stale ones.
+    The reference sets RANK but no LOCAL_RANK: on its one host they are the same.
+
+    Raises:
+        UsageError: a variable is missing or has no sensible value; one line each.
+    """
+    wrong: list[str] = []
+
+    def number(name: str, default: int | None, least: int, end: int | None = None) -> int:
+        text = environment.get(name, "" if default is None else str(default))
+        if text.isdecimal() and int(text) >= least and (end is None or int(text) < end):
+            return int(text)
+        bounds = f"in [{least}, {'inf' if end is None else end})"
+        wrong.append(f"{name}={text or '(not set)'} in the environment: a whole number {bounds} is needed")
+        return least
+
+    world = number("WORLD_SIZE", 1, 1)
+    if world > 1:
+        rank = number("RANK", None, 0, world)
+        local = number("LOCAL_RANK", rank, 0, world)
+        if not environment.get("MASTER_ADDR"):
+            wrong.append("MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed")
+        number("MASTER_PORT", None, 1, 65536)
+    if wrong:
+        wrong.append("without WORLD_SIZE a process runs alone; torchrun and test/train_full_8p.sh set all of these")
+        raise UsageError("\n".join(wrong))
+    return Place(rank, local, world) if world > 1 else Place(0, 0, 1)
+
+
+class Ranks:
+    """This process among its peers.
+
+    Args:
+        rank: 0 to `world_size - 1`; rank 0 writes files and log lines.
+        world_size: processes of the run.
+        device: of this process.
+
+    Raises:
+        UsageError: see `place_in`.
+        RankError: by every method that waits for the others, when one of them ended or did not answer
+            within `--ddp_timeout` seconds (nccl and hccl end the process themselves in the second case).
+    """
+
+    def __init__(self, args: Arguments):
+        place = place_in(os.environ)
+        world = place.world_size
+        # The reference launches eight processes with the same `--device 0`: ranks choose their own.
+        requested = args.device if world == 1 or ":" not in args.device and not args.device.isdigit() else "auto"
+        self.device: Device = resolve_device(requested, place.local_rank, args.use_cpu)
+        self.device.activate(args.tf32)
+        self.rank, self.world_size = 0, 1
+        self.timeout, self._is_lost = args.ddp_timeout, False
+        if world > 1:
+            self.rank, self.world_size = place.rank, world
+            os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate asks for it
+            with self._ends_in_time():
+                self._together("meeting them", self._meet, args)
+
+    def _meet(self, args: Arguments) -> None:
+        # Its functions have the group that there is at their import as a default argument. Held by them, gloo's
+        # threads outlive `close`, and one that frees a tensor while the interpreter ends aborts the process [ran].
+        import torch.distributed.nn.functional  # noqa: F401
+        from accelerate.state import PartialState
+
+        PartialState(
+            cpu=self.device.is_host,
+            backend=args.ddp_backend or self.device.collective_backend,
+            timeout=timedelta(seconds=args.ddp_timeout),
+        )
+
+    @contextmanager
+    def _ends_in_time(self) -> Iterator[None]:
+        """End the process with exit code 7 where the block takes longer than `--ddp_timeout`.
+
+        torch's store has no bound of its own on a listener that accepts and never answers, and waits in C++, where
+        no exception reaches it: so a timer ends the process. Nothing is open yet that would have to be closed.
+        """
+
+        def end() -> None:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            print(
+                f"error: rank {self.rank} of {self.world_size} did not meet the other ranks within --ddp_timeout "
+                f"{self.timeout} s: {where} does not answer; does another program listen there?",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(RankError.exit_code)
+
+        timer = threading.Timer(self.timeout + _GRACE_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _together(self, what: str, operation: Callable, *given: Any) -> None:
+        """Call an operation that all ranks take part in."""
+        began = time.monotonic()
+        try:
+            operation(*given)
+        except RuntimeError as error:
+            self._is_lost = True
+            reason = str(error).strip().splitlines()[0][:300]
+            raise RankError(
+                f"rank {self.rank} of {self.world_size} lost the other ranks while {what}, after "
+                f"{time.monotonic() - began:.1f} s (--ddp_timeout {self.timeout} s): {reason}"
+            ) from error
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that writes."""
+        return self.rank == 0
+
+    def sum(self, tensors: list[torch.Tensor]) -> None:
+        """Add each tensor over all ranks, in place, in one collective a tensor."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                self._together("adding up numbers", torch.distributed.all_reduce, tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        self._together("exchanging values", torch.distributed.all_gather_object, gathered, value)
+        return gathered
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            self._together("waiting", torch.distributed.barrier)
+
+    def close(self) -> None:
+        """End the process group, if there is one and all ranks are still in it."""
+        if self.world_size > 1 and torch.distributed.is_initialized() and not self._is_lost:
+            torch.distributed.destroy_process_group()

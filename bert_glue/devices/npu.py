@@ -1,0 +1,92 @@
+"""Ascend NPU: torch_npu, its fused AdamW, and overflow on chips that do not show it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from bert_glue.devices.npu_versions import explained
+
+
+def import_torch_npu() -> ModuleType | None:
+    """torch_npu, or None where it is not installed; a broken installation is explained.
+
+    Raises:
+        MachineError: torch_npu is there and cannot be imported.
+    """
+    try:
+        import torch_npu
+    except Exception as error:  # a wrong torch/torch_npu/CANN triple fails in many ways
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            return None
+        raise explained(error) from error
+    return torch_npu
+
+
+def torch_npu_of(device: torch.device) -> ModuleType | None:
+    """torch_npu for tensors on its device, None for any other tensors."""
+    return import_torch_npu() if device.type == "npu" else None
+
+
+class NoFusedOptimizer(Exception):
+    """This machine, or these parameters, cannot have the NPU's fused optimizer; the text says why."""
+
+
+def moves_allocations(optim: str, device: torch.device) -> bool:
+    """True if the optimizer of `--optim` may put gradients elsewhere in a device's memory."""
+    pass
+
+    return optim in ("adamw_apex_fused_npu", "adamw_torch_npu_fused") and torch_npu_of(device) is not None
+
+
+def npu_fused_adamw(params: list[dict], **options) -> torch.optim.Optimizer:
+    """torch_npu's fused AdamW.
+
+    Args:
+        params: groups of parameters that have their gradients and whole allocations to themselves.
+        options: lr, betas, eps.
+
+    Raises:
+        NoFusedOptimizer: torch_npu is not here, or cannot do it.
+    """
+    pass
+
+    first = params[0]["params"][0]
+    torch_npu = torch_npu_of(first.device)
+    if torch_npu is None:
+        raise NoFusedOptimizer(f"torch_npu's fused AdamW updates parameters on its own device, not on {first.device}")
+    dtypes = {p.dtype for group in params for p in group["params"]}
+    if not dtypes <= {torch.float32, torch.float16}:
+        raise NoFusedOptimizer("torch_npu's fused AdamW takes fp32 and fp16 only")
+    try:
+        from torch_npu.optim import NpuFusedAdamW
+    except ImportError as error:
+        raise NoFusedOptimizer(f"this torch_npu has no NpuFusedAdamW ({error})") from error
+    return NpuFusedAdamW(params, **options)
+
+
+class OverflowFlag:
+    """Whether the chip computed a number over its range since `clear`."""
+
+    def __init__(self, device: torch.device):
+        self._device, self.import_torch_npu = device, torch_npu_of(device)
+
+    def _register(self) -> torch.Tensor:
+        return torch.zeros(8, device=self._device)
+
+    def clear(self) -> None:
+        """Forget earlier overflows."""
+        self.import_torch_npu.npu_clear_float_status(self._register())
+
+    def read(self) -> torch.Tensor:
+        """1 if there was an overflow, else 0; 0-d fp32 on the device, nothing waits for it."""
+        return (self.import_torch_npu.npu_get_float_status(self._register())[0] != 0).float()
+
+
+def overflow_flag(device: torch.device) -> OverflowFlag | None:
+    """The flag of a device that saturates; None where an overflow gives inf, so that gradients tell."""
+    torch_npu = torch_npu_of(device)
+    if torch_npu is None or torch_npu.npu.utils.is_support_inf_nan():
+        return None
+    return OverflowFlag(device)

@@ -1,0 +1,257 @@
+"""What this machine can run, and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, versions
+from bert_glue.errors import MachineError, UsageError
+
+_NO_FIX = "python -m bert_glue.doctor --device auto shows what is here"
+_RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def main(argv: list[str]) -> int:
+    """Examine, print, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="bert_glue.doctor", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--device", default="auto", metavar="NAME", help="must train: auto, 0, npu, npu:1, cuda, cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--time_limit", type=float, default=300.0, metavar="SECONDS", help="for the device; default 300"
+    )
+    args = parser.parse_args(argv)
+    try:
+        report = examine(args.device, args.time_limit)
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.reconfigure(errors="replace")  # whatever the terminal can show of a driver's message
+    try:
+        print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)), flush=True)
+    except OSError:  # the reader went away, as `| head` does, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return report["exit_code"]
+
+
+def examine(requested: str, time_limit: float) -> dict[str, Any]:
+    """All findings, as plain values.
+
+    Args:
+        requested: as `--device` of run_glue.py.
+        time_limit: seconds the device may take.
+
+    Returns:
+        versions, devices, auto, chosen, recipe, training, apex, hub, memory, disk, ports, problems
+        (what, fix), can_train and exit_code. A part that could not be examined is None, with a problem.
+    """
+    problems: list[Problem] = []
+    hub = _guarded("the hub client", problems, HubCheck)
+    facts = _guarded("the device", problems, lambda: probe(requested, time_limit, problems)) or {}
+    report: dict[str, Any] = {
+        "requested": requested,
+        "versions": _guarded("versions", problems, lambda: versions(problems)),
+        **_devices(facts, problems),
+        "hub": hub and _guarded("the hub", problems, lambda: hub.result(problems)),
+        "memory": _guarded("memory", problems, lambda: memory(problems)),
+        "disk": _guarded("disk", problems, lambda: disk(problems)),
+        "ports": _guarded("ports", problems, lambda: ports(problems)),
+    }
+    is_unknown = any(fact.get("exit_code") == UsageError.exit_code for fact in facts.get("chosen", []))
+    report["can_train"] = _can_train(report)
+    report["exit_code"] = 0 if report["can_train"] else 2 if is_unknown else 4
+    report["problems"] = [problem._asdict() for problem in dict.fromkeys(problems)]
+    return report
+
+
+def _can_train(report: dict[str, Any]) -> bool:
+    """True if the precision that the default recipe ends with was trained in."""
+    wanted = (report["recipe"] or {}).get("precision")
+    return any(fact.get("trains") and fact["plan"] == wanted for fact in report["training"].values())
+
+
+def _guarded(name: str, problems: list[Problem], check: Callable[[], Any]) -> Any:
+    """What `check` returns; where it fails, None and a problem: the doctor outlives every patient."""
+    try:
+        return check()
+    except Exception as error:
+        what = f"{name}: {type(error).__name__}: {_first_line(str(error))}"
+        fix = "python -m pip install -r requirements.txt" if isinstance(error, ImportError) else "see the message"
+        problems.append(Problem(what, fix))
+        return None
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[0]
+
+
+def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of bert_glue.doctor.device_probe by their kind, and problems with the process itself."""
+    facts = _run_probe(requested, time_limit, problems)
+    failed = facts.get("torch", [{}])[0].get("problem")
+    if failed:
+        fix = f"{sys.executable} -m pip install -r requirements.txt"
+        problems.append(Problem(f"torch or a module beside it cannot be imported: {failed}", fix))
+    return facts
+
+
+def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
+    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "bert_glue.doctor.device_probe", requested],
+        env={**environment, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        raise
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for line in out.decode(errors="replace").splitlines():
+        fact = json.loads(line)
+        facts.setdefault(fact.pop("fact"), []).append(fact)
+    if "end" not in facts and not facts.get("torch", [{}])[0].get("problem"):
+        problems.append(_death(child.returncode, time_limit, list(facts), err.decode(errors="replace")))
+    return facts
+
+
+def _death(status: int, time_limit: float, known: list[str], errors: str) -> Problem:
+    """What to say of a probe that did not come to its end."""
+    where = f"after {known[-1]!r}" if known else "while python started"
+    last = _first_line("\n".join(reversed(errors.strip().splitlines())))
+    if status == -signal.SIGKILL:
+        what = f"the device gave no answer within {time_limit:g} s, or the process was killed ({where})"
+        return Problem(what, "see that no other process holds the device, reset it, or give --time_limit more seconds")
+    name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+    return Problem(f"the process ended with {name} {where}: {last}", "check the driver and the device's own log")
+
+
+def _devices(facts: dict[str, list[dict[str, Any]]], problems: list[Problem]) -> dict[str, Any]:
+    """The report's parts on devices, from the probe's facts."""
+    chosen = facts.get("chosen", [{}])[0]
+    for fact in (*facts.get("kind", []), *facts.get("auto", []), chosen):
+        if fact.get("problem"):
+            problems.append(Problem(fact["what"], fact["fix"] or _NO_FIX))
+    training = {fact["precision"]: fact for fact in facts.get("training", [])}
+    for name, fact in training.items():
+        # A precision that a device does not have is a fact about it; anything else is not as it should be.
+        is_lack = fact.get("exit_code") == MachineError.exit_code and name != "fp32"
+        if "problem" in fact and not is_lack:
+            fix = "check the device's memory, its other users and its own log"
+            problems.append(Problem(f"training in {name} failed: {fact['problem']}", fix))
+    return {
+        "torch": facts.get("torch", [None])[0],
+        "devices": [device for fact in facts.get("kind", []) for device in fact.get("devices", [])],
+        "auto": facts.get("auto", [None])[0],
+        "chosen": chosen or None,
+        "recipe": facts.get("recipe", [None])[0],
+        "training": training,
+        "apex": facts.get("apex", [None])[0],
+    }
+
+
+_LEFT = 20  # columns
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """All of a report of `doctor.examine`, problems and verdict last."""
+    found = ["versions", *_versions(report), "devices", *_device_lines(report), *_training(report)]
+    found += ["host", *_host(report)]
+    problems = report["problems"]
+    if problems:
+        found.append("problems")
+        for number, problem in enumerate(problems, 1):
+            found += [f"  {number}. {problem['what']}", f"     fix: {problem['fix']}"]
+    name = (report["chosen"] or {}).get("device") or report["requested"]
+    found.append(f"verdict: {name} {'trains' if report['can_train'] else 'cannot train'}")
+    return found
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name.ljust(_LEFT)}{text}"
+
+
+def _versions(report: dict[str, Any]) -> list[str]:
+    known = report["versions"] or {}
+    rows = [_row(name, version) for name, version in known.items() if version]
+    absent = [name for name, version in known.items() if not version]
+    return rows + ([_row("not installed", ", ".join(absent))] if absent else [])
+
+
+def _device_lines(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for device in report["devices"]:
+        parts = [device["name"]]
+        if device["total_bytes"]:
+            parts.append(f"{device['free_bytes'] / GIB:.1f} of {device['total_bytes'] / GIB:.1f} GiB free")
+        rounded = device.get("fp32_products") or ()
+        has = [name for name in ("fp32", "bf16", "fp16") if device.get(name)]
+        parts.append("trains in " + ", ".join(f"{n} (products in fp32)" if n in rounded else n for n in has))
+        if device.get("problem"):
+            parts.append(device["problem"])
+        rows.append(_row(device["device"], "; ".join(parts)))
+    auto = (report["auto"] or {}).get("device") or "nothing that works"
+    return [*rows, _row("--device auto", f"chooses {auto}")]
+
+
+def _training(report: dict[str, Any]) -> list[str]:
+    name = (report["chosen"] or {}).get("device") or report["requested"]
+    rows = [f"training on {name}: a tiny packed classifier"]
+    for precision, fact in report["training"].items():
+        if not fact.get("trains"):
+            rows.append(_row(precision, f"no: {fact['problem']}"))
+            continue
+        losses = " -> ".join(f"{loss:.4f}" for loss in fact["losses"])
+        rows.append(_row(precision, f"trains: {fact['plan']}, {fact['steps']} steps, loss {losses}"))
+        rows += [_row("", f"attention {path}") for path in fact["attention"]]
+    if report["recipe"]:
+        note = f" ({report['recipe']['note']})" if report["recipe"].get("note") else ""
+        rows.append(_row("default recipe", f"{report['recipe'].get('precision', 'unknown')}{note}"))
+    rows.append(_row("apex", _apex(report["apex"])))
+    return rows
+
+
+def _apex(found: dict[str, Any] | None) -> str:
+    if not found:
+        return "unknown"
+    if found.get("problem"):
+        return f"cannot be imported: {found['problem']}; native O-levels are used"
+    if not found["installed"]:
+        return "not installed; native O-levels are used"
+    return "with amp" if found["amp"] else "without amp; native O-levels are used"
+
+
+def _host(report: dict[str, Any]) -> list[str]:
+    rows = []
+    memory, hub, ports = report["memory"], report["hub"], report["ports"]
+    if memory and memory["available_bytes"] is not None:
+        rows.append(
+            _row("memory", f"{memory['available_bytes'] / GIB:.1f} of {memory['total_bytes'] / GIB:.1f} GiB available")
+        )
+    for place in report["disk"] or []:
+        state = "" if place["writable"] else ", cannot be written"
+        rows.append(_row(place["purpose"], f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free{state}"))
+    if hub:
+        verified = ", certificate verified" if hub["certificate_verified"] else ""
+        reason = f" ({hub['reason']})" if hub["reason"] else ""
+        rows.append(_row("hub", f"{hub['endpoint']}: {hub['state']}{reason}{verified}"))
+    if ports:
+        rows.append(_row("free port", "can be bound" if ports["free_port"] else "cannot be bound"))
+        if ports["MASTER_PORT"]:
+            master = ports["MASTER_PORT"]
+            rows.append(_row("MASTER_PORT", f"{master['port']}: {master['reason'] or 'free'}"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,184 @@
+"""What the doctor asks of the host: versions, memory, disk, ports, the hub. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from bert_glue.devices.npu_versions import cann_version
+
+PACKAGES = (
+    "torch", "torch_npu", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub",
+    "numpy", "scipy", "scikit-learn", "apex", "flash_attn", "optuna", "peft", "modelscope",
+)  # fmt: skip
+REPOSITORY = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+# bert-large: 335 million parameters, as weights, fp32 masters and two moments.
+_CHECKPOINT_BYTES = 335_000_000 * 16
+_LITTLE_MEMORY = 4 * GIB
+_HUB_SECONDS = 5.0
+
+
+class Problem(NamedTuple):
+    """Something that is wrong, and what to do about it, each in one line."""
+
+    what: str
+    fix: str
+
+
+def versions(problems: list[Problem]) -> dict[str, str | None]:
+    """Version of python, of CANN and of every package that matters; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "CANN": cann_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except Exception:  # not installed, or its record is damaged
+            found[name] = None
+    problems.extend(_requirements(found["torch_npu"] is not None))
+    return found
+
+
+def _requirements(has_npu: bool) -> list[Problem]:
+    from bert_glue.doctor.requirements import lacking
+
+    pins = REPOSITORY / ("requirements-npu.txt" if has_npu else "requirements.txt")
+    if not pins.is_file():  # installed as a package, without the files
+        return []
+    fix = f"{sys.executable} -m pip install -r {pins}"
+    return [Problem(f"python lacks {text}", fix) for text in lacking([pins])]
+
+
+def memory(problems: list[Problem]) -> dict[str, int | None]:
+    """Total and available memory of the host, bytes; a container's limit counts."""
+    total, available = _physical_pages()
+    limit = _container_limit()
+    if limit is not None and total is not None:
+        total, available = min(total, limit), min(available or limit, limit)
+    if available is not None and available < _LITTLE_MEMORY:
+        fix = "end other processes, or choose a smaller --per_device_train_batch_size or --gradient_checkpointing"
+        problems.append(Problem(f"only {available / GIB:.1f} GiB of memory are available", fix))
+    return {"total_bytes": total, "available_bytes": available}
+
+
+def _physical_pages() -> tuple[int | None, int | None]:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
+        return kibibytes["MemTotal"] * 1024, kibibytes["MemAvailable"] * 1024
+    except (OSError, KeyError, ValueError):  # a sandbox without /proc
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _container_limit() -> int | None:
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(file).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None
+
+
+def disk(problems: list[Problem]) -> list[dict[str, Any]]:
+    """Folders a run writes to: free bytes, and whether they can be written."""
+    home = Path(os.environ.get("HOME") or tempfile.gettempdir())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    own = os.environ.get("BERT_GLUE_CACHE")
+    hub = os.environ.get("HF_HOME")
+    places = (
+        ("results", Path.cwd(), "start from, or give --output_dir, a folder that can be written"),
+        ("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a folder that can be written"),
+        ("tokenized data", Path(own) if own else cache / "bert_glue", "set BERT_GLUE_CACHE to a folder to write to"),
+        ("hub cache", Path(hub) if hub else cache / "huggingface", "set HF_HOME to a folder that can be written"),
+    )
+    found = []
+    for purpose, folder, fix in places:
+        there = next((part for part in (folder, *folder.parents) if part.is_dir()), Path("/"))
+        writable, free = _can_write(there), shutil.disk_usage(there).free
+        found.append({"purpose": purpose, "folder": str(folder), "free_bytes": free, "writable": writable})
+        if not writable:
+            problems.append(Problem(f"{folder} ({purpose}) cannot be written", fix))
+    if found[0]["free_bytes"] < _CHECKPOINT_BYTES:
+        what = f"{found[0]['free_bytes'] / GIB:.1f} GiB free here; a bert-large checkpoint takes 5.0 GiB"
+        problems.append(Problem(what, "give --output_dir on a larger disk, or --save_strategy no"))
+    return found
+
+
+def _can_write(folder: Path) -> bool:
+    """By writing: permission bits do not tell of read-only mounts, and root has none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def ports(problems: list[Problem]) -> dict[str, Any]:
+    """Whether a free port can be bound, and the one of MASTER_PORT if it is set."""
+    found: dict[str, Any] = {"free_port": _can_bind(0) == "", "MASTER_PORT": None}
+    if not found["free_port"]:
+        problems.append(Problem(f"no port can be bound: {_can_bind(0)}", "allow this process to open sockets"))
+    text = os.environ.get("MASTER_PORT")
+    if text is None:
+        return found
+    fix = "unset MASTER_PORT, or set it to a free port from 1024 to 65535"
+    is_listener = all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK"))
+    reason = "not a port" if not text.isdecimal() or not 0 < int(text) < 65536 else ""
+    if not reason and is_listener:
+        reason = _can_bind(int(text))
+    found["MASTER_PORT"] = {"port": text, "usable": not reason, "reason": reason}
+    if reason:
+        problems.append(Problem(f"MASTER_PORT={text}: {reason}", fix))
+    return found
+
+
+def _can_bind(port: int) -> str:
+    """Why a TCP port cannot be bound on this host; "" if it can."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+        return ""
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+
+
+class HubCheck:
+    """Asks the hub while other checks run. Being offline is a state; a refused certificate is a problem."""
+
+    def __init__(self) -> None:
+        from huggingface_hub import constants
+
+        from bert_glue.hub.client import start_probe
+
+        self.endpoint, self.began = _without_login(constants.ENDPOINT), time.monotonic()
+        self.probe = start_probe()
+
+    def result(self, problems: list[Problem]) -> dict[str, Any]:
+        """At the latest five seconds after the start: state, reason, endpoint."""
+        found = {"endpoint": self.endpoint, "certificate_verified": False, "reason": None}
+        if self.probe is None:
+            return {**found, "state": "offline", "reason": "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"}
+        self.probe.join(max(0.0, self.began + _HUB_SECONDS - time.monotonic()))
+        reason = self.probe.wait()
+        if reason is None:
+            return {**found, "state": "reachable", "certificate_verified": self.endpoint.startswith("https:")}
+        if "CERTIFICATE" in reason.upper():
+            fix = "set SSL_CERT_FILE to the bundle with your network's certificate authority"
+            problems.append(Problem(f"the hub's certificate is refused ({reason})", fix))
+        return {**found, "state": "not reachable", "reason": reason}
+
+
+def _without_login(address: str) -> str:
+    """An address without the user and password that may stand in it."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

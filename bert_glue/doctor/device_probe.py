@@ -1,0 +1,271 @@
+"""What the devices of this machine are and whether one of them trains: the doctor's child process.
+
+    python -m bert_glue.doctor.device_probe npu:0
+
+Prints one JSON object a line, each as soon as it is known, because a broken driver may end the process
+or hang it at any point: the doctor then still has the lines before. The proof is the product's own
+loop on a tiny packed classifier: forward, backward and update, all finite, with weights that moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from bert_glue.errors import UserError, first_line
+
+_PRECISIONS = {
+    "fp32": {"fp16": False},
+    "bf16": {"fp16": False, "bf16": True},
+    "fp16": {},
+}
+_STEPS, _LENGTHS = 2, (9, 4, 12, 7, 3, 12, 5, 8)
+_VOCABULARY = 64
+
+
+class _Facts:
+    """Writes facts to what was stdout; stdout itself goes to stderr, as drivers print there."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def tell(self, fact: str, **values: Any) -> None:
+        """One line."""
+        print(json.dumps({"fact": fact, **values}), file=self.out, flush=True)
+
+    def ask(self, fact: str, question: Callable[[], dict[str, Any]], **known: Any) -> bool:
+        """Tell what `question` returns, or in one line why it failed; True if it did not fail."""
+        try:
+            self.tell(fact, **known, **question())
+            return True
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # broken installations raise anything, SystemExit included
+            self.tell(fact, **known, **_failure(error))
+            return False
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """`problem` in one line, its parts `what` and `fix` ("" where there is none), and of what kind it is."""
+    line, is_ours = first_line(error), isinstance(error, UserError)
+    return {
+        "problem": line,
+        "what": error.what if is_ours and error.fix else line,
+        "fix": error.fix if is_ours else "",
+        "exit_code": error.exit_code if is_ours else None,
+        "kind_of_error": type(error).__name__,
+    }
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    from bert_glue.training import setup  # noqa: F401  (all that a run imports)
+
+    return {"version": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _devices_of(kind: str) -> dict[str, Any]:
+    from bert_glue.devices.device import devices
+
+    return {"devices": [_describe(device) for device in devices(kind)]}
+
+
+def _describe(device: Any) -> dict[str, Any]:
+    import torch
+
+    from bert_glue.devices.device import has_slow_products
+
+    about: dict[str, Any] = {"device": str(device.torch_device), "name": device.name, "fp32": True}
+    memory = None
+    try:
+        about["bf16"], about["fp16"] = device.supports(torch.bfloat16), device.supports(torch.float16)
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        about["fp32_products"] = [name for name, dtype in halves.items() if has_slow_products(device.kind, dtype)]
+        memory = device.memory()
+    except Exception as error:  # a device in use by others, or a driver without this call
+        about["problem"] = first_line(error)
+    about["free_bytes"], about["total_bytes"] = memory or (None, None)
+    return about
+
+
+def _chosen(requested: str) -> dict[str, Any]:
+    from bert_glue.devices.device import resolve_device
+
+    device = resolve_device(requested)
+    return {"device": str(device.torch_device), "name": device.name}
+
+
+def _apex() -> dict[str, Any]:
+    """Whether Ascend's or NVIDIA's apex is here, and whether it still has amp."""
+    import importlib.util
+
+    if importlib.util.find_spec("apex") is None:
+        return {"installed": False, "amp": False}
+    import apex
+
+    try:
+        from apex import amp
+    except ImportError as error:
+        return {"installed": True, "amp": False, "file": apex.__file__, "reason": str(error)}
+    return {"installed": True, "amp": hasattr(amp, "initialize"), "file": apex.__file__}
+
+
+def _arguments(requested: str, precision: dict[str, Any]) -> Any:
+    from bert_glue.config.parser import parse
+
+    # As test/train_full_1p.sh would for real data.
+    args = parse(
+        [
+            "--recipe=reference", "--task_name=sst2", "--sample", "--do_train", "--do_eval", "--skip_steps=5",
+            "--fallback_precision=fp32", "--save_total_limit=1", "--output_dir=nowhere", f"--device={requested}",
+        ]
+    )  # fmt: skip
+    return replace(
+        args, **precision, max_steps=_STEPS, logging_steps=1, save_strategy="no", learning_rate=1e-3,
+        dataloader_drop_last=False, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+
+
+def _recipe(requested: str) -> dict[str, Any]:
+    """What the launchers' recipe ends with on the device."""
+    from bert_glue.devices.device import resolve_device
+    from bert_glue.precision.plan import plan_precision
+
+    plan = plan_precision(_arguments(requested, {}), resolve_device(requested))
+    return {"precision": plan.name, "note": plan.note}
+
+
+def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
+    """Train a tiny packed classifier; what happened, in numbers.
+
+    Raises:
+        UserError: the precision is not supported, or the loss or gradients are not finite.
+        RuntimeError: weights did not move, or whatever a device raises.
+    """
+    import torch
+
+    from bert_glue.model import attention
+
+    attention.PATHS_TAKEN.clear()
+    began = time.perf_counter()
+    run, device = _tiny_run(_arguments(requested, precision))
+    before = [master.clone() for master in run.precision.masters]
+    from bert_glue.training.loop import train
+
+    train(run)
+    device.synchronize()
+    moved = max(float((a - b).abs().max()) for a, b in zip(before, run.precision.masters, strict=True))
+    if not moved > 0.0:
+        raise RuntimeError("the weights did not move in two optimizer steps")
+    if not all(bool(torch.isfinite(master).all()) for master in run.precision.masters):
+        raise RuntimeError("weights are not finite after two optimizer steps")
+    return {
+        "trains": True,
+        "plan": run.precision.plan.name,
+        "optimizer": type(run.optimizer).__name__,
+        "steps": run.progress.step,
+        "losses": [entry["loss"] for entry in run.progress.history],
+        "seconds": time.perf_counter() - began,
+        "attention": sorted(attention.PATHS_TAKEN),
+    }
+
+
+def _tiny_run(args: Any) -> tuple[Any, Any]:
+    """A `training.Run` of two layers on eight sequences, and its device."""
+    import torch
+
+    from bert_glue.data.batching import Assembler, TrainingOrder
+    from bert_glue.devices.distributed import Ranks
+    from bert_glue.model.classifier import LoadedModel
+    from bert_glue.model.encoder import PackedClassifier
+    from bert_glue.model.weights import initialise
+    from bert_glue.precision.plan import plan_precision
+    from bert_glue.result_keys import LOSS, evaluation_key
+    from bert_glue.tasks import own_task
+    from bert_glue.training.console import ProgressLog
+    from bert_glue.training.optim import build_optimizer
+    from bert_glue.training.setup import make_precision
+    from bert_glue.training.state import Run
+    from bert_glue.training.throughput import Meter
+
+    ranks = Ranks(args)
+    plan = plan_precision(replace(args, fallback_precision="none"), ranks.device)
+    torch.manual_seed(args.seed)
+    module = PackedClassifier(_tiny_shape())
+    initialise(module, 0.02)
+    module.to(ranks.device.torch_device)
+    precision = make_precision(args, plan, module, ranks)
+    optimizer, _ = build_optimizer(args, precision.leaves(per_parameter=False))
+    assemble = Assembler("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
+    run = Run(
+        args, own_task("proof", ("text",), ("a", "b")), ranks, LoadedModel(module, None, {}, True), precision,
+        optimizer, assemble, _tiny_split(), TrainingOrder(len(_LENGTHS), len(_LENGTHS), 1, 0, False), _STEPS,
+        Meter(ranks.device, 0), ProgressLog(False, False, watches_signals=False), dict, evaluation_key(LOSS),
+    )  # fmt: skip
+    return run, ranks.device
+
+
+def _tiny_shape() -> Any:
+    from bert_glue.model.encoder import EncoderShape
+
+    # Heads of 64, as in every BERT: kernels are chosen by it. Dropout 0, as the published recipe has it.
+    return EncoderShape(
+        vocab=_VOCABULARY, embedding=128, hidden=128, layers=2, heads=2, intermediate=128, positions=16, types=2,
+        labels=2, activation="gelu", norm_eps=1e-12, hidden_dropout=0.0, attention_dropout=0.0, output_dropout=0.0,
+        head_activation="tanh", head_dropouts=(0.0, 0.0),
+    )  # fmt: skip
+
+
+def _tiny_split() -> Any:
+    import numpy as np
+
+    from bert_glue.data.batching import TokenSplit
+    from bert_glue.data.tokenization import TokenTable
+
+    borders = np.cumsum([0, *_LENGTHS])
+    ids = (np.arange(borders[-1]) * 7 % _VOCABULARY).astype(np.int32)
+    table = TokenTable(ids, borders, np.array(_LENGTHS, np.int32) // 2)
+    return TokenSplit("train", table, np.arange(len(_LENGTHS)) % 2)
+
+
+def _best_devices() -> dict[str, Any]:
+    """Names of all devices of the best kind here."""
+    from bert_glue.devices.device import KINDS, devices
+
+    found = next(filter(None, map(devices, KINDS)))
+    return {"devices": [str(device.torch_device) for device in found]}
+
+
+def main(argv: list[str]) -> int:
+    """All facts about the devices, with `argv[0]` the requested one; 0 unless torch cannot be imported.
+
+    `--list` instead gives one line with the names of the devices of the best kind.
+    """
+    facts, requested = _Facts(), argv[0]
+    if requested == "--list":
+        return 0 if facts.ask("best", _best_devices) else 1
+    if not facts.ask("torch", _torch):
+        return 1
+    from bert_glue.devices.device import KINDS
+
+    for kind in KINDS:
+        facts.ask("kind", lambda kind=kind: _devices_of(kind), kind=kind)
+    facts.ask("auto", lambda: _chosen("auto"))
+    facts.ask("apex", _apex)
+    if facts.ask("chosen", lambda: _chosen(requested)):
+        facts.ask("recipe", lambda: _recipe(requested))
+        for name, precision in _PRECISIONS.items():
+            facts.ask("training", lambda precision=precision: _training(requested, precision), precision=name)
+    facts.tell("end")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

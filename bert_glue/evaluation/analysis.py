@@ -1,0 +1,283 @@
+"""What an evaluation shows beyond its score: confusions, calibration, hardest errors, deciding tokens, certainty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.folder import roots_of
+from bert_glue.data.readers import read_tsv
+from bert_glue.data.sources import Split, TaskData
+from bert_glue.data.tables import Table
+from bert_glue.errors import DataError
+from bert_glue.evaluation.evaluator import Evaluator, predictions_of, row_losses, softmax
+from bert_glue.evaluation.metrics import compute_metrics, majority_baseline
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.result_keys import standard_error_key
+from bert_glue.tasks import GlueTask
+
+HARDEST = 10
+_SHOWN_CLASSES = 30  # 1,200 classes would make a table of 1.4 million cells
+_SHOWN_CHARACTERS = 2000
+_BINS = 10
+_DRAWS = 2000
+_POINTS = 300
+# The diagnostic set's labelled file, which GLUE publishes beside the unlabelled one, and its categories.
+LABELLED_AX = "diagnostic-full.tsv"
+_AX_CATEGORIES = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge")
+
+
+def analyse_splits(
+    data: TaskData,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    evaluator: Evaluator,
+    kept: dict[str, np.ndarray],
+    explained: int,
+) -> dict[str, dict]:
+    """Analyses by split name.
+
+    Args:
+        kept: logits of the evaluated splits.
+        explained: rows whose tokens are attributed.
+    """
+    found = {}
+    for name, suffix, _ in data.task.evaluation:
+        if name in kept:
+            part = analyse(data.task, data.splits[name], splits[name], kept[name])
+            if explained:
+                part["explained"] = explain(data.task, model, evaluator, splits[name], kept[name], explained)
+            found[name] = {"suffix": suffix, **part}
+    return found
+
+
+def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray) -> dict[str, Any]:
+    """The analysis of one labelled split.
+
+    Args:
+        texts: the split's rows, of which `split` may be the first part.
+        logits: `[rows, labels]`.
+
+    Returns:
+        Plain values for JSON. Shares, errors and metrics are in 0..1, losses in nats or squared points.
+    """
+    labels, predictions = split.labels, predictions_of(task, logits)
+    value = compute_metrics(task, predictions, labels)[task.headline]
+    shares = None if task.is_regression else softmax(logits)
+    found: dict[str, Any] = {
+        "rows": len(split),
+        "value": value,
+        "majority": majority_baseline(task, labels),
+        "standard_error": standard_error(task, predictions, labels, value),
+        "hardest": _hardest(task, texts, split, logits, shares),
+    }
+    if shares is None:
+        every = max(1, len(split) // _POINTS)
+        points = zip(labels[::every].tolist(), predictions[::every].tolist(), strict=True)
+        return {**found, "points": [[round(x, 3), round(y, 3)] for x, y in points]}
+    return {**found, **_confusions(task, labels, predictions), "calibration": calibration(shares, labels)}
+
+
+def _confusions(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    """The confusion matrix of up to 30 classes; of more, the pairs of classes that are confused most often."""
+    if task.num_labels <= _SHOWN_CLASSES:
+        return {"labels": list(task.labels), "confusion": confusion(labels, predictions, task.num_labels).tolist()}
+    wrong = labels != predictions
+    cells, rows = np.unique(labels[wrong] * task.num_labels + predictions[wrong], return_counts=True)
+    most = np.argsort(-rows, kind="stable")[:_SHOWN_CLASSES]
+    pairs = [(*divmod(int(cells[at]), task.num_labels), int(rows[at])) for at in most]
+    return {"confused": [[task.labels[label], task.labels[answer], count] for label, answer, count in pairs]}
+
+
+def standard_errors(task: GlueTask, splits: dict[str, dict]) -> dict[str, float | None]:
+    """`eval_<headline>_standard_error` of each split, in the metric's unit."""
+    return {standard_error_key(task.headline, part["suffix"]): part["standard_error"] for part in splits.values()}
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, count: int) -> np.ndarray:
+    """Rows by true class (first axis) and predicted class, `[labels, labels]` int64."""
+    return np.bincount(labels * count + predictions, minlength=count * count).reshape(count, count)
+
+
+def calibration(shares: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error (Guo et al. 2017) of the predicted class, over ten equal bins.
+
+    Args:
+        shares: `[rows, labels]` probabilities.
+
+    Returns:
+        `ece` in 0..1 and, per bin that has rows, [low, high, rows, mean confidence, accuracy].
+    """
+    confidence, is_right = shares.max(1), shares.argmax(1) == labels
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    rows, error = [], 0.0
+    for number in range(_BINS):
+        inside = bins == number
+        if inside.any():
+            mean, right = float(confidence[inside].mean()), float(is_right[inside].mean())
+            rows.append([number / _BINS, (number + 1) / _BINS, int(inside.sum()), round(mean, 4), round(right, 4)])
+            error += inside.mean() * abs(mean - right)
+    return {"ece": float(error), "bins": rows}
+
+
+def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, value: float | None) -> float | None:
+    """Standard error of the headline metric over other samples of as many rows; None where it has no value.
+
+    Accuracy: binomial. F1 and Matthews: the spread of 2000 parametric bootstrap draws of the confusion matrix.
+    Correlations: Bonett and Wright 2000, (1 - r^2) sqrt((1 + r^2 / 2) / (n - 3)).
+    """
+    rows = len(labels)
+    if value is None or rows < 4:
+        return None
+    if task.is_regression:
+        return float((1 - value**2) * np.sqrt((1 + value**2 / 2) / (rows - 3)))
+    if task.headline == "accuracy":
+        # The spread of those draws in closed form; the matrix of 1,200 classes drawn 2000 times is 23 GB.
+        return float(np.sqrt(value * (1 - value) / rows))
+    counts = confusion(labels, predictions, task.num_labels)
+    draws = np.random.default_rng(0).multinomial(rows, counts.ravel() / rows, _DRAWS).reshape(-1, *counts.shape)
+    return float(_BY_COUNTS[task.headline](draws).std())
+
+
+def _f1(counts: np.ndarray) -> np.ndarray:
+    wrong = counts[:, 0, 1] + counts[:, 1, 0]
+    return 2 * counts[:, 1, 1] / np.maximum(1, 2 * counts[:, 1, 1] + wrong)
+
+
+def _matthews(counts: np.ndarray) -> np.ndarray:
+    """Of `[draws, labels, labels]` counts, after Gorodkin 2004; 0 where it is not defined."""
+    counts = counts.astype(np.float64)
+    rows, true, predicted = counts.sum((1, 2)), counts.sum(2), counts.sum(1)
+    above = np.trace(counts, axis1=1, axis2=2) * rows - (true * predicted).sum(1)
+    below = np.sqrt((rows**2 - (predicted**2).sum(1)) * (rows**2 - (true**2).sum(1)))
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+_BY_COUNTS = {"f1": _f1, "matthews_correlation": _matthews}
+
+
+def _hardest(
+    task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray, shares: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """The wrong predictions of highest loss (scores: the largest errors), first the worst."""
+    losses = row_losses(task, logits, split.labels)
+    predictions = predictions_of(task, logits)
+    is_wrong = np.ones(len(split), bool) if shares is None else predictions != split.labels
+    order = np.argsort(-losses, kind="stable")
+    name = (lambda v: f"{v:.2f}") if shares is None else (lambda v: task.labels[v])
+    return [
+        {
+            "row": int(at),
+            "texts": [_shortened(column[at]) for column in texts.texts],
+            "label": name(split.labels[at]),
+            "prediction": name(predictions[at]),
+            "probability": None if shares is None else round(float(shares[at].max()), 4),
+            "loss": round(float(losses[at]), 4),
+        }
+        for at in order[is_wrong[order]][:HARDEST]
+    ]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ... ({len(text)} characters)"
+
+
+def diagnostic(task: GlueTask, data_path: str | None, predictions: np.ndarray) -> dict[str, Any] | None:
+    """Matthews (R3) by category of a companion's predictions, where its labelled file lies in `data_path`.
+
+    Returns:
+        {"all": [R3, rows], category: [R3, rows], ...}; None where there is no such file.
+
+    Raises:
+        DataError: the file is broken, or has other rows.
+    """
+    folders = roots_of(task, Path(data_path)) if data_path else []
+    path = next((folder / LABELLED_AX for folder in folders if (folder / LABELLED_AX).is_file()), None)
+    if path is None:
+        return None
+    table = read_tsv(path)
+    if len(table) < len(predictions):
+        raise DataError(f"{path}: {len(table)} rows, but {len(predictions)} predictions")
+    return _by_category(task, table, predictions)
+
+
+def _by_category(task: GlueTask, table: Table, predictions: np.ndarray) -> dict[str, Any]:
+    numbers = {name: at for at, name in enumerate(task.labels)}
+    unknown = [row for row, name in enumerate(table.column("Label")) if name not in numbers]
+    if unknown:
+        raise DataError(f"{table.where(unknown[0])}: the label is not one of {', '.join(task.labels)}")
+    labels = np.array([numbers[name] for name in table.column("Label")])[: len(predictions)]
+    groups = {"all": np.ones(len(labels), bool)}
+    for category in _AX_CATEGORIES:
+        tagged = table.columns.get(category, [])[: len(predictions)]
+        groups[category] = np.array([bool(text.strip()) for text in tagged], bool)
+    return {
+        name: [compute_metrics(task, predictions[group], labels[group])[task.headline], int(group.sum())]
+        for name, group in groups.items()
+        if group.any()
+    }
+
+
+def explain(
+    task: GlueTask, model: LoadedModel, evaluator: Evaluator, split: TokenSplit, logits: np.ndarray, count: int
+) -> list[dict[str, Any]]:
+    """The `count` rows of highest loss with a signed score for each token.
+
+    Costs a forward and a backward pass a row; no weight and no gradient buffer is touched.
+
+    Args:
+        logits: of the whole split, `[rows, labels]`.
+    """
+    rows = np.argsort(-row_losses(task, logits, split.labels), kind="stable")[:count]
+    predictions = predictions_of(task, logits)
+    evaluator.module.eval()
+    found = []
+    for row in rows.tolist():
+        label, prediction = split.labels[row], predictions[row]
+        ids = split.table.ids[split.table.borders[row] : split.table.borders[row + 1]].tolist()
+        scores = token_scores(model, evaluator, split, row, 0 if task.is_regression else int(prediction))
+        shown = (
+            (f"{label:.2f}", f"{prediction:.2f}")
+            if task.is_regression
+            else (task.labels[label], task.labels[prediction])
+        )
+        found.append(
+            {
+                "row": row,
+                "label": shown[0],
+                "prediction": shown[1],
+                "tokens": [model.tokenizer.backend.id_to_token(i) or "?" for i in ids],
+                "scores": [round(float(score), 5) for score in scores[: len(ids)]],
+            }
+        )
+    return found
+
+
+def token_scores(model: LoadedModel, evaluator: Evaluator, split: TokenSplit, row: int, output: int) -> torch.Tensor:
+    """Gradient of one logit times each token's word embedding, summed over its width.
+
+    Args:
+        output: which logit.
+
+    Returns:
+        `[tokens]` float32 on the host.
+    """
+    words = model.module.words if model.is_packed else model.module.stock.get_input_embeddings()
+    leaves: list[torch.Tensor] = []
+
+    def as_leaf(module: torch.nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = words.register_forward_hook(as_leaf)
+    try:
+        with evaluator.precision.autocast():
+            logits = evaluator.module(**evaluator.assemble(split, np.array([row])).inputs)
+        gradient = torch.autograd.grad(logits.float()[0, output], leaves[0])[0]
+    finally:
+        handle.remove()
+    return (gradient.float() * leaves[0].detach().float()).sum(-1).flatten().cpu()

@@ -1,0 +1,121 @@
+"""Runs that learned nothing: predictions of one class only, or a loss that stays where a constant would be.
+
+Fine-tuning a large encoder on a small task fails so for some seeds (Devlin et al. 2019, Mosbach et al.
+2021); a mean over seeds says little without knowing which they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bert_glue.result_keys import COLLAPSED, TRAIN_COLLAPSED, evaluation_key
+from bert_glue.tasks import GlueTask
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# Scores that vary less than this share of the labels' deviation rank nothing.
+_CONSTANT_SHARE = 0.05
+# Above this share of a constant's loss nothing was learned: the mean over 20 batches of 32 is good to 2 %.
+_FLAT_SHARE = 0.97
+_FEWEST_STEPS = 20
+
+
+def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> str | None:
+    """Why predictions carry nothing of their input; None if they do.
+
+    Args:
+        predictions: class ids or scores, `[rows]`.
+        references: labels, `[rows]`; where they are constant themselves nothing can be said.
+    """
+    if len(references) < 2 or (references == references[0]).all():
+        return None
+    if task.is_regression:
+        spread, wanted = float(predictions.std()), float(references.std())
+        if spread < _CONSTANT_SHARE * wanted:
+            return f"scores barely differ: standard deviation {spread:.3g}, of the labels {wanted:.3g}"
+    elif (predictions == predictions[0]).all():
+        return f"all {len(predictions)} predictions are {task.labels[int(predictions[0])]}"
+    return None
+
+
+def constant_loss(task: GlueTask, labels: np.ndarray, smoothing: float = 0.0) -> float:
+    """Training loss of the best constant prediction: the entropy of the classes, or the variance of scores.
+
+    Args:
+        labels: of the training rows, `[rows]`.
+        smoothing: `--label_smoothing_factor`.
+    """
+    if task.is_regression:
+        return float(labels.var())
+    import numpy as np  # here: `check` and `sweep` read verdicts and import no numpy
+
+    shares = np.bincount(labels, minlength=task.num_labels) / len(labels)
+    shares = (1 - smoothing) * shares + smoothing / task.num_labels
+    return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
+
+
+def flat_loss(history: list[dict], constant: float) -> str | None:
+    """Why the training loss says that nothing was learned so far; None if it does not.
+
+    Args:
+        history: log entries; the later half of the steps they cover is looked at, 20 steps at least.
+        constant: of `constant_loss`.
+    """
+    entries = [entry for entry in history if "loss" in entry]
+    if not entries:
+        return None
+    ends = [entry["step"] for entry in entries]
+    spans = list(zip((entry["loss"] for entry in entries), [0, *ends[:-1]], ends, strict=True))
+    later = [(loss, end - begin) for loss, begin, end in spans if begin >= ends[-1] // 2]
+    later = later or [(loss, end - begin) for loss, begin, end in spans[-1:]]  # one line for nearly all steps
+    steps = sum(count for _, count in later)
+    if steps < _FEWEST_STEPS or constant <= 0.0:
+        return None
+    mean = sum(loss * count for loss, count in later) / steps
+    if mean < _FLAT_SHARE * constant:
+        return None
+    return f"the loss of the last {steps} steps is {mean:.4f}, that of a constant prediction {constant:.4f}"
+
+
+def collapse_reason(results: Mapping[str, Any]) -> str | None:
+    """Why a finished run learned nothing, by its results; None if it did.
+
+    A run has collapsed if the predictions on any evaluated split carry nothing, or if its training loss stayed flat.
+    """
+    return next(iter([*_collapsed_splits(results).values(), *filter(None, [results.get(TRAIN_COLLAPSED)])]), None)
+
+
+def _collapsed_splits(results: Mapping[str, Any]) -> dict[str, str]:
+    """`eval_collapsed...` keys of the splits whose predictions carry nothing, with the reasons."""
+    first = evaluation_key(COLLAPSED)
+    return {key: reason for key, reason in results.items() if key.startswith(first) and reason}
+
+
+@dataclass
+class CollapseWatch:
+    """Warns while a run trains, once for its loss and at each evaluation for its predictions.
+
+    Args:
+        constant: of `constant_loss`.
+        total_steps: of the run; the loss is judged from half of them on, as it falls late on small tasks.
+        history: the run's log entries, the present one included.
+    """
+
+    constant: float
+    total_steps: int
+    history: list[dict]
+    _has_warned: bool = field(default=False, init=False)
+
+    def see(self, entry: dict) -> list[str]:
+        """Warnings that a new log entry gives rise to."""
+        found = [f"{key}: {reason}" for key, reason in _collapsed_splits(entry).items()]
+        if "loss" in entry and not self._has_warned and 2 * entry["step"] >= self.total_steps:
+            flat = flat_loss(self.history, self.constant)
+            self._has_warned = flat is not None
+            if flat is not None:
+                found.append(flat)
+        return [f"warning: nothing learned so far: {text}" for text in found]

@@ -1,0 +1,144 @@
+"""Exact evaluation and prediction: every sample once, over any number of ranks, in the data's order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bert_glue import result_keys as keys
+from bert_glue.data.batching import Assembler, TokenSplit, ahead, evaluation_batches
+from bert_glue.devices.device import Device
+from bert_glue.devices.distributed import Ranks
+from bert_glue.errors import DivergedError
+from bert_glue.evaluation.collapse import collapsed_predictions
+from bert_glue.precision.native import InferencePrecision, Precision
+from bert_glue.tasks import GlueTask
+
+
+class EvaluationStopped(Exception):
+    """A signal asked some rank to stop; raised on all of them together."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs a module over splits.
+
+    Args:
+        module: classifier; put into evaluation mode while it runs.
+        assemble: rows to batches.
+        batch_size: samples per rank and forward pass.
+        stop_asked: whether this rank shall stop, asked before each batch.
+    """
+
+    module: torch.nn.Module
+    assemble: Assembler
+    batch_size: int
+    ranks: Ranks
+    precision: Precision | InferencePrecision
+    stop_asked: Callable[[], bool] = lambda: False
+
+    @torch.no_grad()
+    def logits(self, split: TokenSplit) -> np.ndarray:
+        """Logits of all rows, `[rows, labels]` float32, on every rank.
+
+        Raises:
+            EvaluationStopped: some rank was asked to stop.
+        """
+        self.module.eval()
+        ranks = self.ranks
+        rows = list(evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size))
+        batches = (self.assemble(split, members) for members in rows)
+        outputs = []
+        with self.precision.autocast():
+            for batch in batches if ranks.device.is_host else ahead(batches):
+                if self.stop_asked():
+                    break
+                outputs.append(self.module(**batch.inputs).float())
+        own = torch.cat(outputs).cpu().numpy() if outputs else None
+        gathered = ranks.gather((np.concatenate(rows) if rows else None, own, self.stop_asked()))
+        if any(stopped for *_, stopped in gathered):
+            raise EvaluationStopped
+        parts = [(members, values) for members, values, _ in gathered if members is not None]
+        result = np.empty((len(split), parts[0][1].shape[1]), np.float32)
+        for members, values in parts:
+            result[members] = values
+        return result
+
+
+def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
+    """Class ids `[rows]` int64, or scores `[rows]` float32."""
+    if not task.is_regression:
+        return logits.argmax(1)
+    return logits[:, 0]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of `[rows, labels]` logits, float64."""
+    shares = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy, or squared error for regression, of each row, `[rows]` float64."""
+    x = logits.astype(np.float64)
+    if task.is_regression:
+        return (x[:, 0] - labels) ** 2
+    top = x.max(1, keepdims=True)
+    log_sum = np.log(np.exp(x - top).sum(1)) + top[:, 0]
+    return log_sum - x[np.arange(len(x)), labels]
+
+
+def evaluate(
+    evaluator: Evaluator, task: GlueTask, splits: dict[str, TokenSplit], kept: dict[str, np.ndarray] | None = None
+) -> dict[str, float | str | None]:
+    """`eval_*` results of every labelled split of a task, MNLI's two under distinct keys.
+
+    Beside the metrics (0..1): `majority_baseline`, the headline metric of a constant prediction; `collapsed`,
+    why the predictions carry nothing, or None.
+
+    Args:
+        kept: gets the logits of each split, `[rows, labels]`.
+
+    Raises:
+        DivergedError: logits are not finite.
+        EvaluationStopped: a signal asked for it.
+    """
+    from bert_glue.evaluation.metrics import compute_metrics, majority_baseline
+
+    results: dict[str, float | str | None] = {}
+    for name, suffix, _ in task.evaluation:
+        if name not in splits:
+            continue
+        split = splits[name]
+        device: Device = evaluator.ranks.device
+        device.synchronize()
+        begin = time.perf_counter()
+        logits = evaluator.logits(split)
+        device.synchronize()
+        seconds = time.perf_counter() - begin
+        if not np.isfinite(logits).all():
+            raise DivergedError(f"logits on {name} are not finite (NaN or Inf): the weights have diverged")
+        if kept is not None:
+            kept[name] = logits
+        predictions = predictions_of(task, logits)
+        scores = compute_metrics(task, predictions, split.labels)
+        figures: dict[str, float | str | None] = {
+            keys.LOSS: float(row_losses(task, logits, split.labels).mean()),
+            **scores,
+            keys.MAJORITY_BASELINE: majority_baseline(task, split.labels),
+            keys.COLLAPSED: collapsed_predictions(task, predictions, split.labels),
+            keys.SAMPLES: len(split),
+            keys.RUNTIME: seconds,
+            keys.SAMPLES_PER_SECOND: len(split) / seconds,
+            keys.REAL_TOKENS_PER_SECOND: float(split.table.borders[-1]) / seconds,
+        }
+        for figure, value in figures.items():
+            key = keys.evaluation_key(figure, suffix)
+            results[key] = value
+            if figure in scores.reasons:
+                results[keys.reason_key(key)] = scores.reasons[figure]
+    return results

@@ -1,0 +1,209 @@
+"""Files of the hub: requested a limited number of times, and used only if their hash is the hub's."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+PROBE_SECONDS = 3.0
+# Answers of a proxy that has no way to the hub; anything else comes from the hub itself.
+_GATEWAY_STATUS = (407, 502, 503, 504)
+
+
+class _Probe(threading.Thread):
+    """Asks the hub for its front page; `reason` says afterwards why it is not reachable, or None.
+
+    A daemon thread, because name resolution cannot be given a time limit.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(daemon=True)
+        self.endpoint = endpoint
+        self.deadline = time.monotonic() + PROBE_SECONDS
+        self.reason: str | None = f"no answer within {PROBE_SECONDS:g} s"
+
+    def run(self) -> None:
+        """Any answer will do. urllib honours the proxy variables and SSL_CERT_FILE, as the hub's client."""
+        request = urllib.request.Request(self.endpoint, method="HEAD", headers={"User-Agent": "bert-glue"})
+        try:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            self.reason = None
+        except urllib.error.HTTPError as error:
+            self.reason = f"HTTP {error.code} {error.reason}" if error.code in _GATEWAY_STATUS else None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.reason = str(getattr(error, "reason", error)) or type(error).__name__
+
+    def wait(self) -> str | None:
+        """The reason why the hub is not reachable, at the latest when the time is up; None if it is."""
+        self.join(max(0.0, self.deadline - time.monotonic()))
+        return self.reason
+
+
+def start_probe(endpoint: str | None = None) -> _Probe | None:
+    """A running probe of an address, by default the hub's; None where the user asked for offline mode."""
+    use_ca_bundle()
+    from huggingface_hub import constants
+
+    asked = os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if constants.HF_HUB_OFFLINE or asked:
+        return None
+    probe = _Probe(endpoint or constants.ENDPOINT)
+    probe.start()
+    return probe
+
+
+MOST_REQUESTS = 10  # for one file in one run, resumed answers counted
+# A model's own files at the top of its repository; what lies in folders is another format of the same model.
+MODEL_FILES = ["*.json", "*.txt", "*.model", "bpe.codes", "*.safetensors"]
+PICKLED_WEIGHTS = ["pytorch_model*.bin"]
+IN_FOLDERS = ["*/*"]
+_PAUSES = (1.0, 3.0)  # seconds before the second and the third attempt
+T = TypeVar("T")
+
+
+class DamagedFileError(Exception):
+    """A cached file is not what the hub said; the message names it and says what to do."""
+
+
+def use_ca_bundle() -> None:
+    """Let urllib and the hub's client, which read SSL_CERT_FILE, follow the names of requests and curl too."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if os.environ.get(name):
+            os.environ.setdefault("SSL_CERT_FILE", os.environ[name])
+
+
+@cache
+def _default_client() -> Any:
+    """The client as `huggingface_hub` makes it. Read once, because each of ours is made after it."""
+    from huggingface_hub import get_session
+
+    return get_session()
+
+
+def prepare_client() -> None:
+    """Set the limit of requests for all that `huggingface_hub` does from here on."""
+    import huggingface_hub
+
+    default = _default_client()
+    asked: Counter[str] = Counter()
+
+    def count(request: Any) -> None:
+        address = str(request.url).partition("?")[0]
+        asked[address] += request.method == "GET" and "/resolve/" in address
+        if asked[address] > MOST_REQUESTS:
+            raise OSError(f"{address} was cut off {MOST_REQUESTS} times")
+
+    def factory() -> Any:
+        hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], count]}
+        return type(default)(event_hooks=hooks, follow_redirects=default.follow_redirects, timeout=default.timeout)
+
+    huggingface_hub.set_client_factory(factory)
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """The result of `action`, tried again where the server failed (HTTP 5xx), which the client does not do."""
+    for pause in _PAUSES:
+        try:
+            return action()
+        except Exception as error:
+            if not _is_server_error(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _is_server_error(error: BaseException | None) -> bool:
+    """True if the error, or what it was made of, is an answer of 500 to 599."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if 500 <= status < 600:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def damaged(files: Iterable[Path]) -> list[Path]:
+    """Those of the cached files whose content is not what their name in the cache says."""
+    return [file for file in files if file.is_file() and not _is_sound(file.resolve())]
+
+
+def _is_sound(blob: Path) -> bool:
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        return _digest(blob, "sha256") == blob.name
+    if re.fullmatch("[0-9a-f]{40}", blob.name):  # git's own, or the plain one of a mirror
+        header = f"blob {blob.stat().st_size}\0".encode()
+        return blob.name in (_digest(blob, "sha1", header), _digest(blob, "sha1"))
+    return True  # not in the cache's form: nothing is known about it
+
+
+def _digest(path: Path, algorithm: str, header: bytes = b"") -> str:
+    digest = hashlib.new(algorithm, header)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check(files: Iterable[Path]) -> None:
+    """Raises DamagedFileError where a cached file does not have the hash that the hub gave."""
+    bad = damaged(files)
+    if bad:
+        raise DamagedFileError(
+            f"{bad[0]} does not have the hash that the hub gave; delete {bad[0].resolve()} and start again"
+        )
+
+
+def has_safetensors(folder: Path) -> bool:
+    """True if a fetched folder has weights that need no pickle."""
+    return any(folder.glob("model*.safetensors"))
+
+
+def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
+    """The folder of a model's files from the hub or its cache, verified; what is damaged is fetched once more.
+
+    Pickled weights are fetched only where there are no others, and code only for --trust_remote_code.
+
+    Args:
+        args: `model_revision`, `cache_dir`, `token` and `trust_remote_code` are read.
+
+    Raises:
+        DamagedFileError: still not the hub's.
+        Exception: whatever the hub's client raises.
+    """
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str], again: bool) -> Path:
+        found = with_retries(
+            lambda: snapshot_download(
+                name,
+                revision=args.model_revision,
+                cache_dir=args.cache_dir,
+                token=args.token,
+                allow_patterns=patterns,
+                ignore_patterns=IN_FOLDERS,
+                etag_timeout=5,
+                local_files_only=is_offline,
+                force_download=again,
+            )
+        )
+        return Path(found)
+
+    prepare_client()
+    folder = fetch(MODEL_FILES + (["*.py"] if args.trust_remote_code else []), again=False)
+    if not has_safetensors(folder):
+        folder = fetch(PICKLED_WEIGHTS, again=False)
+    bad = damaged(folder.iterdir())
+    if bad and not is_offline:
+        fetch([path.name for path in bad], again=True)
+    check(folder.iterdir())
+    return folder

@@ -1,0 +1,132 @@
+"""What a launcher asks of Python: whether task and recipe exist, and the final lines of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path, PurePath
+from typing import Any
+
+from bert_glue import result_keys as keys
+from bert_glue.config.files import recipe_file
+from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.results.perf import compare, perf_of, read_baseline
+from bert_glue.storage.files import read_results, write_whole
+from bert_glue.tasks import SAMPLE_NOTE, base_epochs
+
+
+def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not measured") -> str:
+    """A number as text, or `null (reason)` with the reason stored beside it or `absent`."""
+    value = results.get(key)
+    if isinstance(value, int | float):
+        return f"{value:.{digits}f}"
+    return f"null ({results.get(keys.reason_key(key)) or absent})"
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    """The headline metric in [-1, 1], whatever its name."""
+    key = keys.headline_key_of(results)
+    return figure(results, key, 4, "undefined" if key in results else "this run did not evaluate")
+
+
+def final_lines(results: dict[str, Any]) -> list[str]:
+    """The last lines of a launcher's output."""
+    speed = figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3)
+    note = f" ({SAMPLE_NOTE})" if results.get("sample_data") else ""
+    return [
+        f"Final Performance samples/sec : {speed}{note}",
+        f"Final Performance images/sec : {speed}{note}",
+        f"Final Train Accuracy : {accuracy(results)}{note}",
+        f"E2E Training Duration sec : {figure(results, keys.E2E_RUNTIME, 1)}{note}",
+    ]
+
+
+def step_milliseconds(results: dict[str, Any]) -> str:
+    """Mean time of an optimizer step, ms: what ModelZoo's harness calls TrainingTime."""
+    if not results.get(keys.TRAIN_SAMPLES_PER_SECOND):
+        return figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 2)
+    return f"{1000 * results[keys.TRAIN_TIMED_SECONDS] / results[keys.TRAIN_TIMED_STEPS]:.2f}"
+
+
+def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
+    """Keys and values of `<CaseName>.log`."""
+    network = PurePath(results.get("model_name_or_path") or "unnamed").name
+    batch, ranks = results["per_device_train_batch_size"], results["world_size"]
+    log = {
+        "Network": network,
+        "RankSize": str(ranks),
+        "BatchSize": str(batch),
+        "DeviceType": str(results.get("device")),
+        "CaseName": f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}",
+        "ActualFPS": figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3),
+        "TrainingTime": step_milliseconds(results),
+        "ActualLoss": figure(results, keys.TRAIN_LOSS, 6),
+        "E2ETrainingTime": figure(results, keys.E2E_RUNTIME, 1),
+        "TrainAccuracy": accuracy(results),
+    }
+    if results.get("sample_data"):
+        log["DataSource"] = SAMPLE_NOTE
+    return log
+
+
+def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
+    """Write `<CaseName>.log`, and `perf.json` for a performance run; print the final lines.
+
+    Args:
+        output_dir: folder of a finished run.
+        case: acc or perf.
+        baseline: `perf.json` that this run's is held against.
+
+    Raises:
+        MachineError: the results are missing, or lack a key every run has.
+        UsageError, BaselineError: see `perf.compare`.
+    """
+    results = read_results(output_dir)
+    try:
+        log = case_log(results, case)
+        perf = perf_of(results) if case == "perf" else None
+    except KeyError as error:
+        raise MachineError(f"{output_dir}: all_results.json has no {error}") from error
+    text = "".join(f"{key} = {value}\n" for key, value in log.items())
+    write_whole(output_dir / f"{log['CaseName']}.log", text)
+    verdict = []
+    try:
+        if perf is not None and baseline is not None:
+            verdict = [compare(perf, baseline)]  # before perf.json is written: the baseline may be the last one
+    finally:
+        if perf is not None:
+            write_whole(output_dir / "perf.json", json.dumps(perf, indent=2) + "\n")
+        print("\n".join([*verdict, *final_lines(results)]), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of one call from a launcher."""
+    parser = argparse.ArgumentParser(prog="launch_results")
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_task = commands.add_parser("task")
+    of_task.add_argument("name")
+    of_task.add_argument("--recipe", default="reference")
+    of_report = commands.add_parser("report")
+    of_report.add_argument("output_dir", type=Path)
+    of_report.add_argument("--case", choices=("acc", "perf"), required=True)
+    of_report.add_argument("--baseline", type=Path)
+    commands.add_parser("baseline").add_argument("file", type=Path)
+    arguments = parser.parse_args(argv)
+
+    def answer() -> int:
+        if arguments.command == "task":
+            answer = base_epochs(arguments.name)
+            recipe_file(arguments.recipe, answer[0])
+            print(*answer)
+        elif arguments.command == "baseline":
+            read_baseline(arguments.file)
+        else:
+            report(arguments.output_dir, arguments.case, arguments.baseline)
+        return 0
+
+    return exit_code_of(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,300 @@
+"""Attention over the sequences of a packed batch: one function a device, chosen by `attend`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from bert_glue.data.packing import HeadPlaces, LengthGroup, PackedLayout
+from bert_glue.devices.device import has_slow_products
+from bert_glue.devices.npu import torch_npu_of
+from bert_glue.model.layers import Noise, as_numbers
+
+# What computed attention in this process so far, fallbacks by their own name.
+PATHS_TAKEN: set[str] = set()
+
+
+def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """CPU: sequences of similar length share one batched product."""
+    PATHS_TAKEN.add("packed: products grouped by length")
+    dtype, kind = query.dtype, query.device.type
+    drops = noise is not None and drop > 0.0
+    attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
+    if not has_slow_products(kind, dtype):
+        return attention(query, key, value, layout, first_only, drop, noise, site)
+    with torch.autocast(kind, enabled=False):
+        query, key, value = query.float(), key.float(), value.float()
+        return attention(query, key, value, layout, first_only, drop, noise, site).to(dtype)
+
+
+def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
+    """The same in torch's fused kernel, which writes no probabilities.
+
+    Neighbours of equal length are a block as they lie: nothing is gathered, padded or masked. Evaluation batches
+    are sorted by length, so that such runs are long there.
+    """
+    out = torch.empty_like(query)
+    for first, end in layout.runs:
+        tokens = slice(layout.cu_seq_lens[first], layout.cu_seq_lens[end])
+        asking = slice(first, end) if first_only else tokens
+        parts = query[asking], key[tokens], value[tokens]
+        q, k, v = (part.unflatten(0, (end - first, -1)).transpose(1, 2) for part in parts)
+        out[asking] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    return out
+
+
+def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """Any device: pad to the longest inside attention only, through torch's fused kernel.
+
+    Taken where no kernel knows sequence borders, or where that kernel has no dropout.
+    """
+    PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
+    device, longest = key.device, layout.longest
+    starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
+    lengths = torch.tensor(layout.all_lengths)[:, None]
+    columns = torch.arange(longest)[None, :]
+    is_real = columns < lengths
+    index = torch.where(is_real, starts + columns, starts).to(device, non_blocking=True)
+    mask = is_real[:, None, None, :]
+    if device.type == "npu":
+        # A boolean mask becomes -inf, an overflow to chips that saturate; -1e4 is BERT's own (Devlin et al. 2019).
+        mask = torch.where(mask, 0.0, -1e4).to(query.dtype)
+    mask = mask.to(device, non_blocking=True)
+    sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
+    q, k, v = (
+        x[rows].transpose(1, 2)
+        for x, rows in ((query, sequences if first_only else index), (key, index), (value, index))
+    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if noise else 0.0)
+    out = out.transpose(1, 2)
+    return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
+
+
+def _varlen_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(query, key, value, q_borders, k_borders, q_longest, k_longest)
+
+
+def _flash_kernel(*given):
+    # What varlen_attn calls, with the dropout that it sets to 0 (torch 2.13, torch/nn/attention/varlen.py).
+    return torch.ops.aten._flash_attention_forward(*given, False, False)[0]
+
+
+def _flash_attn_kernel(*given):
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*given)
+
+
+# name -> (function of query, key, value, both borders `[sequences + 1]` int32, both longest, dropout; has dropout).
+# In this order the first one that runs is taken; which is fastest was not measured on a GPU yet.
+CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
+    "torch's varlen kernel": (_varlen_kernel, False),
+    "torch's flash kernel with dropout": (_flash_kernel, True),
+    "flash_attn's varlen kernel": (_flash_attn_kernel, True),
+}
+
+
+def runs_here(name: str, device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> bool:
+    """True if a kernel of `CUDA_KERNELS` does: asked of the device by two sequences, forward and backward.
+
+    No random number is taken from the run.
+    """
+    function, has_dropout = CUDA_KERNELS[name]
+    if drop > 0.0 and not has_dropout:
+        return False
+    borders = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    try:
+        with torch.random.fork_rng([] if device.index is None else [device], device_type=device.type):
+            probe = torch.zeros(3, 1, dim, dtype=dtype, device=device, requires_grad=True)
+            with torch.enable_grad():
+                function(probe, probe, probe, borders, borders, 2, 2, drop).sum().backward()
+            probe.grad.sum().item()  # a failure is told no earlier
+    except Exception:  # no such package, chip, dtype or size: each fails in its own way
+        return False
+    return True
+
+
+@cache
+def cuda_kernel(device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> str | None:
+    """Name of the kernel that this device takes for heads of `dim` elements; None if none does."""
+    return next((name for name in CUDA_KERNELS if runs_here(name, device, dtype, dim, drop)), None)
+
+
+def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """CUDA: a kernel that knows borders, the first of `CUDA_KERNELS` that runs; they take half precision only."""
+    rate = drop if noise is not None else 0.0
+    name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate)
+    if name is None:
+        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+    PATHS_TAKEN.add(f"packed: {name}")
+    borders = layout.borders(query.device)
+    q_borders = torch.arange(len(borders), dtype=torch.int32, device=query.device) if first_only else borders
+    q_longest = 1 if first_only else layout.longest
+    return CUDA_KERNELS[name][0](query, key, value, q_borders, borders, q_longest, layout.longest, rate)
+
+
+@cache
+def has_packed_npu_attention() -> bool:
+    """True if npu_fusion_attention takes the TND layout here (Atlas A2 and later, or simulated).
+
+    Asked of the device by a two-token call, because the chip's name does not tell the installed CANN.
+    """
+    torch_npu = torch_npu_of(torch.device("npu"))
+    if torch_npu is None or not hasattr(torch_npu, "npu_fusion_attention"):
+        return False
+    probe = torch.zeros(2, 1, 16, dtype=torch.float16, device="npu")
+    try:
+        torch_npu.npu_fusion_attention(
+            probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
+        )
+        torch.npu.synchronize()  # with a task queue an operator's refusal comes no earlier
+    except RuntimeError:
+        return False
+    return True
+
+
+def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+    """NPU: fused attention in TND layout; cumulative lengths are host integers, so nothing waits.
+
+    TND needs a training call and Atlas A2 or later; elsewhere the padded form is used.
+    Source: torch_npu 2.13 `npu_fusion_attention`.
+    """
+    if not has_packed_npu_attention():
+        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+    import torch_npu
+
+    PATHS_TAKEN.add("packed: npu_fusion_attention, TND")
+    ends = layout.cu_seq_lens[1:]
+    return torch_npu.npu_fusion_attention(
+        query,
+        key,
+        value,
+        query.shape[1],
+        "TND",
+        scale=1.0 / math.sqrt(query.shape[-1]),
+        keep_prob=1.0 - (drop if noise is not None else 0.0),
+        actual_seq_qlen=tuple(range(1, len(ends) + 1)) if first_only else ends,
+        actual_seq_kvlen=ends,
+    )[0]
+
+
+ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
+    "cpu": grouped_attention,
+    "cuda": varlen_attention,
+    "npu": fusion_attention,
+}
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    first_only: bool,
+    drop: float,
+    noise: Noise | None,
+    site: int,
+) -> torch.Tensor:
+    """Attention within each sequence of the packed batch.
+
+    Args:
+        query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
+        key, value: `[tokens, heads, dim]`.
+        first_only: only first tokens ask.
+        drop: dropout of attention probabilities, in [0, 1], applied where `noise` is given.
+        site: address of this dropout within the model.
+
+    Returns:
+        The shape of `query`.
+    """
+    if noise is not None and drop >= 1.0:
+        return torch.zeros_like(query)  # every probability is dropped; 1 / (1 - drop) has no value
+    function = ATTENTION.get(query.device.type, padded_attention)
+    return function(query, key, value, layout, first_only, drop, noise, site)
+
+
+class GroupedAttention(torch.autograd.Function):
+    """softmax(q k' / sqrt(dim)) v, group by group; arguments as of `attention.attend`."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, first_only, drop, noise, site):
+        heads, dim = query.shape[1:]
+        scale, drop = 1.0 / math.sqrt(dim), drop if noise is not None else 0.0
+        asking, asked, saved = layout.places(heads, first_only), layout.places(heads, False), []
+        out = query.new_empty(asking.bounds[-1][1], dim)
+        for number, group in enumerate(layout.groups):
+            q, k, v = _block(query, asking, number), _block(key, asked, number), _block(value, asked, number)
+            probabilities = _softmax_block(q, k, group, scale)
+            keep, dropped = None, probabilities
+            if drop > 0.0:
+                keep = noise.keep((len(group.sequences), heads, *probabilities.shape[1:]), drop, site * 4096 + number)
+                keep = keep.flatten(0, 1)
+                dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+            torch.bmm(dropped, v, out=_part(out, asking, number, q))
+            saved += [q, k, v, probabilities, keep]
+        ctx.save_for_backward(*saved)
+        ctx.layout, ctx.first_only, ctx.scale, ctx.drop = layout, first_only, scale, drop
+        return out.index_select(0, asking.of_row).view(query.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout, first_only, scale = ctx.layout, ctx.first_only, ctx.scale
+        heads, dim = grad.shape[1:]
+        asking, asked = layout.places(heads, first_only), layout.places(heads, False)
+        # Once: under gradient checkpointing each look unpacks again, and the second is refused.
+        saved = ctx.saved_tensors
+        dq, dk, dv = (grad.new_empty(places.bounds[-1][1], dim) for places in (asking, asked, asked))
+        for number, group in enumerate(layout.groups):
+            q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
+            g = _block(grad, asking, number)
+            if group.padding is not None and not first_only:
+                g.view(len(group.sequences), heads, -1, dim).transpose(1, 2)[group.padding] = 0.0
+            dp = torch.bmm(g, v.transpose(1, 2))
+            dropped = probabilities
+            if keep is not None:
+                kept = as_numbers(keep, q.dtype).mul_(1 / (1 - ctx.drop))
+                dropped, dp = probabilities * kept, dp.mul_(kept)
+            torch.bmm(dropped.transpose(1, 2), g, out=_part(dv, asked, number, k))
+            ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype)
+            _scaled_product(_part(dq, asking, number, q), ds, k, scale)
+            _scaled_product(_part(dk, asked, number, k), ds.transpose(1, 2), q, scale)
+        pairs = ((dq, asking), (dk, asked), (dv, asked))
+        return *(d.index_select(0, places.of_row).view(-1, heads, dim) for d, places in pairs), *([None] * 5)
+
+
+def _block(x: torch.Tensor, places: HeadPlaces, number: int) -> torch.Tensor:
+    """`[n, heads, dim]` -> `[sequences * heads, length, dim]`, of one group.
+
+    Rows of one head are copied whole, also out of the joint product of query, key and value: a fifth of the time that
+    an index over tokens and heads takes.
+    """
+    heads, dim = x.shape[1:]
+    if x.stride(1) != dim or x.stride(2) != 1 or x.stride(0) % dim:
+        x = x.contiguous()
+    pitch = x.stride(0) // dim
+    rows = x.as_strided(((len(x) - 1) * pitch + heads, dim), (dim, 1))
+    sequences, length = places.rows[number].shape
+    return rows.index_select(0, places.index(number, pitch)).view(sequences * heads, length, dim)
+
+
+def _part(rows: torch.Tensor, places: HeadPlaces, number: int, like: torch.Tensor) -> torch.Tensor:
+    """Rows of one group, as its block `[sequences * heads, length, dim]`."""
+    return rows[slice(*places.bounds[number])].view(like.shape)
+
+
+def _scaled_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
+
+
+def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: float) -> torch.Tensor:
+    scores = _scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
+    if group.padding is not None:
+        by_sequence = scores.view(len(group.sequences), -1, *scores.shape[1:])
+        by_sequence.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1)

@@ -1,0 +1,144 @@
+"""A loaded model with all that belongs to it, and the padded classifier for encoders that cannot be packed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bert_glue.data.tokenization import TextTokenizer
+from bert_glue.model.encoder import EncoderShape
+from bert_glue.model.families import FAMILIES, why_not_packed
+from bert_glue.model.layers import Adapter, plain_names
+from bert_glue.model.weights import load_packed, packed_tensors
+
+
+class PaddedClassifier(nn.Module):
+    """transformers' own classifier behind the interface of the packed one; its dropout is torch's."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.stock = stock
+        # FNet, for one, takes no attention_mask.
+        self.accepted = frozenset(inspect.signature(stock.forward).parameters)
+        self.compiled: Callable | None = None  # `stock.forward`, where --torch_compile asks for it
+
+    def forward(self, noise=None, **inputs: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
+        # What is neither training nor evaluation looks into the model by hooks, which a compiled one does not call.
+        is_usual = self.training or not torch.is_grad_enabled()
+        run = self.compiled if self.compiled and is_usual else self.stock
+        return run(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
+
+
+@dataclass
+class LoadedModel:
+    """A classifier with all that belongs to it.
+
+    Args:
+        module: PackedClassifier or PaddedClassifier; called with a batch's inputs.
+        tokenizer: of the same folder.
+        config: config.json with this task's labels.
+        is_packed: which of the two.
+        why_padded: reason of a padded run, for the log; "" if packed.
+        notes: lines for the log (head started anew, labels reordered).
+        files: the weights it was loaded from.
+        fresh: weights, such as the head's, that were not in the checkpoint and start at random.
+        frozen: parameters that are not trained, as they were loaded, on the host, by name.
+        adapter: LoRA, which `module` then holds; None without.
+        trained: what is trained, for results.
+    """
+
+    module: nn.Module
+    tokenizer: TextTokenizer
+    config: dict
+    is_packed: bool
+    why_padded: str = ""
+    notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapter: Adapter | None = None
+    trained: str = "all"
+
+    @cached_property
+    def frozen_hash(self) -> str:
+        """SHA-256 of what is not trained; "" if all is."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.frozen.items()):
+            found.update(name.encode() + tensor.numpy().tobytes())
+        return found.hexdigest() if self.frozen else ""
+
+    @property
+    def passes(self) -> int:
+        """Times an encoder's forward products are computed in a training step: forward, to inputs, to weights."""
+        return 3 if not self.frozen else 1 if self.adapter is None else 2
+
+    @property
+    def shape(self) -> EncoderShape | None:
+        """Sizes of the encoder and its head; None for a family that cannot be packed."""
+        if why_not_packed(self.config) is not None:
+            return None
+        return FAMILIES[self.config["model_type"]].shape(self.config, len(self.config["id2label"]))
+
+    @property
+    def position_limit(self) -> int:
+        """Longest sequence the position table allows, tokens."""
+        if self.is_packed:
+            return self.module.shape.positions - self.module.shape.position_offset
+        # RoBERTa and its kin count positions from behind the padding id.
+        offsets = (
+            part.padding_idx + 1
+            for name, part in self.module.named_modules()
+            if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None
+        )
+        return self.config.get("max_position_embeddings", 1 << 30) - next(offsets, 0)
+
+    def tensors(self, masters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Copies of the weights under transformers' names, on the host; an adapter's under peft's beside them.
+
+        Args:
+            masters: instead of parameters of the module, by name.
+        """
+        values = {**self.frozen, **(masters or {})}
+        if self.is_packed:
+            return packed_tensors(self.module, FAMILIES[self.config["model_type"]], values)
+        # By identity: one parameter may be stored under two names.
+        owner = {id(p): values[name] for name, p in self.module.named_parameters() if name in values}
+        stock = self.module.stock.state_dict(keep_vars=True)
+        return plain_names({name: owner.get(id(p), p).detach().cpu().clone() for name, p in stock.items()})
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        if self.is_packed:
+            load_packed(self.module, FAMILIES[self.config["model_type"]], tensors, resize_head=False)
+        else:
+            self.module.stock.load_state_dict(tensors)
+
+    def save(self, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Write config.json, model.safetensors and the tokenizer's files into `folder`; LoRA is merged."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = tensors or self.tensors()
+        if self.adapter is not None:
+            tensors = self.adapter.merged(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {name: value for name, value in self.config.items() if name != "torch_dtype"}
+        # transformers loads with this dtype: the base model's would round the trained weights.
+        config["dtype"] = _stored_dtype(tensors)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save(folder)
+
+
+def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Name of the widest floating-point type among `tensors`, such as float32."""
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return str(max(kinds, key=lambda kind: torch.finfo(kind).bits)).removeprefix("torch.")

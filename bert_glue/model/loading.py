@@ -1,0 +1,285 @@
+"""From `--model_name_or_path` to a folder, its config.json, and a module that maps batches to logits."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.tokenization import TextTokenizer
+from bert_glue.errors import MachineError, UsageError, first_line
+from bert_glue.hub import client
+from bert_glue.model.adapters import choose_trained
+from bert_glue.model.bounds import check_config, check_size
+from bert_glue.model.classifier import LoadedModel, PaddedClassifier
+from bert_glue.model.encoder import PackedClassifier
+from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
+from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
+from bert_glue.storage.files import check_not_lfs_pointer, json_object, read_json_object
+from bert_glue.tasks import TASKS, GlueTask, own_task
+
+
+def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
+    """What a saved classifier was trained on, and the settings its run recorded ({} where there are none).
+
+    Raises:
+        MachineError: it has no config.json.
+    """
+    config = read_config(folder)
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
+    labels = tuple(str(names[key]) for key in sorted(names, key=int))
+    is_regression = config.get("problem_type") == "regression" or len(labels) == 1
+    known = TASKS.get(config.get("finetuning_task") or "")
+    settings: dict[str, Any] = {}
+    with suppress(MachineError):  # a checkpoint, or another program's model, has no results
+        settings = read_json_object(folder / "run.json").get("arguments", {})
+        settings["text_columns"] = read_json_object(folder / "all_results.json").get("text_columns")
+    if known is not None and known.labels == (() if is_regression else labels):
+        return known, settings
+    return own_task(str(config.get("finetuning_task") or "own"), (), () if is_regression else labels), settings
+
+
+def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
+    """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
+    model = _load(args, task)
+    choose_trained(args, model)
+    return model
+
+
+def _load(args: Arguments, task: GlueTask) -> LoadedModel:
+    folder = model_folder(args.model_name_or_path, args)
+    config_folder = model_folder(args.config_name, args) if args.config_name else folder
+    tokenizer_folder = model_folder(args.tokenizer_name, args) if args.tokenizer_name else folder
+    config = read_config(config_folder)
+    family = FAMILIES.get(config.get("model_type", ""))
+    flags = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    for flag, key in zip(flags, family.dropout_keys if family else flags, strict=True):
+        if getattr(args, flag) is not None:
+            config[key] = getattr(args, flag)
+    stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
+    config = _with_labels(config, task)
+    reason = why_not_packed(config)
+    if reason is None and args.padding not in ("auto", "packed"):
+        reason = f"--padding {args.padding}"
+    elif reason is not None and args.padding == "packed":
+        raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
+    tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
+    can_pack = why_not_packed(config) is None
+    if args.reinit_layers and not can_pack:
+        raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
+    notes, files = guessed_type(config_folder), weight_files(folder, args.allow_pickle_weights)
+    check_size(config, files, config_folder / "config.json")
+    tokenizer.id_limit = config.get("vocab_size")
+    packed: PackedClassifier | None = None
+    if can_pack:
+        packed, fresh, packed_notes = _packed(folder, config, args, stored_labels, task, earlier)
+        if reason is None:
+            return LoadedModel(packed, tokenizer, config, True, notes=notes + packed_notes, files=files, fresh=fresh)
+    module, stock_fresh, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
+    if packed is None:
+        notes, fresh = notes + stock_notes, stock_fresh
+    else:
+        notes = notes + packed_notes
+        # A padded run for comparison starts from the packed run's weights, a fresh head included.
+        module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
+    return LoadedModel(module, tokenizer, config, False, reason, notes, files, fresh)
+
+
+def _packed(
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
+) -> tuple[PackedClassifier, list[str], list[str]]:
+    """Our own module with a checkpoint's weights, the names of fresh ones, notes; fixes `config`'s architecture."""
+    family = FAMILIES[config["model_type"]]
+    config["architectures"] = [family.architecture]
+    try:
+        shape = family.shape(config, task.num_labels)
+    except KeyError as error:
+        raise MachineError(f"{folder / 'config.json'} has no {error}") from error
+    module = PackedClassifier(shape, args.gradient_checkpointing)
+    deviation = config.get("initializer_range", 0.02)
+    initialise(module, deviation)
+    tensors = read_tensors(weight_files(folder, args.allow_pickle_weights))
+    if earlier:
+        for name in ("head_output.weight", "head_output.bias"):
+            tensors.pop(weight_names(family, shape)[name], None)
+    fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
+    notes = [_fresh_note(fresh, earlier)] if fresh else _reorder_head(module.head_output, stored_labels, task)
+    if args.reinit_layers:
+        notes.append(reinitialise(module, args.reinit_layers, deviation))
+    return module, fresh, notes
+
+
+def _earlier_task(config: dict, args: Arguments, task: GlueTask) -> str:
+    """The other task that a checkpoint to be trained on was fine-tuned for, "" if none: its head is of no use."""
+    earlier = str(config.get("finetuning_task") or "").lower()
+    return earlier if args.do_train and earlier != task.name else ""
+
+
+def _fresh_note(fresh: list[str], earlier: str) -> str:
+    why = f" (the checkpoint's head is for {earlier})" if earlier else ""
+    return f"started anew, not in the checkpoint: {', '.join(fresh)}{why}"
+
+
+def _stored_labels(config: dict) -> list[str]:
+    """Label names a checkpoint brings, in class order; [] where they are only LABEL_n."""
+    named = config.get("id2label") or {}
+    labels = [str(named[key]) for key in sorted(named, key=int)]
+    return [] if any(label.startswith("LABEL_") for label in labels) else labels
+
+
+def _with_labels(config: dict, task: GlueTask) -> dict:
+    kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
+    labels = task.labels or ("score",)
+    kept["id2label"] = {str(number): label for number, label in enumerate(labels)}
+    kept["label2id"] = {label: number for number, label in enumerate(labels)}
+    kept["problem_type"] = "regression" if task.is_regression else "single_label_classification"
+    kept["finetuning_task"] = task.name
+    return kept
+
+
+@torch.no_grad()
+def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[str]:
+    """Permute a stored head's outputs to the task's label order, by name."""
+    wanted, have = list(task.labels), [label.lower() for label in stored]
+    if not stored or have == wanted or task.is_regression:
+        return []
+    if sorted(have) != sorted(wanted):
+        return [f"the checkpoint's labels {stored} are not the task's {wanted}; used in their stored order"]
+    order = [have.index(label) for label in wanted]
+    head.weight.copy_(head.weight[order])
+    head.bias.copy_(head.bias[order])
+    return [f"the checkpoint's labels {stored} were reordered by name to {wanted}"]
+
+
+def _stock(
+    folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
+) -> tuple[PaddedClassifier, list[str], list[str]]:
+    """transformers' own module, for padded runs and encoders that cannot be packed; names of fresh weights, notes."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
+
+    files = weight_files(folder, args.allow_pickle_weights)
+    # A class that comes with the folder is found through the folder; transformers then reads the weights itself.
+    has_own_code = args.trust_remote_code and "auto_map" in config
+    tensors = None if has_own_code else read_tensors(files)
+    try:
+        settings = AutoConfig.for_model(**config)
+        known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+        if known is None and not has_own_code:
+            raise ValueError(f"it has no classifier for model_type {config['model_type']!r}")
+        model_class = AutoModelForSequenceClassification if has_own_code else known
+        stock, report = model_class.from_pretrained(
+            folder if has_own_code else None,
+            output_loading_info=True,
+            config=settings,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes or bool(earlier),
+            dtype=torch.float32,
+            **({"trust_remote_code": True} if has_own_code else {"state_dict": tensors}),
+        )
+    except Exception as error:
+        raise MachineError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    if args.gradient_checkpointing:
+        stock.gradient_checkpointing_enable()
+    fresh = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    # transformers starts any missing weight at random and goes on; only a head may start so.
+    encoder = [name for name in fresh if name.startswith(f"{stock.base_model_prefix}.") and "pooler" not in name]
+    if encoder:
+        raise MachineError(f"the weights do not fit config.json: {', '.join(encoder[:5])} missing or of another shape")
+    heads = [part for part in stock.modules() if isinstance(part, nn.Linear) and part.out_features == task.num_labels]
+    if earlier and not fresh and heads:
+        initialise(heads[-1], config.get("initializer_range", 0.02))
+        fresh = [name for name, part in stock.named_modules() if part is heads[-1]]
+    if fresh:
+        return PaddedClassifier(stock), fresh, [_fresh_note(fresh, earlier)]
+    return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task) if heads else []
+
+
+def model_folder(name: str, args: Arguments) -> Path:
+    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
+
+    Raises:
+        MachineError: neither a folder nor to be had from the hub; the message says what to do.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise MachineError(f"--model_name_or_path {name}: no such folder")
+    if args.hub == "modelscope":
+        from bert_glue.hub import modelscope
+
+        return modelscope.fetch_model(name, args)
+    from bert_glue.hub.client import start_probe
+
+    # The hub's client waits for minutes on a server that accepts and never answers.
+    probe = start_probe()
+    unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
+    try:
+        return client.fetch_model(name, args, is_offline=unreachable is not None)
+    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
+        why = unreachable or first_line(error)
+        if isinstance(error, client.DamagedFileError):
+            why = str(error)
+        raise MachineError(
+            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
+            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
+            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
+        ) from error
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        MachineError: missing, a Git-LFS pointer, not JSON, or without a model_type and not BERT's.
+    """
+    path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise MachineError(
+            f"{folder} holds adapters alone; give the folder of the merged model, one above if it is ours"
+        )
+    if not path.is_file():
+        raise MachineError(f"{folder} has no config.json")
+    check_not_lfs_pointer(path)
+    try:
+        config = json_object(path)
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{path} cannot be read: {error}") from error
+    check_config(config, path)
+    if not config.get("model_type"):
+        if not _is_bert_shaped(config):
+            raise MachineError(f'{path} has no model_type; add it, for example "model_type": "bert"')
+        config["model_type"] = "bert"
+    return config
+
+
+def guessed_type(folder: Path) -> list[str]:
+    """A line for the log where `read_config` took a config.json without model_type for BERT's."""
+    stored = json_object(folder / "config.json")
+    named = "config.json has no model_type; its keys are BERT's, so the model is read as BERT"
+    return [] if stored.get("model_type") else [named]
+
+
+# The sizes in Google's bert_config.json, and keys by which relatives with the same sizes are told.
+_BERT_KEYS = {
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "type_vocab_size", "vocab_size",
+}  # fmt: skip
+_RELATIVES_KEYS = {
+    "bos_token_id", "embedding_size", "eos_token_id", "max_2d_position_embeddings", "max_relative_position",
+    "relative_attention", "task_type_vocab_size",
+}  # fmt: skip
+
+
+def _is_bert_shaped(config: dict) -> bool:
+    """True for a config of BERT alone: its derivatives have the same keys, and name their class or have more keys."""
+    architectures = config.get("architectures") or ["Bert"]
+    return (
+        config.keys() >= _BERT_KEYS
+        and config["type_vocab_size"] > 1
+        and not config.keys() & _RELATIVES_KEYS
+        and all(str(name).startswith("Bert") for name in architectures)
+    )

@@ -1,0 +1,101 @@
+"""What a run leaves behind: results as JSON, predictions, curves, a model card and a one-file report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bert_glue import result_keys as keys
+from bert_glue.config.arguments import Arguments
+from bert_glue.report.run_page import run_page
+from bert_glue.results.model_card import model_card, without_folders
+from bert_glue.storage.files import write_json, write_whole, written_aside
+from bert_glue.tasks import GlueTask
+
+if TYPE_CHECKING:
+    from bert_glue.data.batching import TokenSplit
+    from bert_glue.data.sources import TaskData
+    from bert_glue.model.classifier import LoadedModel
+    from bert_glue.training.console import ProgressLog
+
+
+def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ProgressLog) -> None:
+    """One training row as the model sees it: texts, tokens and label."""
+    texts = [column[0] for column in data.splits[split.name].texts]
+    ids = split.table.ids[split.table.borders[0] : split.table.borders[1]].tolist()
+    tokens = " ".join(model.tokenizer.backend.id_to_token(i) or "?" for i in ids)
+    label = split.labels[0] if data.task.is_regression else data.task.labels[split.labels[0]]
+    log.line(f"example: {' | '.join(texts)}")
+    log.line(f"  tokens: {tokens}")
+    log.line(f"  label: {label}")
+
+
+def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np.ndarray) -> None:
+    """`predict_results_<task>.txt`, header `index<TAB>prediction`, label names or scores to 3 decimals."""
+    low, high = task.score_range or (-np.inf, np.inf)
+    if task.is_regression:
+        values = [f"{min(max(float(p), low), high):.3f}" for p in predictions]
+    else:
+        values = [task.labels[p] for p in predictions]
+    lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(values))]
+    write_whole(folder / keys.predictions_file(task.name, suffix), "\n".join(lines) + "\n")
+
+
+def write_results(
+    args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict, analysis: dict
+) -> None:
+    """All files of a finished run, into `--output_dir`; `record` is run.json, `analysis` analysis.json."""
+    folder = Path(args.output_dir)
+    if analysis:
+        write_json(folder / "analysis.json", analysis)
+    write_json(folder / "all_results.json", results)
+    for phase in ("train", "eval", "predict"):
+        own = {k: v for k, v in results.items() if k.startswith(phase) or k in ("epoch", "task_name", "sample_data")}
+        if getattr(args, f"do_{phase}"):
+            write_json(folder / f"{phase}_results.json", own)
+    write_json(folder / "run.json", record)
+    if args.do_train:
+        write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
+        rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
+        write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
+        curves(folder / "curves.png", history, data)
+        write_whole(folder / "README.md", model_card(data, results, record))
+    write_whole(folder / "report.html", run_page(folder))
+
+
+def summary(results: dict) -> list[str]:
+    """Last lines of a run's log."""
+    lines = ["***** results *****" + (" (sample data, not GLUE)" if results["sample_data"] else "")]
+    shown = (
+        "eval_", "train_loss", "train_samples_per_second", "train_real_tokens", "train_computed_tokens",
+        "train_padding", "train_model_tflops", "train_share", "device_gemm", "epoch", "e2e",
+    )  # fmt: skip
+    for name, value in results.items():
+        if name.startswith(shown) or name in ("device_name", "precision", "fallback", "batches"):
+            if isinstance(value, float):
+                value = f"{value:.4f}"
+            if value not in ("", None) or name == keys.TRAIN_SAMPLES_PER_SECOND:
+                lines.append(f"  {name} = {value}")
+    return lines
+
+
+def curves(path: Path, history: list[dict], data: TaskData) -> None:
+    """Loss, learning rate, metric and loss scale against steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    metric = keys.evaluation_key(data.task.headline)
+    panels = [key for key in ("loss", "learning_rate", metric, "loss_scale") if any(key in e for e in history)]
+    figure = Figure(figsize=(8, 2.2 * max(1, len(panels))), layout="constrained")
+    for number, key in enumerate(panels):
+        points = [(e["step"], e[key]) for e in history if e.get(key) is not None]
+        axes = figure.add_subplot(len(panels), 1, number + 1)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="." if len(points) < 40 else "")
+        axes.set_ylabel(key)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("optimizer steps" if number == len(panels) - 1 else "")
+    figure.suptitle(f"{data.task.name}, {without_folders(data.source)}", fontsize=9)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")

@@ -1,0 +1,306 @@
+"""The recipe: arguments -> data -> model -> train -> evaluate -> predict -> results.
+
+Each step is one function below; `run` is their order and keeps the times.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.checks import metric_names
+from bert_glue.config.expectations import missed, read_expectations
+from bert_glue.config.repeat import check_inputs, check_outcome, read_run
+from bert_glue.config.resolve import for_ranks
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.sources import TaskData, load_task_data
+from bert_glue.data.tokenization import tokenize
+from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.rng import seed_generators
+from bert_glue.errors import DataError, ExpectationError
+from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
+from bert_glue.hub import upload
+from bert_glue.model import adapters
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.loading import load_model
+from bert_glue.pipeline import outputs
+from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings
+from bert_glue.pipeline.score import check_predictable, evaluate_splits, facts, predict_splits, train_results
+from bert_glue.precision.plan import PrecisionPlan, plan_precision
+from bert_glue.results.provenance import provenance, with_outcome
+from bert_glue.storage import checkpoint, files
+from bert_glue.storage.files import make_own_folder
+from bert_glue.storage.lock import FolderLock
+from bert_glue.tasks import GlueTask
+from bert_glue.training.console import ProgressLog, Trackers
+from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
+from bert_glue.training.resume import save_checkpoint, whole_weights
+from bert_glue.training.setup import assembler, fine_tune, make_precision
+from bert_glue.training.state import Progress, Run
+from bert_glue.training.throughput import Phases, seconds_since_process_start
+
+if TYPE_CHECKING:
+    from bert_glue.training.compile import Compiled
+
+
+def run(args: Arguments) -> int:
+    """All steps of one process of a run.
+
+    Returns:
+        The exit code: 0, or 128 + signal if one ended training (a checkpoint was saved).
+
+    Raises:
+        ExpectationError: the results, which are written, miss a bound of `--expect`.
+        UserError: a mistake that the user can mend, with its exit code.
+    """
+    ranks = Ranks(args)
+    compare_settings(ranks, args)
+    trackers = Trackers(args, ranks.is_first)
+    shows = ranks.is_first and args.log_level in ("debug", "info")
+    log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
+    try:
+        place = upload.claim(args) if args.push_to_hub and ranks.is_first else None
+        with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
+            for note in filter(None, (lock.note, *trackers.notes)):
+                log.line(f"note: {note}")
+            results = _steps(args, ranks, log)
+        for line in outputs.summary(results):
+            log.line(line)
+        lines = ranks.gather(missed(results.get("expectations", [])))[0]  # speeds differ a little between ranks
+        code = _agree_to_leave(ranks, log)
+        if lines:
+            raise ExpectationError("\n".join(lines))
+    finally:
+        log.close()
+        for line in trackers.close():
+            log.line(f"note: {line}")
+    ranks.close()  # not after an error: the others may never answer
+    if place and code == 0:
+        log.line(f"sent to {upload.push(args, place)}")
+    return code
+
+
+def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
+    phase, given = Phases(), args
+    log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
+    args, derived = for_ranks(args, ranks.world_size)
+    for line in (*(f"note: {notice}" for notice in args.notices), *derived):
+        log.line(line)
+    args = _with_sample_model(args, ranks)
+    with phase("data"):
+        data = _read_data(args, log)
+    with phase("model"):
+        seed_generators(args.seed)
+        model = load_model(args, data.task)
+    with phase("provenance"):
+        record = _provenance(given, data, model, ranks, log)
+    with phase("tokenize"):
+        splits = _tokenize(args, data, model, log)
+        compare_inputs(ranks, data.task, splits, model)
+    plan = plan_precision(args, ranks.device)
+    _say_how(args, model, plan, log)
+    if log.is_first and "train" in splits:
+        outputs.show_example(data, splits["train"], model, log)
+    (evaluator, narrowed), run_of = _on_device(args, model, splits, plan, ranks, log), None
+    results: dict = facts(args, data, model, plan, ranks)
+    with phase("compile") if args.torch_compile else nullcontext():
+        compiled = _compile(args, model, evaluator, splits, log)
+    with phase("train"):
+        if args.do_train:
+            run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
+            results |= train_results(run_of, plan)
+    is_stopped, analysis = _is_stopped(ranks, log), {}
+    is_saved = run_of is not None and not is_stopped
+    with phase("save"):
+        if is_saved:
+            _save_model(run_of)
+    averaged = run_of.averaged if run_of else nullcontext
+    try:
+        with averaged(), phase("evaluate"):
+            if args.do_eval and not is_stopped:
+                results |= evaluate_splits(args, data, model, splits, evaluator, analysis)
+        with averaged(), phase("predict"):
+            if args.do_predict and not is_stopped:
+                results |= predict_splits(args, data, splits, evaluator, analysis)
+    except EvaluationStopped:
+        is_stopped = True
+    with phase("save"):
+        if run_of is not None:
+            _save_unfinished(run_of)
+    results |= compiled.summary(evaluator.assemble.shapes, log) if compiled else {}
+    results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
+    results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
+    results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
+    if ranks.is_first:
+        progress = run_of.progress if run_of else Progress()
+        log.results(results, progress.step)
+        with files.plain_errors(Path(args.output_dir)):
+            record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)
+            outputs.write_results(args, data, results, progress.history, record, analysis)
+        if args.repeat and not is_stopped:
+            log.line(check_outcome(read_run(args.repeat), record))
+    return results
+
+
+def _on_device(
+    args: Arguments,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    plan: PrecisionPlan,
+    ranks: Ranks,
+    log: ProgressLog,
+) -> tuple[Evaluator, NarrowedEmbedding | None]:
+    """The model on its device in the plan's precision, ready to evaluate and to train."""
+    if args.cuda_graph:
+        from bert_glue.training.cuda_graphs import check_recordable
+
+        check_recordable(model, plan, ranks.device)
+    narrowed = narrow(args, model, splits)
+    model.module.to(ranks.device.torch_device)
+    precision = make_precision(args, plan, model.module, ranks)
+    assemble = assembler(args, model, ranks, narrowed)
+    batch_size = args.per_device_eval_batch_size
+    return Evaluator(model.module, assemble, batch_size, ranks, precision, log.stop_asked), narrowed
+
+
+def _compile(
+    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ProgressLog
+) -> Compiled | None:
+    """What `--torch_compile` compiled, None without it."""
+    if not args.torch_compile:
+        return None
+    from bert_glue.training.compile import compile_model
+
+    return compile_model(args, model, evaluator, splits, log)
+
+
+def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
+    """`expectations` of a finished run, where `--expect` gave some."""
+    if args.expect is None:
+        return {}
+    bounds = read_expectations(args.expect, args.task_name, metric_names(task if task.is_official else None))
+    return {"expectations": [bound.judge(results) for bound in bounds]}
+
+
+def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks, log: ProgressLog) -> dict:
+    """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
+    if not ranks.is_first:
+        return {}
+    record = provenance(args, data, model, ranks)
+    if args.repeat:
+        for line in check_inputs(read_run(args.repeat), record):
+            log.line(f"note: {line}")
+    return record
+
+
+def _agree_to_leave(ranks: Ranks, log: ProgressLog) -> int:
+    """The exit code of all ranks: 0, or 128 + signal if any of them got one.
+
+    No rank goes before all results are written: a launcher ends the others when one has left.
+    """
+    signals = [number for number in ranks.gather(log.stop_signal) if number is not None]
+    log.ignore_signals()
+    return 128 + max(signals) if signals else 0
+
+
+def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
+    """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
+    found = next(filter(None, ranks.gather(log.stop_signal)), None)
+    if found is not None:  # never set to None: a signal may come at any moment
+        log.stop_signal = found
+    return found is not None
+
+
+def _save_model(run_of: Run) -> None:
+    """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
+    if not run_of.ranks.is_first:
+        return
+    model, weights = run_of.model, whole_weights(run_of)
+    checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
+    folder = run_of.output_dir / adapters.FOLDER
+    if model.adapter is not None:
+        with files.plain_errors(folder):
+            make_own_folder(folder)
+        checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
+    elif folder.exists():
+        run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
+
+
+def _save_unfinished(run_of: Run) -> None:
+    """If a signal came, the checkpoint that the run can be finished from."""
+    if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
+        with run_of.saver:
+            save_checkpoint(run_of)
+
+
+def _needed(args: Arguments) -> frozenset[str]:
+    """Which data the flags ask for."""
+    wanted = {
+        "train": args.do_train,
+        "evaluation": args.do_eval or (args.do_train and args.eval_strategy != "no"),
+        "test": args.do_predict,
+    }
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
+    data = load_task_data(args, _needed(args))
+    for line in (f"data: {data.source}", *data.warnings):
+        log.line(line)
+    if args.do_predict:
+        check_predictable(data.task)
+    return data
+
+
+def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
+    """With `--sample` and no model, the tiny BERT made on the spot."""
+    if not args.sample or args.model_name_or_path:
+        return args
+    from bert_glue.data.sample import make_tiny_bert
+
+    folder = Path(args.output_dir) / "sample_bert"
+    if ranks.is_first:
+        with files.plain_errors(folder):
+            make_tiny_bert(folder)
+    ranks.wait()
+    return replace(args, model_name_or_path=str(folder))
+
+
+def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ProgressLog) -> dict[str, TokenSplit]:
+    """Token ids and labels of every split, cut to `--max_*_samples`."""
+    limit = min(args.max_seq_length, model.position_limit)
+    if limit < args.max_seq_length:
+        log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
+    dtype = np.float32 if data.task.is_regression else np.int64
+    evaluations = {name for name, _, _ in data.task.evaluation}
+    splits = {}
+    for name, split in data.splits.items():
+        rows = args.max_predict_samples
+        if name == "train":
+            rows = args.max_train_samples
+        elif name in evaluations:
+            rows = args.max_eval_samples
+        split = split if rows is None else split.take(rows)
+        if not len(split):
+            raise DataError(f"{split.origin}: no rows")
+        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
+        labels = None if split.labels is None else np.asarray(split.labels, dtype)
+        splits[name] = TokenSplit(name, table, labels)
+        mean = float(table.borders[-1]) / len(table)
+        log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
+    return splits
+
+
+def _say_how(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
+    path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
+    log.line(f"precision: {plan.name}; batches: {path}")
+    if model.frozen:
+        log.line(f"trained: {model.trained}")
+    for line in (*model.notes, plan.note):
+        if line:
+            log.line(f"note: {line}")

@@ -1,0 +1,141 @@
+"""The steps after training: score every labelled split, predict every test split, state what was run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bert_glue import result_keys as keys
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.resolve import samples_per_step
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.sources import TaskData
+from bert_glue.devices.distributed import Ranks
+from bert_glue.errors import DataError
+from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
+from bert_glue.evaluation.collapse import constant_loss, flat_loss
+from bert_glue.evaluation.evaluator import Evaluator, evaluate, predictions_of
+from bert_glue.model.attention import PATHS_TAKEN
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.pipeline import outputs
+from bert_glue.storage import files
+from bert_glue.tasks import GlueTask, companions
+from bert_glue.training.state import Run
+
+
+def evaluate_splits(
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    evaluator: Evaluator,
+    analysis: dict,
+) -> dict:
+    """`eval_*` results of every labelled split; fills `analysis` on the first rank."""
+    kept: dict[str, np.ndarray] = {}
+    results = evaluate(evaluator, data.task, splits, kept)
+    if evaluator.ranks.is_first:
+        analysis["splits"] = analyse_splits(data, model, splits, evaluator, kept, args.explain)
+        results |= standard_errors(data.task, analysis["splits"])
+    return results
+
+
+def predict_splits(
+    args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator, analysis: dict
+) -> dict:
+    """Write `predict_results_<task>.txt` of every test split, companions included; diagnostics go into `analysis`."""
+    results = {}
+    for task, name, suffix in _prediction_splits(data.task, splits):
+        begin = time.perf_counter()
+        predictions = predictions_of(task, evaluator.logits(splits[name]))
+        results[keys.predicted_samples_key(task.name, suffix)] = len(splits[name])
+        rate = len(predictions) / (time.perf_counter() - begin)
+        results[keys.predicted_samples_per_second_key(task.name, suffix)] = rate
+        if evaluator.ranks.is_first:
+            with files.plain_errors(Path(args.output_dir)):
+                outputs.write_predictions(Path(args.output_dir), task, suffix, predictions)
+            if task.predicted_with:
+                results |= _diagnose(args, task, predictions, analysis)
+    return results
+
+
+def check_predictable(task: GlueTask) -> None:
+    """Before training: raises DataError where a class name cannot stand in `predict_results_<task>.txt`."""
+    for name in task.labels:
+        if any(sign in name for sign in "\t\n\r"):
+            raise DataError(
+                f"--do_predict: class {name!r} has a tab or line break, which predict_results_{task.name}.txt cannot "
+                "hold; rename the class, or run python -m bert_glue.predict instead, which writes csv"
+            )
+
+
+def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis: dict) -> dict:
+    """Adds a companion's scores by category to `analysis`, or says why not; a broken file must not cost the run."""
+    try:
+        found = diagnostic(task, args.data_path, predictions)
+    except DataError as error:
+        return {keys.diagnostic_reason_key(task.name): str(error)}
+    if found is None:
+        return {keys.diagnostic_reason_key(task.name): f"scores by category need GLUE's {LABELLED_AX} in --data_path"}
+    analysis["diagnostic"] = found
+    return {}
+
+
+def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tuple[GlueTask, str, str]]:
+    own = [(task, name, suffix) for name, suffix in task.test if name in splits]
+    others = [
+        (o, f"{o.name}:{name}", s) for o in companions(task) for name, s in o.test if f"{o.name}:{name}" in splits
+    ]
+    return own + others
+
+
+def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ranks) -> dict:
+    """What was run, for every results file."""
+    return {
+        "task_name": data.task.name,
+        "headline_metric": data.task.headline,
+        "text_columns": list(data.task.columns),
+        "model_name_or_path": args.model_name_or_path,
+        "data": data.source,
+        "sample_data": data.is_sample,
+        "device": str(ranks.device.torch_device),
+        "device_name": ranks.device.name,
+        "world_size": ranks.world_size,
+        "precision": plan.name,
+        "fallback": plan.note,
+        "trained": model.trained,
+        "batches": "packed" if model.is_packed else "padded",
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "global_batch_size": samples_per_step(args, ranks.world_size),
+        "learning_rate": args.learning_rate,
+        "max_seq_length": args.max_seq_length,
+        "seed": args.seed,
+    }
+
+
+def train_results(run_of: Run, plan) -> dict:
+    """`train_*` results of all ranks together."""
+    meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
+    smoothing = run_of.args.label_smoothing_factor
+    counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
+    names = ("samples", "real_tokens", "computed_tokens", "flops")
+    totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
+    return {
+        keys.TRAIN_LOSS: progress.loss_sum / max(1, progress.step),
+        keys.TRAIN_RUNTIME: run_of.seconds,
+        keys.TRAIN_STEPS: progress.step,
+        keys.TRAIN_COLLAPSED: flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
+        "attention": sorted(PATHS_TAKEN),
+        "optimizer": run_of.optimizer_used,
+        keys.TRAIN_SKIPPED_UPDATES: run_of.precision.skipped_steps,
+        keys.TRAIN_SAMPLES_CONSUMED: progress.samples,
+        keys.TRAIN_SAMPLES: run_of.order.rows,
+        "epoch": run_of.epoch,
+        # Of one step and rank; null with apex, which adds them up itself.
+        keys.TRAIN_GRADIENT_BYTES: run_of.precision.summed.bytes if run_of.precision.summed.gradients else None,
+        keys.SECONDS_TO_FIRST_STEP: meter.to_first_step,
+        **meter.rates(totals, plan.dtype),
+    }

@@ -1,0 +1,294 @@
+"""A model at one O-level (table: precision/plan.py): casts, fp32 masters, gradients and the loss scale.
+
+Gradients are views of flat buffers at every level (`--use_combine_grad`). At O2 and O3 the passes of one optimizer
+step are added up in fp32. Ranks add their gradients in the model's dtype, half the bytes, as torch's DDP does; where
+passes were added up before, in fp32. Each rank's share is of the mean over all samples.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from bert_glue.devices.npu import overflow_flag
+from bert_glue.errors import DivergedError
+from bert_glue.precision.flat_buffers import FlatGroup, GradientBuffers, Rates, flatten, l2_norm
+from bert_glue.precision.plan import BAD_GRADIENTS, MOST_OVERFLOWS, PrecisionPlan, check_weights, too_many_overflows
+
+_FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
+_SMALLEST_SCALE = 1.0  # ours: apex halves for ever
+
+
+def convert(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
+    """Parameters and buffers to `dtype`, in place; BatchNorm stays in fp32 if `keeps_batch_norm`."""
+    for part in module.modules():
+        if keeps_batch_norm and isinstance(part, nn.modules.batchnorm._BatchNorm):
+            continue
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
+def _autocast(plan: PrecisionPlan, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype=plan.dtype) if plan.level == "O1" else nullcontext()
+
+
+class InferencePrecision:
+    """A module's parameters at one O-level, without masters and gradients.
+
+    Args:
+        plan: what to do.
+        module: on its device, in fp32; converted in place.
+    """
+
+    def __init__(self, plan: PrecisionPlan, module: nn.Module):
+        self.plan = plan
+        module.requires_grad_(False)
+        if plan.level in ("O2", "O3"):
+            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
+        self.device = next(module.parameters()).device
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of the forward pass: autocast at O1, nothing otherwise."""
+        return _autocast(self.plan, self.device)
+
+
+class Precision:
+    """A module's parameters at one O-level, its gradients, and the loss scale.
+
+    At O3 the masters are no more than room for the update, which is computed in fp32 and rounded: 16-bit
+    Adam moments underflow, and a weight would become infinite in the first step.
+
+    Args:
+        plan: what to do.
+        module: on its device, in fp32; converted in place.
+        passes: backward passes of an optimizer step.
+        is_joint: False where the optimizer moves its gradients' allocations, see `GradientBuffers`.
+        rates: factor of the learning rate by parameter name; None: 1 for all.
+
+    `summed` are the buffers that ranks add up in a step.
+    """
+
+    def __init__(
+        self, plan: PrecisionPlan, module: nn.Module, passes: int = 1, is_joint: bool = True, rates: Rates = None
+    ):
+        self.plan = plan
+        has_masters = plan.level in ("O2", "O3")
+        # Masters start from the weights as stored, not from what is left of them after the cast.
+        exact = {name: p.detach() for name, p in module.named_parameters()} if has_masters else {}
+        if has_masters:
+            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
+        self.groups: list[FlatGroup]
+        self.groups, self._of_model = flatten(module, is_joint or has_masters, rates)
+        device = self.groups[0].data.device
+        self.is_dynamic = plan.loss_scale is None
+        self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
+        self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
+        # The work of a step reads the scale, and leaves its verdicts, in memory of the device: it can then be recorded
+        # and replayed, and the host waits for none of it.
+        self._scale = torch.tensor(float(self.scale), device=device)
+        self.norm, self._is_bad, self.has_diverged = (torch.zeros((), device=device) for _ in range(3))
+        self.masters = [group.data for group in self.groups]
+        self._of_masters = self.summed = self._of_model
+        self._adds_passes = has_masters and passes > 1
+        if has_masters:
+            self.masters = [torch.cat([exact[n].flatten() for n in g.names]) for g in self.groups]
+            self._of_masters = GradientBuffers(self.masters, is_joint)
+        if self._adds_passes:
+            self.summed = self._of_masters
+        self.gradients = self._of_masters.gradients
+        # On chips that saturate, gradients stay finite in an overflow, and only this register tells of it.
+        self._register = overflow_flag(device)
+        self._copy_masters()
+
+    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+        """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
+
+        Args:
+            per_parameter: one view each, for optimizers that look at whole parameters; else one flat
+                parameter a group.
+        """
+        found = []
+        for group, master, gradient in zip(self.groups, self.masters, self.gradients, strict=True):
+            pieces = [(master, gradient)]
+            if per_parameter:
+                pieces = list(zip(group.views(master).values(), group.views(gradient).values(), strict=True))
+            leaves = [nn.Parameter(value) for value, _ in pieces]
+            for leaf, (_, grad) in zip(leaves, pieces, strict=True):
+                leaf.grad = grad
+            found.append((leaves, group.is_decayed))
+        return found
+
+    def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+        """Take note of the optimizer over `leaves`, None for evaluation alone; returns the one to use."""
+        return optimizer
+
+    def describe(self) -> str:
+        """How gradients are kept, one line for the log."""
+        sizes = " + ".join(f"{g.grad.numel():,} x {g.grad.element_size()} bytes" for g in self.groups)
+        dtypes = self.summed.dtypes
+        names = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        collectives = f"{len(dtypes)} all-reduce(s) a step in {names}"
+        return f"views of {len(self.groups)} flat buffers ({sizes}), {collectives}, fused clip"
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of the forward pass: autocast at O1, nothing otherwise."""
+        return _autocast(self.plan, self.groups[0].data.device)
+
+    def zero_gradients(self) -> None:
+        """Clear all that a step adds to, and give the device the scale of this step."""
+        self._of_model.zero()
+        if self._adds_passes:  # otherwise `gather_gradients` overwrites the masters' gradients: 4 bytes each saved
+            self._of_masters.zero()
+        if self.is_dynamic:
+            self._scale.fill_(self.scale)
+        if self._register is not None:
+            self._register.clear()
+
+    def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
+        """Gradients of one forward pass, scaled.
+
+        Args:
+            loss: 0-d; None where this rank has no sample in the pass.
+            is_last: True in the optimizer step's last pass.
+        """
+        if loss is not None:
+            (loss * self._scale).backward()
+            # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+            self.groups[0].grad[0] += 0.0 * loss.detach()
+            if self._adds_passes:
+                self._add_pass()
+        if is_last and self._register is not None:
+            self.summed.overflow.copy_(self._register.read())
+
+    def _add_pass(self) -> None:
+        """Add a pass's 16-bit gradients to the fp32 sums: 512 passes of 1 would end at 256 in bf16."""
+        for gradient, group in zip(self.gradients, self.groups, strict=True):
+            gradient.add_(group.grad)
+            group.grad.zero_()
+
+    def gather_gradients(self) -> torch.Tensor:
+        """Bring gradients to where the optimizer looks; returns `norm`, their L2 norm without the scale, 0-d fp32."""
+        if not self._adds_passes:
+            for gradient, group in zip(self.gradients, self.groups, strict=True):
+                if gradient is not group.grad:
+                    gradient.copy_(group.grad)
+        self.norm.copy_(l2_norm(self.gradients) / self._scale)
+        if self._register is not None:  # the sum over ranks may have left the range where no rank alone did
+            self.summed.overflow.add_(self._register.read())
+        self._is_bad.copy_(~torch.isfinite(self.norm) | (self.summed.overflow > 0))
+        return self.norm
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
+        """`admits`, and `update` if it does.
+
+        Args:
+            norm: of `gather_gradients`; made NaN where the step is skipped.
+
+        Returns:
+            True if the update counts; False if it was skipped for overflow (dynamic scale only).
+        """
+        if not self.admits(norm):
+            return False
+        self.update(optimizer, norm, max_norm)
+        return True
+
+    def admits(self, norm: torch.Tensor) -> bool:
+        """Whether this step's update may be made; only under a dynamic scale the host asks the device.
+
+        Raises:
+            DivergedError: overflow persists at the smallest scale.
+        """
+        if self.is_dynamic and self._overflowed(bool(self._is_bad.item())):
+            norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
+            return False
+        return True
+
+    def update(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> None:
+        """Unscale, clip, update, and copy masters to the model, unless a gradient is not finite.
+
+        Clip, scale and the check for overflow go into a fused optimizer as device numbers, so that no
+        pass over the gradients and no wait for the host is spent on them.
+
+        Args:
+            max_norm: L2 norm gradients are clipped to, 0 for none.
+        """
+        if not self.is_dynamic:
+            self.has_diverged.copy_(torch.maximum(self.has_diverged, self._is_bad))
+        divisor = self._scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = divisor, self.has_diverged
+        elif self.has_diverged.item():
+            return
+        else:
+            for gradient in self.gradients:
+                gradient.div_(divisor)
+        optimizer.step()
+        self._copy_masters()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        """Round masters into the model; at O3 nothing of them is kept that the model does not have."""
+        for group, master in zip(self.groups, self.masters, strict=True):
+            if master is not group.data:
+                group.data.copy_(master)
+                if self.plan.level == "O3":
+                    master.copy_(group.data)
+
+    def _overflowed(self, is_bad: bool) -> bool:
+        """Dynamic scale after one backward: halve on overflow, double after enough clean steps."""
+        if not is_bad:
+            self.overflows_in_a_row = 0
+            self.clean_steps += 1
+            if self.clean_steps == _GROWTH_STEPS:
+                self.scale, self.clean_steps = min(self.scale * 2.0, _LARGEST_SCALE), 0
+            return False
+        self.skipped_steps += 1
+        self.overflows_in_a_row += 1
+        self.clean_steps = 0
+        if self.overflows_in_a_row >= MOST_OVERFLOWS:
+            raise DivergedError(too_many_overflows(self.overflows_in_a_row, self.scale))
+        self.scale = max(self.scale / 2.0, _SMALLEST_SCALE)
+        return True
+
+    def check_finite(self) -> None:
+        """Stop the run if a gradient under a static scale, or a weight, is not finite; waits for the device.
+
+        Raises:
+            DivergedError: it happened; after a bad gradient no update was made.
+        """
+        if self.has_diverged.item():
+            raise DivergedError(BAD_GRADIENTS)
+        check_weights(self.masters)
+
+    def named_masters(self) -> dict[str, torch.Tensor]:
+        """fp32 masters under their parameters' names; empty where the model has all there is."""
+        if self.plan.level != "O2":
+            return {}
+        named: dict[str, torch.Tensor] = {}
+        for group, master in zip(self.groups, self.masters, strict=True):
+            named |= group.views(master)
+        return named
+
+    @torch.no_grad()
+    def load_masters(self, values: list[torch.Tensor]) -> None:
+        """Take back a copy of `masters`, into the model too."""
+        for master, value in zip(self.masters, values, strict=True):
+            master.copy_(value)
+        self._copy_masters()
+
+    def scale_state(self) -> dict:
+        """Numbers of the loss scale, for a checkpoint."""
+        return {
+            "scale": self.scale,
+            "clean_steps": self.clean_steps,
+            "skipped_steps": self.skipped_steps,
+            "overflows_in_a_row": self.overflows_in_a_row,
+        }
+
+    def load_scale_state(self, state: dict) -> None:
+        """Take back `scale_state`."""
+        for name, value in state.items():
+            setattr(self, name, value)

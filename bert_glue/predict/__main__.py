@@ -1,0 +1,194 @@
+"""Labels a file or a stream with a fine-tuned model: `python -m bert_glue.predict --model RUN --input FILE`.
+
+Several models are an ensemble: the mean of their probabilities (of their scores) answers. Rows are read,
+tokenized, run packed and written in chunks, so memory does not grow with the file. The output has all columns
+of the input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. A command that
+was killed goes on where it was when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
+from bert_glue.errors import DataError, UsageError, exit_code_of
+
+if TYPE_CHECKING:
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.data.tables import Table
+    from bert_glue.predict.labeller import Labeller
+    from bert_glue.predict.output import ToFile, ToStandardOutput
+
+_BATCHES_PER_CHUNK = 64  # enough to sort by length; what a kill costs at most
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def _digest(so_far: str, table: Table) -> str:
+    return hashlib.sha256((so_far + repr(table.columns)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _skip(tables: Iterator[Table], output: ToFile | ToStandardOutput) -> str:
+    """Reads what is labelled already; returns its hash.
+
+    Raises:
+        DataError: the input is not the one those labels are of.
+    """
+    rows, digest = 0, ""
+    while rows < output.rows and (table := next(tables, None)) is not None:
+        rows, digest = rows + len(table), _digest(digest, table)
+    if rows != output.rows or digest != output.input_hash:
+        raise DataError(f"--input: its first {output.rows} rows are not those labelled so far; --overwrite begins anew")
+    return digest
+
+
+def run(options: argparse.Namespace) -> int:
+    """Labels the whole input; returns 0.
+
+    Raises:
+        UserError: usage, data (file:line), machine, diverged or disk, each with its exit code.
+    """
+    from bert_glue.config.arguments import Arguments
+    from bert_glue.model.loading import model_folder, task_of_model
+    from bert_glue.predict.labeller import build_labeller, columns_of
+    from bert_glue.predict.output import ToFile, ToStandardOutput
+
+    input_kind, output_kind = _kind(options, "input"), _kind(options, "output")
+    log = sys.stderr if options.output == STANDARD else sys.stdout
+    args = Arguments(
+        model_name_or_path=options.model[0], device=options.device, bf16=options.bf16, fp16=options.fp16,
+        per_device_eval_batch_size=options.per_device_eval_batch_size, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    folders = [model_folder(name, args) for name in options.model]
+    (task, settings), *others = (task_of_model(folder) for folder in folders)
+    for name, (other, _) in zip(options.model[1:], others, strict=True):
+        if other.labels != task.labels:
+            answers = [", ".join(t.labels) or "a score" for t in (other, task)]
+            raise UsageError(f"--model {name} answers {answers[0]}, --model {options.model[0]} {answers[1]}")
+    chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
+    tables = stream_tables(options.input, input_kind, chunk)
+    first = next(tables)
+    task = replace(task, columns=columns_of(task, settings, options.text_columns, first))
+    alone = []
+    for name, (_, own) in zip(options.model, [(task, settings), *others], strict=True):
+        length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
+        alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), task))
+    labeller = replace(alone[0], others=tuple(alone[1:]))
+    output: ToFile | ToStandardOutput = (
+        ToStandardOutput(output_kind)
+        if options.output == STANDARD
+        else ToFile(options.output, output_kind, _identity(args, labeller, folders, output_kind), options.overwrite)
+    )
+    try:
+        _label_all(labeller, _from_first(first, tables), output, log)
+    finally:
+        output.close()
+    return 0
+
+
+def _from_first(first: Table, rest: Iterator[Table]) -> Iterator[Table]:
+    yield first
+    yield from rest
+
+
+def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToStandardOutput, log) -> None:
+    digest = _skip(tables, output)
+    if output.rows:
+        print(f"going on after row {output.rows}", file=log, flush=True)
+    device, plan = labeller.evaluator.ranks.device, labeller.evaluator.precision.plan
+    begin = last = time.perf_counter()
+    rows = 0
+    for table in tables:
+        columns = labeller.label(table)
+        digest = _digest(digest, table)
+        output.append(table, columns, digest)
+        rows += len(table)
+        now = time.perf_counter()
+        if now - last > _SECONDS_BETWEEN_LINES:
+            print(f"{rows} rows, {rows / (now - begin):.1f} rows/s", file=log, flush=True)
+            last = now
+    output.finish()
+    seconds = time.perf_counter() - begin
+    path = "packed" if labeller.model.is_packed else f"padded, {labeller.model.why_padded}"
+    print(
+        f"labelled {rows} rows in {seconds:.1f} s: {rows / seconds:.1f} rows/s ({path}, {plan.name}, {device.name})",
+        file=log, flush=True,
+    )  # fmt: skip
+
+
+def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:
+    """The values of `labelled_output.IDENTITY`."""
+    from bert_glue.model.weights import weight_files
+    from bert_glue.storage.files import file_hash
+
+    files = [path for folder in folders for path in weight_files(folder, args.allow_pickle_weights)]
+    return {
+        "model_sha256": [file_hash(path) for path in files],
+        "tokenizers": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
+        "text_columns": list(labeller.task.columns),
+        "max_seq_lengths": [one.limit for one in (labeller, *labeller.others)],
+        "per_device_eval_batch_size": args.per_device_eval_batch_size,
+        "precision": labeller.evaluator.precision.plan.name,
+        "device": labeller.evaluator.ranks.device.kind,
+        "output_format": kind,
+    }
+
+
+def _kind(options: argparse.Namespace, part: str) -> str:
+    """csv, tsv, jsonl or parquet, as asked or by the extension.
+
+    Raises:
+        UsageError: neither tells it, or standard input or output cannot have it.
+    """
+    path, asked = getattr(options, part), getattr(options, f"{part}_format")
+    kind = asked or ("jsonl" if path == STANDARD else path.suffix.lower().removeprefix("."))
+    if kind not in STREAMED:
+        raise UsageError(f"--{part} {path}: unknown extension. Choices: {', '.join(STREAMED)}, or --{part}_format")
+    if path == STANDARD and kind == "parquet":
+        raise UsageError(f"--{part} -: parquet needs a file; jsonl, csv and tsv can be piped")
+    return kind
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bert_glue.predict", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", action="extend", metavar="NAME",
+        help="output folder of a run, checkpoint, or hub name; several: the mean of their probabilities")  # fmt: skip
+    add("--input", required=True, type=Path, help=f"{', '.join(STREAMED)}; - is standard input")
+    add("--output", required=True, type=Path, help="likewise; - is standard output")
+    add("--input_format", choices=STREAMED, help="default: by the extension, jsonl for -")
+    add("--output_format", choices=STREAMED, help="default: by the extension, jsonl for -")
+    add("--text_columns", nargs="+", metavar="NAME", help="one or two; default: those the model was trained on")
+    add("--max_seq_length", type=int, help="tokens; default: as in training, else 128")
+    add("--per_device_eval_batch_size", type=int, default=32, help="rows a forward pass, default 32")
+    add("--device", default="auto", help="auto, an index, a name, or name:index")
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--fp16", action="store_true", help="autocast to half precision")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
+    add("--overwrite", action="store_true", help="replace a finished output, and begin an unfinished one anew")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 usage, 3 data, 4 model or device, 5 diverged, 6 disk."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.text_columns and len(options.text_columns) > 2:
+        parser.error(f"--text_columns {' '.join(options.text_columns)}: one or two names")
+    for name, least in (("max_seq_length", 3), ("per_device_eval_batch_size", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value} is not in [{least}, inf)")
+    if options.bf16 and options.fp16:
+        parser.error("--fp16 and --bf16 are two precisions: give one")
+    return exit_code_of(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

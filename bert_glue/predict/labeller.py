@@ -1,0 +1,119 @@
+"""A finished model that labels tables: what it was trained on, which columns it reads, and its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.splits import make_split, text_columns
+from bert_glue.data.tables import Table
+from bert_glue.devices.distributed import Ranks
+from bert_glue.errors import DataError, DivergedError, MachineError, UsageError
+from bert_glue.evaluation.evaluator import Evaluator, softmax
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.loading import load_model
+from bert_glue.precision.native import InferencePrecision
+from bert_glue.precision.plan import plan_precision
+from bert_glue.predict.output import Columns
+from bert_glue.tasks import GlueTask
+from bert_glue.training.setup import assembler
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A model that labels tables.
+
+    Args:
+        task: as it was trained; `columns` are this input's, in the order the model reads them.
+        limit: tokens a row is cut to.
+        others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
+    """
+
+    task: GlueTask
+    model: LoadedModel
+    evaluator: Evaluator
+    limit: int
+    others: tuple[Labeller, ...] = ()
+
+    def answers(self, table: Table) -> np.ndarray:
+        """Probabilities `[rows, labels]`, or scores `[rows, 1]`, of this model alone, float64.
+
+        Raises:
+            DataError: a text is missing or is no text (file:line).
+            DivergedError: the model's outputs are not finite.
+        """
+        texts = table.renamed({name: name for name in self.task.columns})
+        tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit)
+        logits = self.evaluator.logits(TokenSplit("input", tokens, None))
+        if not np.isfinite(logits).all():
+            raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
+        return logits.astype(np.float64) if self.task.is_regression else softmax(logits)
+
+    def label(self, table: Table) -> Columns:
+        """The table's columns, then the model's.
+
+        Raises:
+            DataError: a text is missing or is no text (file:line), or a column of ours is there already.
+            DivergedError: the model's outputs are not finite.
+        """
+        own = _own_columns(self.task, np.mean([one.answers(table) for one in (self, *self.others)], axis=0))
+        if taken := [name for name in own if name in table.columns]:
+            raise DataError(f"{table.origin}: the input has a column {taken[0]!r} already; rename it")
+        return {**table.columns, **own}
+
+
+def _own_columns(task: GlueTask, answers: np.ndarray) -> Columns:
+    """Predictions and probabilities of `[rows, labels]` probabilities, or of `[rows, 1]` scores."""
+    if task.is_regression:
+        low, high = task.score_range or (-np.inf, np.inf)
+        return {"prediction": np.clip(answers[:, 0], low, high).round(6).tolist()}
+    shares = answers.round(6)
+    labels = [task.labels[at] for at in answers.argmax(1)]
+    return {
+        "prediction": labels,
+        **{f"probability_{name}": shares[:, at].tolist() for at, name in enumerate(task.labels)},
+    }
+
+
+def columns_of(task: GlueTask, settings: dict[str, Any], asked: list[str] | None, first: Table) -> tuple[str, ...]:
+    """The text columns of the input: those asked for, else the model's own, else found as in training.
+
+    Raises:
+        DataError: they are not in the file.
+        UsageError: one text is given where the model reads two, or the reverse.
+    """
+    trained = tuple(settings.get("text_columns") or task.columns)
+    if asked and trained and len(asked) != len(trained):
+        raise UsageError(
+            f"--text_columns {' '.join(asked)}: the model reads {len(trained)} a row: {', '.join(trained)}"
+        )
+    columns = tuple(asked or trained or text_columns(first))
+    missing = [name for name in columns if name not in first.columns]
+    if missing:
+        raise DataError(
+            f"{first.origin}: no column {missing[0]!r}; columns: {', '.join(map(str, first.columns))}; "
+            "name those with the texts by --text_columns"
+        )
+    return columns
+
+
+def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
+    """The model on its device, ready to label; for inference only.
+
+    Raises:
+        MachineError: the folder has no fine-tuned classifier, or the device cannot run it.
+    """
+    ranks = Ranks(args)
+    plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is for training
+    model = load_model(args, task)
+    if model.fresh:
+        raise MachineError(f"--model {args.model_name_or_path}: has no classifier; fine-tune it first")
+    model.module.to(ranks.device.torch_device)
+    precision = InferencePrecision(plan, model.module)
+    assemble = assembler(args, model, ranks, None)
+    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    return Labeller(task, model, evaluator, min(args.max_seq_length, model.position_limit))

@@ -1,0 +1,306 @@
+"""Writes labelled rows as csv, tsv, jsonl or parquet, chunk by chunk, so that a killed run goes on.
+
+While it is made a file is called `.<name>.partial`, beside `.<name>.progress.json` that tells how many
+rows and bytes of it count. After a kill the rest is cut off, and the same rows are appended again: the
+result is byte for byte that of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bert_glue.data.tables import Table
+from bert_glue.errors import CheckpointError, DataError
+from bert_glue.storage.files import json_object, open_own, plain_errors, write_json, written_aside
+from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
+
+Columns = dict[str, list]
+# All that decides the bytes of the output.
+IDENTITY = (
+    Fact("model_sha256", "model"),
+    Fact("tokenizers", "tokenizer"),
+    *flag_facts(("text_columns",)),
+    Fact("max_seq_lengths", "--max_seq_length"),
+    *flag_facts(("per_device_eval_batch_size",)),
+    Fact("precision", "precision"),
+    Fact("device", "device"),
+    *flag_facts(("output_format",)),
+)
+
+
+class ToStandardOutput:
+    """Rows to standard output; nothing is kept, so nothing can go on after a kill.
+
+    Args:
+        kind: csv, tsv or jsonl.
+    """
+
+    rows, input_hash = 0, ""
+
+    def __init__(self, kind: str):
+        self.encode = _ENCODERS[kind]()
+
+    def append(self, table: Table, columns: Columns, input_hash: str) -> None:
+        """Writes one chunk."""
+        try:
+            sys.stdout.buffer.write(self.encode(table, columns))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            # Nobody reads any more; python would try to flush again at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise CheckpointError("--output -: the reader of standard output is gone") from None
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ToFile:
+    """Rows to a file that appears when it is complete.
+
+    Args:
+        kind: csv, tsv, jsonl or parquet.
+        identity: values of `IDENTITY`; a part that was begun with others is refused.
+        overwrite: replace a finished file, and begin anew.
+
+    Raises:
+        CheckpointError: the file exists, another process writes it, or its part does not fit.
+    """
+
+    def __init__(self, path: Path, kind: str, identity: dict[str, Any], overwrite: bool):
+        self.path, self.kind, self.identity = path, kind, identity
+        self.encode = _ENCODERS[kind]()
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._progress = path.with_name(f".{path.name}.progress.json")
+        self.rows, self.input_hash = 0, ""
+        if path.exists() and not overwrite:
+            raise CheckpointError(f"--output {path} exists; choose another, or --overwrite")
+        with plain_errors(path):
+            self._file: BinaryIO = open_own(self._partial)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"--output {path}: another process is writing it") from None
+        size = 0 if overwrite else self._resume()
+        self._file.truncate(size)
+        self._bytes = size
+
+    def _resume(self) -> int:
+        """Takes over what an earlier process told; returns the bytes that count."""
+        try:
+            told = json_object(self._progress)
+            _check_progress(told)
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._progress}: is damaged ({error}); --overwrite begins anew") from None
+        other = differences(IDENTITY, with_current_keys(IDENTITY, told["identity"]), self.identity)
+        if other:
+            raise CheckpointError(
+                f"--output {self.path}: {told['rows']} rows were labelled with another {other}; "
+                "go on with the same, or --overwrite begins anew"
+            )
+        if self._partial.stat().st_size < told["bytes"]:
+            raise CheckpointError(f"{self._partial}: is shorter than {self._progress.name} says; --overwrite")
+        self.rows, self.input_hash = told["rows"], told["input_sha256"]
+        self.encode.go_on(told["columns"], self._partial)
+        return told["bytes"]
+
+    def append(self, table: Table, columns: Columns, input_hash: str) -> None:
+        """Adds one chunk; it counts when this returns.
+
+        Args:
+            input_hash: of all input rows so far.
+        """
+        content = self.encode(table, columns)
+        with plain_errors(self.path):
+            self._file.write(content)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.rows += len(table)
+            self._bytes += len(content)
+            told = {"rows": self.rows, "bytes": self._bytes, "input_sha256": input_hash}
+            write_json(self._progress, {**told, "columns": self.encode.names, "identity": self.identity})
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        with plain_errors(self.path):
+            if self.kind == "parquet":
+                with written_aside(self.path) as aside:
+                    _to_parquet(self._partial, aside)
+            else:
+                os.replace(self._partial, self.path)
+            for part in (self._partial, self._progress):
+                part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets go of the file; one without any row that counts leaves nothing behind."""
+        if not self.rows:
+            self._partial.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _check_progress(told: Any) -> None:
+    """Raises ValueError where `told` is not what `ToFile.append` writes."""
+    kinds = {"rows": int, "bytes": int, "input_sha256": str, "columns": list, "identity": dict}
+    for name, kind in kinds.items():
+        value = told.get(name)
+        is_count = kind is not int or (not isinstance(value, bool) and isinstance(value, int) and value >= 0)
+        if not isinstance(value, kind) or not is_count:
+            raise ValueError(f"its {name!r} is {str(value)[:40]}")
+    if not all(isinstance(name, str) for name in told["columns"]):
+        raise ValueError("its 'columns' are not names")
+
+
+class _Encoder:
+    """Chunks of columns to bytes.
+
+    Args:
+        names: columns of the first chunk, which all others must have; None before it.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] | None = None
+
+    def go_on(self, names: list[str], partial: Path) -> None:
+        """Takes over from an earlier process that wrote `partial`."""
+        self.names = names
+
+    def __call__(self, table: Table, columns: Columns) -> bytes:
+        """Bytes of one chunk.
+
+        Raises:
+            DataError: a value or column that this kind of file cannot hold; file:line.
+        """
+        is_first, self.names = self.names is None, self.names or list(columns)
+        for name in columns.keys() - set(self.names):
+            at = next((row for row, value in enumerate(columns[name]) if value is not None), 0)
+            raise DataError(
+                f"{table.where(at)}: {name!r} is not among the columns of the first rows; jsonl can hold it"
+            )
+        return self.encode(table, {name: columns.get(name, [None] * len(table)) for name in self.names}, is_first)
+
+    def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
+        """Bytes of columns that are the same for all chunks."""
+        raise NotImplementedError
+
+
+class _Csv(_Encoder):
+    def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
+        texts = _texts(columns)
+        # csv.writer leaves a lone CR unquoted, which readers take for the end of a line.
+        has_return = any("\r" in value for values in texts for value in values)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
+        if is_first:
+            writer.writerow(columns)
+        writer.writerows(zip(*texts, strict=True))
+        return _utf8(table, text.getvalue())
+
+
+class _Tsv(_Encoder):
+    def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
+        lines = ["\t".join(columns)] if is_first else []
+        for row, values in enumerate(zip(*_texts(columns), strict=True)):
+            line = "\t".join(values)
+            if line.count("\t") != len(values) - 1 or "\n" in line or "\r" in line:
+                raise DataError(f"{table.where(row)}: a tab or line break in a text, which tsv cannot hold; csv can")
+            lines.append(line)
+        return _utf8(table, "\n".join(lines) + "\n")
+
+
+class _Jsonl(_Encoder):
+    def __call__(self, table: Table, columns: Columns) -> bytes:
+        """One object a row; any chunk may have other keys."""
+        self.names = []
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return _utf8(table, "".join(_json(row) + "\n" for row in rows))
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, dict):  # JSON has no NaN
+        value = {name: None if isinstance(v, float) and v != v else v for name, v in value.items()}
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _texts(columns: Columns) -> list[list[str]]:
+    """Values as csv and tsv have them: None is empty, lists and objects are JSON."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else "" if value is None else _json(value)
+
+    return [[text(value) for value in values] for values in columns.values()]
+
+
+def _utf8(table: Table, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{table.where(0)} or later: half a surrogate pair, which is no text") from None
+
+
+class _Parquet(_Encoder):
+    """An Arrow stream: its messages can be appended, a parquet file's rows cannot. `_to_parquet` converts it."""
+
+    _schema: Any = None
+
+    def go_on(self, names: list[str], partial: Path) -> None:
+        import pyarrow
+
+        super().go_on(names, partial)
+        with pyarrow.OSFile(str(partial)) as file:
+            self._schema = pyarrow.ipc.open_stream(file).schema
+
+    def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
+        import pyarrow
+
+        content = b""
+        if self._schema is None:
+            first = [_array(table, name, values, None) for name, values in columns.items()]
+            kinds = [pyarrow.string() if pyarrow.types.is_null(array.type) else array.type for array in first]
+            self._schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+            content = self._schema.serialize().to_pybytes()
+        arrays = [_array(table, name, columns[name], self._schema.field(name).type) for name in columns]
+        return content + pyarrow.record_batch(arrays, schema=self._schema).serialize().to_pybytes()
+
+
+def _array(table: Table, name: str, values: list, kind: Any) -> Any:
+    """A column as Arrow has it; `kind` None infers it."""
+    import pyarrow
+
+    problems = (pyarrow.ArrowException, UnicodeEncodeError, OverflowError)
+    try:
+        return pyarrow.array(values, kind)
+    except problems:
+        for row in range(len(values)):
+            try:
+                pyarrow.array(values[: row + 1] if kind is None else [values[row]], kind)
+            except problems:
+                found = f"{str(values[row])[:40]!r}, which does not fit the rows before"
+                raise DataError(f"{table.where(row)}: {name!r} is {found}; jsonl can hold it") from None
+        raise
+
+
+def _to_parquet(stream: Path, target: Path) -> None:
+    """An Arrow stream to a parquet file, a row group a chunk."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.OSFile(str(stream)) as file:
+        reader = pyarrow.ipc.open_stream(file)
+        with pyarrow.parquet.ParquetWriter(target, reader.schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+
+
+_ENCODERS: dict[str, Callable[[], _Encoder]] = {"csv": _Csv, "tsv": _Tsv, "jsonl": _Jsonl, "parquet": _Parquet}

@@ -1,0 +1,37 @@
+"""Reports from finished runs: `python -m bert_glue.report FOLDER...`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.report.run_page import run_page, write_page
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 usage, 4 no results, 6 not written."""
+    parser = argparse.ArgumentParser(prog="python -m bert_glue.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder that holds runs")
+    parser.add_argument("--output", type=Path, help="default: report.html in the folder; in . for several folders")
+    args = parser.parse_args(argv)
+
+    def write() -> int:
+        from bert_glue.report.suite_page import find_runs, suite_page
+
+        missing = [str(folder) for folder in args.folders if not folder.is_dir()]
+        if missing:
+            raise MachineError(f"{', '.join(missing)}: no such folder")
+        is_one_run = len(args.folders) == 1 and (args.folders[0] / "all_results.json").is_file()
+        target = args.output or (args.folders[0] if len(args.folders) == 1 else Path()) / "report.html"
+        text = run_page(args.folders[0]) if is_one_run else suite_page(*find_runs(args.folders))
+        write_page(target, text)
+        print(f"wrote {target}")
+        return 0
+
+    return exit_code_of(write)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

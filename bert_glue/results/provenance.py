@@ -1,0 +1,96 @@
+"""run.json: what was run, on what, from which bits to which bits; enough to run it again (`repeat.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_glue import __version__
+from bert_glue.config.arguments import FLAGS, Arguments, without_secrets
+from bert_glue.result_keys import is_of_evaluation
+from bert_glue.storage.files import file_hash
+
+if TYPE_CHECKING:
+    from bert_glue.data.sources import TaskData
+    from bert_glue.devices.distributed import Ranks
+    from bert_glue.model.classifier import LoadedModel
+
+_PACKAGES = (
+    "torch",
+    "torch_npu",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "scikit-learn",
+    "peft",
+)
+_NOT_SCORES = ("runtime", "per_second")
+
+
+def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks) -> dict[str, Any]:
+    """run.json as far as it is known before training; no secret is in it.
+
+    Args:
+        args: as given, without what was made on the spot.
+    """
+    return {
+        "bert_glue": __version__,
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+        "argv": [without_secrets(word, args) for word in sys.argv],
+        "working_directory": os.getcwd(),
+        "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
+        "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
+        "model_sha256": {path.name: file_hash(path) for path in model.files},
+        "device_name": ranks.device.name,
+        "world_size": ranks.world_size,
+    }
+
+
+def with_outcome(
+    record: dict[str, Any], folder: Path, results: dict, is_saved: bool, changes: list[str]
+) -> dict[str, Any]:
+    """The same with what came out.
+
+    Args:
+        is_saved: whether this run wrote `folder`'s model.safetensors.
+        changes: settings changed by resumes, a line each.
+    """
+    timed = [name for name in results if any(part in name for part in _NOT_SCORES)]
+    scores = {name: value for name, value in results.items() if is_of_evaluation(name) and name not in timed}
+    weights = folder / "model.safetensors"
+    return {
+        **record,
+        "changes": changes,
+        "scores": scores,
+        "weights_sha256": file_hash(weights) if is_saved and weights.is_file() else None,
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a result; None where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _data_hashes(data: TaskData) -> dict[str, str]:
+    hashes = {}
+    for name, split in data.splits.items():
+        digest = hashlib.sha256()
+        for column in split.texts:
+            digest.update("\0".join(column).encode("utf-8", "surrogatepass"))
+        digest.update(repr(split.labels).encode())
+        hashes[name] = digest.hexdigest()
+    return hashes

@@ -1,0 +1,158 @@
+"""Files that are never seen half-written, and files of JSON that are read with an error that names them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from bert_glue.errors import CheckpointError, MachineError
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def plain_errors(target: Path) -> Iterator[None]:
+    """Turn a file system's refusal to write `target` into one line with exit code 6.
+
+    Raises:
+        CheckpointError: the block raised OSError, or what safetensors makes of one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """`all_results.json` of a run.
+
+    Raises:
+        MachineError: there is none, or it is not a JSON object.
+    """
+    return read_json_object(output_dir / "all_results.json")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A results file of a run.
+
+    Raises:
+        MachineError: there is none, or it is not a JSON object.
+    """
+    try:
+        return json_object(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MachineError(f"{file}: no results of a finished run ({reason})") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """JSON that is never seen half-written."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+_LFS_MARK = b"version https://git-lfs"
+
+
+def check_not_lfs_pointer(path: Path) -> None:
+    """Refuse a Git-LFS pointer that stands where a file should be.
+
+    Raises:
+        MachineError: `path` is a pointer, and the message says how to get the file; or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_MARK))
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror}") from error
+    if start == _LFS_MARK:
+        raise MachineError(
+            f"{path} is a Git-LFS pointer ({path.stat().st_size} bytes), not the file itself: "
+            "run `git lfs install && git lfs pull` in that folder, or download the file"
+        )
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give `path` its content by one rename; a file there before stays until this one is whole.
+
+    Yields:
+        The path to write to, an empty file of this process.
+
+    Raises:
+        OSError: it cannot be written; nothing is left aside.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.open("xb").close()  # never opens what a link points to
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path` as `written_aside` does.
+
+    Raises:
+        OSError: it cannot be written; nothing is left aside.
+    """
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def open_own(path: Path) -> BinaryIO:
+    """A file to read and append to, made if it is missing.
+
+    Raises:
+        OSError: it is a link, has a second name (a hard link), is no regular file, or cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o666)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise OSError(errno.ELOOP, "it is a link or no regular file: remove it", str(path))
+    return os.fdopen(handle, "a+b")
+
+
+def make_own_folder(path: Path) -> None:
+    """Make a folder below one of ours.
+
+    Raises:
+        OSError: it is a link, or cannot be made.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link: remove it", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a file holds that is one JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, is nested too deeply, or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content

@@ -1,0 +1,287 @@
+"""GLUE tasks x seeds x learning rates as a queue: one run a device, resumable, with a table and a summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from bert_glue.config.arguments import FLAGS
+from bert_glue.config.checks import metric_names
+from bert_glue.config.expectations import Expectation, missed, read_expectations
+from bert_glue.config.values import convert
+from bert_glue.errors import CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
+from bert_glue.storage.lock import FolderLock, wait_until_free
+from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
+from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_words
+from bert_glue.sweep.summary import best_mean, lines, summarise, write
+from bert_glue.tasks import GlueTask
+
+
+class Listed:
+    """A source of runs that are known from the start."""
+
+    def __init__(self, runs: list[SweepRun]):
+        self._waiting = deque(runs)
+
+    def next_run(self) -> SweepRun | None:
+        """The next in order."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def ended(self, run: SweepRun, is_done: bool) -> None:
+        """Nothing follows from a result."""
+
+
+def main(argv: list[str]) -> int:
+    """Run a sweep; returns its exit code."""
+    own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = _parser().parse_args(own)
+    return exit_code_of(lambda: _sweep(args, tuple(extra)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bert_glue.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags of run_glue.py go behind -- and are the same for all runs.", allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--tasks", default="all", metavar="LIST", help="comma-separated, or all (default)")
+    add("--seeds", default="1-3", metavar="LIST", help="such as 1,2,7 or 1-5; default 1-3")
+    add("--learning_rates", default="", metavar="LIST", help="one run each; default: the recipe's only")
+    add("--sample", action="store_true", help="generated sample data (not GLUE); without --model a tiny BERT")
+    add("--data_path", metavar="FOLDER", help="the original GLUE folder; default: the hub's data")
+    add("--model", "--model_name_or_path", metavar="NAME", help="folder or hub name; default: bert-large-cased")
+    add("--recipe", default="reference", metavar="NAME", help="reference (default), stable, ... or a config file")
+    add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
+    add("--devices", default="auto", metavar="LIST", help="such as npu:0,npu:1; auto (default): all of the best kind")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
+    add("--grace", type=float, default=300.0, metavar="SECONDS", help="for saving after a signal; default 300")
+    add("--keep_checkpoints", action="store_true", help="of finished runs too; default: only the model is kept")
+    add("--expect", nargs="+", default=[], metavar="BOUND", help="such as 'mrpc.f1>=0.88', of the mean over seeds")
+    add("--dry_run", action="store_true", help="show the runs and how far they are, start nothing")
+    add("--search", type=int, metavar="N", help="instead of fixed settings, N trials of Optuna a task")
+    add("--storage", metavar="URL", help="of the study, shared by several machines; default: sqlite in --output_dir")
+    add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search, or FLAG=A,B,C")
+    return parser
+
+
+def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
+    suite = _suite(args, extra)
+    tasks, seeds = tasks_of(args.tasks), seeds_of(args.seeds)
+    rates = [rate.strip() for rate in args.learning_rates.split(",")] if args.learning_rates else []
+    if args.jobs < 1 or (args.search is not None and args.search < 1):
+        raise UsageError("--jobs and --search: at least 1")
+    if args.search is not None:
+        from bert_glue.sweep.search import Search, read_space
+
+        if rates:
+            raise UsageError("--learning_rates and --search: the search chooses learning rates; give one")
+        source = Search(suite, tasks, seeds, args.search, args.storage, read_space(args.space, args.sample))
+        runs = source.runs  # grows while the search goes on
+    else:
+        if args.storage or args.space:
+            raise UsageError("--storage and --space belong to --search")
+        runs = plan(suite, tasks, seeds, rates)
+    bounds = _bounds(args.expect, tasks)
+    if args.dry_run:
+        if args.search is not None:
+            print(f"{args.search} trials a task within {source.space}")
+        print("\n".join(_state(run) for run in runs))
+        return 0
+    slots = _slots(args.devices, args.jobs)
+    with FolderLock(suite.output_dir):
+        if args.search is not None:
+            source.open()
+        # A sweep that was killed leaves runs that are still saving their checkpoints.
+        wait_until_free([run.folder for run in runs], args.grace)
+        waiting = [run for run in runs if run.results() is None]
+        found = len(runs) - len(waiting)
+        rest = f"{len(waiting)} to do" if args.search is None else f"{args.search} trials a task within {source.space}"
+        print(f"{found} runs are done already; {rest}; on {', '.join(slot.device for slot in slots)}")
+        table = SweepTable(None if args.search is not None else len(runs), found)
+        queue = Queue(source if args.search is not None else Listed(waiting), slots, args.grace, table.tell, table.show)
+        try:
+            queue.run()
+        finally:
+            table.close()
+            summary = summarise(runs, queue.failures)
+            if args.search is not None:
+                summary["search"] = source.summary()
+            try:
+                write(suite.output_dir, summary)
+            except OSError as error:
+                raise CheckpointError(f"{suite.output_dir}/summary.json cannot be written: {error.strerror}") from error
+        if not args.keep_checkpoints:
+            _drop_checkpoints(runs)
+    return _close(queue, summary, suite.output_dir) or _gate(bounds, runs)
+
+
+def _close(queue: Queue, summary: dict, output_dir: Path) -> int:
+    """Last lines, and the exit code."""
+    for name, study in summary.get("search", {}).items():
+        if "best" in study:
+            best = ", ".join(f"{flag} {value}" for flag, value in study["best"].items())
+            print(f"best of {study['COMPLETE']} trials, {name}: {100 * study['best_value']:.2f} with {best}")
+    print("\n".join([*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv"]))
+    for folder, reason in queue.failures.items():
+        print(f"failed: {folder}: {reason}", file=sys.stderr)
+    if queue.stop_signal is not None:
+        print("stopped: the same command continues", file=sys.stderr)
+        return 128 + queue.stop_signal
+    codes = set(queue.codes.values())
+    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+
+
+def _bounds(texts: list[str], tasks: list[GlueTask]) -> list[tuple[GlueTask, Expectation]]:
+    """The bounds of --expect, each with its task.
+
+    Raises:
+        UsageError: not a bound, or not of one of the tasks.
+    """
+    found = []
+    for text in ",".join(texts).split(",") if texts else []:
+        name = text.strip().partition(".")[0]
+        task = next((task for task in tasks if task.name == name), tasks[0])
+        if len(tasks) > 1 and task.name != name:
+            raise UsageError(f"--expect {text}: begin with one of the tasks, such as {task.name}.{task.headline}>=0.8")
+        try:
+            found += [(task, bound) for bound in read_expectations(text, task.name, metric_names(task))]
+        except ValueError as error:
+            raise UsageError(f"--expect: {error}") from None
+    return found
+
+
+def _gate(bounds: list[tuple[GlueTask, Expectation]], runs: list[SweepRun]) -> int:
+    """0, or 8 after a line on each bound that a mean misses."""
+    judged = [b.judge({b.key: best_mean([r for r in runs if r.task == task], b.key)}) for task, b in bounds]
+    for line in missed(judged):
+        print(f"error: mean over seeds: {line}", file=sys.stderr)
+    return ExpectationError.exit_code if missed(judged) else 0
+
+
+def _suite(args: argparse.Namespace, extra: tuple[str, ...]) -> Suite:
+    if args.sample and args.data_path:
+        raise UsageError("--sample and --data_path are two sources of data: give one")
+    source = ["--sample"] if args.sample else []
+    source += [f"--data_path={args.data_path}"] if args.data_path else []
+    local = Path(__file__).resolve().parents[2] / "bert-large-cased"
+    default = None if args.sample else str(local) if local.is_dir() else "google-bert/bert-large-cased"
+    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, args.recipe)
+
+
+def _state(run: SweepRun) -> str:
+    state = "done" if run.results() is not None else "to continue" if run.is_started() else "to start"
+    return f"{state}: {run.name}: run_glue.py {shlex.join(run.flags)}"
+
+
+def _slots(devices: str, jobs: int) -> list[Slot]:
+    """One slot a device and job, with its share of the host's threads.
+
+    Raises:
+        UsageError: no such device name, or one given twice.
+        MachineError: the devices of "auto" cannot be listed.
+    """
+    names = _devices_here() if devices == "auto" else [name.strip() for name in devices.split(",")]
+    for name in names:
+        try:
+            convert(FLAGS["device"], name)
+        except ValueError as error:
+            raise UsageError(f"--devices: {error}") from None
+    if len(set(names)) < len(names):
+        raise UsageError("--devices: one is given twice; --jobs N lets N runs share each device")
+    names = names * jobs
+    threads = 0 if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // len(names))
+    return [Slot(name, threads) for name in names]
+
+
+def _devices_here() -> list[str]:
+    # In a process of its own: a driver's state must not be forked into the runs.
+    command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    try:
+        fact = json.loads(done.stdout)
+        return fact["devices"]
+    except (ValueError, KeyError) as error:
+        reason = re.sub(r"\s+", " ", (done.stderr or done.stdout).strip())[-300:]
+        raise MachineError(f"--devices auto: {reason}; python -m bert_glue.doctor says more") from error
+
+
+def _drop_checkpoints(runs: list[SweepRun]) -> None:
+    """Delete the checkpoints of finished runs: they serve only to continue."""
+    folders = [folder for run in runs if run.results() is not None for folder in run.folder.glob("checkpoint-*")]
+    if folders:
+        from bert_glue.storage.checkpoint import remove, step_of
+
+        for folder in folders:
+            if step_of(folder) >= 0:
+                remove(folder)
+
+
+_REFRESH_SECONDS = 1.0
+
+
+class SweepTable:
+    """Events and the state of every slot.
+
+    Args:
+        total: runs of the sweep; None in a search, which has no fixed number.
+        done: of them finished earlier.
+        is_live: None asks whether stderr is a terminal.
+    """
+
+    def __init__(self, total: int | None, done: int = 0, is_live: bool | None = None):
+        self.total, self.done, self.failed = total, done, 0
+        self._live: Any = None
+        self._shown = 0.0
+        if sys.stderr.isatty() if is_live is None else is_live:
+            from rich.console import Console
+            from rich.live import Live
+
+            # No thread of its own: the queue forks.
+            self._live = Live(console=Console(stderr=True), auto_refresh=False)
+            self._live.start()
+
+    def tell(self, event: Event) -> None:
+        """Count and print one event."""
+        self.done += event.kind is EventKind.DONE
+        self.failed += event.kind is EventKind.FAILED
+        of_all = "" if self.total is None else f"[{self.done}/{self.total}] "
+        if self._live is None:
+            print(f"{of_all}{event.text}", flush=True)
+        else:
+            self._live.console.print(f"{of_all}{event.text}", markup=False, highlight=False)
+
+    def show(self, running: list[Attempt]) -> None:
+        """Draw the table anew, once a second at most."""
+        if self._live is None or time.monotonic() - self._shown < _REFRESH_SECONDS:
+            return
+        from rich.table import Table
+
+        self._shown = time.monotonic()
+        of_all = "" if self.total is None else f" of {self.total}"
+        table = Table("device", "run", "seconds", "last line", title=f"{self.done}{of_all} done, {self.failed} failed")
+        for attempt in running:
+            name = attempt.run.name if attempt.number == 1 else f"{attempt.run.name} (again)"
+            table.add_row(attempt.slot.device, name, f"{attempt.seconds:.0f}", last_words(attempt.run)[:70])
+        self._live.update(table, refresh=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.update("", refresh=True)
+            self._live.stop()
+            self._live = None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

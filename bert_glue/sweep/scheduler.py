@@ -1,0 +1,300 @@
+"""Runs as child processes, one a slot: retried once, stopped together, never taking the sweep with them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, Protocol
+
+from bert_glue.result_keys import headline_keys
+from bert_glue.storage.files import open_own
+from bert_glue.sweep.plan import SweepRun
+
+RUN_GLUE = Path(__file__).resolve().parents[2] / "run_glue.py"
+LOG_FILE = "run.log"
+_POLL_SECONDS = 0.2
+_KILLED_SECONDS = 10.0
+_USAGE, _MACHINE = 2, 4
+_ATTEMPTS = 2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Source(Protocol):
+    """Where runs come from: a list, or a search that learns from the results."""
+
+    def next_run(self) -> SweepRun | None:
+        """The next run to start; None if there is none now."""
+
+    def ended(self, run: SweepRun, is_done: bool) -> None:
+        """A run was finished, or failed for good."""
+
+
+@dataclass
+class Slot:
+    """Room for one run at a time.
+
+    Args:
+        device: as `--device` has it.
+        threads: for OMP_NUM_THREADS of its run; 0 leaves the user's.
+        finished: runs that succeeded here.
+    """
+
+    device: str
+    threads: int = 0
+    finished: int = 0
+
+
+@dataclass
+class Attempt:
+    """A run that is in a slot now.
+
+    Args:
+        number: 1 for the first try of this sitting.
+        began: monotonic seconds.
+    """
+
+    run: SweepRun
+    slot: Slot
+    number: int
+    process: subprocess.Popen
+    began: float
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self.began
+
+
+class EventKind(Enum):
+    """What happened to a run, a device or the sweep."""
+
+    STARTED = auto()
+    DONE = auto()
+    STOPPED = auto()
+    RETRIED = auto()
+    FAILED = auto()
+    DEVICE_LOST = auto()
+    SIGNAL = auto()
+    NOT_ENDED = auto()
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened; `text` is its line for a person."""
+
+    kind: EventKind
+    text: str
+
+
+@dataclass
+class Queue:
+    """Starts runs in free slots until the source has none left.
+
+    Args:
+        grace: seconds a run has after a signal to save its checkpoint, before it is killed.
+        tell: gets each event.
+        show: called a few times a second.
+    """
+
+    source: Source
+    slots: list[Slot]
+    grace: float
+    tell: Callable[[Event], None]
+    show: Callable[[list[Attempt]], None]
+    stop_signal: int | None = None
+    failures: dict[Path, str] = field(default_factory=dict)
+    codes: dict[Path, int] = field(default_factory=dict)
+    running: list[Attempt] = field(default_factory=list)
+    _again: list[tuple[SweepRun, int]] = field(default_factory=list)
+    _signals: int = 0
+
+    def run(self) -> None:
+        """Until all is done, or a signal has ended every run."""
+        with self._signals_caught():
+            try:
+                while self._start_what_fits() or self.running:
+                    self._poll()
+            except Exception:  # of the source, such as a database that went away: the runs may still save
+                self._signals, self.stop_signal = self._signals or 1, self.stop_signal or signal.SIGTERM
+                while self.running:
+                    self._poll()
+                raise
+            finally:
+                self._kill()
+
+    @contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signals += 1
+        self.stop_signal = self.stop_signal or number
+
+    def _start_what_fits(self) -> bool:
+        """Start runs in free slots; False if nothing was and nothing is left."""
+        started = False
+        busy = [attempt.slot for attempt in self.running]
+        for slot in [slot for slot in self.slots if not any(slot is other for other in busy)]:
+            following = None if self._signals else self._next()
+            if following is None:
+                break
+            started = self._start(*following, slot) or started
+        return started or bool(self._again and not self._signals)
+
+    def _next(self) -> tuple[SweepRun, int] | None:
+        run = self.source.next_run()
+        if run is not None:
+            return run, 1
+        return self._again.pop(0) if self._again else None
+
+    def _start(self, run: SweepRun, number: int, slot: Slot) -> bool:
+        resume = ["--resume_from_checkpoint=auto"] if run.is_started() else []
+        command = [sys.executable, str(RUN_GLUE), *run.flags, f"--device={slot.device}", "--disable_tqdm", *resume]
+        threads = str(slot.threads)
+        limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.threads else {}
+        try:
+            run.note_settings()
+            with open_own(run.folder / LOG_FILE) as log:
+                log.write(f"\n$ {shlex.join(command)}\n".encode())
+                log.flush()
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", **limits},
+                    start_new_session=True, preexec_fn=_end_with_parent(),
+                )  # fmt: skip
+        except OSError as error:
+            self._failed(run, number, f"cannot be started: {error}", 6)
+            return False
+        self.running.append(Attempt(run, slot, number, process, time.monotonic()))
+        self._tell(EventKind.STARTED, f"{'continue' if resume else 'start'} {run.name} on {slot.device}")
+        return True
+
+    def _poll(self) -> None:
+        time.sleep(_POLL_SECONDS)
+        for attempt in [attempt for attempt in self.running if attempt.process.poll() is not None]:
+            self.running.remove(attempt)
+            self._ended(attempt)
+        if self._signals:
+            self._stop_all()
+        self.show(self.running)
+
+    def _ended(self, attempt: Attempt) -> None:
+        run, code = attempt.run, attempt.process.returncode
+        _kill_group(attempt.process)  # whatever it left behind
+        results = run.results() if code == 0 else None
+        if results is not None:
+            attempt.slot.finished += 1
+            self._tell(EventKind.DONE, f"done {run.name} in {attempt.seconds:.0f} s: {_score(run, results)}")
+            self.source.ended(run, True)
+        elif self._signals:
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            self._tell(EventKind.STOPPED, f"stopped {run.name} ({how})")
+        elif code == _MACHINE and not attempt.slot.finished and len(self.slots) > 1:
+            # A device that is not there must not use up every run's tries while others work.
+            self.slots[:] = [slot for slot in self.slots if slot is not attempt.slot]
+            self._again.append((run, attempt.number))
+            self._tell(EventKind.DEVICE_LOST, f"no more runs on {attempt.slot.device}: {last_words(run)}")
+        else:
+            self._failed(run, attempt.number, _why(code, run), code if code > 0 else 1)
+
+    def _failed(self, run: SweepRun, number: int, reason: str, code: int) -> None:
+        if number < _ATTEMPTS and code != _USAGE:
+            self._tell(EventKind.RETRIED, f"failed {run.name}: {reason}; it is tried once more at the end")
+            self._again.append((run, number + 1))
+            return
+        self._tell(EventKind.FAILED, f"failed {run.name}: {reason}; its output: {run.folder / LOG_FILE}")
+        self.failures[run.folder], self.codes[run.folder] = reason, code
+        self.source.ended(run, False)
+
+    def _stop_all(self) -> None:
+        """Hand each signal on once; kill what is still there after the grace."""
+        if self.running and not hasattr(self, "_deadline"):
+            self._deadline, self._handed_on = time.monotonic() + self.grace, 0
+            text = f"signal {self.stop_signal}: {len(self.running)} runs save their checkpoints"
+            self._tell(EventKind.SIGNAL, text)
+        while self.running and self._handed_on < self._signals:
+            self._handed_on += 1
+            for attempt in self.running:
+                # run_glue.py saves at the first two only.
+                is_known = self.stop_signal in (signal.SIGINT, signal.SIGTERM)
+                attempt.process.send_signal(self.stop_signal if is_known else signal.SIGTERM)
+        if self.running and time.monotonic() > self._deadline:
+            text = f"{len(self.running)} runs did not end within {self.grace:g} s: killed"
+            self._tell(EventKind.NOT_ENDED, text)
+            self._kill()
+
+    def _tell(self, kind: EventKind, text: str) -> None:
+        self.tell(Event(kind, text))
+
+    def _kill(self) -> None:
+        for attempt in self.running:
+            _kill_group(attempt.process)
+        for attempt in list(self.running):
+            try:
+                attempt.process.wait(_KILLED_SECONDS)
+            except subprocess.TimeoutExpired:  # held by a driver: nothing can end it
+                text = f"process {attempt.process.pid} of {attempt.run.name} cannot be killed"
+                self._tell(EventKind.NOT_ENDED, text)
+                self.running.remove(attempt)
+
+
+def _end_with_parent() -> Callable[[], None]:
+    """Called in the child: SIGTERM reaches it when the sweep dies, SIGKILL included, so that it saves."""
+    prctl = ctypes.CDLL(None).prctl  # looked up here: after a fork there may be no way to load anything
+    parent = os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died meanwhile
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _score(run: SweepRun, results: dict[str, Any]) -> str:
+    value = results[headline_keys(run.task)[0]]
+    return f"{run.task.headline} " + ("has no value" if value is None else f"{100 * value:.2f}")
+
+
+def _why(code: int, run: SweepRun) -> str:
+    if code == 0:
+        return "it ended with exit code 0 and left no complete results"
+    if code < 0:
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{hint}"
+    return f"exit code {code}: {last_words(run)}"
+
+
+def last_words(run: SweepRun) -> str:
+    """The last error of a run's log, else its last line; at most 200 characters."""
+    try:
+        with (run.folder / LOG_FILE).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
+            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    except OSError:
+        return "no output"
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["no output"])[-1][:200]

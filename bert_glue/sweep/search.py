@@ -1,0 +1,233 @@
+"""Search of hyper-parameters with Optuna: its storage is the study, so several machines can share one.
+
+Each trial trains all seeds of the sweep; its value is the mean of the task's headline metric. A trial
+that this folder began and did not end, because it was killed, is continued and not asked anew. The best
+of many trials on one dev set is optimistic: confirm it with new seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from bert_glue.config.arguments import FLAGS
+from bert_glue.config.values import convert
+from bert_glue.errors import MachineError, UsageError, UserError, first_line
+from bert_glue.result_keys import headline_keys
+from bert_glue.storage.files import write_whole
+from bert_glue.sweep.plan import Suite, SweepRun
+from bert_glue.tasks import GlueTask
+
+# Ranges of Devlin et al. 2019 (appendix A.3) widened by what Mosbach et al. 2021 found to help.
+_SPACE = {
+    "learning_rate": "1e-5:1e-4",
+    "num_train_epochs": "2:10",
+    "warmup_steps": "0:0.2",
+    "per_device_train_batch_size": "16,32",
+}
+# The tiny BERT of the sample starts from random weights.
+_SAMPLE_SPACE = {**_SPACE, "learning_rate": "1e-4:1e-3"}
+_OWNER = "sweep_folder"
+
+
+def read_space(words: list[str], is_sample: bool) -> dict[str, str]:
+    """Ranges to search, flag -> "low:high" or "a,b,c": the stated ones, changed by `words`.
+
+    Raises:
+        UsageError: no such flag, or no range of its values.
+    """
+    space = dict(_SAMPLE_SPACE if is_sample else _SPACE)
+    for word in words:
+        name, equals, text = word.partition("=")
+        ends = text.split(":") if ":" in text else text.split(",")
+        flag = FLAGS.get(name)
+        if not equals or flag is None or flag.kind == "bool":
+            raise UsageError(f"--space {word}: FLAG=LOW:HIGH or FLAG=A,B,C with a flag of run_glue.py that has a value")
+        try:
+            values = [convert(flag, end) for end in ends]
+        except ValueError as error:
+            raise UsageError(f"--space {name}: {error}") from None
+        if ":" in text and (len(ends) != 2 or flag.kind == "str" or not values[0] < values[1]):
+            raise UsageError(f"--space {word}: LOW:HIGH with LOW below HIGH")
+        space[name] = text
+    return space
+
+
+def _suggest(trial: Any, name: str, text: str) -> str:
+    """A value of one flag, as text: whole for a range of whole numbers, by logarithm for one of a decade."""
+    if ":" not in text:
+        return trial.suggest_categorical(name, text.split(","))
+    low, high = text.split(":")
+    if low.isdecimal() and high.isdecimal():
+        return str(trial.suggest_int(name, int(low), int(high)))
+    bottom, top = float(low), float(high)
+    return repr(trial.suggest_float(name, bottom, top, log=bottom > 0 and top / bottom >= 10))
+
+
+@dataclass
+class _Trial:
+    """A trial that runs here: its number in the study, its runs, and how many of them are not done."""
+
+    task: GlueTask
+    number: int
+    runs: list[SweepRun]
+    left: int
+
+
+class Search:
+    """A source of runs for the queue: asks the study for trials and tells it their values.
+
+    Args:
+        trials: of each task's study in all, whichever machine runs them.
+        storage: of Optuna; None: a file in the sweep's folder.
+        space: of `read_space`.
+    """
+
+    def __init__(
+        self, suite: Suite, tasks: list[GlueTask], seeds: list[int], trials: int, storage: str | None,
+        space: dict[str, str],
+    ):  # fmt: skip
+        self.suite, self.tasks, self.seeds, self.trials, self.space = suite, tasks, seeds, trials, space
+        self.storage = storage or f"sqlite:///{suite.output_dir.resolve()}/search.db"
+        self.runs: list[SweepRun] = []
+        self._studies: dict[str, Any] = {}
+        self._waiting: deque[SweepRun] = deque()
+        self._open: dict[tuple[str, int], _Trial] = {}
+        for task in tasks:  # a wrong flag is found before anything starts
+            suite.run(task, seeds[0], {name: text.replace(":", ",").split(",")[0] for name, text in space.items()}, 0)
+
+    def open(self) -> None:
+        """Open or make the studies, and take up the trials that this folder left unfinished.
+
+        Raises:
+            MachineError: Optuna is not installed, or the storage does not open.
+            UsageError: an unfinished trial's folder has other settings.
+        """
+        try:
+            import optuna
+        except ImportError as error:
+            raise MachineError(f"--search needs Optuna ({error}): python -m pip install optuna") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._owner = optuna, self._folder_id()
+        with self._storage_errors():
+            storage = optuna.storages.RDBStorage(self.storage)
+            for task in self.tasks:
+                self._studies[task.name] = optuna.create_study(
+                    storage=storage, study_name=self._study_name(task), direction="maximize", load_if_exists=True,
+                    sampler=optuna.samplers.TPESampler(constant_liar=True),
+                )  # fmt: skip
+            for task in self.tasks:
+                for trial in self._studies[task.name].get_trials(deepcopy=False, states=(self._state("RUNNING"),)):
+                    if trial.user_attrs.get(_OWNER) == self._owner:
+                        self._begin(task, trial.number, trial.user_attrs["chosen"])
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """One line for whatever a storage raises: Optuna, SQLAlchemy and every database driver have their own."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            first = first_line(error).replace(self.storage, "it")
+            raise MachineError(f"--storage {_without_login(self.storage)}: {first}") from error
+
+    def _state(self, name: str) -> Any:
+        return getattr(self._optuna.trial.TrialState, name)
+
+    def _folder_id(self) -> str:
+        """What tells this folder's trials from another machine's, also after the machine was renamed."""
+        file = self.suite.output_dir / "search_folder_id"
+        if not file.exists():
+            write_whole(file, uuid.uuid4().hex)
+        return file.read_text(encoding="utf-8")
+
+    def _study_name(self, task: GlueTask) -> str:
+        """The task and a hash of all that is not searched, so that no two problems share a study."""
+        first = {name: text.replace(":", ",").split(",")[0] for name, text in self.space.items()}
+        settings = self.suite.run(task, 0, first, 0).settings
+        same = {name: value for name, value in settings.items() if name not in (*self.space, "seed")}
+        text = json.dumps([same, self.seeds, self.space], sort_keys=True)
+        return f"bert_glue {task.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def next_run(self) -> SweepRun | None:
+        """A run of an open trial, else of a new one; None where every study has its trials."""
+        with self._storage_errors():
+            for task in self.tasks:
+                study = self._studies[task.name]
+                if not self._waiting and len(study.get_trials(deepcopy=False)) < self.trials:
+                    trial = study.ask()
+                    chosen = {name: _suggest(trial, name, text) for name, text in self.space.items()}
+                    trial.set_user_attr("chosen", chosen)
+                    trial.set_user_attr(_OWNER, self._owner)
+                    self._begin(task, trial.number, chosen)
+        return self._waiting.popleft() if self._waiting else None
+
+    def _begin(self, task: GlueTask, number: int, chosen: dict[str, str]) -> None:
+        runs = [self.suite.run(task, seed, chosen, number) for seed in self.seeds]
+        self.runs += runs
+        waiting = [run for run in runs if run.results() is None]
+        trial = self._open[task.name, number] = _Trial(task, number, runs, len(waiting))
+        self._waiting.extend(waiting)
+        if not waiting:
+            self._tell(trial)
+
+    def ended(self, run: SweepRun, is_done: bool) -> None:
+        """Tell the study when the last run of a trial is done, or the first one failed for good."""
+        trial = self._open.get((run.task.name, run.trial or 0))
+        if trial is None:
+            return
+        trial.left -= 1
+        if not is_done:
+            del self._open[trial.task.name, trial.number]
+            self._waiting = deque(other for other in self._waiting if other not in trial.runs)
+            with self._storage_errors():
+                self._studies[trial.task.name].tell(trial.number, state=self._state("FAIL"))
+        elif trial.left == 0:
+            self._tell(trial)
+
+    def _tell(self, trial: _Trial) -> None:
+        del self._open[trial.task.name, trial.number]
+        key = headline_keys(trial.task)[0]
+        values = [(run.results() or {}).get(key) for run in trial.runs]
+        study = self._studies[trial.task.name]
+        with self._storage_errors():
+            if None in values:  # scores without a correlation: nothing to compare
+                study.tell(trial.number, state=self._state("FAIL"))
+            else:
+                study.tell(trial.number, statistics.fmean(values))
+
+    def summary(self) -> dict[str, Any]:
+        """Best trial and counts of each task's study, over all machines; writes `best_<task>.json`."""
+        with self._storage_errors():
+            return {name: self._about(name, study) for name, study in self._studies.items()}
+
+    def _about(self, name: str, study: Any) -> dict[str, Any]:
+        trials = study.get_trials(deepcopy=False)
+        counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
+        about = {"study": study.study_name, "storage": _without_login(self.storage), "space": self.space, **counts}
+        if counts["COMPLETE"]:
+            best = study.best_trial
+            about |= {"best_trial": best.number, "best_value": best.value, "best": best.user_attrs["chosen"]}
+            self._write_best(name, best.user_attrs["chosen"])
+        return about
+
+    def _write_best(self, name: str, chosen: dict[str, str]) -> None:
+        task = next(task for task in self.tasks if task.name == name)
+        settings = self.suite.run(task, self.seeds[0], chosen, 0).settings
+        config = {k: v for k, v in settings.items() if k != "seed" and v != FLAGS[k].default}
+        file = self.suite.output_dir / f"best_{name}.json"
+        write_whole(file, json.dumps(config, indent=2) + "\n")
+
+
+def _without_login(address: str) -> str:
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address

@@ -1,0 +1,167 @@
+"""Mean, deviation and best over the seeds of each task, with what a constant would score beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bert_glue import result_keys as keys
+from bert_glue.evaluation.collapse import collapse_reason
+from bert_glue.storage.files import write_whole
+from bert_glue.sweep.plan import SweepRun
+from bert_glue.tasks import EvaluationSplit
+
+COLUMNS = (
+    "task", "split", "trial", "chosen", "metric", "runs", "missing", "mean", "std", "standard_error_of_mean", "best",
+    "best_seed", "worst", "majority_baseline", "standard_error_of_dev", "collapsed_seeds", "mean_without_collapsed",
+    "samples_per_second", "sample_data",
+)  # fmt: skip
+
+
+def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]:
+    """All figures of a sweep.
+
+    Args:
+        runs: finished or not.
+        failures: folder -> why its run failed for good.
+
+    Returns:
+        `groups`: one a task, evaluation split and choice of flags, figures x100 (points), null where
+        there are too few runs; `standard_error_of_dev` is the metric's over other dev sets of the same
+        size. `runs`: one a run, with its state.
+    """
+    found = {run.folder: run.results() for run in runs}
+    groups: dict[tuple[str, tuple], list[SweepRun]] = {}
+    for run in runs:
+        key = (run.task.name, tuple(run.chosen.items()), run.trial)
+        groups.setdefault(key, []).append(run)
+    return {
+        "groups": [
+            _group(members, split, found) for members in groups.values() for split in members[0].task.evaluation
+        ],
+        "runs": [_row(run, found[run.folder], failures.get(run.folder)) for run in runs],
+    }
+
+
+def best_mean(runs: list[SweepRun], key: str) -> float | None:
+    """The highest mean over seeds of one entry of all_results.json, among the settings of one task.
+
+    None where no setting has all of its runs done with such a figure.
+    """
+    found: dict[tuple, list[float | None]] = {}
+    for run in runs:
+        found.setdefault((run.trial, *run.chosen.items()), []).append((run.results() or {}).get(key))
+    return max((statistics.fmean(values) for values in found.values() if None not in values), default=None)
+
+
+def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, dict[str, Any] | None]) -> dict[str, Any]:
+    task = members[0].task
+    done = [(run.seed, run, found[run.folder]) for run in members if found[run.folder] is not None]
+    key = keys.evaluation_key(task.headline, split.key_suffix)
+    # A metric that does not exist (null with a reason) belongs to a collapsed run and has no mean.
+    scored = [(100 * results[key], seed) for seed, _, results in done if results.get(key) is not None]
+    lost = [seed for seed, run, results in done if collapse_reason(results)]
+    values, sound = [v for v, _ in scored], [v for v, seed in scored if seed not in lost]
+    speeds = [speed for _, _, r in done if (speed := r.get(keys.TRAIN_SAMPLES_PER_SECOND)) is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    given = [(seed, r.get(keys.standard_error_key(task.headline, split.key_suffix))) for seed, _, r in done]
+    # 0 is that of a perfect score; that of a constant prediction says only that redrawing it gives the same again.
+    errors = [error for seed, error in given if error is not None and (error > 0 or seed not in lost)]
+    baseline_key = keys.evaluation_key(keys.MAJORITY_BASELINE, split.key_suffix)
+    baseline = next((r.get(baseline_key) for _, _, r in done), None)
+    return {
+        "task": task.name,
+        "split": split.name,
+        "trial": members[0].trial,
+        "chosen": dict(members[0].chosen),
+        "metric": task.headline,
+        "runs": len(values),
+        "missing": len(members) - len(values),
+        "mean": statistics.fmean(values) if values else None,
+        "std": deviation,
+        "standard_error_of_mean": None if deviation is None else deviation / math.sqrt(len(values)),
+        "best": max(values, default=None),
+        "best_seed": max(scored, default=(None, None))[1],
+        "worst": min(values, default=None),
+        "majority_baseline": None if baseline is None else 100 * baseline,
+        "standard_error_of_dev": 100 * statistics.fmean(errors) if errors else None,
+        "collapsed_seeds": lost,
+        "mean_without_collapsed": statistics.fmean(sound) if sound else None,
+        "samples_per_second": statistics.fmean(speeds) if speeds else None,
+        "sample_data": any(results.get("sample_data") for _, _, results in done),
+    }
+
+
+def _row(run: SweepRun, results: dict[str, Any] | None, failure: str | None) -> dict[str, Any]:
+    state = (
+        "done" if results is not None else "failed" if failure else "unfinished" if run.is_started() else "not started"
+    )
+    row = {"task": run.task.name, "seed": run.seed, "chosen": run.chosen, "folder": str(run.folder), "state": state}
+    if failure:
+        row["failure"] = failure
+    if results is not None:
+        row["metrics"] = {
+            f"{metric}{split.key_suffix}": results.get(keys.evaluation_key(metric, split.key_suffix))
+            for split in run.task.evaluation
+            for metric in run.task.metrics
+        }
+        row["collapsed"] = collapse_reason(results)
+        row["seconds"] = results.get(keys.E2E_RUNTIME)
+        row["device"] = results.get("device_name")
+        row["precision"] = results.get("precision")
+    return row
+
+
+def write(output_dir: Path, summary: dict[str, Any]) -> None:
+    """`summary.json` and `summary.csv`, each never seen half-written.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    import json
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for group in summary["groups"]:
+        writer.writerow([_cell(group[column]) for column in COLUMNS])
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_whole(output_dir / "summary.json", text)
+    write_whole(output_dir / "summary.csv", table.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={text}" for name, text in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """The groups as a plain table, notes below."""
+    header = ("task", "metric", "runs", "mean", "std", "best", "majority", "dev error", "collapsed seeds")
+    rows = [header]
+    for group in summary["groups"]:
+        name = " ".join([group["task"], *(f"{k}={v}" for k, v in group["chosen"].items())])
+        if group["trial"] is not None:
+            name = f"{group['task']} trial {group['trial']}"
+        if group["split"] != "validation":
+            name += f" {group['split'].removeprefix('validation_')}"
+        figures = (_points(group[k]) for k in ("mean", "std", "best", "majority_baseline", "standard_error_of_dev"))
+        of_all = f"{group['runs']}/{group['runs'] + group['missing']}"
+        lost = ",".join(map(str, group["collapsed_seeds"])) or "-"
+        rows.append((name, group["metric"], of_all, *figures, lost))
+    widths = [max(len(row[at]) for row in rows) for at in range(len(header))]
+    found = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if any(group["sample_data"] for group in summary["groups"]):
+        found.append("sample data, not GLUE")
+    found.append("points (x100); majority: the metric of a constant prediction")
+    found.append("dev error: standard error of the metric from the dev set's size alone, mean over runs")
+    return found
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,151 @@
+"""`--torch_compile`: what of a model is compiled, before the first step and apart from its time.
+
+Of a packed encoder that is all between two attentions, layer by layer: one graph for all layers and lengths, with the
+gradient and without. Attention stays outside, since borders of sequences are numbers of the host, new in every batch;
+so do embedding, query, key and value, which are products and look-ups with nothing to fuse. The graph calls
+`bert_glue::keep` for its dropout masks, so that they are those of an eager run. Models that cannot be packed
+are compiled as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from types import MethodType
+
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import TokenSplit
+from bert_glue.devices.device import Device, has_onednn_linear, has_slow_products
+from bert_glue.devices.rng import random_tensors, set_random_tensors
+from bert_glue.errors import MachineError, UsageError, did_you_mean, first_line
+from bert_glue.evaluation.evaluator import Evaluator
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.encoder import PackedClassifier, PackedLayer
+from bert_glue.model.layers import Noise
+from bert_glue.training.console import ProgressLog
+
+_NEEDS_COMPILER = "inductor"
+
+
+@dataclass
+class Compiled:
+    """What was compiled.
+
+    Args:
+        backend: of torch.compile.
+        graphs: made before the first step.
+    """
+
+    backend: str
+    graphs: int
+
+    def summary(self, shapes: set[int], log: ProgressLog) -> dict[str, str | int]:
+        """Entries of the results files, when all batches have been run; says them too.
+
+        Args:
+            shapes: token counts of the batches.
+        """
+        later = graphs_made() - self.graphs
+        span = f" ({min(shapes)} to {max(shapes)})" if shapes else ""
+        log.line(f"torch_compile: {self.graphs} graph(s) ran {len(shapes)} token count(s){span}")
+        if later:
+            log.line(f"note: {later} graph(s) more were compiled later; the phase that asked for them holds their time")
+        return {
+            "compiled": self.backend,
+            "compiled_graphs": self.graphs,
+            "compiled_graphs_later": later,
+            "compiled_token_counts": len(shapes),
+        }
+
+
+def graphs_made() -> int:
+    """Graphs compiled since `compile_model` began."""
+    return counters["stats"]["unique_graphs"]
+
+
+def compile_model(
+    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ProgressLog
+) -> Compiled:
+    """Compile, by a forward and backward pass over the first rows that leaves nothing behind but cleared gradients.
+
+    Raises:
+        UsageError: there is no such backend.
+        MachineError: this machine, or this backend, cannot compile it.
+    """
+    backend = args.torch_compile_backend
+    if args.fgm_epsilon and not model.is_packed:
+        raise UsageError("--fgm_epsilon with --torch_compile: packed models only, it reaches into the model by hooks")
+    _check(backend, evaluator.ranks.device)
+    began = time.perf_counter()
+    torch.compiler.reset()
+    counters.clear()
+    options = {"backend": backend, "mode": args.torch_compile_mode, "dynamic": True}
+    if model.is_packed:
+        compile_layers(model.module, options)
+    else:
+        model.module.compiled = torch.compile(model.module.stock.forward, **options)
+    state = random_tensors(evaluator.ranks.device)
+    try:
+        _warm_up(args, evaluator, splits)
+    except Exception as error:  # compilers fail in as many ways as there are compilers
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+        raise MachineError(f"--torch_compile: {backend} cannot compile this model here ({reason})") from error
+    set_random_tensors(state, evaluator.ranks.device)
+    compiled, seconds = Compiled(backend, graphs_made()), time.perf_counter() - began
+    log.line(
+        f"torch_compile: {backend} made {compiled.graphs} graph(s) in {seconds:.1f} s, which are in no rate; "
+        "token counts are rounded up to buckets, 16 from one power of two to the next"
+    )
+    return compiled
+
+
+def compile_layers(module: PackedClassifier, options: dict) -> None:
+    """One graph, of all that follows attention in a layer, for all layers.
+
+    Args:
+        options: of torch.compile.
+    """
+    for answer in (has_slow_products, has_onednn_linear):  # of the machine, not of a batch
+        torch.compiler.assume_constant_result(answer)
+    run = torch.compile(PackedLayer._after_attention, fullgraph=True, **options)
+    for layer in module.layers:
+        layer._after_attention = MethodType(run, layer)
+
+
+def _check(backend: str, device: Device) -> None:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UsageError(f"--torch_compile_backend: {did_you_mean('backend', backend, known)}")
+    if not device.can_compile:
+        raise MachineError(f"--torch_compile: not on this kind of device ({device.name}); leave it out")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    if backend == _NEEDS_COMPILER and shutil.which(compiler) is None:
+        raise MachineError(
+            f"--torch_compile: {backend} needs a C++ compiler, and there is no {compiler} here; "
+            "install one, name one in the variable CXX, or leave --torch_compile out"
+        )
+
+
+def _warm_up(args: Arguments, evaluator: Evaluator, splits: dict[str, TokenSplit]) -> None:
+    module, precision = evaluator.module, evaluator.precision
+
+    def run(split: TokenSplit, rows: int, noise: Noise | None) -> torch.Tensor:
+        with precision.autocast():
+            return module(**evaluator.assemble(split, np.arange(min(rows, len(split)))).inputs, noise=noise).float()
+
+    if args.do_train:
+        module.train()
+        run(splits["train"], args.per_device_train_batch_size, Noise(args.seed)).sum().backward()
+        precision.zero_gradients()
+    others = [split for name, split in splits.items() if name != "train"]
+    if others:
+        module.eval()
+        with torch.no_grad():
+            run(others[0], args.per_device_eval_batch_size, None)

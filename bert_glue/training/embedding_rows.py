@@ -1,0 +1,54 @@
+"""Trains only the embedding rows that the data uses, exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import TokenSplit
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.training.optim import is_elementwise
+
+
+def narrow(args: Arguments, model: LoadedModel, splits: dict[str, TokenSplit]) -> NarrowedEmbedding | None:
+    """Leave unused embedding rows out of training where the optimizer cannot tell the difference."""
+    is_trained = args.do_train and model.is_packed and model.module.words.weight.requires_grad
+    if not (is_trained and is_elementwise(args.optim)):
+        return None
+    return NarrowedEmbedding(model.module, list(splits.values()), model.module.shape.pad_token_id or 0)
+
+
+class NarrowedEmbedding:
+    """Swaps a module's word table for its used rows, and puts it back.
+
+    Args:
+        module: with an embedding `words`.
+        splits: all data this run reads, training and other.
+        pad_id: kept too, because filler tokens use it.
+
+    `rate` is the factor of the learning rate that its rows have, `decay` what is left of the others.
+    """
+
+    def __init__(self, module: nn.Module, splits: list[TokenSplit], pad_id: int):
+        table = module.words.weight.data
+        used = np.zeros(len(table), bool)
+        used[pad_id] = True
+        for split in splits:
+            used[split.table.ids] = True
+        self.rows = torch.from_numpy(np.flatnonzero(used))
+        self.renumber = (np.cumsum(used) - 1).astype(np.int32)
+        self.full = table
+        self.decay, self.rate = 1.0, 1.0
+        module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
+
+    def count_decay(self, learning_rate: float, weight_decay: float) -> None:
+        """Note one optimizer step's decoupled weight decay for the rows left out."""
+        self.decay *= 1.0 - self.rate * learning_rate * weight_decay
+
+    def widen(self, narrow: torch.Tensor) -> torch.Tensor:
+        """The whole table: trained rows put in, the others decayed. `[used, width] -> [vocab, width]`."""
+        full = self.full * self.decay
+        full[self.rows] = narrow.detach().to(full.device, full.dtype)
+        return full

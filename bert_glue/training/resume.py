@@ -1,0 +1,241 @@
+"""All that a run needs to continue bit for bit: into a checkpoint and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bert_glue.config.arguments import FLAGS
+from bert_glue.devices.rng import random_tensors, set_random_tensors
+from bert_glue.errors import CheckpointError
+from bert_glue.storage import checkpoint, files
+from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
+from bert_glue.training.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
+from bert_glue.training.ema import WeightAverage
+from bert_glue.training.state import Progress, Run
+
+
+def whole_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The model to be used, as `LoadedModel.tensors`: fp32 masters where there are some, the embedding table whole."""
+    with run.averaged():
+        tensors = run.model.tensors(run.precision.named_masters())
+        if run.narrowed is not None:
+            table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+            tensors[table] = run.narrowed.widen(tensors[table])
+    return tensors
+
+
+def save_checkpoint(run: Run) -> None:
+    """Copy the run's state to host memory and let a thread write `checkpoint-<step>` from it.
+
+    The same thread then deletes what `save_total_limit` no longer keeps.
+
+    Raises:
+        CheckpointError: the previous checkpoint could not be written; earlier ones are untouched.
+    """
+    randoms = run.ranks.gather(random_tensors(run.ranks.device))
+    run.saved_step = run.progress.step
+    if not run.ranks.is_first:
+        return
+    run.saver.wait()  # one copy in host memory at a time
+    weights = whole_weights(run)
+    state = _optimizer_tensors(run)
+    progress = json.dumps(_state(run))
+    folder, best = (run.output_dir / f"checkpoint-{n}" for n in (run.progress.step, run.progress.best_step))
+
+    def write(into: Path) -> None:
+        run.model.save(into, weights)
+        save_file(state, into / "optimizer.safetensors")
+        for rank, tensors in enumerate(randoms):
+            save_file(tensors, into / f"random-{rank}.safetensors")
+        (into / "trainer_state.json").write_text(progress, encoding="utf-8")
+
+    def job() -> None:
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        checkpoint.publish(folder, write, size + len(progress) + (1 << 20))
+        checkpoint.keep_newest(run.output_dir, run.args.save_total_limit, best.name, folder)
+
+    run.saver.start(job)
+
+
+def _state(run: Run) -> dict:
+    """trainer_state.json: progress, loss scale, what must not differ on resume and what may."""
+    return {
+        **asdict(run.progress),
+        "loss_scale": run.precision.scale_state(),
+        "group_steps": [group.get("step") for group in run.optimizer.param_groups],
+        "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
+        "average_row_decay": run.average.row_decay if run.average else None,
+        "same": _must_be_same(run),
+        "settings": _may_change(run),
+    }
+
+
+_SAME = (
+    Fact("model_shapes", "model"),
+    Fact("frozen_weights_sha256", "weights that are not trained (--model_name_or_path)"),
+    *flag_facts(("lora_alpha", "lora_dropout")),
+    Fact("adapted_layers", "adapted layers (--lora_target_modules)"),
+    Fact("optimizer", "optimizer"),
+    *flag_facts(("amp_backend", "layerwise_lr_decay")),
+    Fact("training_rows", "training rows"),
+    Fact("samples_per_step", "samples a step (batch size x ranks x --gradient_accumulation_steps)"),
+    *flag_facts(("seed",)),
+    Fact("order_seed", "seed of the order (--data_seed)", "seed of the order"),
+    Fact("epoch_multiple_of", "samples an epoch is cut to a multiple of (--dataloader_drop_last)"),
+    Fact("is_grouped_by_length", "grouping by length (--train_sampling_strategy)", "grouping by length"),
+    Fact("words_sha256", "data (words in use; --do_eval, --do_predict and --max_*_samples count)"),
+)
+
+
+def _must_be_same(run: Run) -> dict[str, object]:
+    """What a resumed run shares with the first one: the values of `_SAME`."""
+    words = run.narrowed.rows.numpy().tobytes() if run.narrowed else b""
+    shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
+    if run.narrowed:
+        shapes.pop("words.weight")
+    order, frozen = run.order, run.model.frozen_hash
+    return {
+        "model_shapes": shapes,
+        **({"frozen_weights_sha256": frozen} if frozen else {}),
+        **(run.model.adapter.settings if run.model.adapter else {}),
+        "optimizer": type(run.optimizer).__name__,
+        "amp_backend": run.precision.plan.backend,
+        "layerwise_lr_decay": run.args.layerwise_lr_decay,
+        "training_rows": order.rows,
+        "samples_per_step": order.step_size,
+        "seed": run.args.seed,
+        "order_seed": order.seed,
+        "epoch_multiple_of": order.unit,
+        "is_grouped_by_length": order.lengths is not None,
+        "words_sha256": hashlib.sha256(words).hexdigest(),
+    }
+
+
+_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "ema_decay", "rdrop_alpha", "fgm_epsilon", "label_smoothing_factor", "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
+    "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
+    "torch_compile_backend", "torch_compile_mode", "cuda_graph",
+)  # fmt: skip
+
+
+_MAY_CHANGE = (
+    *flag_facts(_SETTINGS),
+    Fact("total_steps", "steps in all"),
+    Fact("world_size", "ranks"),
+    Fact("precision", "precision"),
+    Fact("device", "device"),
+)
+
+
+def _may_change(run: Run) -> dict[str, object]:
+    """The values of `_MAY_CHANGE`: where one differs, a resumed run gives another result than one left alone."""
+    return {
+        **{name: getattr(run.args, name) for name in _SETTINGS},
+        "total_steps": run.total_steps,
+        "world_size": run.ranks.world_size,
+        "precision": run.precision.plan.name,
+        "device": run.ranks.device.name,
+    }
+
+
+def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Flat buffers and the optimizer's tensors, on the host."""
+    tensors = {f"parameters.{n}": m.detach().cpu().clone() for n, m in enumerate(run.precision.masters)}
+    for number, state in run.optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            value = value if torch.is_tensor(value) else torch.tensor(value)
+            tensors[f"state.{number}.{name}"] = value.detach().cpu().contiguous().clone()
+    return {**tensors, **(run.average.tensors() if run.average else {})}
+
+
+def choose(run: Run, wanted: str) -> tuple[Path | None, list[str], str]:
+    """The checkpoint that `--resume_from_checkpoint` means, for one rank to find and all to use.
+
+    Returns:
+        Its folder, or None for a new start; lines for the log; and why it cannot be used, "" if it can.
+    """
+    with files.plain_errors(run.output_dir):
+        checkpoint.settle(run.output_dir)
+    if wanted.lower() not in ("auto", "true"):
+        reason = checkpoint.verify(Path(wanted))
+        return Path(wanted), [], f"--resume_from_checkpoint {wanted}: {reason}" if reason else ""
+    folder, rejected = checkpoint.newest_sound(run.output_dir)
+    if folder is None:
+        rejected.append(f"no sound checkpoint in {run.output_dir}: training starts anew")
+    return folder, rejected, ""
+
+
+def resume(run: Run, folder: Path) -> list[str]:
+    """Continue from a checkpoint that verifies, bit for bit if nothing was changed.
+
+    Returns:
+        Lines on what was changed.
+
+    Raises:
+        CheckpointError: it belongs to other data, model or batch sizes, or is not one of ours.
+    """
+    try:
+        return _resume(run, folder)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: not what this program writes ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _resume(run: Run, folder: Path) -> list[str]:
+    state = read_state(folder)
+    other = differences(_SAME, with_current_keys(_SAME, state["same"]), _must_be_same(run))
+    if other:
+        raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {other}")
+    # A flag that came after the checkpoint had its default.
+    defaults = {name: FLAGS[name].default for name in _SETTINGS}
+    then = defaults | with_current_keys(_MAY_CHANGE, state["settings"])
+    now = _may_change(run)
+    tensors = read_tensors(run, folder)
+    _load_optimizer(run, tensors)
+    for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):
+        if step is not None:  # apex's FusedAdam counts steps there
+            group["step"] = step
+    if then["precision"] == now["precision"]:
+        check_scale(state["loss_scale"], run.precision.scale_state())
+        run.precision.load_scale_state(state["loss_scale"])
+    if run.narrowed:
+        run.narrowed.decay = state["narrowed_decay"]
+    if run.average and then["ema_decay"]:
+        run.average.load(tensors, state["average_row_decay"])
+    elif run.average:
+        run.average = WeightAverage(run.precision, run.narrowed, run.args.ema_decay)  # from the weights as they are now
+    run.progress = Progress(**{name: state[name] for name in asdict(Progress())})
+    run.saved_step = run.progress.step
+    # Of a rank there was not: its generators stay as --seed set them.
+    randoms = folder / f"random-{run.ranks.rank}.safetensors"
+    if randoms.is_file():
+        set_random_tensors(read_randoms(run, randoms), run.ranks.device)
+    changes = [f"{f.label} {now[f.key]} (was {then[f.key]})" for f in _MAY_CHANGE if then[f.key] != now[f.key]]
+    if not changes:
+        return []
+    run.progress.changes.append(f"after step {run.progress.step}: {', '.join(changes)}")
+    return [f"resumed with other settings, so not bit for bit: {', '.join(changes)}"]
+
+
+@torch.no_grad()
+def _load_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    run.precision.load_masters([tensors[f"parameters.{number}"] for number in range(len(run.precision.masters))])
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        kind, number, *rest = name.split(".", 2)
+        if kind == "state":
+            if value.dim() == 0 and not value.is_floating_point():
+                value = value.item()  # a count that was a python number: torch_npu's fused AdamW, Adafactor
+            states.setdefault(int(number), {})[rest[0]] = value
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": states})

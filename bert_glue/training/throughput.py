@@ -1,0 +1,224 @@
+"""What was really consumed, when: samples, tokens and floating-point operations against a true clock.
+
+The device is synchronised before every reading. Evaluation and saving stop the clock. The first
+`skip_steps` optimizer steps are left out; where nothing is left, the rate is None with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert_glue import result_keys as keys
+from bert_glue.data.batching import Batch
+from bert_glue.devices.device import Device, has_slow_products
+from bert_glue.model.encoder import EncoderShape
+from bert_glue.model.layers import multiply
+
+_IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def seconds_since_process_start() -> float:
+    """Seconds since the kernel made this process, interpreter and imports included, to 10 ms.
+
+    In a sandbox without /proc: since this module was imported.
+    """
+    try:
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - _IMPORTED
+    started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+class Phases:
+    """Seconds that a process spent in each named phase; where phases nest, a moment counts for the inner one.
+
+    `seconds["compile"]` stays None without `--torch_compile`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float | None] = {"import": seconds_since_process_start(), "compile": None}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block for `name`."""
+        self._charge()
+        self._open.append(name)
+        self.seconds[name] = self.seconds.get(name) or 0.0
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def forward_flops(shape: EncoderShape, lengths: tuple[int, ...], first_only_last: bool = True) -> float:
+    """Multiply-adds (as 2 operations) of one forward pass over real tokens.
+
+    Args:
+        lengths: tokens of each sequence.
+        first_only_last: True for the packed path, whose last layer runs its query, output and
+            feed-forward for first tokens only; False counts a full last layer.
+    """
+    hidden, inner, tokens, count = shape.hidden, shape.intermediate, sum(lengths), len(lengths)
+    per_token = 2 * (4 * hidden * hidden + 2 * hidden * inner)
+    attention = 4 * hidden * sum(n * n for n in lengths)
+    layer = per_token * tokens + attention
+    last = layer
+    if first_only_last:
+        last = 4 * hidden * hidden * tokens + (per_token - 4 * hidden * hidden) * count + 4 * hidden * tokens
+    return float((shape.layers - 1) * layer + last + 2 * hidden * hidden * count)
+
+
+def gemm_rate(device: Device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Matrix-product rate of this device now, operations per second: the best of torch's product and ours.
+
+    Up to 2048^3, reached in steps: where a CPU emulates a dtype, one such product takes minutes.
+    """
+    size, best, until = 256, 0.0, time.perf_counter() + seconds
+    a = torch.randn(2048, 2048, device=device.torch_device).to(dtype)
+    while time.perf_counter() < until or best == 0.0:
+        part = a[:size, :size].contiguous()
+        for product in (torch.matmul, multiply):
+            device.synchronize()
+            begin = time.perf_counter()
+            product(part, part)
+            device.synchronize()
+            spent = time.perf_counter() - begin
+            best = max(best, 2 * size**3 / spent)
+        if 8 * spent < seconds:
+            size = min(2 * size, 2048)
+    return best
+
+
+@dataclass
+class Meter:
+    """Counts of the training steps that were timed.
+
+    Args:
+        device: synchronised before each reading of the clock.
+        skip_steps: optimizer steps left out at the start.
+        shape: sizes for the operation count; None leaves it out, for encoders whose operations we do not know.
+        passes: a training step's operations in forward passes of the encoder.
+        first_only_last: as in `forward_flops`.
+    """
+
+    device: Device
+    skip_steps: int
+    shape: EncoderShape | None = None
+    passes: int = 3
+    first_only_last: bool = True
+    steps: int = 0
+    samples: int = 0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    to_first_step: float | None = None
+    timed_steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    _began: float | None = None
+    _is_held: bool = False
+    _marks: list[Any] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Run the clock from now on, if the skipped steps are over."""
+        if self.steps >= self.skip_steps and self._began is None and not self._is_held:
+            self.device.synchronize()
+            self._began = time.perf_counter()
+            self._marks = [self.device.mark()]
+
+    def stop(self) -> None:
+        """Hold the clock: before evaluation, saving, and at the end."""
+        if self._began is not None:
+            self.device.synchronize()
+            self.seconds += time.perf_counter() - self._began
+            self._began = None
+            self.step_seconds += [self.device.seconds_between(a, b) for a, b in itertools.pairwise(self._marks)]
+
+    def hold(self) -> None:
+        """Leave out all that comes until `release`: steps that are traced."""
+        self.stop()
+        self._is_held = True
+
+    def release(self) -> None:
+        """`start` runs the clock again."""
+        self._is_held = False
+
+    def count(self, batch: Batch, times: int = 1) -> None:
+        """One batch of this rank was given to the device, run forward and backward `times` times."""
+        if self._began is None:
+            return
+        self.samples += batch.samples
+        self.real_tokens += batch.real_tokens
+        self.computed_tokens += batch.computed_tokens
+        if self.shape is not None:
+            self.flops += times * self.passes * forward_flops(self.shape, batch.lengths, self.first_only_last)
+
+    def end_step(self) -> None:
+        """One optimizer step is over."""
+        self.steps += 1
+        self.timed_steps += self._began is not None
+        if self.to_first_step is None:
+            self.device.synchronize()
+            self.to_first_step = seconds_since_process_start()
+        if self._began is not None:
+            self._marks.append(self.device.mark())
+        self.start()
+
+    def rates(self, totals: dict[str, float], dtype: torch.dtype) -> dict[str, float | str | None]:
+        """Figures of all ranks together.
+
+        Args:
+            totals: sums over ranks of samples, real_tokens, computed_tokens, flops.
+            dtype: of the products, for the device's own rate.
+
+        Returns:
+            `train_*` entries: samples and tokens per second, padding in percent, milliseconds of an
+            optimizer step (median, tenth and ninetieth percentile), TFLOP/s of the model over real tokens
+            (padding is work, but none of the model's) and its share of a product measured on this device (per
+            rank).
+        """
+        if self.seconds <= 0.0 or not totals["samples"]:
+            reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
+            key = keys.TRAIN_SAMPLES_PER_SECOND
+            return {key: None, keys.reason_key(key): reason}
+        padding = 1.0 - totals["real_tokens"] / totals["computed_tokens"]
+        rates: dict[str, float | str | None] = {
+            keys.TRAIN_SAMPLES_PER_SECOND: totals["samples"] / self.seconds,
+            keys.TRAIN_REAL_TOKENS_PER_SECOND: totals["real_tokens"] / self.seconds,
+            keys.TRAIN_COMPUTED_TOKENS_PER_SECOND: totals["computed_tokens"] / self.seconds,
+            keys.TRAIN_PADDING_PERCENT: 100.0 * padding,
+            keys.TRAIN_TIMED_STEPS: self.timed_steps,
+            keys.TRAIN_TIMED_SECONDS: self.seconds,
+        }
+        for name, share in (("median", 50), ("p10", 10), ("p90", 90)):
+            rates[keys.step_milliseconds_key(name)] = 1000.0 * float(np.percentile(self.step_seconds, share))
+        if self.shape is None:
+            reason = "this encoder's operations are not counted, only those of the families that can be packed"
+            return rates | {keys.TRAIN_SHARE_OF_GEMM: None, keys.reason_key(keys.TRAIN_SHARE_OF_GEMM): reason}
+        # Where 16-bit products are computed in fp32 and rounded, torch's own emulation would flatter the share.
+        dtype = torch.float32 if has_slow_products(self.device.kind, dtype) else dtype
+        reference = gemm_rate(self.device, dtype)
+        rates[keys.TRAIN_MODEL_TFLOPS_PER_SECOND] = totals["flops"] / self.seconds / 1e12
+        rates["device_gemm_tflops_per_second"] = reference / 1e12
+        rates[keys.TRAIN_SHARE_OF_GEMM] = self.flops / self.seconds / reference
+        return rates
