@@ -12,7 +12,7 @@ fail() { # fail <exit code> <message>
   exit "$1"
 }
 
-lacks() { # lacks <python> <requirements file>...: prints what is missing; status of requirements_check
+lacks() { # lacks <python> <requirements file>...: prints what is missing; status of doctor.requirements
   local python=$1
   shift
   (cd "$ROOT" && "$python" -m bert_glue.doctor.requirements "$@" 2>/dev/null)

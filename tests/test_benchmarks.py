@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-from device_tape import Tape, batched_kernel
+from fake_cuda_graph import Tape, batched_kernel
 from scipy import stats
 from tiny_models import write_model
 

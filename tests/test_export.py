@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_parts import make_model
 from tiny_models import write_model
+from tiny_run import make_model
 
 from bert_glue import export
 from bert_glue.errors import MachineError

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import loopback_hub
 import pytest
+from glue_folder import make_glue
 from launch_stubs import clean_environment
 from simulated_runs import SIMULATED
-from test_sources import make_glue
 
 import run_glue
 from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
@@ -250,7 +250,7 @@ def onnx(clone: Clone, command: str) -> None:
 def gate(clone: Clone, command: str) -> None:
     """Of this very repository, with one file of tests in place of all."""
     done = subprocess.run(
-        [*shlex.split(command), "tests/test_layout.py"],
+        [*shlex.split(command), "tests/data/test_packing.py"],
         cwd=ROOT,
         env=clean_environment(),
         capture_output=True,

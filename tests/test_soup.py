@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recipe_parts import arguments, fit, make_data, make_model, results_of, rows
 from safetensors.torch import load_file, save_file
+from tiny_run import arguments, fit, make_data, make_model, results_of, rows
 
 from bert_glue.__main__ import main
 from bert_glue.pipeline.run import run

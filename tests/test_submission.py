@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipe_parts import REPOSITORY, arguments, make_model
+from tiny_run import REPOSITORY, arguments, make_model
 
 from bert_glue import submission
 from bert_glue.errors import DataError

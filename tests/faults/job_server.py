@@ -19,9 +19,9 @@ import torch
 torch.set_num_threads(1)
 
 import accelerate.state  # noqa: E402, F401  (imported here, used in the forks)
-import recipe_parts  # noqa: E402
 import safetensors.torch  # noqa: E402, F401
 import sklearn.metrics  # noqa: E402, F401
+import tiny_run  # noqa: E402
 import tokenizers  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401  (the first optimizer would import it in every fork)
 from matplotlib.figure import Figure  # noqa: E402, F401
@@ -77,7 +77,7 @@ def fit(argv: list[str]) -> int:
     """Everything up to the trained model and its checkpoints; no final files, which cost a plot."""
     args = parser.parse(argv)
     with lock.FolderLock(Path(args.output_dir), is_holder=os.environ.get("RANK", "0") == "0"):
-        recipe_parts.fit(args)
+        tiny_run.fit(args)
     return 0
 
 

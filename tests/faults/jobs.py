@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import recipe_parts
+import tiny_run
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.storage import checkpoint, files
@@ -44,7 +44,7 @@ class Server:
 
     def __init__(self) -> None:
         here = Path(__file__).parent
-        paths = [str(recipe_parts.REPOSITORY), str(here.parent)]
+        paths = [str(tiny_run.REPOSITORY), str(here.parent)]
         self._process = subprocess.Popen(
             [sys.executable, str(here / "job_server.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -113,4 +113,4 @@ def last_state(output: Path) -> dict:
 
 def argv_of(args: Arguments) -> list[str]:
     """The command line of `args`."""
-    return recipe_parts.flags_of(args)
+    return tiny_run.flags_of(args)

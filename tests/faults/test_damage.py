@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from jobs import last_state
-from recipe_parts import arguments, changed, fit
+from tiny_run import arguments, changed, fit
 
 from bert_glue.errors import CheckpointError
 from bert_glue.training.resume import choose

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs import argv_of
-from recipe_parts import arguments, changed, fit
+from tiny_run import arguments, changed, fit
 
 from bert_glue.errors import CheckpointError
 from bert_glue.storage import checkpoint

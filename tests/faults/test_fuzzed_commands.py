@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from recipe_parts import REPOSITORY
+from tiny_run import REPOSITORY
 
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.config.legacy import LEGACY_FLAGS

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from recipe_parts import make_model
+from tiny_run import make_model
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import load_task_data

@@ -10,7 +10,7 @@ import loopback_hub
 import pytest
 from faulty_hub import self_signed, serve
 from jobs import argv_of
-from recipe_parts import arguments, changed, make_model
+from tiny_run import arguments, changed, make_model
 
 from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
 from bert_glue.hub import client

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Job, argv_of, last_state
-from recipe_parts import arguments, changed, make_model
+from tiny_run import arguments, changed, make_model
 
 from bert_glue.storage import checkpoint
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_parts import REPOSITORY, arguments, changed, fit, make_model
+from tiny_run import REPOSITORY, arguments, changed, fit, make_model
 
 from bert_glue.data.tokenization import TextTokenizer, tokenize
 from bert_glue.errors import CheckpointError, UserError

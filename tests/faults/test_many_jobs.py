@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from jobs import argv_of
-from recipe_parts import arguments, changed, make_data, make_model
+from tiny_run import arguments, changed, make_data, make_model
 
 from bert_glue.storage.files import file_hash
 

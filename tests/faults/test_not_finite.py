@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from jobs import argv_of
-from recipe_parts import arguments, bert_tensors, changed, fit, make_model
 from safetensors.torch import load_file
+from tiny_run import arguments, bert_tensors, changed, fit, make_model
 
 from bert_glue.errors import DivergedError
 from bert_glue.storage import checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Job, argv_of, last_state
-from recipe_parts import arguments, changed, make_data, make_model, results_of
+from tiny_run import arguments, changed, make_data, make_model, results_of
 
 from bert_glue.storage import checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Job, argv_of
-from recipe_parts import arguments, make_data, make_model
+from tiny_run import arguments, make_data, make_model
 
 
 def resident(pid: int) -> int:

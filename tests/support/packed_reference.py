@@ -1,0 +1,57 @@
+"""A packed encoder beside the padded model of transformers: logits and gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from tiny_models import random_batch
+
+from bert_glue.model.families import FAMILIES, weight_names
+
+LOGITS_LIMIT = 1e-5  # largest difference
+
+
+GRADIENT_LIMIT = 1e-5  # relative, per parameter and overall
+
+
+LENGTH_SETS = ((37, 1, 2, 200, 3, 64, 61), (512, 1, 255), (1,), (2, 2), (512,), (9,) * 5)
+
+
+def _backward(logits: torch.Tensor) -> None:
+    F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1]).backward()
+
+
+def _stock_logits(stock, padded: dict) -> torch.Tensor:
+    family = FAMILIES[stock.config.model_type]
+    return stock(**{k: v for k, v in padded.items() if k != "token_type_ids" or family.uses_types}).logits
+
+
+def _stock_gradients(stock, shape) -> dict[str, torch.Tensor]:
+    """Gradients of `stock` under our names."""
+    theirs = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    names = weight_names(FAMILIES[stock.config.model_type], shape)
+    return {ours: torch.cat([theirs[p] for p in (t if isinstance(t, tuple) else (t,))]) for ours, t in names.items()}
+
+
+def _assert_same_gradients(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    assert set(ours) == set(reference)
+    total = torch.cat([g.flatten() for g in reference.values()]).norm()
+    assert total > 0.1
+    difference = torch.cat([(ours[n] - reference[n]).flatten() for n in reference]).norm()
+    assert difference <= GRADIENT_LIMIT * total
+    for name, gradient in reference.items():
+        # A sequence of one token has no gradient in query and key at all, only rounding.
+        assert (ours[name] - gradient).norm() <= GRADIENT_LIMIT * max(gradient.norm(), 1e-3 * total), name
+
+
+def _compare(stock, module, lengths, tail=0, vocab=120) -> None:
+    packed, padded = random_batch(lengths, vocab, FAMILIES[stock.config.model_type].uses_types, tail)
+    stock.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=False)  # the views of flat buffers stay
+    expected, logits = _stock_logits(stock, padded), module(**packed)
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() <= LOGITS_LIMIT * max(1.0, expected.abs().max().item())
+    _backward(expected)
+    _backward(logits)
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    _assert_same_gradients(gradients, _stock_gradients(stock, module.shape))

@@ -1,0 +1,270 @@
+"""--cuda_graph: which work is recorded, and that replayed steps compute what eager ones do.
+
+On a CPU, with a stand-in that takes down operators (fake_cuda_graph.py): it shows that nothing but the recording's own
+memory is read and nothing of the host is baked in. Nothing here ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+import torch.nn.functional as F
+from fake_cuda_graph import batched_kernel, stand_in
+from forked_ranks import on_ranks
+from loop_kernel import _loop_kernel
+from resume_checks import assert_close, check_resume, weights
+from tiny_run import arguments, fit, flags_of, losses, make_model
+
+from bert_glue.config.parser import parse
+from bert_glue.errors import MachineError, UsageError
+from bert_glue.model import attention, encoder
+from bert_glue.pipeline import run as pipeline
+from bert_glue.precision import native
+from bert_glue.precision.plan import PrecisionPlan
+from bert_glue.training import cuda_graphs
+from bert_glue.training.console import ProgressLog
+
+BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
+
+
+@pytest.fixture
+def recordable(monkeypatch):
+    """A CPU that attends as CUDA does and whose work can be recorded."""
+    stand_in(monkeypatch)
+    yield
+    attention.cuda_kernel.cache_clear()
+
+
+def test_the_stand_in_kernel_is_attention():
+    query, key, value = (torch.randn(9, 2, 4) for _ in range(3))
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
+    given = (query, key, value, borders, borders, 5, 5, 0.0)
+    torch.testing.assert_close(batched_kernel(*given), _loop_kernel([])(*given))
+
+
+def runs(tmp_path, **settings):
+    """The same run, eager on the same buckets and recorded."""
+    settings = {"num_train_epochs": 10.0, "adam_epsilon": 1e-4, **settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs, "_EAGER_FIRST", 10**9)
+        eager = fit(arguments(tmp_path, cuda_graph=True, **settings))
+    return eager, fit(arguments(tmp_path, cuda_graph=True, **settings))
+
+
+def pass_replays(run) -> tuple[int, int]:
+    """Replays of passes, and passes."""
+    works = [work for _, work in run.recorded.passes.values()]
+    return sum(work.replays for work in works), sum(work.runs for work in works)
+
+
+def update_replays(run) -> int:
+    measure, update = run.recorded.after
+    assert measure.runs >= update.runs
+    return update.replays
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "weight_decay": 0.1},
+        {"bf16": True, "fp16_opt_level": "O2", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"bf16": True, "fp16_opt_level": "O1", "max_grad_norm": 0.0},
+        {"bf16": True, "fp16_opt_level": "O3", "ema_decay": 0.9},
+        {"rdrop_alpha": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 5.0},
+        {"layerwise_lr_decay": 0.7, "weight_decay": 0.2},
+    ],
+    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, settings):
+    eager, replayed = runs(tmp_path, **settings)
+    replays, passes = pass_replays(replayed)
+    assert pass_replays(eager)[0] == update_replays(eager) == 0
+    assert replays > passes / 2 and update_replays(replayed) == replayed.total_steps - 3
+    assert losses(replayed) == losses(eager)
+    assert_close(weights(replayed), weights(eager), 0.0)
+
+
+def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
+    """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
+    monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
+    overflow = native.Precision.admits
+
+    def admits(self, norm):
+        seen.append(self.scale)
+        if len(seen) % 20 == 13:
+            self._is_bad.fill_(1.0)
+        return overflow(self, norm)
+
+    monkeypatch.setattr(native.Precision, "admits", admits)
+    # As fp16 has it, which few CPUs compute in.
+    monkeypatch.setattr(tiny_run, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
+    found = []
+    monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 10**9)
+    for _ in range(2):
+        seen = []
+        found.append((fit(arguments(tmp_path, cuda_graph=True, adam_epsilon=1e-4, num_train_epochs=10.0)), seen))
+        monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 3)
+    (eager, scales), (replayed, again) = found
+    assert scales == again and len(set(scales)) > 3 and replayed.precision.skipped_steps == 2
+    assert update_replays(replayed) == replayed.total_steps - 3 - 2
+    assert losses(replayed) == losses(eager)
+    assert_close(weights(replayed), weights(eager), 0.0)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "lamb"])
+def test_an_optimizer_that_asks_the_host_stays_eager(tmp_path, recordable, optim, capsys):
+    eager, replayed = runs(tmp_path, optim=optim)
+    assert replayed.recorded.after is None and pass_replays(replayed)[0]
+    assert losses(replayed) == losses(eager)
+    replayed.recorded.say(ProgressLog(is_first=True, wants_bar=False))
+    assert "passes replayed; updates stay eager: this optimizer asks the host" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=str)
+def test_a_resumed_run_is_bit_for_bit_the_same(tmp_path, recordable, monkeypatch, settings):
+    monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 1)
+    monkeypatch.setattr(encoder, "dropout", of_device)
+    check_resume(tmp_path, {"cuda_graph": True, **settings})
+
+
+def test_buckets_change_no_loss(tmp_path, recordable):
+    plain = fit(arguments(tmp_path, num_train_epochs=4.0))
+    replayed = fit(arguments(tmp_path, num_train_epochs=4.0, cuda_graph=True))
+    assert pass_replays(replayed)[0] and losses(replayed) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def of_device(x, drop, noise, site, residual=None):
+    """A device's own dropout: numbers come from the generator, not from the recording."""
+    dropped = F.dropout(x, drop, training=noise is not None)
+    return dropped if residual is None else dropped + residual
+
+
+def test_dropout_draws_anew_in_every_replay(tmp_path, recordable, monkeypatch):
+    monkeypatch.setattr(encoder, "dropout", of_device)
+    eager, replayed = runs(tmp_path, model_name_or_path=str(make_model(tmp_path / "drops", dropout=0.2)))
+    assert pass_replays(replayed)[0] and losses(replayed) == losses(eager)
+
+
+def test_a_number_baked_in_would_be_seen(tmp_path, recordable):
+    """Masks that the host draws, as on a CPU, are such numbers: the stand-in is no mere second call."""
+    eager, replayed = runs(tmp_path, model_name_or_path=str(make_model(tmp_path / "drops", dropout=0.2)))
+    assert losses(replayed) != losses(eager)
+
+
+def test_two_ranks_are_one(tmp_path):
+    """What the ranks add up lies between two recordings."""
+    (alone,), pair = (on_ranks(world, "recorded_run", tmp_path / str(world)) for world in (1, 2))
+    for found in pair:
+        assert found["updates"] > 3 and found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert found["weight"] == pytest.approx(alone["weight"], abs=1e-4)
+
+
+class Notes:
+    """A recorder that notes what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def beside(self, work):
+        self.asked.append("eager")
+        return work()
+
+    def record(self, work):
+        self.asked.append("record")
+        return lambda: (self.asked.append("replay"), work())[1]
+
+
+def _batch(lengths: tuple[int, ...], first: int = 0):
+    from token_splits import _assembler, _split
+
+    split = _split([range(first, first + n) for n in lengths], labels=list(range(len(lengths))))
+    return _assembler("packed", is_rounded=True)(split, np.arange(len(lengths)))
+
+
+def steps():
+    """A recorder's notes, and what each pass read of its batch."""
+
+    def run_pass(batch, samples):
+        found.append(
+            (batch.inputs["input_ids"].sum(), batch.inputs["layout"].borders(None).clone(), batch.labels.sum())
+        )
+        return batch.inputs["input_ids"].sum() / samples
+
+    found, notes = [], Notes()
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    return cuda_graphs.RecordedStep(notes, run_pass, 9, None, sgd, 0.0), notes.asked, found
+
+
+def test_a_shape_is_recorded_when_it_is_no_longer_rare():
+    step, asked, _ = steps()
+    for _ in range(5):
+        step.run_pass(_batch((5, 4)), 2)
+    step.run_pass(_batch((5, 12)), 2)  # the next bucket
+    step.run_pass(_batch((5, 4)), 4)  # the last step of an epoch has fewer samples
+    assert asked == ["eager"] * 3 + ["record", "replay", "replay"] + ["eager"] * 2
+    assert sum(work.replays for _, work in step.passes.values()) == 2
+
+
+def test_another_batch_of_the_shape_is_copied_to_the_recording():
+    step, asked, found = steps()
+    for first in range(4):
+        step.run_pass(_batch((5, 4), first), 2)
+    loss = step.run_pass(_batch((2, 7), first=30), 2)
+    assert asked[-1] == "replay" and loss == (sum(range(30, 32)) + sum(range(30, 37))) / 2
+    assert found[-1][1].tolist() == [0, 2, 9, 16]
+
+
+def test_the_run_says_how_much_was_replayed(tmp_path, recordable, capsys):
+    assert pipeline.run(arguments(tmp_path, num_train_epochs=6.0, cuda_graph=True)) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda_graph: ")]
+    assert re.fullmatch(r"cuda_graph: [1-9] recording\(s\), \d+ of 24 passes replayed; 21 of 24 updates", line)
+
+
+def test_torch_has_what_the_recorder_asks_for():
+    """Names and arguments of torch.cuda, without a device."""
+    taken = set(inspect.signature(torch.cuda.graph).parameters)
+    assert {"cuda_graph", "pool", "capture_error_mode"} <= taken
+    assert hasattr(torch.cuda.CUDAGraph, "replay") and callable(torch.cuda.graph_pool_handle)
+    assert "capturable" in inspect.signature(torch.optim.AdamW).parameters
+    assert torch.get_device_module(torch.device("cuda", 0)) is torch.cuda
+
+
+# ---- where it cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--torch_compile", "--cuda_graph with --torch_compile"),
+        ("--gradient_checkpointing", "--cuda_graph with --gradient_checkpointing"),
+        ("--fgm_epsilon 0.1", "--cuda_graph with --fgm_epsilon"),
+        ("--fp16 --amp_backend apex", "--cuda_graph goes with --amp_backend native only"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(words, expected):
+    with pytest.raises(UsageError) as caught:
+        parse([*BASE, "--cuda_graph", *words.split()])
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_other_devices_are_refused_with_exit_code_4(tmp_path, capsys):
+    import run_glue
+
+    assert run_glue.main(flags_of(arguments(tmp_path, cuda_graph=True))) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --cuda_graph: only CUDA devices replay recorded work, not this one (CPU, ")
+
+
+def test_padded_models_and_absent_kernels_are_refused(tmp_path, recordable, monkeypatch):
+    with pytest.raises(MachineError, match="packed models only .*use --torch_compile"):
+        pipeline.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
+    monkeypatch.setattr(attention, "CUDA_KERNELS", {})
+    attention.cuda_kernel.cache_clear()
+    with pytest.raises(MachineError, match="no attention kernel here takes O0 fp32 with dropout 0; use --bf16"):
+        pipeline.run(arguments(tmp_path, cuda_graph=True))
