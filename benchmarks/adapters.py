@@ -47,7 +47,7 @@ class Step:
         args = Arguments(model_name_or_path=str(folder), do_train=True, **changes)
         self.model = load_model(args, get_task("mrpc"))
         self.precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), self.model.module)
-        self.optimizer, _ = build_optimizer(args, self.precision.leaves(False))
+        self.optimizer, _ = build_optimizer(args, self.precision.parameter_groups(False))
         layout = PackedLayout(tuple(lengths))
         positions = torch.from_numpy(layout.positions)[None]
         words = torch.randint(5, 8000, positions.shape, generator=torch.Generator().manual_seed(0))
@@ -58,12 +58,14 @@ class Step:
         """(CPU, clock) of one step."""
         import torch
 
-        from bert_glue.model.layers import Noise
+        from bert_glue.model.layers import DropoutMasks
 
         cpu, clock = time.process_time(), time.perf_counter()
         self.model.module.train()
         self.precision.zero_gradients()
-        loss = torch.nn.functional.cross_entropy(self.model.module(**self.inputs, noise=Noise(0)), self.labels)
+        loss = torch.nn.functional.cross_entropy(
+            self.model.module(**self.inputs, dropout_masks=DropoutMasks(0)), self.labels
+        )
         self.precision.backward(loss)
         self.precision.step(self.optimizer, self.precision.gather_gradients(), 1.0)
         return time.process_time() - cpu, time.perf_counter() - clock

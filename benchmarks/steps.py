@@ -43,7 +43,7 @@ class Way:
         import torch
 
         from bert_glue.config.arguments import Arguments
-        from bert_glue.data.batching import Assembler
+        from bert_glue.data.batching import Collator
         from bert_glue.model.loading import load_model
         from bert_glue.precision.native import Precision
         from bert_glue.precision.plan import PrecisionPlan
@@ -60,10 +60,10 @@ class Way:
         self.module = load_model(flags, get_task("mrpc")).module.to(place).train()
         plan = PrecisionPlan("O2", torch.bfloat16, 1.0) if args.bf16 else PrecisionPlan("O0", torch.float32, 1.0)
         self.precision = Precision(plan, self.module)
-        self.optimizer, _ = build_optimizer(flags, self.precision.leaves(False))
-        assemble = Assembler("packed", _LONGEST, 0, True, place, is_rounded=how != "eager")
+        self.optimizer, _ = build_optimizer(flags, self.precision.parameter_groups(False))
+        collate = Collator("packed", _LONGEST, 0, True, place, is_rounded=how != "eager")
         rows = np.split(np.arange(len(split)), args.batches)
-        self.batches = [assemble(split, members) for members in rows]
+        self.batches = [collate(split, members) for members in rows]
         if how == "compiled":
             compile.compile_layers(self.module, {"backend": args.backend, "mode": args.mode, "dynamic": True})
         self.recorded = None
@@ -79,9 +79,9 @@ class Way:
     def _pass(self, batch, samples: int):
         import torch
 
-        from bert_glue.model.layers import Noise
+        from bert_glue.model.layers import DropoutMasks
 
-        logits = self.module(**batch.inputs, noise=Noise(0))
+        logits = self.module(**batch.inputs, dropout_masks=DropoutMasks(0))
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum") / samples
         self.precision.backward(loss)
         return loss.detach()
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for key, way in running.items():
             seen.setdefault(key, []).append(way.seconds())
     figures = {}
-    tokens = int(split.table.borders[-1])
+    tokens = int(split.table.offsets[-1])
     for (drop, how, kernel), way in running.items():
         pairs = list(zip(seen[drop, "eager", ""], seen[drop, how, kernel], strict=True))
         figures[f"{how}{', ' + kernel if kernel else ''}, dropout {drop:g}"] = {

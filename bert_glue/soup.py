@@ -100,7 +100,7 @@ def mean_weights(folders: list[Path]) -> dict[str, Any]:
     return {name: (tensor / len(folders)).to(kinds[name][1]).contiguous() for name, tensor in total.items()}
 
 
-def cook(folders: list[Path], output_dir: Path) -> None:
+def average_runs(folders: list[Path], output_dir: Path) -> None:
     """Write the model, its tokenizer and soup.json, which says of what it was made.
 
     Raises:
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         parser.error("give two runs or more")
 
     def answer() -> int:
-        cook(options.runs, options.output_dir)
+        average_runs(options.runs, options.output_dir)
         return 0
 
     return exit_code_of(answer)

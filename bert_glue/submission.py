@@ -23,7 +23,7 @@ from bert_glue.data.tables import Problems, Table
 from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of
 from bert_glue.result_keys import predicted_samples_key, predictions_file
 from bert_glue.storage.files import read_json_object, read_results, write_whole
-from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, companions, get_task
+from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, also_predicted, get_task
 
 _HEADER = ["index", "prediction"]
 _SAMPLE_MARK = "SAMPLE-DATA-NOT-GLUE.txt"
@@ -79,7 +79,7 @@ def collect(runs: list[Path], allow_sample: bool = False) -> tuple[dict[str, lis
         try:
             results = _results(run, allow_sample)
             task = get_task(results["task_name"])
-            own = [entry for part in (task, *companions(task)) for entry in entries_of(part)]
+            own = [entry for part in (task, *also_predicted(task)) for entry in entries_of(part)]
             for entry in own:
                 if (run / entry.results).is_file():
                     if entry.file in origin:

@@ -374,7 +374,7 @@ def get_task(name: str) -> GlueTask:
     return task
 
 
-def companions(task: GlueTask) -> tuple[GlueTask, ...]:
+def also_predicted(task: GlueTask) -> tuple[GlueTask, ...]:
     """Tasks without training data that are predicted with a model of `task` (AX with MNLI)."""
     return tuple(other for other in TASKS.values() if other.predicted_with == task.name)
 

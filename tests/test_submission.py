@@ -18,7 +18,7 @@ from bert_glue import submission
 from bert_glue.errors import DataError
 from bert_glue.pipeline import run as pipeline
 from bert_glue.pipeline.outputs import write_predictions
-from bert_glue.tasks import TASKS, companions, get_task
+from bert_glue.tasks import TASKS, also_predicted, get_task
 
 FILES = {
     "CoLA.tsv": 1063, "SST-2.tsv": 1821, "MRPC.tsv": 1725, "STS-B.tsv": 1379, "MNLI-m.tsv": 9796, "MNLI-mm.tsv": 9847,
@@ -31,7 +31,7 @@ def make_run(folder: Path, name: str, **changes) -> Path:
     folder.mkdir()
     task, draw = get_task(name), np.random.default_rng(0)
     results = {"task_name": name, "sample_data": False, **changes}
-    for part in (task, *companions(task)):
+    for part in (task, *also_predicted(task)):
         for split, suffix in part.test:
             rows = part.rows[split]
             values = draw.uniform(-0.5, 5.5, rows) if part.is_regression else draw.integers(0, part.num_labels, rows)

@@ -124,9 +124,9 @@ def _is_scalar(item: Any) -> bool:
     return isinstance(getattr(item, "value", None), str)
 
 
-_ROOM = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).resolve().parents[1]
 # In a checkout beside the package, installed within it.
-FOLDER = next((f for f in (_ROOM.parent / "configs", _ROOM / "configs") if (f / "stable").is_dir()), _ROOM / "configs")
+FOLDER = next((f for f in (_HERE.parent / "configs", _HERE / "configs") if (f / "stable").is_dir()), _HERE / "configs")
 
 
 def recipe_names() -> list[str]:

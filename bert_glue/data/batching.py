@@ -75,7 +75,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Assembler:
+class Collator:
     """Rows of a split to a batch on a device.
 
     Args:
@@ -96,13 +96,13 @@ class Assembler:
     uses_types: bool
     device: torch.device
     is_rounded: bool = False
-    renumber: np.ndarray | None = None
+    row_of_token: np.ndarray | None = None
     shapes: set[int] = field(default_factory=set)
 
     def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
         """Batch of `rows` (`[samples]` int64), in that order."""
         table = split.table
-        begins, ends = table.borders[rows], table.borders[rows + 1]
+        begins, ends = table.offsets[rows], table.offsets[rows + 1]
         ids = [table.ids[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
         labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
@@ -115,8 +115,8 @@ class Assembler:
         layout = PackedLayout(lengths, bucket(sum(lengths) + 1) - sum(lengths) if self.is_rounded else 0)
         filler = np.full(layout.tail, self.pad_id, np.int32)
         flat = np.concatenate([*ids, filler])
-        if self.renumber is not None:
-            flat = self.renumber[flat]
+        if self.row_of_token is not None:
+            flat = self.row_of_token[flat]
         positions = layout.positions
         starts_second = np.repeat(np.concatenate([second_at, [layout.tail] if layout.tail else []]), layout.all_lengths)
         tensors = {
@@ -146,7 +146,7 @@ class Assembler:
 
 
 @dataclass(frozen=True)
-class TrainingOrder:
+class TrainingSampler:
     """Samples of every optimizer step, all ranks alike.
 
     Args:
@@ -219,7 +219,7 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_si
     return (order[start : start + batch_size] for start in starts)
 
 
-def ahead(batches: Iterable, depth: int = 2) -> Iterator:
+def prefetch(batches: Iterable, depth: int = 2) -> Iterator:
     """The same items, made by a thread up to `depth` before they are asked for.
 
     For devices that compute while the host assembles; on a CPU both want the same cores. An error in

@@ -58,10 +58,10 @@ def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
         (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
         (huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline),
     )
-    before = [(room, name, getattr(room, name)) for room, name, _ in settings]
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
     verbosity = datasets.logging.get_verbosity()
-    for room, name, value in settings:
-        setattr(room, name, value)
+    for module, name, value in settings:
+        setattr(module, name, value)
     datasets.logging.set_verbosity_error()
     if is_quiet:
         datasets.disable_progress_bars()
@@ -69,8 +69,8 @@ def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for room, name, value in before:
-            setattr(room, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)
         datasets.logging.set_verbosity(verbosity)
 
 

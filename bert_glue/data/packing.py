@@ -57,7 +57,7 @@ class PackedLayout:
     def _borders(self) -> dict[torch.device, torch.Tensor]:
         return {}
 
-    def borders(self, device: torch.device) -> torch.Tensor:
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
         """`cu_seq_lens` on a device, `[sequences + 1]` int32; copied once a batch."""
         if device not in self._borders:
             host = torch.tensor(self.cu_seq_lens, dtype=torch.int32)
@@ -120,22 +120,22 @@ class PackedLayout:
         padding = torch.from_numpy(is_padding) if is_padding.any() else None
         return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
 
-    def places(self, heads: int, first_only: bool) -> HeadPlaces:
+    def head_rows(self, heads: int, first_only: bool) -> HeadRows:
         """Where rows of one head lie, made once a batch.
 
         Args:
             first_only: of the queries of each sequence's first token alone.
         """
         if (heads, first_only) not in self._places:
-            self._places[heads, first_only] = HeadPlaces(self, heads, first_only)
+            self._places[heads, first_only] = HeadRows(self, heads, first_only)
         return self._places[heads, first_only]
 
     @cached_property
-    def _places(self) -> dict[tuple[int, bool], HeadPlaces]:
+    def _places(self) -> dict[tuple[int, bool], HeadRows]:
         return {}
 
 
-class HeadPlaces:
+class HeadRows:
     """Blocks `[sequences, heads, longest]` of a layout's groups laid end to end, by rows of one head.
 
     `bounds` has where each block begins and ends, `of_row` where each row of `[n, heads]` lies, `[n * heads]` int64.

@@ -25,7 +25,7 @@ from bert_glue.data.readers import read_table
 from bert_glue.data.splits import Split, make_split
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, UsageError
-from bert_glue.tasks import GlueTask, companions, get_task
+from bert_glue.tasks import GlueTask, also_predicted, get_task
 
 if TYPE_CHECKING:
     from bert_glue.config.arguments import Arguments
@@ -99,11 +99,11 @@ def _wanted(task: GlueTask, needed: frozenset[str]) -> tuple[str, ...]:
     return tuple(split for group, names in groups.items() if group in needed for split in names)
 
 
-def _companions(task: GlueTask, needed: frozenset[str]) -> tuple[tuple[GlueTask, str, str], ...]:
+def _also_predicted(task: GlueTask, needed: frozenset[str]) -> tuple[tuple[GlueTask, str, str], ...]:
     """(task, its split, key of the result) of everything else this task's model predicts."""
     if "test" not in needed:
         return ()
-    return tuple((other, split, f"{other.name}:{split}") for other in companions(task) for split, _ in other.test)
+    return tuple((other, split, f"{other.name}:{split}") for other in also_predicted(task) for split, _ in other.test)
 
 
 def _from_sample(args: Arguments, task: GlueTask, needed: frozenset[str]) -> TaskData:
@@ -111,7 +111,7 @@ def _from_sample(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
 
     rows = [(task, split, split) for split in _wanted(task, needed)]
     splits = {}
-    for other, split, key in (*rows, *_companions(task, needed)):
+    for other, split, key in (*rows, *_also_predicted(task, needed)):
         texts, labels = sample_rows(other, split)
         if labels is not None and all(label == -1 for label in labels):
             labels = None
@@ -132,7 +132,7 @@ def _from_hub(args: Arguments, task: GlueTask, needed: frozenset[str]) -> TaskDa
     splits: dict[str, Split] = {}
     warnings = []
     read(task, {split: split for split in _wanted(task, needed)}, True)
-    for other, split, key in _companions(task, needed):
+    for other, split, key in _also_predicted(task, needed):
         try:
             read(other, {split: key}, False)
         except DataError as error:
@@ -172,8 +172,8 @@ def _from_folder(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
     layout, root = found
     splits = data_folder.read_folder(task, layout, root, _wanted(task, needed))
     warnings = []
-    for other, split, key in _companions(task, needed):
-        beside = data_folder.detect(other, _roots_of_companion(task, other, folder))
+    for other, split, key in _also_predicted(task, needed):
+        beside = data_folder.detect(other, _roots_of_also_predicted(task, other, folder))
         if beside is None:
             warnings.append(f"{other.name} is not predicted: {folder} has no folder {other.folder}")
         else:
@@ -181,7 +181,7 @@ def _from_folder(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
     return TaskData(task, splits, f"{layout.name} {root}", warnings=tuple(warnings))
 
 
-def _roots_of_companion(task: GlueTask, other: GlueTask, folder: Path) -> list[Path]:
+def _roots_of_also_predicted(task: GlueTask, other: GlueTask, folder: Path) -> list[Path]:
     roots = data_folder.roots_of(other, folder)
     if data_folder.is_folder_of(task, folder.resolve()):
         # --data_path GLUE/MNLI: its companion lies beside it

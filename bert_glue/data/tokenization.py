@@ -26,7 +26,7 @@ from bert_glue.storage.files import check_not_lfs_pointer, json_object
 
 _FORMAT = "1"
 _MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
-_ARRAYS = ("ids", "borders", "second_at")
+_ARRAYS = ("ids", "offsets", "second_at")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class TokenTable:
 
     Args:
         ids: `[tokens]` int32, the sequences end to end, special tokens included.
-        borders: `[rows + 1]` int64, where each sequence begins; the last entry is `tokens`.
+        offsets: `[rows + 1]` int64, where each sequence begins; the last entry is `tokens`.
         second_at: `[rows]` int32, where within each sequence token type 1 begins.
     """
 
     ids: np.ndarray
-    borders: np.ndarray
+    offsets: np.ndarray
     second_at: np.ndarray
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class TokenTable:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, `[rows]` int64."""
-        return np.diff(self.borders)
+        return np.diff(self.offsets)
 
 
 class TextTokenizer:

@@ -20,7 +20,7 @@ from bert_glue.errors import RankError, UsageError
 _GRACE_SECONDS = 1.0  # for torch's own message, which names more, where it keeps its bound
 
 
-class Place(NamedTuple):
+class RankEnvironment(NamedTuple):
     """Which process of a run this is: `rank` of `world_size`, `local_rank` on its host."""
 
     rank: int
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     world_size: int
 
 
-def place_in(environment: Mapping[str, str]) -> Place:
+def read_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
     """What torchrun's variables say.
 
     A process alone is rank 0 whatever RANK and LOCAL_RANK say: `--device npu:3` must not be moved by stale ones.
@@ -57,10 +57,10 @@ def place_in(environment: Mapping[str, str]) -> Place:
     if wrong:
         wrong.append("without WORLD_SIZE a process runs alone; torchrun and test/train_full_8p.sh set all of these")
         raise UsageError("\n".join(wrong))
-    return Place(rank, local, world) if world > 1 else Place(0, 0, 1)
+    return RankEnvironment(rank, local, world) if world > 1 else RankEnvironment(0, 0, 1)
 
 
-class Ranks:
+class DistributedContext:
     """This process among its peers.
 
     Args:
@@ -75,7 +75,7 @@ class Ranks:
     """
 
     def __init__(self, args: Arguments):
-        place = place_in(os.environ)
+        place = read_rank_environment(os.environ)
         world = place.world_size
         # The reference launches eight processes with the same `--device 0`: ranks choose their own.
         requested = args.device if world == 1 or ":" not in args.device and not args.device.isdigit() else "auto"
@@ -144,13 +144,13 @@ class Ranks:
         """True on the rank that writes."""
         return self.rank == 0
 
-    def sum(self, tensors: list[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
         """Add each tensor over all ranks, in place, in one collective a tensor."""
         if self.world_size > 1:
             for tensor in tensors:
                 self._together("adding up numbers", torch.distributed.all_reduce, tensor)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -158,7 +158,7 @@ class Ranks:
         self._together("exchanging values", torch.distributed.all_gather_object, gathered, value)
         return gathered
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         if self.world_size > 1:
             self._together("waiting", torch.distributed.barrier)

@@ -181,8 +181,8 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     """A `training.Run` of two layers on eight sequences, and its device."""
     import torch
 
-    from bert_glue.data.batching import Assembler, TrainingOrder
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.data.batching import Collator, TrainingSampler
+    from bert_glue.devices.distributed import DistributedContext
     from bert_glue.model.classifier import LoadedModel
     from bert_glue.model.encoder import PackedClassifier
     from bert_glue.model.weights import initialise
@@ -195,18 +195,18 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     from bert_glue.training.state import Run
     from bert_glue.training.throughput import Meter
 
-    ranks = Ranks(args)
+    ranks = DistributedContext(args)
     plan = plan_precision(replace(args, fallback_precision="none"), ranks.device)
     torch.manual_seed(args.seed)
     module = PackedClassifier(_tiny_shape())
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
     precision = make_precision(args, plan, module, ranks)
-    optimizer, _ = build_optimizer(args, precision.leaves(per_parameter=False))
-    assemble = Assembler("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
+    optimizer, _ = build_optimizer(args, precision.parameter_groups(per_parameter=False))
+    collate = Collator("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
     run = Run(
         args, own_task("proof", ("text",), ("a", "b")), ranks, LoadedModel(module, None, {}, True), precision,
-        optimizer, assemble, _tiny_split(), TrainingOrder(len(_LENGTHS), len(_LENGTHS), 1, 0, False), _STEPS,
+        optimizer, collate, _tiny_split(), TrainingSampler(len(_LENGTHS), len(_LENGTHS), 1, 0, False), _STEPS,
         Meter(ranks.device, 0), ProgressLog(False, False, watches_signals=False), dict, evaluation_key(LOSS),
     )  # fmt: skip
     return run, ranks.device
@@ -229,9 +229,9 @@ def _tiny_split() -> Any:
     from bert_glue.data.batching import TokenSplit
     from bert_glue.data.tokenization import TokenTable
 
-    borders = np.cumsum([0, *_LENGTHS])
-    ids = (np.arange(borders[-1]) * 7 % _VOCABULARY).astype(np.int32)
-    table = TokenTable(ids, borders, np.array(_LENGTHS, np.int32) // 2)
+    offsets = np.cumsum([0, *_LENGTHS])
+    ids = (np.arange(offsets[-1]) * 7 % _VOCABULARY).astype(np.int32)
+    table = TokenTable(ids, offsets, np.array(_LENGTHS, np.int32) // 2)
     return TokenSplit("train", table, np.arange(len(_LENGTHS)) % 2)
 
 

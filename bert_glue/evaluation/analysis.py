@@ -238,7 +238,7 @@ def explain(
     found = []
     for row in rows.tolist():
         label, prediction = split.labels[row], predictions[row]
-        ids = split.table.ids[split.table.borders[row] : split.table.borders[row + 1]].tolist()
+        ids = split.table.ids[split.table.offsets[row] : split.table.offsets[row + 1]].tolist()
         scores = token_scores(model, evaluator, split, row, 0 if task.is_regression else int(prediction))
         shown = (
             (f"{label:.2f}", f"{prediction:.2f}")
@@ -276,7 +276,7 @@ def token_scores(model: LoadedModel, evaluator: Evaluator, split: TokenSplit, ro
     handle = words.register_forward_hook(as_leaf)
     try:
         with evaluator.precision.autocast():
-            logits = evaluator.module(**evaluator.assemble(split, np.array([row])).inputs)
+            logits = evaluator.module(**evaluator.collate(split, np.array([row])).inputs)
         gradient = torch.autograd.grad(logits.float()[0, output], leaves[0])[0]
     finally:
         handle.remove()

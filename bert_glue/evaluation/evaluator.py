@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from bert_glue import result_keys as keys
-from bert_glue.data.batching import Assembler, TokenSplit, ahead, evaluation_batches
+from bert_glue.data.batching import Collator, TokenSplit, evaluation_batches, prefetch
 from bert_glue.devices.device import Device
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation.collapse import collapsed_predictions
 from bert_glue.precision.native import InferencePrecision, Precision
@@ -35,11 +35,11 @@ class Evaluator:
     """
 
     module: torch.nn.Module
-    assemble: Assembler
+    collate: Collator
     batch_size: int
-    ranks: Ranks
+    ranks: DistributedContext
     precision: Precision | InferencePrecision
-    stop_asked: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
     def logits(self, split: TokenSplit) -> np.ndarray:
@@ -51,15 +51,15 @@ class Evaluator:
         self.module.eval()
         ranks = self.ranks
         rows = list(evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size))
-        batches = (self.assemble(split, members) for members in rows)
+        batches = (self.collate(split, members) for members in rows)
         outputs = []
         with self.precision.autocast():
-            for batch in batches if ranks.device.is_host else ahead(batches):
-                if self.stop_asked():
+            for batch in batches if ranks.device.is_host else prefetch(batches):
+                if self.stop_requested():
                     break
                 outputs.append(self.module(**batch.inputs).float())
         own = torch.cat(outputs).cpu().numpy() if outputs else None
-        gathered = ranks.gather((np.concatenate(rows) if rows else None, own, self.stop_asked()))
+        gathered = ranks.all_gather_object((np.concatenate(rows) if rows else None, own, self.stop_requested()))
         if any(stopped for *_, stopped in gathered):
             raise EvaluationStopped
         parts = [(members, values) for members, values, _ in gathered if members is not None]
@@ -134,7 +134,7 @@ def evaluate(
             keys.SAMPLES: len(split),
             keys.RUNTIME: seconds,
             keys.SAMPLES_PER_SECOND: len(split) / seconds,
-            keys.REAL_TOKENS_PER_SECOND: float(split.table.borders[-1]) / seconds,
+            keys.REAL_TOKENS_PER_SECOND: float(split.table.offsets[-1]) / seconds,
         }
         for figure, value in figures.items():
             key = keys.evaluation_key(figure, suffix)

@@ -9,26 +9,26 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from bert_glue.data.packing import HeadPlaces, LengthGroup, PackedLayout
+from bert_glue.data.packing import HeadRows, LengthGroup, PackedLayout
 from bert_glue.devices.device import has_slow_products
 from bert_glue.devices.npu import torch_npu_of
-from bert_glue.model.layers import Noise, as_numbers
+from bert_glue.model.layers import DropoutMasks, as_numbers
 
 # What computed attention in this process so far, fallbacks by their own name.
 PATHS_TAKEN: set[str] = set()
 
 
-def grouped_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+def grouped_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """CPU: sequences of similar length share one batched product."""
     PATHS_TAKEN.add("packed: products grouped by length")
     dtype, kind = query.dtype, query.device.type
-    drops = noise is not None and drop > 0.0
+    drops = dropout_masks is not None and drop > 0.0
     attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
-        return attention(query, key, value, layout, first_only, drop, noise, site)
+        return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     with torch.autocast(kind, enabled=False):
         query, key, value = query.float(), key.float(), value.float()
-        return attention(query, key, value, layout, first_only, drop, noise, site).to(dtype)
+        return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id).to(dtype)
 
 
 def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
@@ -40,14 +40,14 @@ def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tenso
     out = torch.empty_like(query)
     for first, end in layout.runs:
         tokens = slice(layout.cu_seq_lens[first], layout.cu_seq_lens[end])
-        asking = slice(first, end) if first_only else tokens
-        parts = query[asking], key[tokens], value[tokens]
+        q_rows = slice(first, end) if first_only else tokens
+        parts = query[q_rows], key[tokens], value[tokens]
         q, k, v = (part.unflatten(0, (end - first, -1)).transpose(1, 2) for part in parts)
-        out[asking] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        out[q_rows] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
     return out
 
 
-def padded_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+def padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """Any device: pad to the longest inside attention only, through torch's fused kernel.
 
     Taken where no kernel knows sequence borders, or where that kernel has no dropout.
@@ -69,15 +69,15 @@ def padded_attention(query, key, value, layout, first_only, drop, noise, site) -
         x[rows].transpose(1, 2)
         for x, rows in ((query, sequences if first_only else index), (key, index), (value, index))
     )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if noise else 0.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if dropout_masks else 0.0)
     out = out.transpose(1, 2)
     return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
 
 
-def _varlen_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
+def _varlen_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop):
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(query, key, value, q_borders, k_borders, q_longest, k_longest)
+    return varlen_attn(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest)
 
 
 def _flash_kernel(*given):
@@ -108,12 +108,12 @@ def runs_here(name: str, device: torch.device, dtype: torch.dtype, dim: int, dro
     function, has_dropout = CUDA_KERNELS[name]
     if drop > 0.0 and not has_dropout:
         return False
-    borders = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
     try:
         with torch.random.fork_rng([] if device.index is None else [device], device_type=device.type):
             probe = torch.zeros(3, 1, dim, dtype=dtype, device=device, requires_grad=True)
             with torch.enable_grad():
-                function(probe, probe, probe, borders, borders, 2, 2, drop).sum().backward()
+                function(probe, probe, probe, cu_seqlens, cu_seqlens, 2, 2, drop).sum().backward()
             probe.grad.sum().item()  # a failure is told no earlier
     except Exception:  # no such package, chip, dtype or size: each fails in its own way
         return False
@@ -126,17 +126,17 @@ def cuda_kernel(device: torch.device, dtype: torch.dtype, dim: int, drop: float)
     return next((name for name in CUDA_KERNELS if runs_here(name, device, dtype, dim, drop)), None)
 
 
-def varlen_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+def varlen_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """CUDA: a kernel that knows borders, the first of `CUDA_KERNELS` that runs; they take half precision only."""
-    rate = drop if noise is not None else 0.0
+    rate = drop if dropout_masks is not None else 0.0
     name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate)
     if name is None:
-        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+        return padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     PATHS_TAKEN.add(f"packed: {name}")
-    borders = layout.borders(query.device)
-    q_borders = torch.arange(len(borders), dtype=torch.int32, device=query.device) if first_only else borders
+    cu_seqlens = layout.cu_seqlens(query.device)
+    q_cu_seqlens = torch.arange(len(cu_seqlens), dtype=torch.int32, device=query.device) if first_only else cu_seqlens
     q_longest = 1 if first_only else layout.longest
-    return CUDA_KERNELS[name][0](query, key, value, q_borders, borders, q_longest, layout.longest, rate)
+    return CUDA_KERNELS[name][0](query, key, value, q_cu_seqlens, cu_seqlens, q_longest, layout.longest, rate)
 
 
 @cache
@@ -159,14 +159,14 @@ def has_packed_npu_attention() -> bool:
     return True
 
 
-def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -> torch.Tensor:
+def fusion_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """NPU: fused attention in TND layout; cumulative lengths are host integers, so nothing waits.
 
     TND needs a training call and Atlas A2 or later; elsewhere the padded form is used.
     Source: torch_npu 2.13 `npu_fusion_attention`.
     """
     if not has_packed_npu_attention():
-        return padded_attention(query, key, value, layout, first_only, drop, noise, site)
+        return padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     import torch_npu
 
     PATHS_TAKEN.add("packed: npu_fusion_attention, TND")
@@ -178,7 +178,7 @@ def fusion_attention(query, key, value, layout, first_only, drop, noise, site) -
         query.shape[1],
         "TND",
         scale=1.0 / math.sqrt(query.shape[-1]),
-        keep_prob=1.0 - (drop if noise is not None else 0.0),
+        keep_prob=1.0 - (drop if dropout_masks is not None else 0.0),
         actual_seq_qlen=tuple(range(1, len(ends) + 1)) if first_only else ends,
         actual_seq_kvlen=ends,
     )[0]
@@ -198,8 +198,8 @@ def attend(
     layout: PackedLayout,
     first_only: bool,
     drop: float,
-    noise: Noise | None,
-    site: int,
+    dropout_masks: DropoutMasks | None,
+    mask_id: int,
 ) -> torch.Tensor:
     """Attention within each sequence of the packed batch.
 
@@ -213,46 +213,48 @@ def attend(
     Returns:
         The shape of `query`.
     """
-    if noise is not None and drop >= 1.0:
+    if dropout_masks is not None and drop >= 1.0:
         return torch.zeros_like(query)  # every probability is dropped; 1 / (1 - drop) has no value
     function = ATTENTION.get(query.device.type, padded_attention)
-    return function(query, key, value, layout, first_only, drop, noise, site)
+    return function(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
 
 
 class GroupedAttention(torch.autograd.Function):
     """softmax(q k' / sqrt(dim)) v, group by group; arguments as of `attention.attend`."""
 
     @staticmethod
-    def forward(ctx, query, key, value, layout, first_only, drop, noise, site):
+    def forward(ctx, query, key, value, layout, first_only, drop, dropout_masks, mask_id):
         heads, dim = query.shape[1:]
-        scale, drop = 1.0 / math.sqrt(dim), drop if noise is not None else 0.0
-        asking, asked, saved = layout.places(heads, first_only), layout.places(heads, False), []
-        out = query.new_empty(asking.bounds[-1][1], dim)
+        scale, drop = 1.0 / math.sqrt(dim), drop if dropout_masks is not None else 0.0
+        q_rows, k_rows, saved = layout.head_rows(heads, first_only), layout.head_rows(heads, False), []
+        out = query.new_empty(q_rows.bounds[-1][1], dim)
         for number, group in enumerate(layout.groups):
-            q, k, v = _block(query, asking, number), _block(key, asked, number), _block(value, asked, number)
+            q, k, v = _block(query, q_rows, number), _block(key, k_rows, number), _block(value, k_rows, number)
             probabilities = _softmax_block(q, k, group, scale)
             keep, dropped = None, probabilities
             if drop > 0.0:
-                keep = noise.keep((len(group.sequences), heads, *probabilities.shape[1:]), drop, site * 4096 + number)
+                keep = dropout_masks.keep(
+                    (len(group.sequences), heads, *probabilities.shape[1:]), drop, mask_id * 4096 + number
+                )
                 keep = keep.flatten(0, 1)
                 dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
-            torch.bmm(dropped, v, out=_part(out, asking, number, q))
+            torch.bmm(dropped, v, out=_part(out, q_rows, number, q))
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(*saved)
         ctx.layout, ctx.first_only, ctx.scale, ctx.drop = layout, first_only, scale, drop
-        return out.index_select(0, asking.of_row).view(query.shape)
+        return out.index_select(0, q_rows.of_row).view(query.shape)
 
     @staticmethod
     def backward(ctx, grad):
         layout, first_only, scale = ctx.layout, ctx.first_only, ctx.scale
         heads, dim = grad.shape[1:]
-        asking, asked = layout.places(heads, first_only), layout.places(heads, False)
+        q_rows, k_rows = layout.head_rows(heads, first_only), layout.head_rows(heads, False)
         # Once: under gradient checkpointing each look unpacks again, and the second is refused.
         saved = ctx.saved_tensors
-        dq, dk, dv = (grad.new_empty(places.bounds[-1][1], dim) for places in (asking, asked, asked))
+        dq, dk, dv = (grad.new_empty(head_rows.bounds[-1][1], dim) for head_rows in (q_rows, k_rows, k_rows))
         for number, group in enumerate(layout.groups):
             q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
-            g = _block(grad, asking, number)
+            g = _block(grad, q_rows, number)
             if group.padding is not None and not first_only:
                 g.view(len(group.sequences), heads, -1, dim).transpose(1, 2)[group.padding] = 0.0
             dp = torch.bmm(g, v.transpose(1, 2))
@@ -260,15 +262,15 @@ class GroupedAttention(torch.autograd.Function):
             if keep is not None:
                 kept = as_numbers(keep, q.dtype).mul_(1 / (1 - ctx.drop))
                 dropped, dp = probabilities * kept, dp.mul_(kept)
-            torch.bmm(dropped.transpose(1, 2), g, out=_part(dv, asked, number, k))
+            torch.bmm(dropped.transpose(1, 2), g, out=_part(dv, k_rows, number, k))
             ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype)
-            _scaled_product(_part(dq, asking, number, q), ds, k, scale)
-            _scaled_product(_part(dk, asked, number, k), ds.transpose(1, 2), q, scale)
-        pairs = ((dq, asking), (dk, asked), (dv, asked))
-        return *(d.index_select(0, places.of_row).view(-1, heads, dim) for d, places in pairs), *([None] * 5)
+            _scaled_product(_part(dq, q_rows, number, q), ds, k, scale)
+            _scaled_product(_part(dk, k_rows, number, k), ds.transpose(1, 2), q, scale)
+        pairs = ((dq, q_rows), (dk, k_rows), (dv, k_rows))
+        return *(d.index_select(0, head_rows.of_row).view(-1, heads, dim) for d, head_rows in pairs), *([None] * 5)
 
 
-def _block(x: torch.Tensor, places: HeadPlaces, number: int) -> torch.Tensor:
+def _block(x: torch.Tensor, head_rows: HeadRows, number: int) -> torch.Tensor:
     """`[n, heads, dim]` -> `[sequences * heads, length, dim]`, of one group.
 
     Rows of one head are copied whole, also out of the joint product of query, key and value: a fifth of the time that
@@ -279,13 +281,13 @@ def _block(x: torch.Tensor, places: HeadPlaces, number: int) -> torch.Tensor:
         x = x.contiguous()
     pitch = x.stride(0) // dim
     rows = x.as_strided(((len(x) - 1) * pitch + heads, dim), (dim, 1))
-    sequences, length = places.rows[number].shape
-    return rows.index_select(0, places.index(number, pitch)).view(sequences * heads, length, dim)
+    sequences, length = head_rows.rows[number].shape
+    return rows.index_select(0, head_rows.index(number, pitch)).view(sequences * heads, length, dim)
 
 
-def _part(rows: torch.Tensor, places: HeadPlaces, number: int, like: torch.Tensor) -> torch.Tensor:
+def _part(rows: torch.Tensor, head_rows: HeadRows, number: int, like: torch.Tensor) -> torch.Tensor:
     """Rows of one group, as its block `[sequences * heads, length, dim]`."""
-    return rows[slice(*places.bounds[number])].view(like.shape)
+    return rows[slice(*head_rows.bounds[number])].view(like.shape)
 
 
 def _scaled_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

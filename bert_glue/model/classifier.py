@@ -30,7 +30,7 @@ class PaddedClassifier(nn.Module):
         self.accepted = frozenset(inspect.signature(stock.forward).parameters)
         self.compiled: Callable | None = None  # `stock.forward`, where --torch_compile asks for it
 
-    def forward(self, noise=None, **inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, dropout_masks=None, **inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
         # What is neither training nor evaluation looks into the model by hooks, which a compiled one does not call.
         is_usual = self.training or not torch.is_grad_enabled()

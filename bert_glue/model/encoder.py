@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_glue.data.packing import PackedLayout
 from bert_glue.model.attention import attend
-from bert_glue.model.layers import Linear, Noise, dropout
+from bert_glue.model.layers import DropoutMasks, Linear, dropout
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
 }
 
-_SITES_PER_LAYER = 4
+_MASKS_PER_LAYER = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,12 @@ class PackedLayer(nn.Module):
         self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.norm_eps)
 
     def forward(
-        self, x: torch.Tensor, layout: PackedLayout, noise: Noise | None, site: int, firsts=None
+        self,
+        x: torch.Tensor,
+        layout: PackedLayout,
+        dropout_masks: DropoutMasks | None,
+        mask_id: int,
+        cls_positions=None,
     ) -> torch.Tensor:
         """`[tokens, hidden] -> [tokens, hidden]`, or `[sequences, hidden]` where `firsts` is given.
 
@@ -89,29 +94,29 @@ class PackedLayer(nn.Module):
             firsts: positions of each sequence's first token, `[sequences]`, in the last layer.
         """
         drop = self.shape.attention_dropout
-        query, key, value = self._projections(x, firsts, noise, site)
-        context = attend(query, key, value, layout, firsts is not None, drop, noise, site).flatten(1)
-        return self._after_attention(context, x if firsts is None else x[firsts], noise, site)
+        query, key, value = self._projections(x, cls_positions, dropout_masks, mask_id)
+        context = attend(query, key, value, layout, cls_positions is not None, drop, dropout_masks, mask_id).flatten(1)
+        return self._after_attention(context, x if cls_positions is None else x[cls_positions], dropout_masks, mask_id)
 
     def _after_attention(
-        self, context: torch.Tensor, residual: torch.Tensor, noise: Noise | None, site: int
+        self, context: torch.Tensor, residual: torch.Tensor, dropout_masks: DropoutMasks | None, mask_id: int
     ) -> torch.Tensor:
         """`[rows, hidden]` twice -> `[rows, hidden]`; what `--torch_compile` compiles."""
         shape = self.shape
-        attended = self.attention_output(context, noise, site)
-        x = self.attention_norm(dropout(attended, shape.hidden_dropout, noise, site + 1, residual))
-        inner = ACTIVATIONS[shape.activation](self.feed_forward(x, noise, site + 1))
-        outer = self.feed_forward_output(inner, noise, site + 2)
-        return self.output_norm(dropout(outer, shape.output_dropout, noise, site + 2, x))
+        attended = self.attention_output(context, dropout_masks, mask_id)
+        x = self.attention_norm(dropout(attended, shape.hidden_dropout, dropout_masks, mask_id + 1, residual))
+        inner = ACTIVATIONS[shape.activation](self.feed_forward(x, dropout_masks, mask_id + 1))
+        outer = self.feed_forward_output(inner, dropout_masks, mask_id + 2)
+        return self.output_norm(dropout(outer, shape.output_dropout, dropout_masks, mask_id + 2, x))
 
-    def _projections(self, x, firsts, noise, site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _projections(self, x, cls_positions, dropout_masks, mask_id) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, heads = self.shape.hidden, self.shape.heads
-        if firsts is None:
-            return self.qkv(x, noise, site + 3).view(len(x), 3, heads, -1).unbind(1)
+        if cls_positions is None:
+            return self.qkv(x, dropout_masks, mask_id + 3).view(len(x), 3, heads, -1).unbind(1)
         # The site of the query's mask is one that the last layer, the only one here, leaves to the next.
-        query = self.qkv.rows(x[firsts], slice(0, hidden), noise, site + 4)
-        key_value = self.qkv.rows(x, slice(hidden, None), noise, site + 3).view(len(x), 2, heads, -1)
-        return query.view(len(firsts), heads, -1), *key_value.unbind(1)
+        query = self.qkv.rows(x[cls_positions], slice(0, hidden), dropout_masks, mask_id + 4)
+        key_value = self.qkv.rows(x, slice(hidden, None), dropout_masks, mask_id + 3).view(len(x), 2, heads, -1)
+        return query.view(len(cls_positions), heads, -1), *key_value.unbind(1)
 
 
 class PackedClassifier(nn.Module):
@@ -142,7 +147,7 @@ class PackedClassifier(nn.Module):
         token_type_ids: torch.Tensor,
         position_ids: torch.Tensor,
         layout: PackedLayout,
-        noise: Noise | None = None,
+        dropout_masks: DropoutMasks | None = None,
     ) -> torch.Tensor:
         """Logits of each sample, in the order of the samples.
 
@@ -155,27 +160,27 @@ class PackedClassifier(nn.Module):
             `[batch, labels]`.
         """
         shape = self.shape
-        x = self._embed(input_ids[0], token_type_ids[0], position_ids[0], noise)
-        all_firsts = layout.borders(x.device)[:-1].long()
+        x = self._embed(input_ids[0], token_type_ids[0], position_ids[0], dropout_masks)
+        all_cls_positions = layout.cu_seqlens(x.device)[:-1].long()
         for number in range(shape.layers):
-            firsts = all_firsts if number == shape.layers - 1 else None
+            cls_positions = all_cls_positions if number == shape.layers - 1 else None
             layer = self.layers[0 if shape.shared_layers else number]
-            site = _SITES_PER_LAYER * (number + 1)
+            mask_id = _MASKS_PER_LAYER * (number + 1)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, layout, noise, site, firsts, use_reentrant=False)
+                x = checkpoint(layer, x, layout, dropout_masks, mask_id, cls_positions, use_reentrant=False)
             else:
-                x = layer(x, layout, noise, site, firsts)
-        return self._head(x[: len(layout.lengths)], noise)
+                x = layer(x, layout, dropout_masks, mask_id, cls_positions)
+        return self._head(x[: len(layout.lengths)], dropout_masks)
 
-    def _embed(self, input_ids, token_type_ids, position_ids, noise) -> torch.Tensor:
+    def _embed(self, input_ids, token_type_ids, position_ids, dropout_masks) -> torch.Tensor:
         x = self.words(input_ids) + self.positions(position_ids + self.shape.position_offset)
         if self.types is not None:
             x = x + self.types(token_type_ids)
-        x = dropout(self.embedding_norm(x), self.shape.hidden_dropout, noise, 0)
+        x = dropout(self.embedding_norm(x), self.shape.hidden_dropout, dropout_masks, 0)
         return x if self.projection is None else self.projection(x)
 
-    def _head(self, first: torch.Tensor, noise: Noise | None) -> torch.Tensor:
+    def _head(self, first: torch.Tensor, dropout_masks: DropoutMasks | None) -> torch.Tensor:
         before_dense, before_output = self.shape.head_dropouts
-        x = self.head_dense(dropout(first, before_dense, noise, 1))
+        x = self.head_dense(dropout(first, before_dense, dropout_masks, 1))
         x = ACTIVATIONS[self.shape.head_activation](x)
-        return self.head_output(dropout(x, before_output, noise, 2))
+        return self.head_output(dropout(x, before_output, dropout_masks, 2))

@@ -76,7 +76,7 @@ class Adapter:
         self.config.save_pretrained(str(folder))
 
 
-_LOW_RANK_SITES = 1 << 20  # above every address of a dropout in the model itself
+_LOW_RANK_MASK_IDS = 1 << 20  # above every address of a dropout in the model itself
 # Multiply-adds. Every number of rows is another kernel, which takes oneDNN half a millisecond to make.
 _LEAST_FOR_ONEDNN, _ROWS_OF_A_GRAPH = 1 << 26, 512
 
@@ -185,11 +185,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features)
         self.low_rank: LowRank | None = None
 
-    def forward(self, x: torch.Tensor, noise: Noise | None = None, site: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None, mask_id: int = 0) -> torch.Tensor:
         """All of the outputs."""
-        return self.rows(x, slice(None), noise, site)
+        return self.rows(x, slice(None), dropout_masks, mask_id)
 
-    def rows(self, x: torch.Tensor, which: slice, noise: Noise | None, site: int) -> torch.Tensor:
+    def rows(self, x: torch.Tensor, which: slice, dropout_masks: DropoutMasks | None, mask_id: int) -> torch.Tensor:
         """Some of the outputs: `[rows, in_features] -> [rows, which]`.
 
         Into `.grad` where that is a flat view and no cast is in between; plain autograd otherwise.
@@ -199,7 +199,7 @@ class Linear(nn.Linear):
         y = linear(x, self.weight[which], self.bias[which])
         if self.low_rank is None:
             return y
-        return self.low_rank.add(y, x, linear, noise, _LOW_RANK_SITES + site, which)
+        return self.low_rank.add(y, x, linear, dropout_masks, _LOW_RANK_MASK_IDS + mask_id, which)
 
     def _adds_into_grad(self, x: torch.Tensor) -> bool:
         return not (
@@ -216,10 +216,10 @@ class Linear(nn.Linear):
 _LEVELS = 1 << 16
 
 
-def _draw(address: torch.Tensor, shape: Sequence[int], drop: float, site: int) -> torch.Tensor:
+def _draw(address: torch.Tensor, shape: Sequence[int], drop: float, mask_id: int) -> torch.Tensor:
     seed, rank, step, *branch = address.tolist()
     count = int(np.prod(shape))
-    bits = np.random.SFC64([seed, rank, step, site, *branch]).random_raw(-(-count // 4))
+    bits = np.random.SFC64([seed, rank, step, mask_id, *branch]).random_raw(-(-count // 4))
     # The last level stays: int16 cannot hold one threshold more. numpy compares 7 times as fast as torch.
     threshold = min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2
     return torch.from_numpy(bits.view(np.int16)[:count] >= threshold).view(shape)
@@ -232,10 +232,10 @@ _draw_in_graph = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor address, SymInt[] shape, float drop, SymInt site) -> Tensor",
 )
-_draw_in_graph.register_fake(lambda address, shape, drop, site: torch.empty(shape, dtype=torch.bool))
+_draw_in_graph.register_fake(lambda address, shape, drop, mask_id: torch.empty(shape, dtype=torch.bool))
 
 
-class Noise:
+class DropoutMasks:
     """Source of keep-masks of one rank.
 
     Args:
@@ -252,7 +252,7 @@ class Noise:
         """Say which forward of the run comes next (micro-batches counted from 0)."""
         self._address[2] = step
 
-    def keep(self, shape: tuple[int, ...], drop: float, site: int) -> torch.Tensor:
+    def keep(self, shape: tuple[int, ...], drop: float, mask_id: int) -> torch.Tensor:
         """Mask of `shape`, bool, True with probability `1 - drop` to the nearest 1/65536.
 
         Args:
@@ -260,7 +260,7 @@ class Noise:
             site: address of the dropout within the model.
         """
         draw = _draw_in_graph if torch.compiler.is_compiling() else _draw
-        return draw(self._address, shape, drop, site)
+        return draw(self._address, shape, drop, mask_id)
 
 
 def as_numbers(keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -286,7 +286,7 @@ class _CpuDropout(torch.autograd.Function):
 
 
 def dropout(
-    x: torch.Tensor, drop: float, noise: Noise | None, site: int, residual: torch.Tensor | None = None
+    x: torch.Tensor, drop: float, dropout_masks: DropoutMasks | None, mask_id: int, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`residual + dropout(x)`, any shape; the identity where `noise` is None or `drop` is 0.
 
@@ -295,10 +295,10 @@ def dropout(
         noise: masks of this rank, None in evaluation.
         site: address of this dropout within the model.
     """
-    if noise is None or drop == 0.0:
+    if dropout_masks is None or drop == 0.0:
         return x if residual is None else x + residual
     if x.is_cpu and drop < 1.0:
-        keep = noise.keep(tuple(x.shape), drop, site)
+        keep = dropout_masks.keep(tuple(x.shape), drop, mask_id)
         return _CpuDropout.apply(x, keep, 1.0 / (1.0 - drop), residual)
     dropped = F.dropout(x, drop, training=True)
     return dropped if residual is None else dropped + residual
@@ -332,8 +332,8 @@ class LowRank(nn.Module):
         y: torch.Tensor,
         x: torch.Tensor,
         product: Callable[..., torch.Tensor],
-        noise: Noise | None,
-        site: int,
+        dropout_masks: DropoutMasks | None,
+        mask_id: int,
         rows: slice = slice(None),
     ) -> torch.Tensor:
         """`y` with the low-rank term of `x`: `[tokens, in] -> [tokens, out]`.
@@ -345,7 +345,7 @@ class LowRank(nn.Module):
             site: address of the dropout.
             rows: which outputs of the whole product `y` holds.
         """
-        inner = product(dropout(x, self.drop, noise, site), self.down) * self.scaling
+        inner = product(dropout(x, self.drop, dropout_masks, mask_id), self.down) * self.scaling
         return y + product(inner, self._blocks()[rows])
 
     def _blocks(self) -> torch.Tensor:

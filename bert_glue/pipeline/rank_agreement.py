@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.config.arguments import FLAGS, Arguments
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import RankError, UsageError
 from bert_glue.results.provenance import package_versions
 
@@ -30,7 +30,7 @@ _OWN_OF_A_HOST = frozenset((
 ))  # fmt: skip
 
 
-def compare_settings(ranks: Ranks, args: Arguments) -> None:
+def compare_settings(ranks: DistributedContext, args: Arguments) -> None:
     """Compare flags, code and library versions over all ranks, in one collective.
 
     Raises:
@@ -41,12 +41,14 @@ def compare_settings(ranks: Ranks, args: Arguments) -> None:
         return
     flags = {f"--{n}": getattr(args, n) for n, f in FLAGS.items() if n not in _OWN_OF_A_HOST and not f.secret}
     code = {"python": sys.version.split()[0], "code of bert_glue": _code_hash(), **package_versions()}
-    found = ranks.gather((flags, code))
+    found = ranks.all_gather_object((flags, code))
     _refuse(ranks, [flags for flags, _ in found], UsageError)
     _refuse(ranks, [code for _, code in found], RankError)
 
 
-def compare_inputs(ranks: Ranks, task: GlueTask, splits: dict[str, TokenSplit], model: LoadedModel) -> None:
+def compare_inputs(
+    ranks: DistributedContext, task: GlueTask, splits: dict[str, TokenSplit], model: LoadedModel
+) -> None:
     """Compare data, by rows and order, and starting weights over all ranks, in one collective.
 
     Costs a SHA-256 of both: about a second for bert-base.
@@ -58,17 +60,17 @@ def compare_inputs(ranks: Ranks, task: GlueTask, splits: dict[str, TokenSplit], 
         return
     data = {f"data of {name}": _split_hash(split) for name, split in splits.items()}
     own = {"class names": json.dumps(task.labels), **data, "starting weights": _weights_hash(model)}
-    _refuse(ranks, ranks.gather(own), RankError)
+    _refuse(ranks, ranks.all_gather_object(own), RankError)
 
 
-def _refuse(ranks: Ranks, facts: list[dict[str, object]], kind: type[UsageError | RankError]) -> None:
+def _refuse(ranks: DistributedContext, facts: list[dict[str, object]], kind: type[UsageError | RankError]) -> None:
     """Raise `kind` on every rank if one fact is not the same on all."""
     lines = differences(facts)
     if lines:
         # A rank that ended first would cut off the others, which then blamed the network; and gloo's threads, left
         # alone, abort a process that ends.
         with suppress(RankError):
-            ranks.wait()
+            ranks.barrier()
             ranks.close()
         raise kind("\n".join(lines))
 
@@ -97,7 +99,7 @@ def _ranks(numbers: list[int]) -> str:
 
 def _split_hash(split: TokenSplit) -> str:
     digest = hashlib.sha256()
-    for array in (split.table.ids, split.table.borders, split.labels):
+    for array in (split.table.ids, split.table.offsets, split.labels):
         if array is not None:
             digest.update(memoryview(array).cast("B") if array.flags.c_contiguous else array.tobytes())
     return digest.hexdigest()[:16]

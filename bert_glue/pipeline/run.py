@@ -20,7 +20,7 @@ from bert_glue.config.resolve import for_ranks
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.sources import TaskData, load_task_data
 from bert_glue.data.tokenization import tokenize
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
 from bert_glue.errors import DataError, ExpectationError
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
@@ -40,7 +40,7 @@ from bert_glue.tasks import GlueTask
 from bert_glue.training.console import ProgressLog, Trackers
 from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
 from bert_glue.training.resume import save_checkpoint, whole_weights
-from bert_glue.training.setup import assembler, fine_tune, make_precision
+from bert_glue.training.setup import build_collator, fine_tune, make_precision
 from bert_glue.training.state import Progress, Run
 from bert_glue.training.throughput import Phases, seconds_since_process_start
 
@@ -58,7 +58,7 @@ def run(args: Arguments) -> int:
         ExpectationError: the results, which are written, miss a bound of `--expect`.
         UserError: a mistake that the user can mend, with its exit code.
     """
-    ranks = Ranks(args)
+    ranks = DistributedContext(args)
     compare_settings(ranks, args)
     trackers = Trackers(args, ranks.is_first)
     shows = ranks.is_first and args.log_level in ("debug", "info")
@@ -71,7 +71,9 @@ def run(args: Arguments) -> int:
             results = _steps(args, ranks, log)
         for line in outputs.summary(results):
             log.line(line)
-        lines = ranks.gather(missed(results.get("expectations", [])))[0]  # speeds differ a little between ranks
+        lines = ranks.all_gather_object(missed(results.get("expectations", [])))[
+            0
+        ]  # speeds differ a little between ranks
         code = _agree_to_leave(ranks, log)
         if lines:
             raise ExpectationError("\n".join(lines))
@@ -85,7 +87,7 @@ def run(args: Arguments) -> int:
     return code
 
 
-def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
+def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog) -> dict:
     phase, given = Phases(), args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
@@ -103,7 +105,7 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
         splits = _tokenize(args, data, model, log)
         compare_inputs(ranks, data.task, splits, model)
     plan = plan_precision(args, ranks.device)
-    _say_how(args, model, plan, log)
+    _log_choices(args, model, plan, log)
     if log.is_first and "train" in splits:
         outputs.show_example(data, splits["train"], model, log)
     (evaluator, narrowed), run_of = _on_device(args, model, splits, plan, ranks, log), None
@@ -132,8 +134,8 @@ def _steps(args: Arguments, ranks: Ranks, log: ProgressLog) -> dict:
     with phase("save"):
         if run_of is not None:
             _save_unfinished(run_of)
-    results |= compiled.summary(evaluator.assemble.shapes, log) if compiled else {}
-    results["peak_memory_bytes"] = max(ranks.gather(ranks.device.peak_memory()))
+    results |= compiled.summary(evaluator.collate.shapes, log) if compiled else {}
+    results["peak_memory_bytes"] = max(ranks.all_gather_object(ranks.device.peak_memory()))
     results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
@@ -152,7 +154,7 @@ def _on_device(
     model: LoadedModel,
     splits: dict[str, TokenSplit],
     plan: PrecisionPlan,
-    ranks: Ranks,
+    ranks: DistributedContext,
     log: ProgressLog,
 ) -> tuple[Evaluator, NarrowedEmbedding | None]:
     """The model on its device in the plan's precision, ready to evaluate and to train."""
@@ -163,9 +165,9 @@ def _on_device(
     narrowed = narrow(args, model, splits)
     model.module.to(ranks.device.torch_device)
     precision = make_precision(args, plan, model.module, ranks)
-    assemble = assembler(args, model, ranks, narrowed)
+    collate = build_collator(args, model, ranks, narrowed)
     batch_size = args.per_device_eval_batch_size
-    return Evaluator(model.module, assemble, batch_size, ranks, precision, log.stop_asked), narrowed
+    return Evaluator(model.module, collate, batch_size, ranks, precision, log.stop_requested), narrowed
 
 
 def _compile(
@@ -187,7 +189,9 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
     return {"expectations": [bound.judge(results) for bound in bounds]}
 
 
-def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks, log: ProgressLog) -> dict:
+def _provenance(
+    args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext, log: ProgressLog
+) -> dict:
     """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
     if not ranks.is_first:
         return {}
@@ -198,19 +202,19 @@ def _provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Rank
     return record
 
 
-def _agree_to_leave(ranks: Ranks, log: ProgressLog) -> int:
+def _agree_to_leave(ranks: DistributedContext, log: ProgressLog) -> int:
     """The exit code of all ranks: 0, or 128 + signal if any of them got one.
 
     No rank goes before all results are written: a launcher ends the others when one has left.
     """
-    signals = [number for number in ranks.gather(log.stop_signal) if number is not None]
+    signals = [number for number in ranks.all_gather_object(log.stop_signal) if number is not None]
     log.ignore_signals()
     return 128 + max(signals) if signals else 0
 
 
-def _is_stopped(ranks: Ranks, log: ProgressLog) -> bool:
+def _is_stopped(ranks: DistributedContext, log: ProgressLog) -> bool:
     """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
-    found = next(filter(None, ranks.gather(log.stop_signal)), None)
+    found = next(filter(None, ranks.all_gather_object(log.stop_signal)), None)
     if found is not None:  # never set to None: a signal may come at any moment
         log.stop_signal = found
     return found is not None
@@ -257,7 +261,7 @@ def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
     return data
 
 
-def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
+def _with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
     """With `--sample` and no model, the tiny BERT made on the spot."""
     if not args.sample or args.model_name_or_path:
         return args
@@ -267,7 +271,7 @@ def _with_sample_model(args: Arguments, ranks: Ranks) -> Arguments:
     if ranks.is_first:
         with files.plain_errors(folder):
             make_tiny_bert(folder)
-    ranks.wait()
+    ranks.barrier()
     return replace(args, model_name_or_path=str(folder))
 
 
@@ -291,12 +295,12 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: Progress
         table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
         labels = None if split.labels is None else np.asarray(split.labels, dtype)
         splits[name] = TokenSplit(name, table, labels)
-        mean = float(table.borders[-1]) / len(table)
+        mean = float(table.offsets[-1]) / len(table)
         log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
     return splits
 
 
-def _say_how(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
+def _log_choices(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
     path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
     log.line(f"precision: {plan.name}; batches: {path}")
     if model.frozen:

@@ -12,7 +12,7 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.config.resolve import samples_per_step
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.sources import TaskData
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError
 from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
 from bert_glue.evaluation.collapse import constant_loss, flat_loss
@@ -21,7 +21,7 @@ from bert_glue.model.attention import PATHS_TAKEN
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.pipeline import outputs
 from bert_glue.storage import files
-from bert_glue.tasks import GlueTask, companions
+from bert_glue.tasks import GlueTask, also_predicted
 from bert_glue.training.state import Run
 
 
@@ -86,12 +86,12 @@ def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis
 def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tuple[GlueTask, str, str]]:
     own = [(task, name, suffix) for name, suffix in task.test if name in splits]
     others = [
-        (o, f"{o.name}:{name}", s) for o in companions(task) for name, s in o.test if f"{o.name}:{name}" in splits
+        (o, f"{o.name}:{name}", s) for o in also_predicted(task) for name, s in o.test if f"{o.name}:{name}" in splits
     ]
     return own + others
 
 
-def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Ranks) -> dict:
+def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: DistributedContext) -> dict:
     """What was run, for every results file."""
     return {
         "task_name": data.task.name,
@@ -120,7 +120,7 @@ def train_results(run_of: Run, plan) -> dict:
     """`train_*` results of all ranks together."""
     meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
     smoothing = run_of.args.label_smoothing_factor
-    counts = ranks.gather([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
+    counts = ranks.all_gather_object([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
     names = ("samples", "real_tokens", "computed_tokens", "flops")
     totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
     return {

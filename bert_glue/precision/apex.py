@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.precision.flat_buffers import GradientBuffers, NamedGroup, l2_norm, named_groups
 from bert_glue.precision.plan import (
@@ -38,7 +38,7 @@ class ApexPrecision:
         combine_grad: Ascend's flat gradients and their fused clip.
     """
 
-    def __init__(self, plan: PrecisionPlan, module: nn.Module, ranks: Ranks, combine_grad: bool):
+    def __init__(self, plan: PrecisionPlan, module: nn.Module, ranks: DistributedContext, combine_grad: bool):
         self.plan = plan
         self.module = module
         self.ranks = ranks
@@ -51,7 +51,7 @@ class ApexPrecision:
         self.skipped_steps = self.overflows_in_a_row = 0
         self._overflowed = False
 
-    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """(parameters, whether they are decayed) a group; amp wants the module's own."""
         return [(group.parameters, group.is_decayed) for group in self.groups]
 
@@ -134,7 +134,7 @@ class ApexPrecision:
                 gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for same in gradients.values():
             flat = torch.cat([gradient.flatten() for gradient in same])
-            self.ranks.sum([flat])
+            self.ranks.all_reduce([flat])
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 

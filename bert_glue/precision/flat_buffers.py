@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.devices.distributed import DistributedContext
 
 # Elements: every buffer begins where a device's widest loads may begin.
 _ALIGNED = 64
@@ -149,9 +149,9 @@ class GradientBuffers:
         for allocation in self._allocations:
             allocation.zero_()
 
-    def all_reduce(self, ranks: Ranks) -> None:
+    def all_reduce(self, ranks: DistributedContext) -> None:
         """Add gradients and slots over all ranks, in place."""
-        ranks.sum(self._allocations)
+        ranks.all_reduce(self._allocations)
 
 
 def l2_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -103,7 +103,7 @@ class Precision:
         self._register = overflow_flag(device)
         self._copy_masters()
 
-    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
 
         Args:
@@ -115,10 +115,10 @@ class Precision:
             pieces = [(master, gradient)]
             if per_parameter:
                 pieces = list(zip(group.views(master).values(), group.views(gradient).values(), strict=True))
-            leaves = [nn.Parameter(value) for value, _ in pieces]
-            for leaf, (_, grad) in zip(leaves, pieces, strict=True):
+            parameter_groups = [nn.Parameter(value) for value, _ in pieces]
+            for leaf, (_, grad) in zip(parameter_groups, pieces, strict=True):
                 leaf.grad = grad
-            found.append((leaves, group.is_decayed))
+            found.append((parameter_groups, group.is_decayed))
         return found
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
@@ -190,12 +190,12 @@ class Precision:
         Returns:
             True if the update counts; False if it was skipped for overflow (dynamic scale only).
         """
-        if not self.admits(norm):
+        if not self.allows_update(norm):
             return False
         self.update(optimizer, norm, max_norm)
         return True
 
-    def admits(self, norm: torch.Tensor) -> bool:
+    def allows_update(self, norm: torch.Tensor) -> bool:
         """Whether this step's update may be made; only under a dynamic scale the host asks the device.
 
         Raises:

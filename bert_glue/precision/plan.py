@@ -84,7 +84,7 @@ class TrainingPrecision(ModelPrecision, Protocol):
     def scale(self) -> float:
         """Loss scale now."""
 
-    def leaves(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group."""
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:

@@ -11,7 +11,7 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.splits import make_split, text_columns
 from bert_glue.data.tables import Table
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, DivergedError, MachineError, UsageError
 from bert_glue.evaluation.evaluator import Evaluator, softmax
 from bert_glue.model.classifier import LoadedModel
@@ -20,7 +20,7 @@ from bert_glue.precision.native import InferencePrecision
 from bert_glue.precision.plan import plan_precision
 from bert_glue.predict.output import Columns
 from bert_glue.tasks import GlueTask
-from bert_glue.training.setup import assembler
+from bert_glue.training.setup import build_collator
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
     Raises:
         MachineError: the folder has no fine-tuned classifier, or the device cannot run it.
     """
-    ranks = Ranks(args)
+    ranks = DistributedContext(args)
     plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is for training
     model = load_model(args, task)
     if model.fresh:
         raise MachineError(f"--model {args.model_name_or_path}: has no classifier; fine-tune it first")
     model.module.to(ranks.device.torch_device)
     precision = InferencePrecision(plan, model.module)
-    assemble = assembler(args, model, ranks, None)
-    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    collate = build_collator(args, model, ranks, None)
+    evaluator = Evaluator(model.module, collate, args.per_device_eval_batch_size, ranks, precision)
     return Labeller(task, model, evaluator, min(args.max_seq_length, model.position_limit))

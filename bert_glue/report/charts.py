@@ -89,8 +89,8 @@ def _text(x: float, y: float, key: str, style: str) -> str:
 def _spread(limits: tuple[float, float], share: float) -> tuple[float, float]:
     """Limits with some room, and never empty."""
     low, high = limits
-    room = (high - low) * share or (abs(high) * 0.1 or 1.0) * (low == high)
-    return low - room, high + room
+    margin = (high - low) * share or (abs(high) * 0.1 or 1.0) * (low == high)
+    return low - margin, high + margin
 
 
 def lines(series: Sequence[Line], title: str) -> str:

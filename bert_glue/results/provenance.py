@@ -16,7 +16,7 @@ from bert_glue.storage.files import file_hash
 
 if TYPE_CHECKING:
     from bert_glue.data.sources import TaskData
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.devices.distributed import DistributedContext
     from bert_glue.model.classifier import LoadedModel
 
 _PACKAGES = (
@@ -33,7 +33,7 @@ _PACKAGES = (
 _NOT_SCORES = ("runtime", "per_second")
 
 
-def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Ranks) -> dict[str, Any]:
+def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext) -> dict[str, Any]:
     """run.json as far as it is known before training; no secret is in it.
 
     Args:

@@ -131,7 +131,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     with plain_errors(folder):
         try:
             folder.mkdir(exist_ok=True)
-            settle(folder)
+            finish_interrupted(folder)
             aside.mkdir()
             write(aside)
             _flush_files(aside)
@@ -161,7 +161,7 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
     aside, old = (folder.with_name(f".{kind}-{folder.name}-{os.getpid()}") for kind in ("writing", "replaced"))
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
-        settle(folder.parent)
+        finish_interrupted(folder.parent)
         free = shutil.disk_usage(aside.parent).free
         if free < expected_bytes:
             raise CheckpointError(f"{folder}: needs {expected_bytes} bytes, {free} are free; nothing was written")
@@ -177,10 +177,10 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
         _flush(folder.parent)
     finally:
         _remove_all_of(aside)
-        _settle_replaced(old)
+        _finish_replaced(old)
 
 
-def settle(output_dir: Path) -> None:
+def finish_interrupted(output_dir: Path) -> None:
     """Finish or undo what a killed process left half done; the folder's lock says that nobody else is at it.
 
     Raises:
@@ -189,13 +189,13 @@ def settle(output_dir: Path) -> None:
     for left in output_dir.glob(".writing-*"):
         _remove_all_of(left)
     for old in output_dir.glob(".replaced-checkpoint-*"):
-        _settle_replaced(old)
+        _finish_replaced(old)
     for mark in output_dir.glob(f"checkpoint-*/{_REMOVING}"):
         if _is_own(mark.parent):
             _remove_listed(mark)
 
 
-def _settle_replaced(old: Path) -> None:
+def _finish_replaced(old: Path) -> None:
     """Decide between a checkpoint that was renamed away to be replaced and the one that has its name now."""
     if not _is_own(old):
         return

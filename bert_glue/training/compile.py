@@ -28,7 +28,7 @@ from bert_glue.errors import MachineError, UsageError, did_you_mean, first_line
 from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.encoder import PackedClassifier, PackedLayer
-from bert_glue.model.layers import Noise
+from bert_glue.model.layers import DropoutMasks
 from bert_glue.training.console import ProgressLog
 
 _NEEDS_COMPILER = "inductor"
@@ -136,13 +136,15 @@ def _check(backend: str, device: Device) -> None:
 def _warm_up(args: Arguments, evaluator: Evaluator, splits: dict[str, TokenSplit]) -> None:
     module, precision = evaluator.module, evaluator.precision
 
-    def run(split: TokenSplit, rows: int, noise: Noise | None) -> torch.Tensor:
+    def run(split: TokenSplit, rows: int, dropout_masks: DropoutMasks | None) -> torch.Tensor:
         with precision.autocast():
-            return module(**evaluator.assemble(split, np.arange(min(rows, len(split)))).inputs, noise=noise).float()
+            return module(
+                **evaluator.collate(split, np.arange(min(rows, len(split)))).inputs, dropout_masks=dropout_masks
+            ).float()
 
     if args.do_train:
         module.train()
-        run(splits["train"], args.per_device_train_batch_size, Noise(args.seed)).sum().backward()
+        run(splits["train"], args.per_device_train_batch_size, DropoutMasks(args.seed)).sum().backward()
         precision.zero_gradients()
     others = [split for name, split in splits.items() if name != "train"]
     if others:

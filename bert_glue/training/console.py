@@ -50,9 +50,9 @@ class ProgressLog:
         self._task: Any = None
         if watches_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._ask_to_stop)
+                signal.signal(number, self._request_stop)
 
-    def _ask_to_stop(self, number: int, frame: object) -> None:
+    def _request_stop(self, number: int, frame: object) -> None:
         """First signal: finish the step, or leave the evaluation, and save. A later one: end at once."""
         is_again = self.stop_signal is not None and time.monotonic() - self._signalled > _SAME_SIGNAL_SECONDS
         if self.ends_at_once or is_again:
@@ -67,7 +67,7 @@ class ProgressLog:
                 # Not SIG_IGN, which a process started from here would inherit.
                 signal.signal(number, lambda *_: None)
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """True once a signal asked this rank to stop."""
         return self.stop_signal is not None
 

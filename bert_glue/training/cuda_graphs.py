@@ -16,7 +16,7 @@ from bert_glue.model.classifier import LoadedModel
 from bert_glue.precision.native import Precision
 from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.training.console import ProgressLog
-from bert_glue.training.optim import asks_nothing_of_host
+from bert_glue.training.optim import runs_without_host
 
 
 class RecordedLayout:
@@ -31,15 +31,15 @@ class RecordedLayout:
         self.lengths = layout.lengths
         # Kernels take any bound; filler is a sixteenth of all tokens at most.
         self.longest = max(longest, layout.tokens // 16 + 1, 16)
-        self._place = layout.borders(device).clone()
+        self._place = layout.cu_seqlens(device).clone()
 
-    def borders(self, device: torch.device) -> torch.Tensor:
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
         """`[sequences + 1]` int32."""
         return self._place
 
     def fill(self, layout: PackedLayout) -> None:
         """Take the borders of another batch."""
-        self._place.copy_(layout.borders(self._place.device))
+        self._place.copy_(layout.cu_seqlens(self._place.device))
 
 
 _EAGER_FIRST = 3  # passes of a shape before it is recorded; libraries choose kernels and workspaces in them
@@ -154,7 +154,7 @@ class RecordedStep:
         self._pass = run_pass
         self.passes: dict[tuple, tuple[_Place, Recorded]] = {}
         self.after: tuple[Recorded, Recorded] | None = None
-        if asks_nothing_of_host(self.optimizer):
+        if runs_without_host(self.optimizer):
             self.after = Recorded(recorder, self.precision.gather_gradients), Recorded(recorder, self._update)
 
     def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
@@ -175,7 +175,7 @@ class RecordedStep:
         """As `Precision.step`."""
         if self.after is None:
             return self.precision.step(self.optimizer, norm, self.max_norm)
-        if not self.precision.admits(norm):
+        if not self.precision.allows_update(norm):
             return False
         self.after[1]()
         return True

@@ -38,7 +38,7 @@ class NarrowedEmbedding:
         for split in splits:
             used[split.table.ids] = True
         self.rows = torch.from_numpy(np.flatnonzero(used))
-        self.renumber = (np.cumsum(used) - 1).astype(np.int32)
+        self.row_of_token = (np.cumsum(used) - 1).astype(np.int32)
         self.full = table
         self.decay, self.rate = 1.0, 1.0
         module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
@@ -47,7 +47,7 @@ class NarrowedEmbedding:
         """Note one optimizer step's decoupled weight decay for the rows left out."""
         self.decay *= 1.0 - self.rate * learning_rate * weight_decay
 
-    def widen(self, narrow: torch.Tensor) -> torch.Tensor:
+    def expand(self, narrow: torch.Tensor) -> torch.Tensor:
         """The whole table: trained rows put in, the others decayed. `[used, width] -> [vocab, width]`."""
         full = self.full * self.decay
         full[self.rows] = narrow.detach().to(full.device, full.dtype)

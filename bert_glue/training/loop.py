@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bert_glue.data.batching import Batch, ahead, rank_share
+from bert_glue.data.batching import Batch, prefetch, rank_share
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation.evaluator import EvaluationStopped
 from bert_glue.result_keys import is_loss
@@ -18,7 +18,7 @@ from bert_glue.training.resume import save_checkpoint
 from bert_glue.training.state import Run
 
 if TYPE_CHECKING:
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.devices.distributed import DistributedContext
     from bert_glue.precision.flat_buffers import GradientBuffers
     from bert_glue.training.cuda_graphs import RecordedStep
 
@@ -30,7 +30,7 @@ class StopVote:
         ranks: that vote.
     """
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: DistributedContext):
         self.ranks = ranks
         self._previous: Callable[[], float] = lambda: 0.0
 
@@ -67,7 +67,7 @@ def training_batches(run: Run) -> Iterator[tuple[list[Batch | None], int]]:
             permutation = run.order.permutation(epoch)
         passes = run.order.step(permutation, step % run.order.steps_per_epoch)
         shares = (rank_share(rows, run.ranks.rank, run.ranks.world_size) for rows in passes)
-        yield [run.assemble(run.split, rows) if len(rows) else None for rows in shares], sum(map(len, passes))
+        yield [run.collate(run.split, rows) if len(rows) else None for rows in shares], sum(map(len, passes))
 
 
 def train(run: Run) -> None:
@@ -87,7 +87,7 @@ def train(run: Run) -> None:
     step = _step_of(run, objective)
     batches = training_batches(run)
     if not ranks.device.is_host:
-        batches = ahead(batches)
+        batches = prefetch(batches)
     if not _goes_on_after_resume(run, recent_loss):
         batches = iter(())
     run.meter.start()
@@ -105,7 +105,7 @@ def train(run: Run) -> None:
                 continue
             step_loss += step.run_pass(batch, samples, number == len(micro_batches))
             run.meter.count(batch, objective.passes)
-        stop_asked = vote.all_reduce(precision.summed, run.log.stop_asked())
+        stop_requested = vote.all_reduce(precision.summed, run.log.stop_requested())
         norm = step.gather_gradients()
         rate = args.learning_rate * factor(progress.updates)
         for group in run.optimizer.param_groups:
@@ -124,15 +124,15 @@ def train(run: Run) -> None:
         # ---- end of the step ----
         run.trace.end(progress.step)
         if _is_due(run, args.logging_steps) or (args.logging_first_step and progress.step == 1):
-            ranks.sum([recent_loss])
+            ranks.all_reduce([recent_loss])
             _log_step(run, recent_loss.item(), rate, norm.item())
             recent_loss.zero_()
         run.log.advance(progress.step, run.total_steps, run.epoch)
-        if not _after_step(run, recent_loss, stop_asked):
+        if not _after_step(run, recent_loss, stop_requested):
             break
     objective.close()
     run.meter.stop()
-    ranks.sum([recent_loss])
+    ranks.all_reduce([recent_loss])
     progress.loss_sum += recent_loss.item()
     progress.recent_loss, progress.recent_steps = 0.0, 0
     precision.check_finite()
@@ -167,7 +167,7 @@ def _step_of(run: Run, objective: Objective) -> _EagerStep | RecordedStep:
         return eager
     from bert_glue.training.cuda_graphs import RecordedStep, Recorder
 
-    recorder, longest = Recorder(run.ranks.device), run.assemble.max_length
+    recorder, longest = Recorder(run.ranks.device), run.collate.max_length
     run.recorded = RecordedStep(recorder, eager.run_pass, longest, run.precision, run.optimizer, run.args.max_grad_norm)
     return run.recorded
 
@@ -228,25 +228,25 @@ def _goes_on_after_resume(run: Run, recent_loss: torch.Tensor) -> bool:
     return _has_patience(run)
 
 
-def _after_step(run: Run, recent_loss: torch.Tensor, stop_asked: bool = False) -> bool:
+def _after_step(run: Run, recent_loss: torch.Tensor, stop_requested: bool = False) -> bool:
     """Evaluation, checkpoint and early stopping where they are due; False ends training."""
     run.saver.check()
     must_evaluate, must_save = _must_evaluate(run), _must_save(run)
-    if not (must_evaluate or must_save or stop_asked):
+    if not (must_evaluate or must_save or stop_requested):
         return True
     run.meter.stop()
     run.precision.check_finite()
-    if must_evaluate and not stop_asked:
-        stop_asked = not _evaluate_now(run)
-    if stop_asked or _must_save(run):
+    if must_evaluate and not stop_requested:
+        stop_requested = not _evaluate_now(run)
+    if stop_requested or _must_save(run):
         save_now(run, recent_loss)
     run.meter.start()
-    return not stop_asked and _has_patience(run)
+    return not stop_requested and _has_patience(run)
 
 
 def save_now(run: Run, recent_loss: torch.Tensor) -> None:
     """Begin a checkpoint of the present step; `recent_loss` is this rank's share since the last log line."""
-    run.ranks.sum([recent_loss])
+    run.ranks.all_reduce([recent_loss])
     run.progress.recent_loss = recent_loss.item()
     if not run.ranks.is_first:
         recent_loss.zero_()

@@ -10,7 +10,7 @@ from torch import nn
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import Batch
-from bert_glue.model.layers import Noise
+from bert_glue.model.layers import DropoutMasks
 from bert_glue.tasks import GlueTask
 
 
@@ -44,7 +44,7 @@ class Objective:
 
     def __init__(self, args: Arguments, task: GlueTask, module: nn.Module, rank: int):
         self.args, self.task, self.module = args, task, module
-        self.noise, self.second = Noise(args.seed, rank), Noise(args.seed, rank, branch=1)
+        self.dropout_masks, self.second = DropoutMasks(args.seed, rank), DropoutMasks(args.seed, rank, branch=1)
         self.shift = EmbeddingShift(module, args.fgm_epsilon) if args.fgm_epsilon else None
 
     @property
@@ -54,7 +54,7 @@ class Objective:
 
     def begin(self, number: int) -> None:
         """Say which batch of the run comes next, counted from 0."""
-        self.noise.begin(number)
+        self.dropout_masks.begin(number)
         self.second.begin(number)
 
     def losses(self, batch: Batch, samples: int, autocast: Callable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -69,8 +69,8 @@ class Objective:
             autocast: gives the context of a forward pass.
         """
         with autocast():
-            logits = self.module(**batch.inputs, noise=self.noise)
-            again = self.module(**batch.inputs, noise=self.second) if self.args.rdrop_alpha else None
+            logits = self.module(**batch.inputs, dropout_masks=self.dropout_masks)
+            again = self.module(**batch.inputs, dropout_masks=self.second) if self.args.rdrop_alpha else None
         loss = shown = self._mean(logits, batch, samples)
         if again is not None:  # the mean of both losses, as in the authors' code: the rate keeps its meaning
             apart = disagreement(self.task, logits, again) / samples
@@ -79,7 +79,7 @@ class Objective:
         yield loss, shown.detach()
         if self.shift is not None:
             with self.shift.against(batch), autocast():
-                logits = self.module(**batch.inputs, noise=self.second)
+                logits = self.module(**batch.inputs, dropout_masks=self.second)
             yield self._mean(logits, batch, samples), torch.zeros_like(shown)
 
     def _mean(self, logits: torch.Tensor, batch: Batch, samples: int) -> torch.Tensor:

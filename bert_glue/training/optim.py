@@ -89,7 +89,7 @@ def is_elementwise(name: str) -> bool:
 
 
 def build_optimizer(
-    args: Arguments, leaves: list[tuple[list[torch.nn.Parameter], bool]]
+    args: Arguments, parameter_groups: list[tuple[list[torch.nn.Parameter], bool]]
 ) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer of `--optim`, or the nearest one that this machine has.
 
@@ -102,7 +102,7 @@ def build_optimizer(
     Raises:
         MachineError: `--strict_optim` and the named optimizer is not available here.
     """
-    params = [{"params": p, "weight_decay": args.weight_decay if decayed else 0.0} for p, decayed in leaves]
+    params = [{"params": p, "weight_decay": args.weight_decay if decayed else 0.0} for p, decayed in parameter_groups]
     absent = ""
     for name in (args.optim, *_NEAREST.get(args.optim, ())):
         try:
@@ -148,7 +148,7 @@ def set_rate(group: dict, rate: float) -> None:
         group["lr"] = rate
 
 
-def asks_nothing_of_host(optimizer: torch.optim.Optimizer) -> bool:
+def runs_without_host(optimizer: torch.optim.Optimizer) -> bool:
     """True if a step, its clip and its check for overflow included, reads all numbers on the device."""
     rates_there = all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
     return rates_there and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -27,7 +27,7 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
         tensors = run.model.tensors(run.precision.named_masters())
         if run.narrowed is not None:
             table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
-            tensors[table] = run.narrowed.widen(tensors[table])
+            tensors[table] = run.narrowed.expand(tensors[table])
     return tensors
 
 
@@ -39,7 +39,7 @@ def save_checkpoint(run: Run) -> None:
     Raises:
         CheckpointError: the previous checkpoint could not be written; earlier ones are untouched.
     """
-    randoms = run.ranks.gather(random_tensors(run.ranks.device))
+    randoms = run.ranks.all_gather_object(random_tensors(run.ranks.device))
     run.saved_step = run.progress.step
     if not run.ranks.is_first:
         return
@@ -165,7 +165,7 @@ def choose(run: Run, wanted: str) -> tuple[Path | None, list[str], str]:
         Its folder, or None for a new start; lines for the log; and why it cannot be used, "" if it can.
     """
     with files.plain_errors(run.output_dir):
-        checkpoint.settle(run.output_dir)
+        checkpoint.finish_interrupted(run.output_dir)
     if wanted.lower() not in ("auto", "true"):
         reason = checkpoint.verify(Path(wanted))
         return Path(wanted), [], f"--resume_from_checkpoint {wanted}: {reason}" if reason else ""

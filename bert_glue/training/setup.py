@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.batching import Assembler, TokenSplit, TrainingOrder
+from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
 from bert_glue.devices.device import has_slow_products
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.npu import moves_allocations
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation.collapse import CollapseWatch, constant_loss
@@ -38,21 +38,25 @@ from bert_glue.training.state import Run
 from bert_glue.training.throughput import Meter, Phases
 
 
-def assembler(args: Arguments, model: LoadedModel, ranks: Ranks, narrowed: NarrowedEmbedding | None) -> Assembler:
+def build_collator(
+    args: Arguments, model: LoadedModel, ranks: DistributedContext, narrowed: NarrowedEmbedding | None
+) -> Collator:
     fixed = args.padding == "max_length"
     padding = "packed" if model.is_packed else ("max_length" if fixed else "longest")
-    return Assembler(
+    return Collator(
         padding=padding,
         max_length=min(args.max_seq_length, model.position_limit),
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=ranks.device.torch_device,
         is_rounded=args.torch_compile or args.cuda_graph,
-        renumber=narrowed.renumber if narrowed else None,
+        row_of_token=narrowed.row_of_token if narrowed else None,
     )
 
 
-def make_precision(args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: Ranks) -> ModelPrecision:
+def make_precision(
+    args: Arguments, plan: PrecisionPlan, module: nn.Module, ranks: DistributedContext
+) -> ModelPrecision:
     """The module at the plan's level, natively or by apex; ready to evaluate, and with `--do_train` to train."""
     if plan.backend == "apex":
         from bert_glue.precision.apex import ApexPrecision
@@ -84,7 +88,7 @@ def fine_tune(
     split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
     order = _order(args, split, model, ranks)
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
-    optimizer, used = build_optimizer(args, precision.leaves(not is_elementwise(args.optim)))
+    optimizer, used = build_optimizer(args, precision.parameter_groups(not is_elementwise(args.optim)))
     _set_rates(optimizer, precision, narrowed)
     optimizer = precision.attach(optimizer)
     log.line(f"optimizer: {used}")
@@ -94,7 +98,7 @@ def fine_tune(
     meter = Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed)
     metric = keys.without_eval(args.metric_for_best_model or task.headline)
     run_of = Run(
-        args, task, ranks, model, precision, optimizer, evaluator.assemble, split, order, total, meter, log,
+        args, task, ranks, model, precision, optimizer, evaluator.collate, split, order, total, meter, log,
         lambda: evaluate(evaluator, task, splits), keys.evaluation_key(metric), narrowed, used,
         phase or Phases(),
     )  # fmt: skip
@@ -116,7 +120,7 @@ def fine_tune(
     return run_of
 
 
-def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Ranks) -> TrainingOrder:
+def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: DistributedContext) -> TrainingSampler:
     """Which rows each step takes.
 
     Raises:
@@ -126,7 +130,7 @@ def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Ranks)
     grouped = args.train_sampling_strategy == "group_by_length" or (
         not model.is_packed and args.padding in ("auto", "packed")
     )
-    order = TrainingOrder(
+    order = TrainingSampler(
         rows=len(split),
         micro_batch=args.per_device_train_batch_size * ranks.world_size,
         accumulation=args.gradient_accumulation_steps,
@@ -177,7 +181,7 @@ def _train(run_of: Run) -> None:
     if PATHS_TAKEN:
         run_of.log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
     with run_of.phase("save"):
-        run_of.ranks.wait()
+        run_of.ranks.barrier()
     run_of.seconds = time.perf_counter() - began
 
 
@@ -197,7 +201,7 @@ def _resume(run_of: Run) -> None:
     wanted, ranks = run_of.args.resume_from_checkpoint, run_of.ranks
     if not wanted:
         return
-    folder, lines, problem = ranks.gather(choose(run_of, wanted) if ranks.is_first else None)[0]
+    folder, lines, problem = ranks.all_gather_object(choose(run_of, wanted) if ranks.is_first else None)[0]
     for line in lines:
         run_of.log.line(f"note: {line}")
     if problem:

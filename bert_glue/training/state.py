@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.batching import Assembler, TokenSplit, TrainingOrder
-from bert_glue.devices.distributed import Ranks
+from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.precision.plan import TrainingPrecision
 from bert_glue.storage.checkpoint import Saver
@@ -77,13 +77,13 @@ class Run:
 
     args: Arguments
     task: GlueTask
-    ranks: Ranks
+    ranks: DistributedContext
     model: LoadedModel
     precision: TrainingPrecision
     optimizer: torch.optim.Optimizer
-    assemble: Assembler
+    collate: Collator
     split: TokenSplit
-    order: TrainingOrder
+    order: TrainingSampler
     total_steps: int
     meter: Meter
     log: ProgressLog

@@ -9,7 +9,7 @@ from tiny_run import arguments, results_of
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.checks import find_problems
 from bert_glue.config.resolve import for_ranks, samples_per_step
-from bert_glue.data.batching import TrainingOrder
+from bert_glue.data.batching import TrainingSampler
 from bert_glue.errors import UsageError
 from bert_glue.pipeline import run as pipeline
 
@@ -68,7 +68,7 @@ def test_learning_rate_follows_the_rule(rule, rate):
 def test_samples_of_a_step_do_not_depend_on_how_it_is_dealt_out(drop_last, lengths):
     steps = []
     for micro, passes in ((64, 1), (16, 4), (8, 8)):
-        order = TrainingOrder(701, micro, passes, 3, drop_last, lengths, whole_steps=True)
+        order = TrainingSampler(701, micro, passes, 3, drop_last, lengths, whole_steps=True)
         permutation = order.permutation(1)
         steps.append([np.concatenate(order.step(permutation, s)).tolist() for s in range(order.steps_per_epoch)])
     assert steps[0] == steps[1] == steps[2]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from token_splits import _assembler, _split
 
-from bert_glue.data.batching import TrainingOrder, ahead, bucket, evaluation_batches, rank_share
+from bert_glue.data.batching import TrainingSampler, bucket, evaluation_batches, prefetch, rank_share
 
 
-def _order(rows, micro_batch=4, accumulation=1, drop_last=False, lengths=None, seed=3) -> TrainingOrder:
-    return TrainingOrder(rows, micro_batch, accumulation, seed, drop_last, lengths)
+def _order(rows, micro_batch=4, accumulation=1, drop_last=False, lengths=None, seed=3) -> TrainingSampler:
+    return TrainingSampler(rows, micro_batch, accumulation, seed, drop_last, lengths)
 
 
-def _epoch(order: TrainingOrder, epoch: int = 0) -> list[list[np.ndarray]]:
+def _epoch(order: TrainingSampler, epoch: int = 0) -> list[list[np.ndarray]]:
     permutation = order.permutation(epoch)
     return [order.step(permutation, number) for number in range(order.steps_per_epoch)]
 
@@ -127,16 +127,16 @@ def test_a_bucket_that_fits_is_not_taken_as_filler_comes_always():
 
 @pytest.mark.parametrize(("limit", "width"), [(40, 16), (9, 9)])
 def test_padded_width_is_a_bucket_within_the_models_limit(limit, width):
-    assemble = _assembler("longest", is_rounded=True, max_length=limit)
-    batch = assemble(PAIRS, np.array([1, 0]))
+    collate = _assembler("longest", is_rounded=True, max_length=limit)
+    batch = collate(PAIRS, np.array([1, 0]))
     assert batch.inputs["input_ids"].shape == (2, width) and batch.inputs["attention_mask"].sum() == 9
-    assert assemble.shapes == {batch.computed_tokens} == {2 * width}
+    assert collate.shapes == {batch.computed_tokens} == {2 * width}
 
 
 def test_packed_batch_renumbers_for_a_narrowed_table():
-    renumber = np.zeros(20, np.int32)
-    renumber[[2, 3, 13]] = 5, 6, 7
-    batch = _assembler("packed", renumber=renumber)(PAIRS, np.array([1]))
+    row_of_token = np.zeros(20, np.int32)
+    row_of_token[[2, 3, 13]] = 5, 6, 7
+    batch = _assembler("packed", row_of_token=row_of_token)(PAIRS, np.array([1]))
     assert batch.inputs["input_ids"].tolist() == [[5, 7, 6]]
 
 
@@ -162,13 +162,13 @@ def test_padded_batch_without_types_or_labels():
 
 
 def test_ahead_gives_the_same_items():
-    assert list(ahead(iter(range(20)))) == list(range(20))
-    assert list(ahead([])) == []
+    assert list(prefetch(iter(range(20)))) == list(range(20))
+    assert list(prefetch([])) == []
 
 
 def test_ahead_works_before_it_is_asked():
     made = []
-    items = ahead((made.append(n) or n for n in range(10)), depth=2)
+    items = prefetch((made.append(n) or n for n in range(10)), depth=2)
     assert next(items) == 0
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
@@ -182,7 +182,7 @@ def test_ahead_raises_what_the_thread_raised():
         yield 1
         raise ValueError("row 7")
 
-    items = ahead(broken())
+    items = prefetch(broken())
     assert next(items) == 1
     with pytest.raises(ValueError, match="row 7"):
         next(items)
@@ -201,7 +201,7 @@ def test_ahead_ends_its_thread_when_it_is_left_early(source):
         if source == "failed":
             raise ValueError("late")
 
-    running = ahead(items(), depth=2)
+    running = prefetch(items(), depth=2)
     assert next(running) == 0 and made.wait(5)
     time.sleep(0.15)
     begin = time.monotonic()

@@ -52,14 +52,14 @@ def test_groups_hold_every_token_once(seed):
 @pytest.mark.parametrize("pitch", [3, 9], ids=["alone", "of a joint product"])
 def test_rows_of_a_head_are_found_and_put_back(first_only, pitch):
     layout = PackedLayout((8, 1, 7, 6, 8, 2), tail=3)
-    places, count = layout.places(3, first_only), len(layout.all_lengths) if first_only else layout.tokens
+    head_rows, count = layout.head_rows(3, first_only), len(layout.all_lengths) if first_only else layout.tokens
     rows = torch.arange(count * pitch)
-    taken = torch.cat([rows[places.index(number, pitch)] for number in range(len(layout.groups))])
-    assert torch.equal(taken[places.of_row].view(count, 3), rows.view(count, pitch)[:, :3])
-    assert [end - begin for begin, end in places.bounds] == [
+    taken = torch.cat([rows[head_rows.index(number, pitch)] for number in range(len(layout.groups))])
+    assert torch.equal(taken[head_rows.of_row].view(count, 3), rows.view(count, pitch)[:, :3])
+    assert [end - begin for begin, end in head_rows.bounds] == [
         3 * group.index[:, : 1 if first_only else None].numel() for group in layout.groups
     ]
-    assert layout.places(3, first_only) is places
+    assert layout.head_rows(3, first_only) is head_rows
 
 
 def test_equal_lengths_are_one_group_without_padding():

@@ -72,8 +72,8 @@ def _assert_equals_transformers(folder, theirs, uses_types, split, max_length):
     table = TextTokenizer(folder, uses_types).encode(split, max_length)
     columns = [list(column) for column in split.texts]
     wanted = theirs(*columns, truncation=True, max_length=max_length, return_token_type_ids=True)
-    assert len(table) == len(split) and table.borders[0] == 0 and table.borders[-1] == len(table.ids)
-    for row, (begin, end) in enumerate(zip(table.borders[:-1], table.borders[1:], strict=True)):
+    assert len(table) == len(split) and table.offsets[0] == 0 and table.offsets[-1] == len(table.ids)
+    for row, (begin, end) in enumerate(zip(table.offsets[:-1], table.offsets[1:], strict=True)):
         assert table.ids[begin:end].tolist() == wanted["input_ids"][row], split.texts[0][row]
         types = (np.arange(end - begin) >= table.second_at[row]).astype(int).tolist()
         expected = wanted["token_type_ids"][row] if uses_types else [0] * len(types)
@@ -156,7 +156,7 @@ def test_a_limit_without_room_for_text(bert_uncased, split, limit):
 
 def test_no_rows(bert_uncased):
     table = TextTokenizer(bert_uncased).encode(Split("test", ([],), None, ""), 16)
-    assert len(table) == 0 and table.borders.tolist() == [0]
+    assert len(table) == 0 and table.offsets.tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
@@ -187,7 +187,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def _same(a, b) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "borders", "second_at"))
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("ids", "offsets", "second_at"))
 
 
 def test_the_second_time_comes_from_the_cache(cache, bert_uncased):
@@ -201,7 +201,7 @@ def test_the_second_time_comes_from_the_cache(cache, bert_uncased):
     assert not [p for p in (cache / "tokens").iterdir() if p.name.startswith(".making")]
 
 
-@pytest.mark.parametrize("name", ["ids.npy", "borders.npy", "second_at.npy", "manifest.json"])
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "second_at.npy", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_a_damaged_table_is_made_again(cache, bert_uncased, name, damage):
     tokenizer = TextTokenizer(bert_uncased)

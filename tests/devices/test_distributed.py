@@ -17,7 +17,7 @@ from forked_ranks import GLOBAL_BATCH, SIZES, on_ranks
 from tiny_run import REPOSITORY, arguments, flags_of, make_data, make_model, results_of, start
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.devices.distributed import Place, Ranks, place_in
+from bert_glue.devices.distributed import DistributedContext, RankEnvironment, read_rank_environment
 from bert_glue.errors import RankError, UsageError
 from bert_glue.precision.flat_buffers import GradientBuffers
 from bert_glue.training.loop import StopVote
@@ -132,7 +132,7 @@ def test_where_work_is_queued_the_answer_is_that_of_the_step_before() -> None:
 
 
 def test_alone_or_without_gradients() -> None:
-    ranks = Ranks(Arguments(use_cpu=True))
+    ranks = DistributedContext(Arguments(use_cpu=True))
     assert [StopVote(ranks).all_reduce(GradientBuffers([]), asked) for asked in (False, True)] == [False, True]
     pretended, slots = StopVote(Pretended()), GradientBuffers([])
     pretended.all_reduce(slots, False)
@@ -174,7 +174,7 @@ def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         RankError, match=r"rank 1 of 2 lost the other ranks while meeting them, after .* s\): "
     ) as caught:
-        Ranks(Arguments(use_cpu=True, ddp_timeout=1))
+        DistributedContext(Arguments(use_cpu=True, ddp_timeout=1))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 7
     monkeypatch.setenv("LOCAL_RANK", "0")  # monkeypatch takes it away again
 
@@ -265,12 +265,12 @@ _PLACE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.
 
 
 def test_the_environment_says_which_rank_this_is():
-    assert place_in(_PLACE) == Place(3, 1, 8)
-    assert place_in({**_PLACE, "LOCAL_RANK": "3"}) == Place(3, 3, 8)
+    assert read_rank_environment(_PLACE) == RankEnvironment(3, 1, 8)
+    assert read_rank_environment({**_PLACE, "LOCAL_RANK": "3"}) == RankEnvironment(3, 3, 8)
     del (reference := dict(_PLACE))["LOCAL_RANK"]
-    assert place_in(reference) == Place(3, 3, 8)
+    assert read_rank_environment(reference) == RankEnvironment(3, 3, 8)
     for alone in ({}, {"RANK": "5", "LOCAL_RANK": "x"}, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "no"}):
-        assert place_in(alone) == Place(0, 0, 1)
+        assert read_rank_environment(alone) == RankEnvironment(0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,6 @@ def test_the_environment_says_which_rank_this_is():
 def test_a_wrong_place_is_one_line_that_names_it(name: str, value: str | None, says: str):
     environment = {key: text for key, text in {**_PLACE, name: value}.items() if text is not None}
     with pytest.raises(UsageError) as error:
-        place_in(environment)
+        read_rank_environment(environment)
     first, *_, last = str(error.value).splitlines()
     assert first == says and last.startswith("without WORLD_SIZE")

@@ -159,7 +159,7 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     import torch
 
     from bert_glue.data.sources import load_task_data
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.devices.distributed import DistributedContext
     from bert_glue.evaluation.analysis import token_scores
     from bert_glue.evaluation.evaluator import Evaluator
     from bert_glue.model.loading import load_model
@@ -167,19 +167,19 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     from bert_glue.precision.native import InferencePrecision
     from bert_glue.precision.plan import plan_precision
     from bert_glue.training.console import ProgressLog
-    from bert_glue.training.setup import assembler
+    from bert_glue.training.setup import build_collator
 
     args = arguments(tmp_path, model_name_or_path=str(make_model(tmp_path / "model")))
-    ranks, data = Ranks(args), load_task_data(args, frozenset({"train"}))
+    ranks, data = DistributedContext(args), load_task_data(args, frozenset({"train"}))
     model = load_model(args, data.task)
     model.module.double()
     split = _tokenize(args, data, model, ProgressLog(False, False, watches_signals=False))["train"]
     precision = InferencePrecision(plan_precision(args, ranks.device), model.module)
-    evaluator = Evaluator(model.module.eval(), assembler(args, model, ranks, None), 8, ranks, precision)
+    evaluator = Evaluator(model.module.eval(), build_collator(args, model, ranks, None), 8, ranks, precision)
     with torch.no_grad():
         model.module.head_output.weight.normal_()
     scores = token_scores(model, evaluator, split, 0, 1)
-    inputs = evaluator.assemble(split, np.array([0])).inputs
+    inputs = evaluator.collate(split, np.array([0])).inputs
     for at in (0, 3, len(scores) - 1):
 
         def logit(scale: float, at: int = at) -> float:

@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import save_file
 from tiny_run import arguments, bert_tensors, make_model, results_of
 
-from bert_glue.data.batching import Assembler, TokenSplit, evaluation_batches
+from bert_glue.data.batching import Collator, TokenSplit, evaluation_batches
 from bert_glue.data.tokenization import TokenTable
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation.evaluator import Evaluator, evaluate, predictions_of, row_losses
 from bert_glue.pipeline import run as pipeline
@@ -37,17 +37,17 @@ class Echo(torch.nn.Module):
 def split_of(size: int) -> TokenSplit:
     """Row `i` begins with token `i`; lengths vary."""
     lengths = np.random.default_rng(size).integers(1, 12, size)
-    borders = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.zeros(borders[-1], np.int32)
-    ids[borders[:-1]] = np.arange(size)
-    return TokenSplit("validation", TokenTable(ids, borders, lengths.astype(np.int32)), np.arange(size) % 2)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.zeros(offsets[-1], np.int32)
+    ids[offsets[:-1]] = np.arange(size)
+    return TokenSplit("validation", TokenTable(ids, offsets, lengths.astype(np.int32)), np.arange(size) % 2)
 
 
 def echo_evaluator(batch_size: int = 8) -> Evaluator:
     module = Echo()
-    assemble = Assembler("packed", 16, 0, True, torch.device("cpu"))
+    collate = Collator("packed", 16, 0, True, torch.device("cpu"))
     precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), module)
-    return Evaluator(module, assemble, batch_size, Ranks(arguments_of_cpu()), precision)
+    return Evaluator(module, collate, batch_size, DistributedContext(arguments_of_cpu()), precision)
 
 
 def arguments_of_cpu():
@@ -103,7 +103,7 @@ def test_results_hold_the_metrics_of_the_rows():
     guesses = np.arange(20) < split.table.lengths
     assert results["eval_accuracy"] == np.mean(guesses == split.labels)
     assert results["eval_samples"] == 20
-    assert results["eval_real_tokens_per_second"] * results["eval_runtime"] == pytest.approx(split.table.borders[-1])
+    assert results["eval_real_tokens_per_second"] * results["eval_runtime"] == pytest.approx(split.table.offsets[-1])
     assert results["eval_samples_per_second"] * results["eval_runtime"] == pytest.approx(20)
 
 

@@ -151,23 +151,23 @@ def test_defaults_and_start_are_those_of_peft(peft, tmp_path):
 
 def test_dropout_before_the_adapters(peft, tmp_path):
     """Its mean over masks is the function without it, each mask another, the same address the same mask."""
-    from bert_glue.model.layers import Noise
+    from bert_glue.model.layers import DropoutMasks
 
     stock = write_model(tmp_path / "base")
     model = loaded(lora(tmp_path / "base", lora_dropout=0.5))
     packed, _ = random_batch((9, 4, 30), stock.config.vocab_size)
     layer, x = model.module.layers[0], torch.randn(43, 32)
-    noise, outputs = Noise(0), []
+    dropout_masks, outputs = DropoutMasks(0), []
     for step in range(400):
-        noise.begin(step)
-        outputs.append(layer.qkv(x, noise, 7).detach())
+        dropout_masks.begin(step)
+        outputs.append(layer.qkv(x, dropout_masks, 7).detach())
     exact = layer.qkv(x)
-    noise.begin(3)
-    assert torch.equal(layer.qkv(x, noise, 7), outputs[3]) and not torch.equal(outputs[3], outputs[4])
+    dropout_masks.begin(3)
+    assert torch.equal(layer.qkv(x, dropout_masks, 7), outputs[3]) and not torch.equal(outputs[3], outputs[4])
     spread = torch.stack(outputs).std(0).max()
     assert (torch.stack(outputs).mean(0) - exact).abs().max() < 5 * spread / 20
-    assert torch.equal(layer.qkv(x, noise, 7)[:, 32:64], exact[:, 32:64])  # the key is not adapted
-    assert not torch.equal(model.module(**packed), model.module(**packed, noise=noise))
+    assert torch.equal(layer.qkv(x, dropout_masks, 7)[:, 32:64], exact[:, 32:64])  # the key is not adapted
+    assert not torch.equal(model.module(**packed), model.module(**packed, dropout_masks=dropout_masks))
 
 
 # ---- what is trained and what is saved ----

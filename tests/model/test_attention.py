@@ -21,7 +21,7 @@ from bert_glue.model.attention import (
     padded_attention,
     varlen_attention,
 )
-from bert_glue.model.layers import Noise
+from bert_glue.model.layers import DropoutMasks
 
 LAYOUTS = {
     "one": PackedLayout((6,)),
@@ -43,13 +43,13 @@ def _inputs(layout, first_only, heads=3, dim=4, dtype=torch.float64):
     return [torch.randn(n, heads, dim, dtype=dtype, generator=generator, requires_grad=True) for n in counts]
 
 
-def _keep_masks(layout, first_only, heads, drop, noise) -> dict[int, torch.Tensor]:
+def _keep_masks(layout, first_only, heads, drop, dropout_masks) -> dict[int, torch.Tensor]:
     """Mask of each sequence, `[heads, queries, keys]`, cut from the masks of its group."""
     masks = {}
     for number, group in enumerate(layout.groups):
         rows, longest = group.index.shape
         shape = (rows, heads, 1 if first_only else longest, longest)
-        keep = noise.keep(shape, drop, SITE * 4096 + number)
+        keep = dropout_masks.keep(shape, drop, SITE * 4096 + number)
         for row, sequence in enumerate(group.sequences.tolist()):
             length = layout.all_lengths[sequence]
             masks[sequence] = keep[row, :, :length, :length]
@@ -89,29 +89,29 @@ def test_equals_the_naive_loop(function, layout, first_only):
 
 @both_queries
 @every_layout
-@pytest.mark.parametrize("noise", [None, Noise(3)])
-def test_without_gradients_it_is_the_same_up_to_dropout(layout, first_only, noise):
+@pytest.mark.parametrize("noise", [None, DropoutMasks(3)])
+def test_without_gradients_it_is_the_same_up_to_dropout(layout, first_only, dropout_masks):
     inputs, drop = _inputs(layout, first_only), 0.4
     with torch.no_grad():
-        ours = attend(*inputs, layout, first_only, drop, noise, SITE)
-    torch.testing.assert_close(ours, attend(*inputs, layout, first_only, drop, noise, SITE))
+        ours = attend(*inputs, layout, first_only, drop, dropout_masks, SITE)
+    torch.testing.assert_close(ours, attend(*inputs, layout, first_only, drop, dropout_masks, SITE))
 
 
 @both_queries
 @every_layout
 def test_dropout_has_the_same_masks_forward_and_backward(layout, first_only):
-    inputs, noise, drop = _inputs(layout, first_only), Noise(5), 0.4
-    ours = attend(*inputs, layout, first_only, drop, noise, SITE)
-    masks = _keep_masks(layout, first_only, 3, drop, noise)
+    inputs, dropout_masks, drop = _inputs(layout, first_only), DropoutMasks(5), 0.4
+    ours = attend(*inputs, layout, first_only, drop, dropout_masks, SITE)
+    masks = _keep_masks(layout, first_only, 3, drop, dropout_masks)
     _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only, masks, drop), inputs)
 
 
 @both_queries
 def test_gradcheck(first_only):
-    layout, noise = PackedLayout((4, 3, 1)), Noise(2)
+    layout, dropout_masks = PackedLayout((4, 3, 1)), DropoutMasks(2)
     inputs = _inputs(layout, first_only, heads=2, dim=3)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: attend(q, k, v, layout, first_only, 0.3, noise, SITE), inputs, fast_mode=True
+        lambda q, k, v: attend(q, k, v, layout, first_only, 0.3, dropout_masks, SITE), inputs, fast_mode=True
     )
 
 
@@ -138,14 +138,16 @@ def test_sequences_do_not_see_each_other():
 def test_dropping_everything_gives_zeros_and_no_gradient():
     layout = PackedLayout((4, 3))
     inputs = _inputs(layout, False)
-    assert torch.equal(attend(*inputs, layout, False, 1.0, Noise(0), SITE), torch.zeros(7, 3, 4, dtype=torch.float64))
+    assert torch.equal(
+        attend(*inputs, layout, False, 1.0, DropoutMasks(0), SITE), torch.zeros(7, 3, 4, dtype=torch.float64)
+    )
 
 
 def test_dropout_preserves_the_expectation():
     """The same sequence 2000 times: the mean over masks is the value without dropout."""
     one, many = PackedLayout((6,)), PackedLayout((6,) * 2000)
     inputs = [x.detach() for x in _inputs(one, False)]
-    out = attend(*(x.repeat(2000, 1, 1) for x in inputs), many, False, 0.3, Noise(0), SITE)
+    out = attend(*(x.repeat(2000, 1, 1) for x in inputs), many, False, 0.3, DropoutMasks(0), SITE)
     mean = out.view(2000, 6, 3, 4).mean(0)
     torch.testing.assert_close(mean, _naive(*inputs, one, False), atol=0.08, rtol=0)
 
@@ -155,14 +157,14 @@ def test_padded_attention_drops_only_where_there_is_noise():
     inputs = [x.detach() for x in _inputs(layout, False)]
     plain = padded_attention(*inputs, layout, False, 0.0, None, SITE)
     assert torch.equal(padded_attention(*inputs, layout, False, 0.5, None, SITE), plain)
-    assert not torch.allclose(padded_attention(*inputs, layout, False, 0.5, Noise(0), SITE), plain)
+    assert not torch.allclose(padded_attention(*inputs, layout, False, 0.5, DropoutMasks(0), SITE), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_stays_in_its_dtype(dtype):
     layout = LAYOUTS["padded group"]
     inputs = _inputs(layout, False, dtype=dtype)
-    ours = attend(*inputs, layout, False, 0.2, Noise(0), SITE)
+    ours = attend(*inputs, layout, False, 0.2, DropoutMasks(0), SITE)
     ours.float().sum().backward()
     assert ours.dtype == inputs[0].grad.dtype == dtype and torch.isfinite(inputs[0].grad).all()
 
@@ -213,7 +215,7 @@ def test_npu_fusion_attention(fusion_calls, layout, first_only):
 
 def test_npu_fusion_attention_drops_with_noise(fusion_calls):
     layout = LAYOUTS["equal"]
-    fusion_attention(*_inputs(layout, False), layout, False, 0.3, Noise(0), SITE)
+    fusion_attention(*_inputs(layout, False), layout, False, 0.3, DropoutMasks(0), SITE)
     assert fusion_calls[0]["keep_prob"] == pytest.approx(0.7)
 
 
@@ -261,7 +263,7 @@ def test_cuda_takes_the_first_kernel_that_runs_and_drops(kernels, drop, expected
     before = torch.get_rng_state()
     assert attention.cuda_kernel(inputs[0].device, torch.float64, 4, drop) == expected
     assert torch.equal(torch.get_rng_state(), before)  # a resumed run, which asks anew, goes on with the same numbers
-    varlen_attention(*inputs, layout, False, drop, Noise(0), SITE)
+    varlen_attention(*inputs, layout, False, drop, DropoutMasks(0), SITE)
     assert {f"packed: {expected}"} == attention.PATHS_TAKEN
 
 
@@ -277,8 +279,8 @@ def test_cuda_pads_inside_attention_where_no_kernel_runs(kernels):
 def test_torchs_flash_kernel_takes_our_call():
     """On tensors without data: names, types and a gradient, no numbers."""
     q, k = (torch.empty(n, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (3, 10))
-    borders = torch.empty(4, dtype=torch.int32, device="meta")
-    out = attention._flash_kernel(q, k, k, borders, borders, 1, 7, 0.1)
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    out = attention._flash_kernel(q, k, k, cu_seqlens, cu_seqlens, 1, 7, 0.1)
     out.sum().backward()
     assert out.shape == q.grad.shape == (3, 2, 16) and k.grad.shape == (10, 2, 16)
 

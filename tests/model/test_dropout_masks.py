@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from bert_glue.model.layers import Noise, dropout
+from bert_glue.model.layers import DropoutMasks, dropout
 
 SHAPE = (400, 500)
 CELLS = 400 * 500
 
 
-def _noise(seed: int = 0, rank: int = 0, step: int = 0) -> Noise:
-    noise = Noise(seed, rank)
+def _noise(seed: int = 0, rank: int = 0, step: int = 0) -> DropoutMasks:
+    noise = DropoutMasks(seed, rank)
     noise.begin(step)
     return noise
 

@@ -22,13 +22,13 @@ from packed_reference import (
 from tiny_models import SETTINGS, packed_like, random_batch, stock_model, write_model
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.batching import Assembler, TokenSplit
+from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.sample import sample_rows
 from bert_glue.data.splits import Split
 from bert_glue.data.tokenization import TextTokenizer, TokenTable
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, why_not_packed
-from bert_glue.model.layers import Noise
+from bert_glue.model.layers import DropoutMasks
 from bert_glue.model.loading import load_model
 from bert_glue.model.weights import load_packed, normalise_names, packed_tensors, read_tensors, weight_files
 from bert_glue.precision.flat_buffers import flatten
@@ -68,8 +68,8 @@ def test_every_task_equals_the_padded_run(task, tmp_path):
     for padding in ("packed", "max_length"):
         model = load_model(Arguments(model_name_or_path=str(tmp_path), padding=padding), task)
         assert model.is_packed == (padding == "packed")
-        assemble = Assembler(padding, 64, 0, True, torch.device("cpu"))
-        batch = assemble(TokenSplit(split, table, np.asarray(rows.labels, dtype)), np.arange(20))
+        collate = Collator(padding, 64, 0, True, torch.device("cpu"))
+        batch = collate(TokenSplit(split, table, np.asarray(rows.labels, dtype)), np.arange(20))
         found[padding] = model.module.eval()(**batch.inputs)
         assert found[padding].shape == (20, task.num_labels)
         sample_losses(task, found[padding], batch.labels, 0.0).backward()
@@ -138,7 +138,7 @@ def test_narrowed_embedding_gives_the_same_rows_gradients():
     packed, padded = random_batch(LENGTH_SETS[0], vocab=60)
     table = TokenTable(packed["input_ids"][0].numpy().astype(np.int32), np.zeros(1), np.zeros(1))
     narrowed = NarrowedEmbedding(module, [TokenSplit("train", table, None)], pad_id=0)
-    renumbered = torch.from_numpy(narrowed.renumber.astype(np.int64))[packed["input_ids"]]
+    renumbered = torch.from_numpy(narrowed.row_of_token.astype(np.int64))[packed["input_ids"]]
     logits, expected = module(**{**packed, "input_ids": renumbered}), _stock_logits(stock, padded)
     assert (logits - expected).abs().max() <= LOGITS_LIMIT
     _backward(logits)
@@ -189,9 +189,9 @@ def test_gradient_checkpointing_sees_the_same_masks(is_flat):
         module = _with_dropout(stock, gradient_checkpointing=checkpointing)
         if is_flat:
             flatten(module)
-        noise = Noise(seed=3)
-        noise.begin(5)
-        _backward(module(**packed, noise=noise))
+        dropout_masks = DropoutMasks(seed=3)
+        dropout_masks.begin(5)
+        _backward(module(**packed, dropout_masks=dropout_masks))
         gradients.append([p.grad.clone() for p in module.parameters()])
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-7, rtol=1e-5)
@@ -200,10 +200,10 @@ def test_gradient_checkpointing_sees_the_same_masks(is_flat):
 def test_dropout_follows_the_step_and_is_off_without_noise():
     module = _with_dropout(stock_model("bert"))
     packed, _ = random_batch((30, 7, 12))
-    noise, outputs = Noise(seed=3), []
+    dropout_masks, outputs = DropoutMasks(seed=3), []
     for step in (0, 1, 0):
-        noise.begin(step)
-        outputs.append(module(**packed, noise=noise))
+        dropout_masks.begin(step)
+        outputs.append(module(**packed, dropout_masks=dropout_masks))
     assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     assert torch.equal(module(**packed), module.eval()(**packed))
 
@@ -211,11 +211,13 @@ def test_dropout_follows_the_step_and_is_off_without_noise():
 def test_every_dropout_has_an_address_of_its_own(monkeypatch):
     """Two dropouts at one address would drop the same cells."""
     seen = []
-    keep = Noise.keep
-    monkeypatch.setattr(Noise, "keep", lambda self, s, d, site: seen.append(site) or keep(self, s, d, site))
+    keep = DropoutMasks.keep
+    monkeypatch.setattr(
+        DropoutMasks, "keep", lambda self, s, d, mask_id: seen.append(mask_id) or keep(self, s, d, mask_id)
+    )
     packed, _ = random_batch((30, 7, 12, 100))
     module = _with_dropout(stock_model("bert"))
-    module(**packed, noise=Noise(0))
+    module(**packed, dropout_masks=DropoutMasks(0))
     groups = len(packed["layout"].groups)
     assert groups == 4 and len(seen) == len(set(seen)) == 3 + module.shape.layers * (2 + groups)
 
@@ -223,10 +225,10 @@ def test_every_dropout_has_an_address_of_its_own(monkeypatch):
 def test_gradients_with_dropout_match_finite_differences():
     module = _with_dropout(stock_model("bert")).double()
     packed, _ = random_batch((9, 3, 8))
-    noise = Noise(seed=1)
+    dropout_masks = DropoutMasks(seed=1)
 
     def loss() -> torch.Tensor:
-        return F.cross_entropy(module(**packed, noise=noise), torch.tensor([0, 1, 2]))
+        return F.cross_entropy(module(**packed, dropout_masks=dropout_masks), torch.tensor([0, 1, 2]))
 
     loss().backward()
     generator = torch.Generator().manual_seed(0)

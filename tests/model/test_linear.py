@@ -10,7 +10,7 @@ from resume_checks import check_resume
 from tiny_models import packed_like, random_batch, stock_model
 
 from bert_glue.model import layers
-from bert_glue.model.layers import Linear, Noise
+from bert_glue.model.layers import DropoutMasks, Linear
 from bert_glue.precision.flat_buffers import flatten
 from bert_glue.training import compile
 
@@ -125,10 +125,10 @@ def test_a_compiled_graph_calls_it_too(products):
     eager, other = (packed_like(stock).train() for _ in range(2))
     compile.compile_layers(other, {"backend": "inductor", "dynamic": True})
     for lengths in [(5, 7, 9), (4, 8, 20, 3)]:
-        inputs, noise = random_batch(lengths)[0], Noise(3)
-        outputs = [eager(**inputs, noise=noise)]
+        inputs, dropout_masks = random_batch(lengths)[0], DropoutMasks(3)
+        outputs = [eager(**inputs, dropout_masks=dropout_masks)]
         with torch.profiler.profile() as calls:
-            outputs.append(other(**inputs, noise=noise))
+            outputs.append(other(**inputs, dropout_masks=dropout_masks))
         assert "bert_glue::product" in {call.key for call in calls.key_averages()}
         torch.testing.assert_close(*outputs)
         gradients = [

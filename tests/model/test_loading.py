@@ -15,7 +15,7 @@ import torch
 from tiny_models import LFS_POINTER, VOCAB, stock_model, write_model
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.batching import Assembler, TokenSplit
+from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.splits import Split
 from bert_glue.errors import MachineError
 from bert_glue.model.classifier import LoadedModel
@@ -45,14 +45,14 @@ def _load(folder, task=MRPC, **flags) -> LoadedModel:
 
 def _logits(model: LoadedModel, padding: str | None = None) -> torch.Tensor:
     table = model.tokenizer.encode(PAIR, 48)
-    assemble = Assembler(
+    collate = Collator(
         padding=padding or ("packed" if model.is_packed else "longest"),
         max_length=48,
         pad_id=model.config.get("pad_token_id") or 0,
         uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
         device=DEVICE,
     )
-    batch = assemble(TokenSplit("validation", table, None), np.arange(len(PAIR)))
+    batch = collate(TokenSplit("validation", table, None), np.arange(len(PAIR)))
     with torch.no_grad():
         return model.module(**batch.inputs)
 

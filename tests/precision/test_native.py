@@ -43,7 +43,7 @@ def build(plan: PrecisionPlan, optim: str = "adamw_torch_fused", rate: float = 0
     module = net()
     state = Precision(plan, module)
     args = Arguments(optim=optim, learning_rate=rate)
-    optimizer, _ = build_optimizer(args, state.leaves(not is_elementwise(optim)))
+    optimizer, _ = build_optimizer(args, state.parameter_groups(not is_elementwise(optim)))
     return module, state, optimizer
 
 
@@ -299,7 +299,7 @@ class TestTable:
         assert module.batch_norm.weight.dtype == module.batch_norm.running_mean.dtype == expected
         assert module.batch_norm.num_batches_tracked.dtype == torch.int64
         before = module.batch_norm.weight.detach().clone()
-        optimizer, _ = build_optimizer(Arguments(learning_rate=0.1), state.leaves(per_parameter=False))
+        optimizer, _ = build_optimizer(Arguments(learning_rate=0.1), state.parameter_groups(per_parameter=False))
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(module.dense.weight.dtype)
         with state.autocast():
             loss = module(x).float().pow(3).sum()
@@ -311,7 +311,7 @@ class TestTable:
         """O2 keeps what rounding loses: many updates below the dtype's resolution add up, at O3 they vanish."""
         module = net()
         state = Precision(plan_of(level, dtype), module)
-        optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.leaves(per_parameter=False))
+        optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.parameter_groups(per_parameter=False))
         start = module[1].weight.detach().clone()
         assert torch.equal(start.float(), torch.ones(4))
         for _ in range(200):  # each 1e-5; at 1.0 fp16 has steps of 1e-3, bf16 of 8e-3
@@ -371,8 +371,8 @@ class TestTable:
                 group.grad.fill_(1024.0 * norm / count**0.5)
             found = state.gather_gradients()
             assert found.item() == pytest.approx(norm, rel=5e-3) and found.dtype == FP32
-            (leaves, _), (others, _) = state.leaves(per_parameter=True)
-            sgd = torch.optim.SGD([*leaves, *others], lr=1.0)
+            (parameter_groups, _), (others, _) = state.parameter_groups(per_parameter=True)
+            sgd = torch.optim.SGD([*parameter_groups, *others], lr=1.0)
             state.step(sgd, found, 1.0)
             clipped = torch.stack([g.norm() for g in state.gradients]).norm()
             assert clipped.item() == pytest.approx(expected, rel=5e-3)
@@ -545,8 +545,10 @@ def test_norm_and_clip_of_many_elements(level, dtype):
     expected = exact_norm([group.grad for group in state.groups])
     norm = state.gather_gradients()
     assert norm.item() == pytest.approx(expected, rel=1e-6)
-    leaves = [leaf for leaves, _ in state.leaves(per_parameter=False) for leaf in leaves]
-    state.step(torch.optim.SGD(leaves, lr=0.0), norm, 1.0)
+    parameter_groups = [
+        leaf for parameter_groups, _ in state.parameter_groups(per_parameter=False) for leaf in parameter_groups
+    ]
+    state.step(torch.optim.SGD(parameter_groups, lr=0.0), norm, 1.0)
     assert exact_norm(state.gradients) == pytest.approx(1.0, rel=1e-6)
 
 

@@ -268,7 +268,7 @@ def test_a_kill_between_the_renames_of_a_rewritten_checkpoint_loses_nothing(tmp_
     done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, timeout=60)
     assert done.returncode == 9
     assert any(name.startswith(".") for name in names(tmp_path))
-    checkpoint.settle(tmp_path)
+    checkpoint.finish_interrupted(tmp_path)
     assert names(tmp_path) == {"checkpoint-4", "checkpoint-5"}
     assert checkpoint.newest_sound(tmp_path) == (folder, [])
     own = {"new"} if calls == 2 else set(FILES)
@@ -292,7 +292,7 @@ def test_a_removal_that_was_killed_is_finished_later(tmp_path, monkeypatch, left
         checkpoint.remove(tmp_path / "checkpoint-1")
     monkeypatch.undo()
     assert checkpoint.verify(tmp_path / "checkpoint-1") != ""
-    checkpoint.settle(tmp_path)
+    checkpoint.finish_interrupted(tmp_path)
     assert names(tmp_path) == {"checkpoint-2"}
 
 

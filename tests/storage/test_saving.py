@@ -256,7 +256,7 @@ class Stopping(ProgressLog):
         super().__init__(False, False, watches_signals=False)
         self.watches_signals, self.left = True, after
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         self.left -= 1
         return self.left < 0
 
@@ -275,7 +275,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, mon
     log = Stopping(after)
     evaluator = evaluation_evaluator.Evaluator
     monkeypatch.setattr(
-        "tiny_run.Evaluator", lambda *parts: evaluator(*parts, stop_asked=log.stop_asked)
+        "tiny_run.Evaluator", lambda *parts: evaluator(*parts, stop_requested=log.stop_requested)
     )  # fmt: skip
     stopped = fit(args, log)
     monkeypatch.undo()

@@ -52,10 +52,10 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Device, "can_record", True)
 
 
-def batched_kernel(query, key, value, q_borders, k_borders, q_longest, k_longest, drop):
+def batched_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop):
     """Variable lengths by borders that stay tensors: all pairs, those of two sequences masked."""
-    q_owner = torch.searchsorted(q_borders, torch.arange(len(query), dtype=torch.int32), right=True)
-    k_owner = torch.searchsorted(k_borders, torch.arange(len(key), dtype=torch.int32), right=True)
+    q_owner = torch.searchsorted(q_cu_seqlens, torch.arange(len(query), dtype=torch.int32), right=True)
+    k_owner = torch.searchsorted(k_cu_seqlens, torch.arange(len(key), dtype=torch.int32), right=True)
     scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(q_owner[:, None] != k_owner[None, :], torch.finfo(query.dtype).min)
     return torch.einsum("hqk,khd->qhd", F.dropout(scores.softmax(-1), drop), value)

@@ -45,18 +45,18 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
     from tiny_run import arguments, fit, losses
 
     from bert_glue.config.resolve import for_ranks
-    from bert_glue.data.batching import Assembler
+    from bert_glue.data.batching import Collator
     from bert_glue.training.loop import StopVote
 
     rows, collectives = [], []
-    assemble = Assembler.__call__
+    collate = Collator.__call__
 
     def noted(self, split, members):
         if split.name == "train":
             rows.append(members.tolist())
-        return assemble(self, split, members)
+        return collate(self, split, members)
 
-    Assembler.__call__ = noted
+    Collator.__call__ = noted
     for name in ("all_reduce", "all_gather_object", "barrier"):
         original = getattr(torch.distributed, name)
 
@@ -130,12 +130,12 @@ def _brief_run(folder: Path, **changes) -> dict[str, Any]:
 def closed(folder: Path) -> list[str]:
     """Names of the threads that are left when the ranks have parted; the first import of torch's module is theirs."""
     from bert_glue.config.arguments import Arguments
-    from bert_glue.devices.distributed import Ranks
+    from bert_glue.devices.distributed import DistributedContext
 
     for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
         del sys.modules[name]
-    ranks = Ranks(Arguments(use_cpu=True))
-    ranks.gather(ranks.rank)
+    ranks = DistributedContext(Arguments(use_cpu=True))
+    ranks.all_gather_object(ranks.rank)
     import torch.distributed.nn.functional  # noqa: F401  as transformers does in the middle of a run
 
     ranks.close()

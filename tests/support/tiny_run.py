@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import load_task_data
-from bert_glue.devices.distributed import Ranks
+from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
 from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.loading import load_model
@@ -25,7 +25,7 @@ from bert_glue.pipeline import run as pipeline
 from bert_glue.precision.plan import plan_precision
 from bert_glue.training.console import ProgressLog
 from bert_glue.training.embedding_rows import narrow
-from bert_glue.training.setup import assembler, fine_tune, make_precision
+from bert_glue.training.setup import build_collator, fine_tune, make_precision
 from bert_glue.training.state import Run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -131,15 +131,15 @@ def arguments(folder: Path, **changes) -> Arguments:
 def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     """Everything up to the trained model, without result files."""
     log = log or ProgressLog(False, False, watches_signals=False)
-    ranks = Ranks(args)
+    ranks = DistributedContext(args)
     data = load_task_data(args, pipeline._needed(args))
     seed_generators(args.seed)
     model = load_model(args, data.task)
     splits = pipeline._tokenize(args, data, model, log)
     narrowed = narrow(args, model, splits)
     precision = make_precision(args, plan_precision(args, ranks.device), model.module, ranks)
-    assemble = assembler(args, model, ranks, narrowed)
-    evaluator = Evaluator(model.module, assemble, args.per_device_eval_batch_size, ranks, precision)
+    collate = build_collator(args, model, ranks, narrowed)
+    evaluator = Evaluator(model.module, collate, args.per_device_eval_batch_size, ranks, precision)
     pipeline._compile(args, model, evaluator, splits, log)
     return fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bert_glue.data.batching import Assembler, TokenSplit
+from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.tokenization import TokenTable
 
 HOST = torch.device("cpu")
@@ -13,11 +13,11 @@ HOST = torch.device("cpu")
 
 def _split(rows, second_at=None, labels=None) -> TokenSplit:
     ids = np.concatenate([np.asarray(r, np.int32) for r in rows])
-    borders = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     second = np.array([len(r) for r in rows] if second_at is None else second_at, np.int32)
-    return TokenSplit("train", TokenTable(ids, borders, second), None if labels is None else np.array(labels))
+    return TokenSplit("train", TokenTable(ids, offsets, second), None if labels is None else np.array(labels))
 
 
-def _assembler(padding: str, **options) -> Assembler:
+def _assembler(padding: str, **options) -> Collator:
     settings = {"max_length": 9, "pad_id": 0, "uses_types": True, "device": HOST, **options}
-    return Assembler(padding=padding, **settings)
+    return Collator(padding=padding, **settings)

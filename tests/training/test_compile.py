@@ -13,7 +13,7 @@ from bert_glue.config.parser import parse
 from bert_glue.devices.device import Device
 from bert_glue.devices.rng import random_tensors
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.model.layers import Noise
+from bert_glue.model.layers import DropoutMasks
 from bert_glue.pipeline import run as pipeline
 from bert_glue.results.perf import perf_of
 from bert_glue.training import compile, resume
@@ -80,9 +80,9 @@ def test_masks_and_values_are_those_of_the_eager_module(dtype):
     compiled_layers(other, "aot_eager")
     for step, lengths in enumerate([(5, 7, 9), (4, 8, 20, 3), (5,)]):
         inputs, _ = random_batch(lengths, tail=6)
-        noise = Noise(3)
-        noise.begin(step)
-        outputs = [module(**inputs, noise=noise) for module in (eager, other)]
+        dropout_masks = DropoutMasks(3)
+        dropout_masks.begin(step)
+        outputs = [module(**inputs, dropout_masks=dropout_masks) for module in (eager, other)]
         assert torch.equal(*outputs)
         gradients = [
             torch.autograd.grad(output.square().sum(), list(module.parameters()), allow_unused=True)

@@ -42,8 +42,8 @@ def recordable(monkeypatch):
 
 def test_the_stand_in_kernel_is_attention():
     query, key, value = (torch.randn(9, 2, 4) for _ in range(3))
-    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
-    given = (query, key, value, borders, borders, 5, 5, 0.0)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    given = (query, key, value, cu_seqlens, cu_seqlens, 5, 5, 0.0)
     torch.testing.assert_close(batched_kernel(*given), _loop_kernel([])(*given))
 
 
@@ -93,15 +93,15 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
 def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
     """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
     monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
-    overflow = native.Precision.admits
+    overflow = native.Precision.allows_update
 
-    def admits(self, norm):
+    def allows_update(self, norm):
         seen.append(self.scale)
         if len(seen) % 20 == 13:
             self._is_bad.fill_(1.0)
         return overflow(self, norm)
 
-    monkeypatch.setattr(native.Precision, "admits", admits)
+    monkeypatch.setattr(native.Precision, "admits", allows_update)
     # As fp16 has it, which few CPUs compute in.
     monkeypatch.setattr(tiny_run, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
     found = []
@@ -139,9 +139,9 @@ def test_buckets_change_no_loss(tmp_path, recordable):
     assert pass_replays(replayed)[0] and losses(replayed) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def of_device(x, drop, noise, site, residual=None):
+def of_device(x, drop, dropout_masks, mask_id, residual=None):
     """A device's own dropout: numbers come from the generator, not from the recording."""
-    dropped = F.dropout(x, drop, training=noise is not None)
+    dropped = F.dropout(x, drop, training=dropout_masks is not None)
     return dropped if residual is None else dropped + residual
 
 
@@ -192,7 +192,7 @@ def steps():
 
     def run_pass(batch, samples):
         found.append(
-            (batch.inputs["input_ids"].sum(), batch.inputs["layout"].borders(None).clone(), batch.labels.sum())
+            (batch.inputs["input_ids"].sum(), batch.inputs["layout"].cu_seqlens(None).clone(), batch.labels.sum())
         )
         return batch.inputs["input_ids"].sum() / samples
 

@@ -28,8 +28,8 @@ def test_keeps_the_rows_of_all_splits_and_padding():
     assert narrowed.rows.tolist() == [1, 2, 7, 9]
     assert torch.equal(module.words.weight, table[[1, 2, 7, 9]]) and module.words.weight.requires_grad
     ids = np.array([9, 7, 2, 1])
-    assert torch.equal(module.words(torch.from_numpy(narrowed.renumber[ids].astype(np.int64))), table[ids])
-    assert torch.equal(narrowed.widen(module.words.weight), table)
+    assert torch.equal(module.words(torch.from_numpy(narrowed.row_of_token[ids].astype(np.int64))), table[ids])
+    assert torch.equal(narrowed.expand(module.words.weight), table)
 
 
 def test_training_equals_the_whole_table_with_decay():
@@ -44,12 +44,12 @@ def test_training_equals_the_whole_table_with_decay():
         ids = torch.tensor([[7, 2], [9, 7], [2, 2], [7, 9], [9, 2]][step])
         for module, optimizer, these in (
             (whole, optimizers[0], ids),
-            (narrow, optimizers[1], torch.from_numpy(narrowed.renumber.astype(np.int64))[ids]),
+            (narrow, optimizers[1], torch.from_numpy(narrowed.row_of_token.astype(np.int64))[ids]),
         ):
             optimizer.zero_grad()
             module.words(these).pow(2).sum().backward()
             optimizer.step()
         narrowed.count_decay(0.1 / (step + 1), 0.2)
-    wide = narrowed.widen(narrow.words.weight)
+    wide = narrowed.expand(narrow.words.weight)
     torch.testing.assert_close(wide, whole.words.weight.detach())
     assert not torch.allclose(wide[3], table[3])

@@ -13,7 +13,7 @@ from resume_checks import assert_close, check_resume, weights
 from safetensors.torch import load_file
 from tiny_run import arguments, bert_tensors, changed, fit, losses, make_data, make_model
 
-from bert_glue.data.batching import TrainingOrder
+from bert_glue.data.batching import TrainingSampler
 from bert_glue.errors import DivergedError, UsageError
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
 from bert_glue.storage import checkpoint
@@ -47,7 +47,7 @@ def test_logged_losses_are_means_of_steps_and_their_sum_is_the_train_loss(tmp_pa
     """Without learning, every epoch's loss is the mean over its samples, whatever the batches are."""
     each = fit(arguments(tmp_path, learning_rate=0.0, num_train_epochs=1.0))
     split, module = each.split, each.model.module.eval()
-    batch = each.assemble(split, np.arange(len(split)))
+    batch = each.collate(split, np.arange(len(split)))
     with torch.no_grad():
         per_row = torch.nn.functional.cross_entropy(module(**batch.inputs), batch.labels, reduction="none")
     order = each.order.permutation(0)
@@ -105,14 +105,14 @@ def test_drop_last_of_too_few_rows_is_refused(tmp_path):
 
 
 def test_every_row_once_an_epoch_in_an_order_of_seed_and_epoch():
-    order = TrainingOrder(29, 8, 2, seed=1, drop_last=False)
+    order = TrainingSampler(29, 8, 2, seed=1, drop_last=False)
     epochs = [
         np.concatenate([np.concatenate(order.step(order.permutation(e), s)) for s in range(order.steps_per_epoch)])
         for e in (0, 1)
     ]
     assert all(sorted(rows) == list(range(29)) for rows in epochs)
     assert list(epochs[0]) != list(epochs[1])
-    assert list(order.permutation(0)) != list(TrainingOrder(29, 8, 2, 2, False).permutation(0))
+    assert list(order.permutation(0)) != list(TrainingSampler(29, 8, 2, 2, False).permutation(0))
 
 
 def test_rate_warms_up_and_decays(tmp_path):
@@ -201,7 +201,7 @@ def test_the_best_weights_are_really_loaded(tmp_path, metric):
     first_best = next(step for step, score in scores.items() if score == best)
     assert run.progress.best_metric == best and run.progress.best_step == first_best
     assert first_best % 12, "the test wants a best step that --save_steps alone would not have kept"
-    evaluator = Evaluator(run.model.module, run.assemble, 8, run.ranks, run.precision)
+    evaluator = Evaluator(run.model.module, run.collate, 8, run.ranks, run.precision)
     split = tiny_run.arguments(tmp_path, do_train=False, do_eval=True)
     again = evaluate(evaluator, run.task, tokenized(split, run))
     assert again[f"eval_{metric}"] == pytest.approx(best, abs=1e-7)

@@ -33,9 +33,9 @@ def test_flops_by_hand():
     lengths = (5, 7)
     full = 12 * (4 * 2 * 16 * 16 + 2 * 2 * 16 * 24) + 2 * 2 * 16 * (25 + 49)
     key_value = 12 * 2 * 2 * 16 * 16
-    firsts = 2 * (2 * 2 * 16 * 16 + 2 * 2 * 16 * 24) + 2 * 2 * 16 * (5 + 7)
+    cls_positions = 2 * (2 * 2 * 16 * 16 + 2 * 2 * 16 * 24) + 2 * 2 * 16 * (5 + 7)
     head = 2 * 2 * 16 * 16
-    assert forward_flops(shape(), lengths) == 2 * full + key_value + firsts + head
+    assert forward_flops(shape(), lengths) == 2 * full + key_value + cls_positions + head
     assert forward_flops(shape(), lengths, first_only_last=False) == 3 * full + head
 
 
