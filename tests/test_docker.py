@@ -113,7 +113,7 @@ def test_the_copied_files_alone_train(tmp_path):
 def test_the_npu_entry_reads_cann_s_environment_first(tmp_path):
     """With a stand-in for CANN and for the command."""
     image, bin_ = tmp_path / "image", tmp_path / "bin"
-    for name in ("docker/npu_entry.sh", "test/env_npu.sh"):
+    for name in ("deploy/docker/npu_entry.sh", "test/env_npu.sh"):
         (image / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, image / name)
     (tmp_path / "home/Ascend/cann").mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_the_npu_entry_reads_cann_s_environment_first(tmp_path):
     (bin_ / "bert-glue").write_text('#!/bin/sh\necho "$CANN_WAS_READ $TASK_QUEUE_ENABLE $*"\n')
     (bin_ / "bert-glue").chmod(0o755)
     done = subprocess.run(
-        ["bash", image / "docker/npu_entry.sh", "doctor", "--json"], capture_output=True, text=True,
+        ["bash", image / "deploy/docker/npu_entry.sh", "doctor", "--json"], capture_output=True, text=True,
         env={"PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(tmp_path / "home")},
     )  # fmt: skip
     assert done.stdout.split() == ["yes", "2", "doctor", "--json"], done.stderr

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import combine, quality, recipe_quality, scaling, throughput
 from bert_glue.__main__ import COMMANDS
 from bert_glue.config.arguments import FLAGS
-from docs import make_measurements, make_migration
+from tools import make_measurements, make_migration
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

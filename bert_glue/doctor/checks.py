@@ -50,7 +50,7 @@ def versions(problems: list[Problem]) -> dict[str, str | None]:
 def _requirements(has_npu: bool) -> list[Problem]:
     from bert_glue.doctor.requirements import lacking
 
-    pins = REPOSITORY / ("requirements-npu.txt" if has_npu else "requirements.txt")
+    pins = REPOSITORY / ("requirements/npu.txt" if has_npu else "requirements.txt")
     if not pins.is_file():  # installed as a package, without the files
         return []
     fix = f"{sys.executable} -m pip install -r {pins}"

@@ -1,6 +1,6 @@
 """Which pinned requirements the python that runs this lacks; a look at metadata, nothing is imported.
 
-    python -m bert_glue.doctor.requirements requirements.txt [requirements-dev.txt]
+    python -m bert_glue.doctor.requirements requirements.txt [requirements/dev.txt]
 
 Prints what is missing and exits with 0 (nothing), 1 (something) or 3 (something, in an environment that
 has torch_npu: it must not be exchanged for one without).

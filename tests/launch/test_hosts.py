@@ -131,7 +131,7 @@ def test_a_lost_host_ends_the_other_and_a_new_launch_goes_on(hosts: TwoHosts, tm
 
 def test_slurm_recipe(tmp_path: Path) -> None:
     repo = copy_repository(tmp_path)
-    shutil.copytree(REPOSITORY / "configs/slurm", repo / "configs/slurm", dirs_exist_ok=True)
+    shutil.copytree(REPOSITORY / "deploy/slurm", repo / "deploy/slurm", dirs_exist_ok=True)
     tools = tmp_path / "tools"
     # Two tasks, of which we let the first host be this one; it would wait for the second one's launcher.
     write_script(tools / "srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n')
@@ -140,7 +140,7 @@ def test_slurm_recipe(tmp_path: Path) -> None:
         '#!/bin/bash\n[[ $* == "show hostnames node[7-8]" ]] && echo "127.0.0.1 node8" | tr " " "\\n"\n',
     )
     done = subprocess.run(
-        ["bash", str(repo / "configs/slurm/train.sbatch"), "--TASK=rte", "--nproc=1", f"--output_dir={tmp_path}/out"],
+        ["bash", str(repo / "deploy/slurm/train.sbatch"), "--TASK=rte", "--nproc=1", f"--output_dir={tmp_path}/out"],
         env=clean_environment(
             PATH=f"{tools}:{os.environ['PATH']}", SLURM_NNODES="1", SLURM_JOB_ID="31", SLURM_JOB_NODELIST="node[7-8]",
             SLURM_SUBMIT_DIR=str(repo),
@@ -156,7 +156,7 @@ def test_kubernetes_recipe(tmp_path: Path) -> None:
     import yaml
 
     repo = copy_repository(tmp_path)
-    job = yaml.safe_load((REPOSITORY / "configs/kubernetes/pytorchjob.yaml").read_text())
+    job = yaml.safe_load((REPOSITORY / "deploy/kubernetes/pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {name: spec["replicas"] for name, spec in replicas.items()} == {"Master": 1, "Worker": 1}

@@ -154,7 +154,7 @@ def test_transformers_of_another_minor_version_is_refused(tmp_path: Path, monkey
 
 def test_pins_follow_included_files() -> None:
     runtime = dict(requirements.pins(REPOSITORY / "requirements.txt"))
-    npu = dict(requirements.pins(REPOSITORY / "requirements-npu.txt"))
+    npu = dict(requirements.pins(REPOSITORY / "requirements/npu.txt"))
     assert npu == {**runtime, "torch_npu": "2.13.0"}
     assert runtime["torch"] == "2.13.0"
 

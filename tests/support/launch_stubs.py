@@ -111,8 +111,8 @@ def copy_repository(tmp_path: Path) -> Path:
     shutil.copytree(REPOSITORY / "test", root / "test", ignore=shutil.ignore_patterns("output"))
     shutil.copytree(REPOSITORY / "bert_glue", root / "bert_glue", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "configs", root / "configs")
-    for file in REPOSITORY.glob("requirements*.txt"):
-        shutil.copy(file, root)
+    shutil.copy(REPOSITORY / "requirements.txt", root)
+    shutil.copytree(REPOSITORY / "requirements", root / "requirements")
     (root / "run_glue.py").write_text(STUB_RUN_GLUE, encoding="utf-8")
     return root
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-PIN = re.search(r"^torch_npu==(\S+)$", (REPOSITORY / "requirements-npu.txt").read_text(), re.MULTILINE)[1]
+PIN = re.search(r"^torch_npu==(\S+)$", (REPOSITORY / "requirements/npu.txt").read_text(), re.MULTILINE)[1]
 # Read as text only, so one wheel serves every machine that runs the tests.
 _PLATFORM = ("--python-version", "3.11", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64")
 _SECONDS = 240

@@ -1,4 +1,4 @@
-# docker build -f docker/cuda.Dockerfile -t bert-glue:cuda .
+# docker build -f deploy/docker/cuda.Dockerfile -t bert-glue:cuda .
 # docker run --rm --gpus all --shm-size 2g -v "$PWD/output:/output" bert-glue:cuda doctor
 # torch's wheel brings CUDA's libraries; of the machine only the driver and its container toolkit are needed.
 ARG BASE=python:3.11-slim-bookworm

@@ -1,20 +1,21 @@
-# docker build -f docker/npu.Dockerfile --build-arg BASE=ascendai/cann:VERSION-910b-ubuntu22.04-py3.11 -t bert-glue:npu .
+# docker build -f deploy/docker/npu.Dockerfile --build-arg BASE=ascendai/cann:VERSION-910b-ubuntu22.04-py3.11 -t bert-glue:npu .
 # docker run --rm --device /dev/davinci0 --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc \
 #   -v /usr/local/Ascend/driver:/usr/local/Ascend/driver:ro -v /usr/local/dcmi:/usr/local/dcmi:ro bert-glue:npu doctor
-# BASE has no default: its CANN must be one that torch_npu of requirements-npu.txt was made for, its chip the machine's,
+# BASE has no default: its CANN must be one that torch_npu of requirements/npu.txt was made for, its chip the machine's,
 # its python 3.11 or later.
 ARG BASE
 FROM ${BASE}
 WORKDIR /opt/bert-glue
-COPY requirements.txt requirements-npu.txt ./
-RUN pip install --no-cache-dir -r requirements-npu.txt
+COPY requirements.txt ./
+COPY requirements/ requirements/
+RUN pip install --no-cache-dir -r requirements/npu.txt
 COPY pyproject.toml README.md LICENSE run_glue.py config.json bert_base_cased_config.json ./
 COPY bert_glue/ bert_glue/
 COPY configs/ configs/
 COPY test/ test/
-COPY docker/npu_entry.sh docker/npu_entry.sh
+COPY deploy/docker/npu_entry.sh deploy/docker/npu_entry.sh
 # Editable: recipes and launchers lie beside the package. Who may use the device is set by the host's group: root.
 RUN pip install --no-cache-dir --no-deps --editable . && mkdir /output
 ENV PYTHONUNBUFFERED=1
-ENTRYPOINT ["bash", "docker/npu_entry.sh"]
+ENTRYPOINT ["bash", "deploy/docker/npu_entry.sh"]
 CMD ["doctor"]

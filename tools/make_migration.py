@@ -1,6 +1,6 @@
 """Writes docs/migration.md from the tables that answer old flags; a test holds the file to them.
 
-python docs/make_migration.py
+python tools/make_migration.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START = """\
 
 Command lines of both run here unchanged. A renamed flag costs a one-line note, a flag without effect here is
 accepted with the reason, and one that would change what is computed is refused with the reason and exit
-code 2. This page is written by `python docs/make_migration.py` from the tables that the program uses.
+code 2. This page is written by `python tools/make_migration.py` from the tables that the program uses.
 
 ## The reference: Ascend ModelZoo, "Bert_text_classification for PyTorch"
 
@@ -61,4 +61,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).with_name("migration.md")).write_text(page(), encoding="utf-8")
+    (Path(__file__).resolve().parents[1] / "docs" / "migration.md").write_text(page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-# docker build -f docker/cpu.Dockerfile -t bert-glue:cpu .
+# docker build -f deploy/docker/cpu.Dockerfile -t bert-glue:cpu .
 # docker run --rm -v "$PWD/output:/output" bert-glue:cpu train --sample --task_name mrpc --do_train --do_eval --output_dir /output/mrpc
 # TORCH_INDEX: address of an index that has torch without CUDA, some gigabytes less; without it pip's own index is used.
 ARG BASE=python:3.11-slim-bookworm

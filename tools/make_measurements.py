@@ -1,6 +1,6 @@
 """Writes docs/results.md and docs/benchmarks.md from benchmarks/results/ and the task table; a test holds them to it.
 
-python docs/make_measurements.py
+python tools/make_measurements.py
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def results_page() -> str:
     pairs, higher, lower = quality.pairs(rows)
     return f"""# Results
 
-Made by `docs/make_measurements.py` from `benchmarks/results/quality.jsonl` and `bert_glue/tasks.py`.
+Made by `tools/make_measurements.py` from `benchmarks/results/quality.jsonl` and `bert_glue/tasks.py`.
 
 ## Measured here
 
@@ -73,7 +73,7 @@ def benchmarks_page() -> str:
             )
     return f"""# Benchmarks
 
-Made by `docs/make_measurements.py` from `benchmarks/results/`. Machines are noisy: a ratio is formed inside one
+Made by `tools/make_measurements.py` from `benchmarks/results/`. Machines are noisy: a ratio is formed inside one
 round, in which all runs take their turn on the same rows, model, threads and precision; the median is shown.
 
 `benchmarks/throughput.py` measures ours against the stock Hugging Face Trainer. HF default pads to 128 tokens, HF best
@@ -150,4 +150,4 @@ PAGES = {"results.md": results_page, "benchmarks.md": benchmarks_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
-        Path(__file__).with_name(name).write_text(page(), encoding="utf-8")
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
