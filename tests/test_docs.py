@@ -11,7 +11,7 @@ import pytest
 from benchmarks import combine, quality, recipe_quality, scaling, throughput
 from bert_glue.__main__ import COMMANDS
 from bert_glue.config.arguments import FLAGS
-from tools import make_measurements, make_migration
+from tools import make_measurements, make_migration, make_tree
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -81,11 +81,16 @@ def test_links_and_named_files_exist(page):
     assert not missing
 
 
-def test_rooms_named_in_the_architecture_exist():
+def test_the_tree_in_the_architecture_is_that_of_the_files():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = set(re.findall(r"\b(\w+\.py)\b", text))
-    assert len(rooms) > 20
-    assert not [room for room in rooms if not list(ROOT.glob(f"**/{room}"))]
+    assert text == make_tree.page(text), "python tools/make_tree.py"
+
+
+def test_files_named_in_the_architecture_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?((?:\w+/)*\w+\.py)\b", text))
+    assert len(named) > 20
+    assert not [name for name in named if not list(ROOT.glob(f"**/{name}"))]
 
 
 def _inline_commands() -> list[tuple[str, str]]:
@@ -100,11 +105,16 @@ def _inline_commands() -> list[tuple[str, str]]:
 def _program(words: list[str]) -> list[Path]:
     """Files whose text has to know a command's flags."""
     if words[0] == "python":
-        return [ROOT / (f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1])]
+        return _files_of(words[2]) if words[1] == "-m" else [ROOT / words[1]]
     if words[0] == "bash":
         return [ROOT / words[1], *(ROOT / "test").glob("*.sh")]
     names = [name for name in words[1].split("|") if name not in ("...", "completion")]  # train|eval|predict|...
-    return [ROOT / f"{COMMANDS[name].module.replace('.', '/')}.py" for name in names]
+    return [file for name in names for file in _files_of(COMMANDS[name].module.removesuffix(".__main__"))]
+
+
+def _files_of(module: str) -> list[Path]:
+    path = ROOT / module.replace(".", "/")
+    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
 
 
 @pytest.mark.parametrize(("page", "command"), _inline_commands(), ids=" ".join)

@@ -47,7 +47,8 @@ masks of fp32. qnli and mnli: the first 1,000 dev rows.
 
 {quality.table(rows)}
 
-Given the same order of samples and no dropout the losses of both are equal step by step: `tests/training/test_stock_trainer.py`.
+Given the same order of samples and no dropout the losses of both are equal step by step:
+`tests/training/test_stock_trainer.py`.
 
 ## Published
 

@@ -1,0 +1,41 @@
+"""Writes the tree of bert_glue/ into docs/architecture.md: one line a file, its docstring's first sentence.
+
+python tools/make_tree.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- tree -->\n", "<!-- /tree -->\n"
+
+
+def summary(file: Path) -> str:
+    """The first line of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.split("\n")[0].rstrip(".")
+
+
+def tree() -> str:
+    """The tree as a fenced block, folders first."""
+    package, lines = ROOT / "bert_glue", ["```text", "bert_glue/"]
+    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
+        lines.append(f"  {folder.name}/")
+        files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+        lines += [f"    {file.name:<20}{summary(file)}" for file in files]
+    files = sorted(file for file in package.glob("*.py") if file.name != "__init__.py")
+    lines += [f"  {file.name:<22}{summary(file)}" for file in files]
+    return "\n".join([*lines, "```", ""])
+
+
+def page(text: str) -> str:
+    """The page with its tree made anew."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}{tree()}{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
