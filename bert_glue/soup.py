@@ -110,6 +110,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     from safetensors.torch import save_file
 
     from bert_glue.data.tokenization import TextTokenizer
+    from bert_glue.model.description import read_description, write_description
     from bert_glue.storage import checkpoint, files
 
     if (output_dir / "config.json").exists():
@@ -123,6 +124,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
         (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (into / "soup.json").write_text(json.dumps({"mean_of": made_of}, indent=2) + "\n", encoding="utf-8")
         TextTokenizer(folders[0], True, False).save(into)
+        write_description(into, read_description(folders[0]), str(next(iter(tensors.values())).dtype).split(".")[1])
 
     with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from bert_glue.hub import client
 from bert_glue.storage.files import json_object
 
 _SENT = [
-    "config.json", "model*.safetensors*", "*token*.json", "vocab*", "merges.txt", "*.model", "README.md",
-    "train_results.json", "eval_results.json", "train_loss.tsv", "curves.png", "adapter/adapter_*",
+    "config.json", "bert_glue.json", "model*.safetensors*", "*token*.json", "vocab*", "merges.txt", "*.model",
+    "README.md", "train_results.json", "eval_results.json", "train_loss.tsv", "curves.png", "adapter/adapter_*",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bert_glue.data.tokenization import TextTokenizer
+from bert_glue.model.description import write_description
 from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.layers import Adapter, plain_names
@@ -54,6 +55,7 @@ class LoadedModel:
         frozen: parameters that are not trained, as they were loaded, on the host, by name.
         adapter: LoRA, which `module` then holds; None without.
         trained: what is trained, for results.
+        description: what lies beside its weights, see `description`; of a run that trains, what will.
     """
 
     module: nn.Module
@@ -67,6 +69,7 @@ class LoadedModel:
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: Adapter | None = None
     trained: str = "all"
+    description: dict = field(default_factory=dict)
 
     @cached_property
     def frozen_hash(self) -> str:
@@ -133,9 +136,10 @@ class LoadedModel:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = {name: value for name, value in self.config.items() if name != "torch_dtype"}
         # transformers loads with this dtype: the base model's would round the trained weights.
-        config["dtype"] = _stored_dtype(tensors)
+        config["dtype"] = dtype = _stored_dtype(tensors)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
+        write_description(folder, self.description, dtype)
 
 
 def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:

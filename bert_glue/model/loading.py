@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,26 @@ from bert_glue.hub import client
 from bert_glue.model.adapters import choose_trained
 from bert_glue.model.bounds import check_config, check_size
 from bert_glue.model.classifier import LoadedModel, PaddedClassifier
+from bert_glue.model.description import read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
-from bert_glue.storage.files import check_not_lfs_pointer, json_object, read_json_object
+from bert_glue.storage.files import check_not_lfs_pointer, json_object
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
 
 def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
-    """What a saved classifier was trained on, and the settings its run recorded ({} where there are none).
+    """What a saved classifier was trained on, and what lies beside its weights (see `description`).
 
     Raises:
-        MachineError: it has no config.json.
+        MachineError: it has no config.json, or what lies beside it is damaged.
     """
     config = read_config(folder)
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     is_regression = config.get("problem_type") == "regression" or len(labels) == 1
     known = TASKS.get(config.get("finetuning_task") or "")
-    settings: dict[str, Any] = {}
-    with suppress(MachineError):  # a checkpoint, or another program's model, has no results
-        settings = read_json_object(folder / "run.json").get("arguments", {})
-        settings["text_columns"] = read_json_object(folder / "all_results.json").get("text_columns")
+    settings = read_description(folder)
     if known is not None and known.labels == (() if is_regression else labels):
         return known, settings
     return own_task(str(config.get("finetuning_task") or "own"), (), () if is_regression else labels), settings
@@ -46,6 +43,7 @@ def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
     model = _load(args, task)
+    model.description = read_description(model_folder(args.model_name_or_path, args))
     choose_trained(args, model)
     return model
 

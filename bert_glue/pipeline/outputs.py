@@ -10,6 +10,7 @@ import numpy as np
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.report.run_page import run_page
+from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import model_card, without_folders
 from bert_glue.storage.files import write_json, write_whole, written_aside
 from bert_glue.tasks import GlueTask
@@ -46,16 +47,22 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
 def write_results(
     args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict, analysis: dict
 ) -> None:
-    """All files of a finished run, into `--output_dir`; `record` is run.json, `analysis` analysis.json."""
+    """All files of a finished run, into `--output_dir`; `record` is run.json, `analysis` analysis.json.
+
+    A run that does not train adds to what the folder holds on the same model.
+    """
     folder = Path(args.output_dir)
+    whole, whole_record = results, record
+    if not args.do_train:
+        whole, whole_record, analysis = merged(folder, results, record, analysis)
     if analysis:
         write_json(folder / "analysis.json", analysis)
-    write_json(folder / "all_results.json", results)
+    write_json(folder / "all_results.json", whole)
     for phase in ("train", "eval", "predict"):
         own = {k: v for k, v in results.items() if k.startswith(phase) or k in ("epoch", "task_name", "sample_data")}
         if getattr(args, f"do_{phase}"):
             write_json(folder / f"{phase}_results.json", own)
-    write_json(folder / "run.json", record)
+    write_json(folder / "run.json", whole_record)
     if args.do_train:
         write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]

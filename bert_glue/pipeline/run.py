@@ -27,11 +27,13 @@ from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
 from bert_glue.hub import upload
 from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.description import describe
 from bert_glue.model.loading import load_model
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings
 from bert_glue.pipeline.score import check_predictable, evaluate_splits, facts, predict_splits, train_results
 from bert_glue.precision.plan import PrecisionPlan, plan_precision
+from bert_glue.results.earlier import check_output_folder, remove_scores_of_other_weights
 from bert_glue.results.provenance import provenance, with_outcome
 from bert_glue.storage import checkpoint, files
 from bert_glue.storage.files import make_own_folder
@@ -104,6 +106,8 @@ def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog) -> dict
     with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
         compare_inputs(ranks, data.task, splits, model)
+    if args.do_train and ranks.is_first:
+        model.description = describe(args, data, model.tokenizer, _length(args, model), record)
     plan = plan_precision(args, ranks.device)
     _log_choices(args, model, plan, log)
     if log.is_first and "train" in splits:
@@ -196,6 +200,8 @@ def _provenance(
     if not ranks.is_first:
         return {}
     record = provenance(args, data, model, ranks)
+    if not args.do_train:
+        check_output_folder(Path(args.output_dir), record)
     if args.repeat:
         for line in check_inputs(read_run(args.repeat), record):
             log.line(f"note: {line}")
@@ -226,6 +232,7 @@ def _save_model(run_of: Run) -> None:
         return
     model, weights = run_of.model, whole_weights(run_of)
     checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
+    remove_scores_of_other_weights(run_of.output_dir)
     folder = run_of.output_dir / adapters.FOLDER
     if model.adapter is not None:
         with files.plain_errors(folder):
@@ -275,9 +282,14 @@ def _with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
     return replace(args, model_name_or_path=str(folder))
 
 
+def _length(args: Arguments, model: LoadedModel) -> int:
+    """Tokens a row is cut to."""
+    return min(args.max_seq_length, model.position_limit)
+
+
 def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ProgressLog) -> dict[str, TokenSplit]:
     """Token ids and labels of every split, cut to `--max_*_samples`."""
-    limit = min(args.max_seq_length, model.position_limit)
+    limit = _length(args, model)
     if limit < args.max_seq_length:
         log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
     dtype = np.float32 if data.task.is_regression else np.int64

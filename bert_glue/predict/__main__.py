@@ -68,17 +68,17 @@ def run(options: argparse.Namespace) -> int:
     folders = [model_folder(name, args) for name in options.model]
     (task, settings), *others = (task_of_model(folder) for folder in folders)
     for name, (other, _) in zip(options.model[1:], others, strict=True):
-        if other.labels != task.labels:
+        if sorted(other.labels) != sorted(task.labels):
             answers = [", ".join(t.labels) or "a score" for t in (other, task)]
             raise UsageError(f"--model {name} answers {answers[0]}, --model {options.model[0]} {answers[1]}")
     chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
-    task = replace(task, columns=columns_of(task, settings, options.text_columns, first))
     alone = []
-    for name, (_, own) in zip(options.model, [(task, settings), *others], strict=True):
+    for name, (own_task, own) in zip(options.model, [(task, settings), *others], strict=True):
         length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
-        alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), task))
+        reads = replace(own_task, columns=columns_of(own_task, own, options.text_columns, first))
+        alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), reads))
     labeller = replace(alone[0], others=tuple(alone[1:]))
     output: ToFile | ToStandardOutput = (
         ToStandardOutput(output_kind)
@@ -131,7 +131,7 @@ def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: st
     return {
         "model_sha256": [file_hash(path) for path in files],
         "tokenizers": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
-        "text_columns": list(labeller.task.columns),
+        "text_columns": [name for one in (labeller, *labeller.others) for name in one.task.columns],
         "max_seq_lengths": [one.limit for one in (labeller, *labeller.others)],
         "per_device_eval_batch_size": args.per_device_eval_batch_size,
         "precision": labeller.evaluator.precision.plan.name,

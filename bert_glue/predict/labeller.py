@@ -28,7 +28,7 @@ class Labeller:
     """A model that labels tables.
 
     Args:
-        task: as it was trained; `columns` are this input's, in the order the model reads them.
+        task: as it was trained; `columns` are this input's, in the order this model reads them.
         limit: tokens a row is cut to.
         others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
     """
@@ -53,6 +53,10 @@ class Labeller:
             raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
         return logits.astype(np.float64) if self.task.is_regression else softmax(logits)
 
+    def order_of(self, task: GlueTask) -> list[int]:
+        """The column of its own answers for each label of `task`, which has the same labels in any order."""
+        return [self.task.labels.index(label) for label in task.labels] or [0]
+
     def label(self, table: Table) -> Columns:
         """The table's columns, then the model's.
 
@@ -60,7 +64,8 @@ class Labeller:
             DataError: a text is missing or is no text (file:line), or a column of ours is there already.
             DivergedError: the model's outputs are not finite.
         """
-        own = _own_columns(self.task, np.mean([one.answers(table) for one in (self, *self.others)], axis=0))
+        answers = [one.answers(table)[:, one.order_of(self.task)] for one in (self, *self.others)]
+        own = _own_columns(self.task, np.mean(answers, axis=0))
         if taken := [name for name in own if name in table.columns]:
             raise DataError(f"{table.origin}: the input has a column {taken[0]!r} already; rename it")
         return {**table.columns, **own}

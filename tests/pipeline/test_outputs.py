@@ -63,6 +63,7 @@ def test_all_files_of_the_contract_are_there(own):
         "all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json",
         "predict_results_own.txt", "run.json", "README.md", "report.html", "curves.png", "train_loss.tsv",
         "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "analysis.json",
+        "bert_glue.json",
     }  # fmt: skip
     assert {p.name for p in own.folder.iterdir() if not p.name.startswith(".")} == expected
     assert (own.folder / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,100 @@
+"""`bert_glue.json`: what belongs to a model and no file of transformers holds, beside its weights.
+
+It is written with the weights, into a run's folder and into every checkpoint, and by nothing else: a later evaluation
+or prediction into the same folder leaves it alone. It holds no path of the machine, so that it can be published.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_glue import __version__
+from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.errors import MachineError
+from bert_glue.storage.checkpoint import step_of
+from bert_glue.storage.files import file_hash
+
+if TYPE_CHECKING:
+    from bert_glue.data.sources import TaskData
+    from bert_glue.data.tokenization import TextTokenizer
+
+FILE = "bert_glue.json"
+# Groups of flags that say what the weights became, not where the run took place.
+_RECIPE = ("Training", "Precision")
+_RECIPE_FLAGS = ("seed", "data_seed", "max_train_samples", "freeze_encoder", "lora_rank", "lora_alpha", "lora_dropout")
+
+
+def describe(
+    args: Arguments, data: TaskData, tokenizer: TextTokenizer, max_length: int, record: dict[str, Any]
+) -> dict[str, Any]:
+    """What this run trains, as far as it is known before its weights.
+
+    Args:
+        max_length: tokens a row is cut to.
+        record: run.json.
+    """
+    names = [name for name, flag in FLAGS.items() if flag.group in _RECIPE or name in _RECIPE_FLAGS]
+    return {
+        "bert_glue": __version__,
+        "task_name": data.task.name,
+        "text_columns": list(data.task.columns),
+        "max_seq_length": max_length,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "recipe": {name: getattr(args, name) for name in names if not FLAGS[name].secret},
+        "data_sha256": record["data"]["sha256"],
+        "model_sha256": record["model_sha256"],
+    }
+
+
+def write_description(folder: Path, description: dict[str, Any], dtype: str) -> None:
+    """Write the file beside `folder`'s model.safetensors; nothing where `description` is empty.
+
+    Args:
+        dtype: of the stored weights, such as float32.
+    """
+    if description:
+        whole = {**description, "dtype": dtype, "weights_sha256": file_hash(folder / "model.safetensors")}
+        (folder / FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What lies beside a model's weights; of a run without that file, what its results say; {} where nothing does.
+
+    Raises:
+        MachineError: the file is damaged.
+    """
+    if (folder / FILE).is_file():
+        return _checked(folder / FILE, _read(folder / FILE))
+    # Earlier versions wrote it into a run's results alone, where a checkpoint's are those of the folder above.
+    for place in (folder, folder.parent) if step_of(folder) >= 0 else (folder,):
+        record, results = place / "run.json", place / "all_results.json"
+        if record.is_file() and results.is_file():
+            arguments = _read(record).get("arguments")
+            length = arguments.get("max_seq_length") if isinstance(arguments, dict) else None
+            found = {"max_seq_length": length, "text_columns": _read(results).get("text_columns")}
+            return _checked(record, {name: value for name, value in found.items() if value is not None})
+    return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MachineError(
+            f"{path}: cannot be read as JSON ({error}); remove it, and give the flags it stands for"
+        ) from None
+    if not isinstance(content, dict):
+        raise MachineError(f"{path}: is not a JSON object; remove it, and give the flags it stands for")
+    return content
+
+
+def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    length, columns = found.get("max_seq_length"), found.get("text_columns")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 3):
+        raise MachineError(f"{path}: max_seq_length is {str(length)[:40]!r}, not a number of tokens from 3 on")
+    is_list = isinstance(columns, list) and len(columns) <= 2 and all(isinstance(name, str) for name in columns)
+    if columns is not None and not is_list:
+        raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not one or two names")
+    return found

@@ -1,0 +1,80 @@
+"""What an output folder holds of an earlier command on the same weights: a later evaluation or prediction adds to it.
+
+What describes the weights (how they were trained, their hashes) is only ever replaced together with them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import UsageError
+from bert_glue.result_keys import EVAL, PREDICT
+
+RESULTS, RECORD, ANALYSIS = "all_results.json", "run.json", "analysis.json"
+# Of a trained model these are results of scoring it; the others say how it was made.
+_SCORED = (EVAL, PREDICT, "diagnostic_", "expectations")
+_OF_SCORING = ("eval_results.json", "predict_results.json", ANALYSIS)
+
+
+def check_output_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Before a run that does not train: its results must be of the model that `folder` holds, if it holds one.
+
+    Args:
+        record: run.json of this run.
+
+    Raises:
+        UsageError: the folder holds a trained model, and another one would be scored.
+    """
+    if _is_trained(folder) and not _is_same_model(folder, record):
+        raise UsageError(
+            f"--output_dir {folder} holds a trained model and its results, and --model_name_or_path "
+            f"{record['arguments']['model_name_or_path']} is another one: choose another --output_dir"
+        )
+
+
+def merged(
+    folder: Path, results: dict[str, Any], record: dict[str, Any], analysis: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """`all_results.json`, `run.json` and `analysis.json` of a run that did not train, with what is there already.
+
+    Returns:
+        The three, as they are where the folder has nothing on this run's model. In run.json the later commands are
+        the list `later`.
+    """
+    if not _is_same_model(folder, record):
+        return results, record, analysis
+    earlier, told = _read(folder / RESULTS), _read(folder / RECORD)
+    added = results
+    if _is_trained(folder):
+        added = {name: value for name, value in results.items() if name.startswith(_SCORED)}
+    later = [*(told.get("later") or []), record]
+    return {**earlier, **added}, {**told, "later": later}, {**_read(folder / ANALYSIS), **analysis}
+
+
+def remove_scores_of_other_weights(folder: Path) -> None:
+    """After new weights were saved: delete the scores of those they replaced."""
+    for name in _OF_SCORING:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_trained(folder: Path) -> bool:
+    return bool(_read(folder / RECORD).get("weights_sha256")) and (folder / "model.safetensors").is_file()
+
+
+def _is_same_model(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the folder's results are those of the weights that `record` reads."""
+    told, own = _read(folder / RECORD), record["model_sha256"]
+    if _is_trained(folder):
+        return told["weights_sha256"] in own.values()
+    return bool(own) and told.get("model_sha256") == own
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A results file; {} where it is missing or damaged, as nothing can be kept of it then."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
