@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -70,6 +71,57 @@ class BaselineError(UserError):
     """A run was slower than the baseline it was held against; all results were written."""
 
     exit_code = 9
+
+
+class FollowUpError(UserError):
+    """Steps after training failed; the model and what the other steps gave were written.
+
+    Args:
+        exit_code: of the first failure.
+    """
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class Failures:
+    """Collects what fails once a model is saved: each failure costs one line and its own results, nothing else.
+
+    Args:
+        is_alone: False on several ranks, where a step with collectives cannot be left by one of them.
+        passes: exceptions that are no failure, such as a request to stop.
+    """
+
+    def __init__(self, is_alone: bool, passes: tuple[type[Exception], ...] = ()):
+        self.is_alone, self.passes = is_alone, passes
+        self.is_saved = False
+        self.lines: list[str] = []
+        self.exit_code = 0
+
+    @contextmanager
+    def step(self, name: str, is_collective: bool = False) -> Iterator[None]:
+        """Survives the block's exception if a model was saved.
+
+        Args:
+            name: what the line calls the step.
+            is_collective: other ranks wait for this one within it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, self.passes) or not self.is_saved or (is_collective and not self.is_alone):
+                raise
+            self.lines.append(f"{name} failed after the model was saved: {first_line(error)}")
+            self.exit_code = self.exit_code or _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    """The documented code of a failure; 1, Python's own, where it is a defect of this program."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    kinds = ((MemoryError, MachineError), (OSError, CheckpointError))
+    return next((kind.exit_code for family, kind in kinds if isinstance(error, family)), 1)
 
 
 def did_you_mean(kind: str, name: str, choices: list[str]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
+from bert_glue.errors import Failures
 from bert_glue.report.run_page import run_page
 from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import model_card, without_folders
@@ -45,11 +46,22 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
 
 
 def write_results(
-    args: Arguments, data: TaskData, results: dict, history: list[dict], record: dict, analysis: dict
+    args: Arguments,
+    data: TaskData,
+    results: dict,
+    history: list[dict],
+    *,
+    record: dict,
+    analysis: dict,
+    failures: Failures,
 ) -> None:
-    """All files of a finished run, into `--output_dir`; `record` is run.json, `analysis` analysis.json.
+    """All files of a finished run, into `--output_dir`; what is drawn comes last, and may fail.
 
     A run that does not train adds to what the folder holds on the same model.
+
+    Args:
+        record: run.json.
+        analysis: analysis.json.
     """
     folder = Path(args.output_dir)
     whole, whole_record = results, record
@@ -67,9 +79,12 @@ def write_results(
         write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
         write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
-        curves(folder / "curves.png", history, data)
-        write_whole(folder / "README.md", model_card(data, results, record))
-    write_whole(folder / "report.html", run_page(folder))
+        with failures.step("drawing curves.png"):
+            curves(folder / "curves.png", history, data)
+        with failures.step("the model card"):
+            write_whole(folder / "README.md", model_card(data, results, record))
+    with failures.step("the report"):
+        write_whole(folder / "report.html", run_page(folder))
 
 
 def summary(results: dict) -> list[str]:

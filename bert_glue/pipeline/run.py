@@ -22,7 +22,7 @@ from bert_glue.data.sources import TaskData, load_task_data
 from bert_glue.data.tokenization import tokenize
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
-from bert_glue.errors import DataError, ExpectationError
+from bert_glue.errors import DataError, ExpectationError, Failures, FollowUpError
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
 from bert_glue.hub import upload
 from bert_glue.model import adapters
@@ -31,7 +31,7 @@ from bert_glue.model.description import describe
 from bert_glue.model.loading import load_model
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings
-from bert_glue.pipeline.score import check_predictable, evaluate_splits, facts, predict_splits, train_results
+from bert_glue.pipeline.score import Scored, check_predictable, facts, score_splits, train_results
 from bert_glue.precision.plan import PrecisionPlan, plan_precision
 from bert_glue.results.earlier import check_output_folder, remove_scores_of_other_weights
 from bert_glue.results.provenance import provenance, with_outcome
@@ -70,13 +70,16 @@ def run(args: Arguments) -> int:
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
             for note in filter(None, (lock.note, *trackers.notes)):
                 log.line(f"note: {note}")
-            results = _steps(args, ranks, log)
+            failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
+            results = _steps(args, ranks, log, failures)
         for line in outputs.summary(results):
             log.line(line)
-        lines = ranks.all_gather_object(missed(results.get("expectations", [])))[
-            0
-        ]  # speeds differ a little between ranks
+        # The first rank's count: it writes, and speeds differ a little between ranks.
+        outcome = missed(results.get("expectations", [])), failures.lines, failures.exit_code
+        lines, failed, failed_code = ranks.all_gather_object(outcome)[0]
         code = _agree_to_leave(ranks, log)
+        if failed:
+            raise FollowUpError("\n".join(failed), failed_code)
         if lines:
             raise ExpectationError("\n".join(lines))
     finally:
@@ -89,7 +92,7 @@ def run(args: Arguments) -> int:
     return code
 
 
-def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog) -> dict:
+def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog, failures: Failures) -> dict:
     phase, given = Phases(), args
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
@@ -120,21 +123,16 @@ def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog) -> dict
         if args.do_train:
             run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
             results |= train_results(run_of, plan)
-    is_stopped, analysis = _is_stopped(ranks, log), {}
-    is_saved = run_of is not None and not is_stopped
+    is_stopped, scored = _is_stopped(ranks, log), Scored()
+    failures.is_saved = run_of is not None and not is_stopped
     with phase("save"):
-        if is_saved:
+        if failures.is_saved:
             _save_model(run_of)
-    averaged = run_of.averaged if run_of else nullcontext
-    try:
-        with averaged(), phase("evaluate"):
-            if args.do_eval and not is_stopped:
-                results |= evaluate_splits(args, data, model, splits, evaluator, analysis)
-        with averaged(), phase("predict"):
-            if args.do_predict and not is_stopped:
-                results |= predict_splits(args, data, splits, evaluator, analysis)
-    except EvaluationStopped:
-        is_stopped = True
+    if not is_stopped:
+        with run_of.averaged() if run_of else nullcontext():
+            scored = score_splits(args, data, model, splits, evaluator, failures=failures, phase=phase)
+        results |= scored.results
+        is_stopped = scored.is_stopped
     with phase("save"):
         if run_of is not None:
             _save_unfinished(run_of)
@@ -146,8 +144,9 @@ def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog) -> dict
         progress = run_of.progress if run_of else Progress()
         log.results(results, progress.step)
         with files.plain_errors(Path(args.output_dir)):
-            record = with_outcome(record, Path(args.output_dir), results, is_saved, progress.changes)
-            outputs.write_results(args, data, results, progress.history, record, analysis)
+            record = with_outcome(record, Path(args.output_dir), results, failures.is_saved, progress.changes)
+            history, analysis = progress.history, scored.analysis
+            outputs.write_results(args, data, results, history, record=record, analysis=analysis, failures=failures)
         if args.repeat and not is_stopped:
             log.line(check_outcome(read_run(args.repeat), record))
     return results

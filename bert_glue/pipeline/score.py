@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,33 +15,76 @@ from bert_glue.config.resolve import samples_per_step
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.sources import TaskData
 from bert_glue.devices.distributed import DistributedContext
-from bert_glue.errors import DataError
+from bert_glue.errors import DataError, Failures
 from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
 from bert_glue.evaluation.collapse import constant_loss, flat_loss
-from bert_glue.evaluation.evaluator import Evaluator, evaluate, predictions_of
+from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator, evaluate, predictions_of
 from bert_glue.model.attention import PATHS_TAKEN
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.pipeline import outputs
 from bert_glue.storage import files
 from bert_glue.tasks import GlueTask, also_predicted
 from bert_glue.training.state import Run
+from bert_glue.training.throughput import Phases
 
 
-def evaluate_splits(
+@dataclass
+class Scored:
+    """What evaluation and prediction gave.
+
+    Args:
+        results: `eval_*` and `predict_*`.
+        analysis: analysis.json; the first rank's.
+        is_stopped: a signal cut it off.
+    """
+
+    results: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
+    is_stopped: bool = False
+
+
+def score_splits(
     args: Arguments,
     data: TaskData,
     model: LoadedModel,
     splits: dict[str, TokenSplit],
     evaluator: Evaluator,
-    analysis: dict,
-) -> dict:
-    """`eval_*` results of every labelled split; fills `analysis` on the first rank."""
+    *,
+    failures: Failures,
+    phase: Phases,
+) -> Scored:
+    """Evaluate and predict as the flags ask; each survives the failure of the other."""
+    scored = Scored()
+    try:
+        with phase("evaluate"), failures.step("evaluation", is_collective=True):
+            if args.do_eval:
+                _evaluate_splits(args, data, model, splits, evaluator, failures=failures, scored=scored)
+        with phase("predict"), failures.step("prediction", is_collective=True):
+            if args.do_predict:
+                scored.results |= predict_splits(args, data, splits, evaluator, scored.analysis)
+    except EvaluationStopped:
+        scored.is_stopped = True
+    return scored
+
+
+def _evaluate_splits(
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    evaluator: Evaluator,
+    *,
+    failures: Failures,
+    scored: Scored,
+) -> None:
+    """`eval_*` results of every labelled split, and on the first rank their analysis."""
     kept: dict[str, np.ndarray] = {}
-    results = evaluate(evaluator, data.task, splits, kept)
+    scored.results |= evaluate(evaluator, data.task, splits, kept)
     if evaluator.ranks.is_first:
-        analysis["splits"] = analyse_splits(data, model, splits, evaluator, kept, args.explain)
-        results |= standard_errors(data.task, analysis["splits"])
-    return results
+        with failures.step("the analysis"):
+            found = analyse_splits(data, model, splits, evaluator, kept, args.explain)
+            scored.analysis["splits"] = found
+            scored.results |= standard_errors(data.task, found)
 
 
 def predict_splits(

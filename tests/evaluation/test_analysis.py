@@ -16,7 +16,7 @@ from bert_glue.evaluation.analysis import analyse, calibration, confusion, diagn
 from bert_glue.evaluation.evaluator import softmax
 from bert_glue.evaluation.metrics import compute_metrics
 from bert_glue.pipeline import run as pipeline
-from bert_glue.tasks import get_task
+from bert_glue.tasks import get_task, own_task
 
 
 def test_confusion_is_scikit_learns():
@@ -218,3 +218,25 @@ def test_a_broken_diagnostic_does_not_cost_the_run(tmp_path):
     assert "diagnostic-full.tsv:3" in reason and analysis == {}
     args = arguments(tmp_path, data_path=str(tmp_path / "diagnostic"), model_name_or_path="x")
     assert "need GLUE's diagnostic-full.tsv" in _diagnose(args, get_task("ax"), np.zeros(2, int), analysis).popitem()[1]
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(31, 500), (1200, 1200), (5000, 300)])
+def test_many_classes_take_memory_of_rows_times_classes(classes, rows):
+    import tracemalloc
+
+    draw = np.random.default_rng(5)
+    task = own_task("own", ("text",), tuple(f"c{n:04d}" for n in range(classes)))
+    labels = draw.integers(0, classes, rows)
+    logits = draw.standard_normal((rows, classes)).astype(np.float32)
+    logits[: rows // 2, 7] += 50
+    texts = Split("validation", (["x" * 100_000] * rows,), labels.tolist(), "")
+    compute_metrics(task, logits.argmax(1), labels)  # scikit-learn's import is not counted
+    tracemalloc.start()
+    found = analyse(task, texts, TokenSplit("validation", range(rows), labels), logits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * rows * classes + 5_000_000
+    assert "confusion" not in found and len(found["confused"]) <= 30
+    counts = [count for _, _, count in found["confused"]]
+    assert counts == sorted(counts, reverse=True)
+    assert len(json.dumps(found)) < 200_000
