@@ -13,7 +13,7 @@ from bert_glue.errors import Failures
 from bert_glue.report.run_page import run_page
 from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import model_card, without_folders
-from bert_glue.storage.files import write_json, write_whole, written_aside
+from bert_glue.storage.files import one_line, write_json, write_whole, written_aside
 from bert_glue.tasks import GlueTask
 
 if TYPE_CHECKING:
@@ -35,12 +35,16 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Pro
 
 
 def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np.ndarray) -> None:
-    """`predict_results_<task>.txt`, header `index<TAB>prediction`, label names or scores to 3 decimals."""
+    """`predict_results_<task>.txt`, header `index<TAB>prediction`, label names or scores to 3 decimals.
+
+    The format has no quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`.
+    """
     low, high = task.score_range or (-np.inf, np.inf)
     if task.is_regression:
         values = [f"{min(max(float(p), low), high):.3f}" for p in predictions]
     else:
-        values = [task.labels[p] for p in predictions]
+        names = [one_line(label) for label in task.labels]
+        values = [names[p] for p in predictions]
     lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(values))]
     write_whole(folder / keys.predictions_file(task.name, suffix), "\n".join(lines) + "\n")
 

@@ -41,7 +41,7 @@ from bert_glue.storage.lock import FolderLock
 from bert_glue.tasks import GlueTask
 from bert_glue.training.console import ProgressLog, Trackers
 from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
-from bert_glue.training.resume import save_checkpoint, whole_weights
+from bert_glue.training.resume import save_checkpoint, say_if_gone, whole_weights
 from bert_glue.training.setup import build_collator, fine_tune, make_precision
 from bert_glue.training.state import Progress, Run
 from bert_glue.training.throughput import Phases, seconds_since_process_start
@@ -68,6 +68,9 @@ def run(args: Arguments) -> int:
     try:
         place = upload.claim(args) if args.push_to_hub and ranks.is_first else None
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
+            if ranks.is_first:
+                with files.plain_errors(lock.folder):
+                    checkpoint.finish_interrupted(lock.folder)
             for note in filter(None, (lock.note, *trackers.notes)):
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
@@ -229,6 +232,7 @@ def _save_model(run_of: Run) -> None:
     """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
     if not run_of.ranks.is_first:
         return
+    say_if_gone(run_of)
     model, weights = run_of.model, whole_weights(run_of)
     checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
     remove_scores_of_other_weights(run_of.output_dir)

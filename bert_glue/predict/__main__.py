@@ -81,9 +81,15 @@ def run(options: argparse.Namespace) -> int:
         alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), reads))
     labeller = replace(alone[0], others=tuple(alone[1:]))
     output: ToFile | ToStandardOutput = (
-        ToStandardOutput(output_kind)
+        ToStandardOutput(output_kind, options.keep_formulas)
         if options.output == STANDARD
-        else ToFile(options.output, output_kind, _identity(args, labeller, folders, output_kind), options.overwrite)
+        else ToFile(
+            options.output,
+            output_kind,
+            {**_identity(args, labeller, folders, output_kind), "keep_formulas": options.keep_formulas},
+            overwrite=options.overwrite,
+            keep_formulas=options.keep_formulas,
+        )
     )
     try:
         _label_all(labeller, _from_first(first, tables), output, log)
@@ -171,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--fp16", action="store_true", help="autocast to half precision")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
+    add("--keep_formulas", action="store_true",
+        help="csv and tsv: put no apostrophe before a text that a spreadsheet would run as a formula")  # fmt: skip
     add("--overwrite", action="store_true", help="replace a finished output, and begin an unfinished one anew")
     return parser
 

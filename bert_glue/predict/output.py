@@ -19,7 +19,14 @@ from typing import Any, BinaryIO
 
 from bert_glue.data.tables import Table
 from bert_glue.errors import CheckpointError, DataError
-from bert_glue.storage.files import json_object, open_own, plain_errors, write_json, written_aside
+from bert_glue.storage.files import (
+    json_object,
+    open_own,
+    plain_errors,
+    without_formula,
+    write_json,
+    written_aside,
+)
 from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 
 Columns = dict[str, list]
@@ -32,7 +39,7 @@ IDENTITY = (
     *flag_facts(("per_device_eval_batch_size",)),
     Fact("precision", "precision"),
     Fact("device", "device"),
-    *flag_facts(("output_format",)),
+    *flag_facts(("output_format", "keep_formulas")),
 )
 
 
@@ -41,12 +48,14 @@ class ToStandardOutput:
 
     Args:
         kind: csv, tsv or jsonl.
+        keep_formulas: see `without_formula`.
     """
 
     rows, input_hash = 0, ""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, keep_formulas: bool = False):
         self.encode = _ENCODERS[kind]()
+        self.encode.keeps_formulas = keep_formulas
 
     def append(self, table: Table, columns: Columns, input_hash: str) -> None:
         """Writes one chunk."""
@@ -72,14 +81,18 @@ class ToFile:
         kind: csv, tsv, jsonl or parquet.
         identity: values of `IDENTITY`; a part that was begun with others is refused.
         overwrite: replace a finished file, and begin anew.
+        keep_formulas: see `without_formula`.
 
     Raises:
         CheckpointError: the file exists, another process writes it, or its part does not fit.
     """
 
-    def __init__(self, path: Path, kind: str, identity: dict[str, Any], overwrite: bool):
+    def __init__(
+        self, path: Path, kind: str, identity: dict[str, Any], *, overwrite: bool, keep_formulas: bool = False
+    ):
         self.path, self.kind, self.identity = path, kind, identity
         self.encode = _ENCODERS[kind]()
+        self.encode.keeps_formulas = keep_formulas
         self._partial = path.with_name(f".{path.name}.partial")
         self._progress = path.with_name(f".{path.name}.progress.json")
         self.rows, self.input_hash = 0, ""
@@ -167,7 +180,10 @@ class _Encoder:
 
     Args:
         names: columns of the first chunk, which all others must have; None before it.
+        keeps_formulas: False takes formulas out of csv and tsv.
     """
+
+    keeps_formulas = False
 
     def __init__(self) -> None:
         self.names: list[str] | None = None
@@ -194,24 +210,32 @@ class _Encoder:
         """Bytes of columns that are the same for all chunks."""
         raise NotImplementedError
 
+    def cells(self, columns: Columns) -> tuple[list[str], list[list[str]]]:
+        """Names and texts of columns as csv and tsv have them."""
+        names, texts = list(columns), _texts(columns)
+        if self.keeps_formulas:
+            return names, texts
+        return [without_formula(name) for name in names], [[without_formula(text) for text in own] for own in texts]
+
 
 class _Csv(_Encoder):
     def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
-        texts = _texts(columns)
+        names, texts = self.cells(columns)
         # csv.writer leaves a lone CR unquoted, which readers take for the end of a line.
         has_return = any("\r" in value for values in texts for value in values)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
         if is_first:
-            writer.writerow(columns)
+            writer.writerow(names)
         writer.writerows(zip(*texts, strict=True))
         return _utf8(table, text.getvalue())
 
 
 class _Tsv(_Encoder):
     def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
-        lines = ["\t".join(columns)] if is_first else []
-        for row, values in enumerate(zip(*_texts(columns), strict=True)):
+        names, texts = self.cells(columns)
+        lines = ["\t".join(names)] if is_first else []
+        for row, values in enumerate(zip(*texts, strict=True)):
             line = "\t".join(values)
             if line.count("\t") != len(values) - 1 or "\n" in line or "\r" in line:
                 raise DataError(f"{table.where(row)}: a tab or line break in a text, which tsv cannot hold; csv can")

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from bert_glue.errors import CheckpointError, UserError
-from bert_glue.storage.files import file_hash, json_object, plain_errors
+from bert_glue.storage.files import file_hash, json_object, plain_errors, remove_abandoned
 
 MANIFEST = "manifest.json"
 _REMOVING = "removing.json"  # the manifest's name from the moment its checkpoint is given up
@@ -130,7 +130,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     aside = folder / f".writing-{os.getpid()}"
     with plain_errors(folder):
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             finish_interrupted(folder)
             aside.mkdir()
             write(aside)
@@ -186,7 +186,8 @@ def finish_interrupted(output_dir: Path) -> None:
     Raises:
         OSError: the file system failed.
     """
-    for left in output_dir.glob(".writing-*"):
+    remove_abandoned(output_dir)
+    for left in (*output_dir.glob(".writing-*"), *output_dir.glob("sample_bert/.making-*")):
         _remove_all_of(left)
     for old in output_dir.glob(".replaced-checkpoint-*"):
         _finish_replaced(old)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,32 @@ def write_whole(path: Path, content: str | bytes) -> None:
         aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+# What `written_aside` leaves behind when it is killed: a dot, the name of a results file, a dot, a process id.
+_ABANDONED = re.compile(r"\..+\.(?:json|txt|tsv|csv|md|html|png|log)\.(\d{1,10})")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes left of files that were being written in `folder`; its lock must be held.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    for path in folder.glob(".*"):
+        found = _ABANDONED.fullmatch(path.name)
+        if found and path.is_file() and not path.is_symlink() and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def open_own(path: Path) -> BinaryIO:
     """A file to read and append to, made if it is missing.
 
@@ -156,3 +183,26 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     return content
+
+
+# Spreadsheets run a cell that begins so (OWASP, "CSV injection"); the wide forms are those of Asian keyboards.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def without_formula(text: str) -> str:
+    """A cell of a table that a spreadsheet shows and does not run: an apostrophe before what is no number."""
+    if not text.startswith(_FORMULA_STARTS):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+_LINE_ENDS = str.maketrans({c: c.encode("unicode_escape").decode() for c in "\\\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"})
+
+
+def one_line(text: str) -> str:
+    """A text for a format without quoting: backslashes, tabs and line ends escaped as in Python."""
+    return text.translate(_LINE_ENDS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.evaluation.collapse import collapse_reason
-from bert_glue.storage.files import write_whole
+from bert_glue.storage.files import without_formula, write_whole
 from bert_glue.sweep.plan import SweepRun
 from bert_glue.tasks import EvaluationSplit
 
@@ -136,8 +136,9 @@ def write(output_dir: Path, summary: dict[str, Any]) -> None:
 
 def _cell(value: Any) -> Any:
     if isinstance(value, dict):
-        return " ".join(f"{name}={text}" for name, text in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+        value = [f"{name}={text}" for name, text in value.items()]
+    text = " ".join(map(str, value)) if isinstance(value, list) else value
+    return without_formula(text) if isinstance(text, str) else text
 
 
 def lines(summary: dict[str, Any]) -> list[str]:

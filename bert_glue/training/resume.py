@@ -31,6 +31,15 @@ def whole_weights(run: Run) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def say_if_gone(run: Run) -> None:
+    """Tell the user that the output folder is not there any more; what is saved from now on makes it anew."""
+    if not run.output_dir.is_dir():
+        run.log.line(
+            f"note: --output_dir {run.output_dir} was deleted or moved while the run was writing there: "
+            "it is made anew, without the earlier checkpoints and without a lock against a second run"
+        )
+
+
 def save_checkpoint(run: Run) -> None:
     """Copy the run's state to host memory and let a thread write `checkpoint-<step>` from it.
 
@@ -44,6 +53,7 @@ def save_checkpoint(run: Run) -> None:
     if not run.ranks.is_first:
         return
     run.saver.wait()  # one copy in host memory at a time
+    say_if_gone(run)
     weights = whole_weights(run)
     state = _optimizer_tensors(run)
     progress = json.dumps(_state(run))

@@ -277,3 +277,21 @@ def test_sample_without_a_model_makes_one(tmp_path):
     assert results_of(args)["model_name_or_path"].endswith("sample_bert")
     assert "eval_matthews_correlation" in results_of(args)
     assert time.perf_counter() - began < 60
+
+
+def test_an_output_folder_deleted_in_mid_run_is_told(tmp_path, capsys, monkeypatch):
+    import shutil
+
+    from bert_glue.training import resume
+
+    args, publish = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2), checkpoint.publish
+
+    def publish_and_delete(folder, *given):
+        publish(folder, *given)
+        if folder.name == "checkpoint-2":
+            shutil.rmtree(folder.parent)
+
+    monkeypatch.setattr(resume.checkpoint, "publish", publish_and_delete)
+    assert pipeline_run.run(args) == 0
+    assert "was deleted or moved while the run was writing there" in capsys.readouterr().out
+    assert (Path(args.output_dir) / "checkpoint-4").is_dir()

@@ -212,7 +212,7 @@ def test_a_finished_output_is_kept(run, tmp_path, capsys):
 
 
 def test_two_processes_do_not_share_an_output(run, tmp_path, capsys):
-    held = output.ToFile(tmp_path / "out.csv", "csv", {}, False)
+    held = output.ToFile(tmp_path / "out.csv", "csv", {}, overwrite=False)
     assert label(run, write_input(tmp_path / "in.csv", 5), tmp_path / "out.csv") == 6
     assert "another process is writing it" in capsys.readouterr().err
     held.close()
@@ -330,7 +330,7 @@ def test_regression_gives_scores_only(tmp_path):
 def peak_memory(run: Path, source: Path, target: Path) -> int:
     """Bytes of a process that labels `source`."""
     code = (
-        "import sys; from bert_glue import predict; from bert_glue.devices.device import Device\n"
+        "import sys; from bert_glue.predict import __main__ as predict; from bert_glue.devices.device import Device\n"
         f"assert predict.main({flags(run, source, target)!r}[:-2]) == 0\n"
         "print(Device('cpu').peak_memory())"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -256,7 +257,7 @@ def test_a_kill_between_the_renames_of_a_rewritten_checkpoint_loses_nothing(tmp_
     folder = publish(tmp_path, 5)
     (folder / "notes.md").write_text("mine")
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bert_glue import checkpoint\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bert_glue.storage import checkpoint\n"
         "done, rename = [], os.rename\n"
         "def fatal(a, b):\n"
         f"    if len(done) == {calls}: os._exit(9)\n"
@@ -390,3 +391,41 @@ def test_resume_refuses_a_damaged_checkpoint_by_name_and_auto_starts_anew(saved,
     run = fit(changed(args, resume_from_checkpoint="auto", output_dir=str(tmp_path / "out")))
     assert run.progress.step == 2 and len(run.progress.history) == 3
     assert checkpoint.verify(broken) == ""  # written again
+
+
+@pytest.mark.parametrize("name", [".writing-x", ".writing-checkpoint-5-1", ".replaced-checkpoint-5-1", "checkpoint-7"])
+def test_nothing_is_deleted_through_a_link(tmp_path, name):
+    victim = publish(tmp_path / "other", 1)
+    (victim / "thesis.txt").write_text("precious")
+    before = sorted(path.name for path in victim.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(victim)
+    checkpoint.finish_interrupted(tmp_path / "out")
+    checkpoint.keep_newest(tmp_path / "out", 1, None, publish(tmp_path / "out", 8))
+    publish(tmp_path / "out", 7)
+    checkpoint.finish_interrupted(tmp_path / "out")
+    assert sorted(path.name for path in victim.iterdir()) == before
+
+
+def test_a_folder_in_the_place_of_a_file_bars_nothing(tmp_path):
+    folder = publish(tmp_path, 5)
+    name = next(iter(FILES))
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert checkpoint.verify(folder) == f"{name} is missing"
+    (tmp_path / ".writing-x" / "inside").mkdir(parents=True)
+    for _ in range(2):
+        checkpoint.finish_interrupted(tmp_path)
+        assert checkpoint.verify(publish(tmp_path, 5)) == ""
+
+
+@pytest.mark.parametrize("name", ["../victim", "..", "", "a/b", "manifest.json", "\0"])
+def test_a_manifest_lists_files_of_its_folder_alone(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = publish(tmp_path, 5)
+    entry = {"bytes": 8, "sha256": hashlib.sha256(b"precious").hexdigest()}
+    (folder / "manifest.json").write_text(checkpoint._manifest_text({name: entry}, 1.0))
+    assert "is not the size and hash of a file beside it" in checkpoint.verify(folder)
+    checkpoint.remove(folder)
+    assert victim.read_text() == "precious"

@@ -131,6 +131,7 @@ def arguments(folder: Path, **changes) -> Arguments:
 def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     """Everything up to the trained model, without result files."""
     log = log or ProgressLog(False, False, watches_signals=False)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     ranks = DistributedContext(args)
     data = load_task_data(args, pipeline._needed(args))
     seed_generators(args.seed)
