@@ -24,12 +24,13 @@ LONGEST_MODULE = {"tasks.py": 450}  # a table of rows
 OPTIONAL_PACKAGES = {
     "torch_npu", "apex", "amp_C", "flash_attn",  # devices
     "huggingface_hub",  # comes with transformers
+    "markupsafe",  # comes with Jinja2
     "pyarrow", "pandas",  # come with datasets
     "onnxruntime",  # export
     "peft", "modelscope",  # --lora_rank, --hub
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
 }  # fmt: skip
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "jinja2": "Jinja2"}
 
 
 @cache

@@ -20,8 +20,9 @@ from bert_glue.model.classifier import LoadedModel
 from bert_glue.result_keys import standard_error_key
 from bert_glue.tasks import GlueTask
 
-HARDEST = 10
-_SHOWN_CLASSES = 30  # 1,200 classes would make a table of 1.4 million cells
+HARDEST = 100
+_MATRIX_CLASSES = 50  # 1,200 classes would make a table of 1.4 million cells
+_CONFUSED_PAIRS = 20
 _SHOWN_CHARACTERS = 2000
 _BINS = 10
 _DRAWS = 2000
@@ -79,18 +80,41 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
         every = max(1, len(split) // _POINTS)
         points = zip(labels[::every].tolist(), predictions[::every].tolist(), strict=True)
         return {**found, "points": [[round(x, 3), round(y, 3)] for x, y in points]}
-    return {**found, **_confusions(task, labels, predictions), "calibration": calibration(shares, labels)}
+    return {**found, **_classes(task, labels, predictions), "calibration": calibration(shares, labels)}
 
 
-def _confusions(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """The confusion matrix of up to 30 classes; of more, the pairs of classes that are confused most often."""
-    if task.num_labels <= _SHOWN_CLASSES:
-        return {"labels": list(task.labels), "confusion": confusion(labels, predictions, task.num_labels).tolist()}
+def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+    """Precision, recall and F1 of each class, the most confused pairs, and the matrix where it would be legible.
+
+    Returns:
+        `classes`: of each class its label, shares in 0..1 (null where no row decides one) and labelled rows.
+        `confused`: label, prediction and rows, the most frequent first. `labels`, `confusion`: of up to 50 classes.
+    """
+    count = task.num_labels
     wrong = labels != predictions
-    cells, rows = np.unique(labels[wrong] * task.num_labels + predictions[wrong], return_counts=True)
-    most = np.argsort(-rows, kind="stable")[:_SHOWN_CLASSES]
-    pairs = [(*divmod(int(cells[at]), task.num_labels), int(rows[at])) for at in most]
-    return {"confused": [[task.labels[label], task.labels[answer], count] for label, answer, count in pairs]}
+    cells, rows = np.unique(labels[wrong] * count + predictions[wrong], return_counts=True)
+    most = np.argsort(-rows, kind="stable")[:_CONFUSED_PAIRS]
+    pairs = [(*divmod(int(cells[at]), count), int(rows[at])) for at in most]
+    found: dict[str, Any] = {
+        "classes": _class_shares(task, labels, predictions),
+        "confused": [{"label": task.labels[a], "prediction": task.labels[b], "rows": n} for a, b, n in pairs],
+    }
+    if count <= _MATRIX_CLASSES:
+        found |= {"labels": list(task.labels), "confusion": confusion(labels, predictions, count).tolist()}
+    return found
+
+
+def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, Any]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        labels, predictions, labels=np.arange(task.num_labels), zero_division=np.nan
+    )
+    precision, recall, f1 = ([None if np.isnan(v) else round(float(v), 6) for v in column] for column in columns[:3])
+    return [
+        {"label": label, "precision": p, "recall": r, "f1": f, "rows": int(rows)}
+        for label, p, r, f, rows in zip(task.labels, precision, recall, f1, columns[3], strict=True)
+    ]
 
 
 def standard_errors(task: GlueTask, splits: dict[str, dict]) -> dict[str, float | None]:

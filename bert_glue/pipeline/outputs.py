@@ -10,9 +10,11 @@ import numpy as np
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.errors import Failures
+from bert_glue.report import charts
 from bert_glue.report.run_page import run_page
 from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import model_card, without_folders
+from bert_glue.results.records import Record
 from bert_glue.storage.files import one_line, write_json, write_whole, written_aside
 from bert_glue.tasks import GlueTask
 
@@ -84,7 +86,8 @@ def write_results(
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
         write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
         with failures.step("drawing curves.png"):
-            curves(folder / "curves.png", history, data)
+            majority = results.get(keys.evaluation_key(keys.MAJORITY_BASELINE))
+            curves(folder / "curves.png", history, majority, data)
         with failures.step("the model card"):
             write_whole(folder / "README.md", model_card(data, results, record))
     with failures.step("the report"):
@@ -107,21 +110,12 @@ def summary(results: dict) -> list[str]:
     return lines
 
 
-def curves(path: Path, history: list[dict], data: TaskData) -> None:
-    """Loss, learning rate, metric and loss scale against steps, as a PNG."""
-    from matplotlib.figure import Figure
+def curves(path: Path, history: list[dict], majority: float | None, data: TaskData) -> None:
+    """The training charts of the report as a PNG.
 
-    metric = keys.evaluation_key(data.task.headline)
-    panels = [key for key in ("loss", "learning_rate", metric, "loss_scale") if any(key in e for e in history)]
-    figure = Figure(figsize=(8, 2.2 * max(1, len(panels))), layout="constrained")
-    for number, key in enumerate(panels):
-        points = [(e["step"], e[key]) for e in history if e.get(key) is not None]
-        axes = figure.add_subplot(len(panels), 1, number + 1)
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="." if len(points) < 40 else "")
-        axes.set_ylabel(key)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("optimizer steps" if number == len(panels) - 1 else "")
-    figure.suptitle(f"{data.task.name}, {without_folders(data.source)}", fontsize=9)
+    Args:
+        majority: the headline metric of the most frequent class, 0..1; None where unknown.
+    """
+    drawn = charts.curves(Record({"history": history}).records("history"), data.task.headline, majority)
     with written_aside(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+        charts.write_png(aside, drawn, f"{data.task.name}, {without_folders(data.source)}")

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from bert_glue.errors import MachineError, exit_code_of
-from bert_glue.report.run_page import run_page, write_page
+from bert_glue.report.page import write_page
+from bert_glue.report.run_page import run_page
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
             raise MachineError(f"{', '.join(missing)}: no such folder")
         is_one_run = len(args.folders) == 1 and (args.folders[0] / "all_results.json").is_file()
         target = args.output or (args.folders[0] if len(args.folders) == 1 else Path()) / "report.html"
-        text = run_page(args.folders[0]) if is_one_run else suite_page(*find_runs(args.folders))
+        text = run_page(args.folders[0]) if is_one_run else suite_page(find_runs(args.folders))
         write_page(target, text)
         print(f"wrote {target}")
         return 0

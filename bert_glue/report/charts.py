@@ -1,244 +1,366 @@
-"""Small charts as inline SVG that take their colours from the page, so that they fit light and dark."""
+"""Charts of the reports and of curves.png: one description of what is drawn, as inline SVG or as PNG.
+
+Positions are computed here; `templates/charts.svg` holds the SVG elements, and their colours come from the page's
+style, so that they fit light and dark.
+"""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
-from bert_glue.report.words import both
+from bert_glue.report.words import WORDS
+from bert_glue.result_keys import LOSS, evaluation_key
+from bert_glue.results.records import Record
 
+Point = tuple[float, float]
+
+# Colours by role: the style of the pages and curves.png use the same.
+COLOURS = {
+    "light": {
+        "paper": "#ffffff", "ink": "#1c2126", "soft": "#56606a", "line": "#dfe3e8", "card": "#f6f7f9",
+        "train": "#1f6feb", "eval": "#b34d12", "good": "#1a7f37", "bad": "#c21f2c", "warn": "#8a5c00",
+    },
+    "dark": {
+        "paper": "#14181d", "ink": "#e4e8ec", "soft": "#a3adb8", "line": "#2e363f", "card": "#1c2229",
+        "train": "#6cb0ff", "eval": "#f0a35e", "good": "#56d364", "bad": "#ff7b72", "warn": "#e3b341",
+    },
+}  # fmt: skip
 WIDTH, HEIGHT = 360, 210  # user units; the page scales them
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 28, 34
-_MOST_POINTS = 500
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 34, 36
+_LATIN, _CHINESE = 5.4, 10.5  # width of a letter in the legend, user units
+_MOST_POINTS = 400
+_FEWEST_SMOOTHED = 20
+_LEAST_POINTS = 4.0  # what an axis of scores spans at least
+_LARGEST = 1e300  # differences of two such numbers are finite
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Limits of an axis; both are ticks."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def share(self, value: float) -> float:
+        """Where a value lies, 0 at the low end and 1 at the high one; values beyond are put at the end."""
+        return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a chart.
+    """One series.
 
     Args:
-        points: (x, y), y finite.
-        style: CSS class: a, b or rule.
-        name: key of its word in the legend; "" for none.
+        points: (x, y), two at least.
+        role: CSS class and colour: train, eval, raw or rule.
+        word: key of its name in the legend; "" for none.
     """
 
-    points: Sequence[tuple[float, float]]
-    style: str = "a"
-    name: str = ""
+    points: Sequence[Point]
+    role: str = "train"
+    word: str = ""
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers within [low, high], about `count` of them."""
-    span = high - low
-    if span <= 0 or not math.isfinite(span):
-        return [low]
-    step = 10 ** math.floor(math.log10(span / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
-    first = math.ceil(low / step - 1e-9)
-    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+@dataclass(frozen=True)
+class Chart:
+    """Axes with what is drawn on them.
+
+    Args:
+        word: key of the title.
+        below: key of what the horizontal axis shows.
+        dots: points without a line.
+        bars: (left, right, height, text).
+    """
+
+    word: str
+    below: str
+    x: Axis
+    y: Axis
+    lines: tuple[Line, ...] = ()
+    dots: tuple[Point, ...] = ()
+    bars: tuple[tuple[float, float, float, str], ...] = ()
+    width = WIDTH
+    height = HEIGHT
+    left, right, top, bottom = _LEFT, WIDTH - _RIGHT, _TOP, HEIGHT - _BOTTOM
+
+    def across(self, x: float) -> float:
+        """Horizontal position, user units."""
+        return round(_LEFT + self.x.share(x) * (WIDTH - _LEFT - _RIGHT), 1)
+
+    def up(self, y: float) -> float:
+        """Vertical position, user units from the top."""
+        return round(HEIGHT - _BOTTOM - self.y.share(y) * (HEIGHT - _TOP - _BOTTOM), 1)
+
+    @property
+    def named(self) -> list[Line]:
+        """Lines of the legend, where there is something to tell apart."""
+        named = [line for line in self.lines if line.word]
+        return named if len(named) > 1 else []
+
+    @property
+    def legend(self) -> list[tuple[Line, float]]:
+        """(line, left end of its entry) of the legend, which ends at the right."""
+        x, entries = float(self.right), []
+        for line in reversed(self.named):
+            x -= 34 + max(_LATIN * len(WORDS[line.word][0]), _CHINESE * len(WORDS[line.word][1]))
+            entries.append((line, round(x, 1)))
+        return entries[::-1]
+
+
+def axis(values: Iterable[float], count: int = 4, low: float | None = None, least_span: float = 0.0) -> Axis:
+    """Round limits around values, about `count` steps apart.
+
+    Args:
+        low: where the axis starts, if no value lies below.
+        least_span: of the axis; values that differ by less lie in its middle.
+    """
+    found = [min(_LARGEST, max(-_LARGEST, value)) for value in values]
+    least, most = min(found), max(found)
+    if low is not None:
+        least = min(low, least)
+    if most - least < least_span:
+        least, most = (least + most - least_span) / 2, (least + most + least_span) / 2
+    if most - least <= max(1e-300, 1e-9 * max(abs(least), abs(most))):
+        most = least + (abs(least) or 1.0)
+    step = _round_step((most - least) / count)
+    first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
+    return Axis(first * step, last * step, tuple(n * step for n in range(first, last + 1)))
+
+
+def _round_step(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
 
 
 def number(value: float) -> str:
-    """A short text of a tick."""
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+    """A tick as a short text."""
+    if abs(value) >= 1e5 or 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
 
 
-class _Frame:
-    """Axes of a chart: maps values to positions and draws grid, ticks and title."""
-
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], title: str, under: str = "steps"):
-        self.x, self.y, self.title, self.under = _spread(x, 0.0), _spread(y, 0.06), title, under
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Position of a point, user units."""
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return (
-            round(_LEFT + across * (WIDTH - _LEFT - _RIGHT), 1),
-            round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
-        )
-
-    def draw(self, inside: str) -> str:
-        parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart">']
-        parts.append(_text(12, 16, self.title, "title"))
-        for value in ticks(*self.y):
-            height = self.at(self.x[0], value)[1]
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height}" y2="{height}"/>')
-            parts.append(f'<text class="tick end" x="{_LEFT - 5}" y="{height + 3.5}">{number(value)}</text>')
-        for value in ticks(*self.x):
-            across = self.at(value, self.y[0])[0]
-            parts.append(f'<text class="tick mid" x="{across}" y="{HEIGHT - _BOTTOM + 14}">{number(value)}</text>')
-        parts.append(_text(WIDTH / 2, HEIGHT - 5, self.under, "tick mid"))
-        return "".join([*parts, inside, "</svg>"])
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """The mean over a twentieth of the points around each one; the window is symmetric, so that nothing lags."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    widest = max(1, len(points) // 40)
+    found = []
+    for at, (x, _) in enumerate(points):
+        half = min(widest, at, len(points) - 1 - at)
+        found.append((x, (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)))
+    return found
 
 
-def _text(x: float, y: float, key: str, style: str) -> str:
-    """A word of both languages at a place."""
-    return (
-        both(key, "text")
-        .replace('class="', f'x="{x:g}" y="{y:g}" class="{style} ')
-        .replace("<text>", f'<text x="{x:g}" y="{y:g}" class="{style}">')
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most some hundred points that keep the highs and lows."""
+    size = math.ceil(2 * len(points) / _MOST_POINTS)
+    if size < 2:
+        return list(points)
+    kept = []
+    for begin in range(0, len(points), size):
+        part = points[begin : begin + size]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def curves(history: Sequence[Record], headline: str, majority: float | None) -> list[Chart]:
+    """Charts of a training run. A series of one point is no curve and is left out.
+
+    Args:
+        history: the log entries of trainer_state.json.
+        headline: name of the metric.
+        majority: the metric of the most frequent class, 0..1; None where unknown.
+    """
+
+    def series(key: str, factor: float = 1.0) -> list[Point]:
+        pairs = [(entry.number("step"), entry.number(key)) for entry in history if key in entry]
+        found = [(step, factor * value) for step, value in pairs if step is not None and value is not None]
+        return found if len(found) > 1 else []
+
+    rates, scales = series("learning_rate"), series("loss_scale")
+    lines = {
+        "loss": _loss_lines(series("loss"), series(evaluation_key(LOSS))),
+        "score_chart": _score_lines(series(evaluation_key(headline), 100.0), majority),
+        "learning_rate": [Line(thinned(rates))] if rates else [],
+        # A scale that never moves shows nothing.
+        "loss_scale": [Line(thinned(scales))] if len({value for _, value in scales}) > 1 else [],
+    }
+    last = max((line.points[-1][0] for found in lines.values() for line in found), default=0)
+    return [_curve(word, found, axis((0, last))) for word, found in lines.items() if found]
+
+
+def _curve(word: str, lines: list[Line], steps: Axis) -> Chart:
+    values = [y for line in lines for _, y in line.points]
+    # Losses and rates are seen against zero; a score against the majority class, with round limits.
+    limits = axis(values, least_span=_LEAST_POINTS) if word == "score_chart" else axis(values, low=0.0)
+    return Chart(word, "steps", steps, limits, tuple(lines))
+
+
+def _loss_lines(loss: list[Point], evaluated: list[Point]) -> list[Line]:
+    found = []
+    if len(loss) >= _FEWEST_SMOOTHED:
+        found = [Line(thinned(loss), "raw", "raw_line"), Line(thinned(smoothed(loss)), "train", "smooth_line")]
+    elif loss:
+        found = [Line(loss, "train", "train_line")]
+    return found + ([Line(thinned(evaluated), "eval", "eval_line")] if evaluated else [])
+
+
+def _score_lines(score: list[Point], majority: float | None) -> list[Line]:
+    if not score:
+        return []
+    found = [Line(thinned(score), "eval", "eval_line")]
+    if majority is not None:
+        found.append(Line([(0.0, 100 * majority), (score[-1][0], 100 * majority)], "rule", "majority_line"))
+    return found
+
+
+def scatter(pairs: Sequence[Sequence[float]]) -> Chart:
+    """A point a row, (label, prediction), and the diagonal on which both are equal."""
+    both_axes = axis(value for pair in pairs for value in pair)
+    ends = (both_axes.low, both_axes.low), (both_axes.high, both_axes.high)
+    points = tuple((float(x), float(y)) for x, y in pairs)
+    return Chart("scatter", "label_axis", both_axes, both_axes, (Line(ends, "rule"),), points)
+
+
+def reliability(bins: Sequence[Sequence[float]]) -> Chart:
+    """Share that is right by confidence, a bar a bin, and the diagonal of perfect calibration.
+
+    Args:
+        bins: [low, high, rows, mean confidence, accuracy].
+    """
+    whole = axis((0.0, 1.0))
+    bars = tuple((low, high, right, f"{rows:.0f}: {mean:.3f} / {right:.3f}") for low, high, rows, mean, right in bins)
+    return Chart("calibration", "confidence", whole, whole, (Line([(0, 0), (1, 1)], "rule"),), bars=bars)
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """One row of a chart of seeds, points x100.
+
+    Args:
+        label: of the row.
+        seeds: (value, whether it collapsed).
+        mean, interval: None where there are too few seeds.
+    """
+
+    label: str
+    seeds: tuple[tuple[float, bool], ...]
+    mean: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SeedChart:
+    """Seeds of the settings of one task on one scale.
+
+    Args:
+        majority: points of the most frequent class; far below everything else it would squeeze the rest, and is
+            left out.
+    """
+
+    rows: tuple[SeedRow, ...]
+    published: tuple[float, ...]
+    majority: float | None
+    x: Axis
+    width = WIDTH
+    left = 16
+    step = 42
+
+    @property
+    def height(self) -> int:
+        """User units."""
+        return self.step * len(self.rows) + 40
+
+    def across(self, value: float) -> float:
+        """Horizontal position, user units."""
+        return round(self.left + self.x.share(value) * (self.width - 2 * self.left), 1)
+
+
+def seed_chart(rows: Sequence[SeedRow], published: Sequence[float], majority: float | None) -> SeedChart:
+    """The chart of one task's settings; at least one row has a seed."""
+    values = [value for row in rows for value, _ in row.seeds] + list(published)
+    values += [end for row in rows if row.interval for end in row.interval if -100.0 <= end <= 100.0]
+    low, high = min(values), max(values)
+    is_near = majority is not None and majority > low - max(1.0, high - low)
+    return SeedChart(
+        tuple(rows),
+        tuple(published),
+        majority if is_near else None,
+        axis([*values, *([majority] if is_near else [])], 5, least_span=_LEAST_POINTS),
     )
 
 
-def _spread(limits: tuple[float, float], share: float) -> tuple[float, float]:
-    """Limits with some room, and never empty."""
-    low, high = limits
-    margin = (high - low) * share or (abs(high) * 0.1 or 1.0) * (low == high)
-    return low - margin, high + margin
-
-
-def lines(series: Sequence[Line], title: str) -> str:
-    """Series against steps; "" if none has a point."""
-    series = [line for line in series if line.points]
-    points = [point for line in series for point in line.points]
-    if not points:
-        return ""
-    frame = _Frame(_limits(p[0] for p in points), _limits(p[1] for p in points), title)
-    drawn, legend = [], []
-    for line in series:
-        every = -(-len(line.points) // _MOST_POINTS)
-        kept = [*line.points[::every], line.points[-1]]
-        places = [frame.at(*point) for point in kept]
-        path = " ".join(f"{x},{y}" for x, y in places)
-        drawn.append(f'<polyline class="line {line.style}" points="{path}"/>')
-        if len(line.points) <= 12 and line.style != "rule":
-            drawn += [f'<circle class="dot {line.style}" cx="{x}" cy="{y}" r="2.5"/>' for x, y in places[:-1]]
-        if line.name:
-            legend.append((line.style, line.name))
-    for at, (style, name) in enumerate(legend if len(legend) > 1 else ()):
-        x, y = WIDTH - _RIGHT - 226 + 106 * at, 12  # beside the title, where no line passes
-        drawn.append(f'<line class="line {style}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>')
-        drawn.append(_text(x + 20, y + 3.5, name, "tick"))
-    return frame.draw("".join(drawn))
-
-
-def _limits(values) -> tuple[float, float]:
-    values = list(values)
-    return min(values), max(values)
-
-
-def points(pairs: Sequence[Sequence[float]], title: str, under: str) -> str:
-    """A point a row, and the diagonal on which both are equal."""
-    low, high = _limits(value for pair in pairs for value in pair)
-    frame = _Frame((low, high), (low, high), title, under)
-    (x1, y1), (x2, y2) = frame.at(low, low), frame.at(high, high)
-    dots = "".join(f'<circle class="dot a soft" cx="{x}" cy="{y}" r="2.5"/>' for x, y in (frame.at(*p) for p in pairs))
-    return frame.draw(f'<line class="line rule" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>' + dots)
-
-
-def reliability(bins: Sequence[Sequence[float]]) -> str:
-    """Share right against confidence, a bar a bin, and the diagonal of perfect calibration."""
-    frame = _Frame((0.0, 1.0), (0.0, 1.0), "calibration", "confidence")
-    bars = []
-    for low, high, rows, confidence, right in bins:
-        (x1, top), (x2, bottom) = frame.at(low, right), frame.at(high, 0.0)
-        tip = f"{rows}: {confidence:.3f} / {right:.3f}"
-        bars.append(
-            f'<rect class="bar" x="{x1 + 1}" y="{top}" width="{x2 - x1 - 2:.1f}" height="{bottom - top:.1f}">'
-            f"<title>{tip}</title></rect>"
-        )
-    (x1, y1), (x2, y2) = frame.at(0, 0), frame.at(1, 1)
-    return frame.draw("".join(bars) + f'<line class="line rule" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, interpolated linearly."""
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return at(0.25), at(0.5), at(0.75)
-
-
-def boxes(rows: Sequence[tuple[str, Sequence[tuple[float, bool]], float | None, Sequence[float]]]) -> str:
-    """Horizontal box plots on one scale, one a row.
-
-    Args:
-        rows: (name, (value, whether it collapsed) of each seed, majority baseline or None, published figures). A
-            baseline far below the rest would squeeze it: it then is a number at the left.
-    """
-    left, step = (96 if any(name for name, *_ in rows) else 14), 34
-    height = step * len(rows) + 34
-    low, high = _spread(_limits(v for _, seeds, _, others in rows for v in (*(s for s, _ in seeds), *others)), 0.08)
-    near = [m for *_, m, _ in rows if m is not None and m > low - (high - low)]
-    low = min([low, *(m - 0.05 * (high - low) for m in near)])
-
-    def across(value: float) -> float:
-        return round(left + (value - low) / (high - low) * (WIDTH - left - 14), 1)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" class="chart wide">']
-    for value in ticks(low, high, 5):
-        x = across(value)
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="6" y2="{height - 26}"/>')
-        parts.append(f'<text class="tick mid" x="{x}" y="{height - 12}">{number(value)}</text>')
-    for at, (name, seeds, majority, others) in enumerate(rows):
-        y = 24 + step * at
-        parts.append(f'<text class="tick end" x="{left - 8}" y="{y + 3.5}">{html.escape(name)}</text>')
-        parts.append(_box(seeds, y, across))
-        parts += [f'<path class="other" d="M{across(v)} {y - 13}v7"><title>{v:.2f}</title></path>' for v in others]
-        if majority is not None and majority < low:
-            parts.append(f'<text class="tick" x="{left}" y="{y + 3.5}">\u25c2 {majority:.1f}</text>')
-        elif majority is not None:
-            x = across(majority)
-            parts.append(f'<line class="line rule" x1="{x}" x2="{x}" y1="{y - 12}" y2="{y + 12}"/>')
-    return "".join([*parts, "</svg>"])
-
-
-def _box(seeds: Sequence[tuple[float, bool]], y: float, across: Callable[[float], float]) -> str:
-    values = [value for value, _ in seeds]
-    first, middle, third = (across(q) for q in quartiles(values))
-    parts = [f'<line class="whisker" x1="{across(min(values))}" x2="{across(max(values))}" y1="{y}" y2="{y}"/>']
-    width = max(third - first, 0.5)
-    parts.append(f'<rect class="box" x="{first}" y="{y - 8}" width="{width:.1f}" height="16"/>')
-    parts.append(f'<line class="median" x1="{middle}" x2="{middle}" y1="{y - 8}" y2="{y + 8}"/>')
-    for value, has_collapsed in seeds:
-        style = "ring" if has_collapsed else "dot a soft"
-        parts.append(
-            f'<circle class="{style}" cx="{across(value)}" cy="{y}" r="3.2"><title>{value:.2f}</title></circle>'
-        )
-    return "".join(parts)
-
-
+@dataclass(frozen=True)
 class Strip:
-    """A narrow picture for each row of a table, all on one scale: a run's score, what is noise beside it, a figure.
+    """The narrow picture in a row of the comparison: this run's score and its noise, and the figure of the row.
 
     Args:
-        own: the run's score of each split, None where it has none.
-        reach: how far noise reaches from it on both sides.
-        others: the figures that the scale has to hold; one that lies outside is drawn at the end.
+        zones: (low, score, high) of each split, None where a split has no score.
     """
 
-    def __init__(self, own: Sequence[float | None], reach: Sequence[float | None], others: Sequence[Sequence[float]]):
-        self.zones = [None if v is None or r is None else (v - r, v, v + r) for v, r in zip(own, reach, strict=True)]
-        values = [v for zone in self.zones if zone for v in zone] + [v for row in others for v in row]
-        self.low, self.high = _spread(_limits(values), 0.04)
+    zones: tuple[tuple[float, float, float] | None, ...]
+    x: Axis
+    width = 160
+    height = 18
 
-    def _at(self, value: float) -> float:
-        return round(4 + 152 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 1)
+    def across(self, value: float) -> float:
+        """Horizontal position, user units."""
+        return round(4 + 152 * self.x.share(value), 1)
 
-    def draw(self, values: Sequence[float | None], styles: Sequence[str]) -> str:
-        """One row: the splits below each other, each value as a dot of its class in the page's styles."""
-        parts, each = ['<svg viewBox="0 0 160 18" role="img" class="strip">'], 18 / max(1, len(self.zones))
-        for at, zone in enumerate(self.zones):
-            if zone is None:
-                continue
-            top, (left, middle, right) = each * at, map(self._at, zone)
-            parts.append(
-                f'<rect class="noise" x="{left}" y="{top + 1:g}" width="{right - left:.1f}" height="{each - 2:g}"/>'
-                f'<line class="self" x1="{middle}" x2="{middle}" y1="{top:g}" y2="{top + each:g}"/>'
-            )
-            if at < len(values) and values[at] is not None:
-                parts.append(
-                    f'<circle class="{styles[at]}" cx="{self._at(values[at])}" cy="{top + each / 2:g}" r="3.6"/>'
-                )
-        return "".join([*parts, "</svg>"])
+
+def strip(zones: Sequence[tuple[float, float, float] | None], others: Iterable[float]) -> Strip:
+    """Pictures of all rows on one scale that holds the zones and the figures of the rows."""
+    values = [value for zone in zones if zone for value in zone] + list(others)
+    low, high = min(values), max(values)
+    margin = 0.04 * (high - low) or 1.0
+    return Strip(tuple(zones), Axis(low - margin, high + margin, ()))
+
+
+_WIDTHS = {"raw": 1.0, "rule": 1.2}
+
+
+def write_png(path: Path, charts: Sequence[Chart], title: str) -> None:
+    """The charts of a training run side by side as a picture, in the pages' light colours.
+
+    Raises:
+        OSError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    colours = COLOURS["light"]
+    if not charts:
+        title += ": too few steps were logged for a curve"
+    lines = {
+        "train": colours["train"],
+        "eval": colours["eval"],
+        "raw": colours["train"] + "59",
+        "rule": colours["soft"],
+    }
+    columns = len(charts) if 0 < len(charts) < 4 else max(1, len(charts) // 2)
+    rows = math.ceil(len(charts) / columns)
+    figure = Figure(figsize=(4.4 * columns, 0.5 + 2.7 * rows), layout="constrained", facecolor=colours["paper"])
+    for at, chart in enumerate(charts):
+        axes = figure.add_subplot(rows, columns, at + 1, facecolor=colours["card"])
+        for line in chart.lines:
+            x, y = zip(*line.points, strict=True)
+            dashes = "--" if line.role == "rule" else "-"
+            name = WORDS[line.word][0] if line.word else None
+            axes.plot(x, y, dashes, color=lines[line.role], lw=_WIDTHS.get(line.role, 1.8), label=name, clip_on=False)
+        axes.set(xlim=(chart.x.low, chart.x.high), ylim=(chart.y.low, chart.y.high))
+        axes.set_xticks(chart.x.ticks, map(number, chart.x.ticks))
+        axes.set_yticks(chart.y.ticks, map(number, chart.y.ticks))
+        axes.set_title(WORDS[chart.word][0], loc="left", fontsize=10, fontweight="bold", color=colours["ink"])
+        axes.set_xlabel(WORDS[chart.below][0], fontsize=8, color=colours["soft"])
+        axes.grid(color=colours["line"])
+        axes.tick_params(length=0, labelsize=8, labelcolor=colours["soft"])
+        axes.spines[:].set_visible(False)
+        if chart.named:
+            axes.legend(fontsize=8, frameon=False, labelcolor=colours["ink"])
+    figure.suptitle(title, fontsize=10, color=colours["ink"])
+    figure.savefig(path, dpi=130, format="png")

@@ -1,144 +1,110 @@
-"""One page over one finished run: score, facts, curves, analysis and settings."""
+"""One page over one finished run: its score, how it compares, how it was trained, where it errs."""
 
 from __future__ import annotations
 
-import html
-import json
+import re
 from pathlib import Path
-from typing import Any
 
-from bert_glue.errors import CheckpointError
-from bert_glue.report import charts as report_charts
-from bert_glue.report.page import card, duration, fact, page, section, table
-from bert_glue.report.sections import analysis_sections, comparison, points, splits_of
-from bert_glue.report.words import both
+from bert_glue import result_keys as keys
+from bert_glue.errors import MachineError
+from bert_glue.report import charts, sections
+from bert_glue.report.page import last_part, render, shortened
+from bert_glue.report.words import METRICS
 from bert_glue.results.model_card import short_name
-from bert_glue.storage.files import read_json_object, read_results, write_whole
+from bert_glue.results.records import Record, as_text, read_record
+from bert_glue.storage.files import read_results
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
-
-def load(folder: Path, name: str) -> dict[str, Any]:
-    """A results file of a run, {} where it was not written."""
-    path = folder / name
-    return read_json_object(path) if path.is_file() else {}
+_LONGEST_VALUE = 2000
+_DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "data_path")
 
 
 def run_page(folder: Path) -> str:
     """report.html of one run, from the files in its folder.
 
     Raises:
-        MachineError: there are no results.
+        MachineError: there are no results, or a file is not what its name says.
     """
-    results = read_results(folder)
+    results = Record(read_results(folder), "all_results.json")
+    if not results.text("task_name"):
+        raise MachineError(f"{folder / 'all_results.json'}: no results of a run (task_name is missing)")
+    task = task_of(results)
+    found = sections.scores(task, results, METRICS)
     # Files of an earlier run may lie there too: only what this run did is shown.
-    has_scores = f"eval_{results['headline_metric']}" in results
-    analysis = load(folder, "analysis.json") if has_scores else {}
-    state = load(folder, "trainer_state.json") if "train_steps" in results else {}
-    origin = load(folder, "run.json")
-    task = TASKS.get(results["task_name"]) or own_task(results["task_name"], (), ())
-    title = f"{results['task_name']}: {short_name(results['model_name_or_path'])}"
-    body = (
-        f"<h1>{html.escape(title)}</h1>"
-        + _facts(results)
-        + _cards(task, results, analysis)
-        + comparison(task, results, analysis)
-        + section("curves", _curves(results, state.get("log_history", []), analysis))
-        + analysis_sections(analysis)
-        + _appendix(results, origin)
-    )
-    return page(title, body)
+    analysis = read_record(folder, "analysis.json") if found else Record({})
+    state = read_record(folder, "trainer_state.json") if keys.TRAIN_STEPS in results else Record({})
+    origin = read_record(folder, "run.json")
+    splits = [sections.split_analysis(name, part) for name, part in analysis.part("splits").parts().items()]
+    majority = found[0].majority if found else None
+    values = {
+        "title": title(task, results, origin),
+        "results": results,
+        "facts": _facts(results),
+        "scores": found,
+        "metric": results.text("headline_metric"),
+        "comparison": sections.comparison(task, results, found),
+        "curves": charts.curves(state.records("log_history"), results.text("headline_metric"), majority),
+        "splits": splits,
+        "diagnostic": sections.diagnostic(analysis),
+        "tables": _tables(results, origin),
+    }
+    ignored = [name for record in (results, analysis, state, origin) for name in record.ignored]
+    return render("run.html", **values, ignored=ignored)
 
 
-def _facts(results: dict) -> str:
-    sample = f'<p><span class="badge">{both("sample")}</span></p>' if results["sample_data"] else ""
+def task_of(results: Record) -> GlueTask:
+    """The run's GLUE task, or a stand-in for a task of the user's own."""
+    name = results.text("task_name")
+    return TASKS.get(name) or own_task(name, (), ())
+
+
+def title(task: GlueTask, results: Record, origin: Record) -> str:
+    """Task, model and date; never a path."""
+    started = origin.text("started")[:10]
+    date = f", {started}" if re.fullmatch(r"\d{4}-\d\d-\d\d", started, re.ASCII) else ""
+    return f"{task_title(task, origin)}: {last_part(results.text('model_name_or_path', '?'))}{date}"
+
+
+def task_title(task: GlueTask, origin: Record) -> str:
+    """A GLUE task as its authors write it; for own data the name of the file or data set."""
+    if task.is_official:
+        return task.folder
+    arguments = origin.part("arguments")
+    given = next(filter(None, map(arguments.text, _DATA_FLAGS)), "")
+    return re.sub(r"\.\w{1,8}$", "", last_part(given)) or task.name
+
+
+def _facts(results: Record) -> list[tuple[str, str]]:
+    """(word, value) of what was run on what."""
+    trained, ranks = results.text("trained"), results.number("world_size") or 1
     facts = [
-        fact("data", results["data"]),
-        fact("device", results["device_name"]),
-        f"<li>{both('ranks', n=results['world_size'])}</li>",
-        fact("precision", results["precision"]),
-        fact("batches", results["batches"]),
-        fact("seed", results["seed"]),
+        ("data", results.text("data")),
+        ("model", short_name(results.text("model_name_or_path"))),
+        ("device", results.text("device_name")),
+        ("ranks", f"{ranks:g}" if ranks > 1 else ""),
+        ("precision", results.text("precision")),
+        ("batches", results.text("batches")),
+        ("seed", _count(results.number("seed"))),
+        ("trained", "" if trained == "all" else trained),
+        ("fallback", results.text("fallback")),
     ]
-    if results.get("trained", "all") != "all":
-        facts.append(fact("trained", results["trained"]))
-    if results.get("fallback"):
-        facts.append(fact("fallback", results["fallback"]))
-    return f'{sample}<ul class="facts">{"".join(facts)}</ul>'
+    return [(word, value) for word, value in facts if value]
 
 
-def _cards(task: GlueTask, results: dict, analysis: dict) -> str:
-    cards = []
-    for suffix, part, value in splits_of(results, analysis):
-        below = [f"{html.escape(results['headline_metric'] + suffix.replace('_', ' '))} x100"]
-        if part["standard_error"] is not None:
-            below.append(both("standard_error", se=points(part["standard_error"])))
-        if part["majority"] is not None:
-            below.append(both("majority_is", value=points(part["majority"])))
-            if value is not None and value <= part["majority"]:
-                below.append(f'<span class="bad">{both("at_majority")}</span>')
-        reason = results.get(f"eval_{results['headline_metric']}{suffix}_reason")
-        below += [html.escape(reason)] if reason else []
-        cards.append(card(points(value), *below))
-    for key, word in (("train_samples_per_second", "train_speed"), ("eval_samples_per_second", "eval_speed")):
-        if results.get(key):
-            cards.append(card(f"{results[key]:,.1f}", both(word)))
-    if results.get("e2e_runtime"):
-        below = [both("whole_time")]
-        if "train_loss" in results:
-            time, epochs = duration(results["train_runtime"]), f"{results['epoch']:.3g}"
-            below.append(both("train_time", time=time, epochs=epochs))
-        cards.append(card(duration(results["e2e_runtime"]), *below))
-    return f'<div class="cards">{"".join(cards)}</div>'
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
-def _curves(results: dict, history: list[dict], analysis: dict) -> str:
-    def series(key: str) -> list[tuple[float, float]]:
-        return [(e["step"], e[key]) for e in history if e.get(key) is not None]
-
-    metric = f"eval_{results['headline_metric']}"
-    measured = series(metric)
-    majority = next(iter(analysis.get("splits", {}).values()), {}).get("majority")
-    rule = [(measured[0][0], majority), (measured[-1][0], majority)] if measured and majority is not None else []
-    scale = series("loss_scale")
-    charts = [
-        report_charts.lines(
-            [
-                report_charts.Line(series("loss"), "a", "training_line"),
-                report_charts.Line(series("eval_loss"), "b", "evaluation_line"),
-            ],
-            "loss",
-        ),
-        report_charts.lines([report_charts.Line(series("learning_rate"))], "learning_rate"),
-        report_charts.lines(
-            [report_charts.Line(measured, "b", "evaluation_line"), report_charts.Line(rule, "rule", "majority")],
-            "metric",
-        ),
-        report_charts.lines(
-            [report_charts.Line(scale)] if any(value != 1.0 for _, value in scale) else [], "loss_scale"
-        ),
+def _tables(results: Record, origin: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(title, rows) of the details."""
+    seconds = results.part("seconds")
+    given = {
+        "everything": {name: value for name, value in results.values.items() if not isinstance(value, dict)},
+        "seconds": {name: round(value, 2) for name in seconds.values if (value := seconds.number(name)) is not None},
+        "origin": {name: value for name, value in origin.values.items() if name != "arguments"},
+    }
+    return [
+        (word, [(name, shortened(as_text(value), _LONGEST_VALUE)) for name, value in rows.items()])
+        for word, rows in given.items()
+        if rows
     ]
-    drawn = "".join(chart for chart in charts if chart)
-    return f'<div class="charts">{drawn}</div>' if drawn else f"<p>{both('no_curve')}</p>"
-
-
-def _appendix(results: dict, origin: dict) -> str:
-    def text(value: Any) -> str:
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        return f"<code>{html.escape(shown)}</code>"
-
-    def block(key: str, rows: dict) -> str:
-        cells = [(html.escape(name), text(value)) for name, value in rows.items()]
-        return f"<details><summary>{both(key)}</summary>{table((both('name'), both('what')), cells)}</details>"
-
-    flat = {name: value for name, value in results.items() if not isinstance(value, dict)}
-    seconds = {name: value and round(value, 2) for name, value in results.get("seconds", {}).items()}
-    kept = {name: value for name, value in origin.items() if name != "arguments"}
-    return block("everything", flat) + block("seconds", seconds) + (block("origin", kept) if kept else "")
-
-
-def write_page(path: Path, text: str) -> None:
-    """Raises CheckpointError where it cannot be written."""
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error

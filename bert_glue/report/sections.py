@@ -1,209 +1,354 @@
-"""The parts of a run's page: rows looked at one by one, and the run beside the published ones."""
+"""The parts of a run's page: its scores beside published ones, and what single rows show about its errors."""
 
 from __future__ import annotations
 
-import html
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
-from bert_glue.report import charts as report_charts
-from bert_glue.report.page import section, table
-from bert_glue.report.words import both
+from bert_glue import result_keys as keys
+from bert_glue.report import charts
+from bert_glue.report.page import shortened
+from bert_glue.report.words import Verdict
 from bert_glue.results.model_card import other_rows
+from bert_glue.results.records import Record
 from bert_glue.tasks import GlueTask
 
+_NOISE = 2.0 * 2**0.5  # standard errors of one score: a difference of two has the square root of two of them
+_MOST_PAIRS = 10
+# A matrix has percentages up to the first size and counts up to the second; above, it would not be legible.
+_ROOMY_CLASSES, _MOST_CLASSES = 10, 50
+_LONGEST_TEXT = 600
 
-def analysis_sections(analysis: dict[str, Any]) -> str:
-    """HTML of `analysis.json`; "" where the run did not evaluate."""
-    parts = []
-    for name, part in analysis.get("splits", {}).items():
-        charts = [_confusion(part), _calibration_chart(part), _scatter(part)]
-        parts.append(
-            section(
-                "analysis",
-                f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "",
-                _hardest(part),
-                _explained(part),
-                split=name,
-                rows=part["rows"],
+
+@dataclass(frozen=True)
+class Score:
+    """Headline value of one evaluated split, 0..1 (correlations -1..1).
+
+    Args:
+        others: (metric, value) of the other metrics.
+        reason: why there is no value, or why it is to be mistrusted.
+    """
+
+    split: str
+    rows: float | None
+    value: float | None
+    standard_error: float | None
+    majority: float | None
+    others: tuple[tuple[str, float], ...]
+    reason: str
+
+    @property
+    def is_at_majority(self) -> bool:
+        """True if always answering the most frequent class is as good."""
+        return None not in (self.value, self.majority) and self.value <= self.majority
+
+
+def scores(task: GlueTask, results: Record, metrics: Sequence[str]) -> list[Score]:
+    """The score of each split that the run evaluated.
+
+    Args:
+        metrics: names that are shown where the results have them.
+    """
+    headline = results.text("headline_metric")
+    found = []
+    for split in task.evaluation:
+        suffix = split.key_suffix
+        key = keys.evaluation_key(headline, suffix)
+        if key not in results:
+            continue
+        others = [(name, results.number(keys.evaluation_key(name, suffix))) for name in metrics if name != headline]
+        found.append(
+            Score(
+                split=split.name,
+                rows=results.number(keys.evaluation_key(keys.SAMPLES, suffix)),
+                value=results.number(key),
+                standard_error=results.number(keys.standard_error_key(headline, suffix)),
+                majority=results.number(keys.evaluation_key(keys.MAJORITY_BASELINE, suffix)),
+                others=tuple((name, value) for name, value in others if value is not None),
+                reason=results.text(keys.reason_key(key)),
             )
         )
-    return "".join(parts) + _diagnostic(analysis.get("diagnostic"))
+    return found
 
 
-def _confusion(part: dict) -> str:
-    if part.get("confused"):
-        rows = [[html.escape(label), html.escape(answer), str(count)] for label, answer, count in part["confused"]]
-        return f"<div>{table([both(key) for key in ('label', 'prediction', 'rows')], rows, numbers=(2,))}</div>"
-    if "confusion" not in part:
-        return ""
-    labels = [html.escape(label) for label in part["labels"]]
-    rows = []
-    for label, counts in zip(labels, part["confusion"], strict=True):
-        total = max(1, sum(counts))
-        shares = []
-        for count in counts:
-            tint = f"color-mix(in srgb, var(--a) {round(60 * count / total)}%, transparent)"
-            shares.append(f'<div style="background:{tint}">{count}<br><small>{100 * count / total:.1f} %</small></div>')
-        rows.append([f"<b>{label}</b>", *shares])
-    how = f'<p class="note">{both("confusion_how")}</p>'
-    return f"<div>{table([both('confusion'), *labels], rows, 'heat')}{how}</div>"
+# Beside published figures
 
 
-def _calibration_chart(part: dict) -> str:
-    found = part.get("calibration")
-    if not found or not found["bins"]:
-        return ""
-    note = f'<p class="note">{both("ece", ece=format(found["ece"], ".3f"))}</p>'
-    return f"<div>{report_charts.reliability(found['bins'])}{note}</div>"
+@dataclass(frozen=True)
+class ComparedRow:
+    """A row of the comparison: a published run, or the most frequent class.
 
+    Args:
+        values, differences: of each split, in 0..1.
+        verdicts: of each split; none where the figures cannot be compared.
+    """
 
-def _scatter(part: dict) -> str:
-    return f"<div>{report_charts.points(part['points'], 'scatter', 'label')}</div>" if part.get("points") else ""
+    where: str
+    epochs: int | None
+    values: tuple[float | None, ...]
+    differences: tuple[float | None, ...]
+    verdicts: tuple[Verdict | None, ...]
+    speed: float | None
 
-
-def _hardest(part: dict) -> str:
-    rows = [
-        [
-            str(error["row"]),
-            "<br>".join(html.escape(text) for text in error["texts"]),
-            html.escape(error["label"]),
-            html.escape(error["prediction"]),
-            "-" if error["probability"] is None else f"{error['probability']:.3f}",
-            f"{error['loss']:.2f}",
+    @property
+    def styled(self) -> list[tuple[float | None, str]]:
+        """(value, CSS class) of each split, for the picture of the row."""
+        return [
+            (v, verdict.style if verdict else "soft") for v, verdict in zip(self.values, self.verdicts, strict=False)
         ]
-        for error in part["hardest"]
-    ]
-    if not rows:
-        return ""
-    keys = ("row", "texts", "label", "prediction", "probability", "loss")
-    cells = table([both(key) for key in keys], rows, "texts", numbers=(0, 4, 5))
-    return f"<details><summary>{both('hardest')} ({len(rows)})</summary>{cells}</details>"
+
+    @property
+    def distinct_verdicts(self) -> list[Verdict]:
+        """Each verdict once."""
+        return [verdict for verdict in dict.fromkeys(self.verdicts) if verdict]
 
 
-def _explained(part: dict) -> str:
-    """Examples with their tokens shaded by attribution, each scaled to its own largest."""
-    found = part.get("explained")
-    if not found:
-        return ""
-    parts = [f'<p class="note">{both("explained_how")}</p>']
-    for example in found:
-        largest = max((abs(score) for score in example["scores"]), default=0.0) or 1.0
-        tokens = []
-        for token, score in zip(example["tokens"], example["scores"], strict=True):
-            colour = "var(--a)" if score >= 0 else "var(--b)"
-            share = round(55 * abs(score) / largest)
-            tint = f"color-mix(in srgb, {colour} {share}%, transparent)"
-            tokens.append(f'<span style="background:{tint}" title="{score:+.4f}">{html.escape(token)}</span>')
-        label, prediction = html.escape(example["label"]), html.escape(example["prediction"])
-        parts.append(
-            f'<p class="tokens"><small>{both("row")} {example["row"]}, {both("label")} {label}, '
-            f"{both('prediction')} {prediction}</small><br>{' '.join(tokens)}</p>"
-        )
-    return f"<details><summary>{both('explained')} ({len(found)})</summary>{''.join(parts)}</details>"
+@dataclass(frozen=True)
+class Comparison:
+    """A run beside published ones.
+
+    Args:
+        counts: of each split, how many published figures have which verdict; empty where not comparable.
+        other_rows: (rows evaluated, GLUE's) where they differ.
+        picture: None where nothing can be drawn.
+    """
+
+    counts: list[tuple[Score, list[tuple[Verdict, int]]]]
+    rows: list[ComparedRow]
+    other_rows: tuple[int, int] | None
+    picture: charts.Strip | None
 
 
-def _diagnostic(found: dict | None) -> str:
-    if not found:
-        return ""
-    rows = [
-        [html.escape(name), "-" if value is None else f"{100 * value:.2f}", str(rows)]
-        for name, (value, rows) in found.items()
-    ]
-    return section("diagnostic", table([both("category"), "R3 x100", both("rows")], rows, numbers=(1, 2)))
-
-
-_NOISE = 2.0 * 2**0.5  # standard errors
-_STYLES = {"noise": "soft", "higher": "good", "lower": "bad"}
-Values = list[float | None]  # one for each evaluated split
-
-
-def splits_of(results: dict, analysis: dict) -> list[tuple[str, dict, float | None]]:
-    """(suffix of keys, analysis, headline value) of each evaluated split."""
-    found = analysis.get("splits", {})
-    return [
-        (part["suffix"], part, results.get(f"eval_{results['headline_metric']}{part['suffix']}"))
-        for part in found.values()
-    ]
-
-
-def points(value: float | None, digits: int = 2) -> str:
-    """A share as points, x100; "-" for none."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
-def comparison(task: GlueTask, results: dict, analysis: dict) -> str:
-    """The section: in a sentence, as a table with a picture of each row, and by which rule."""
-    splits = splits_of(results, analysis)
-    errors: Values = [part["standard_error"] for _, part, _ in splits]
-    own: Values = [value for *_, value in splits]
-    majority: Values = [part["majority"] for _, part, _ in splits]
-    published: list[Values] = [[score / 100 for score in run.scores] for run in task.published]
-    why_not = _not_comparable(task, results)
-    is_drawn = not why_not and any(None not in pair for pair in zip(own, errors, strict=True))
-    drawn = report_charts.Strip(own, [e and _NOISE * e for e in errors], published) if is_drawn and published else None
-
-    def row(name: str, values: Values, is_judged: bool, speed: str) -> list[str | None]:
-        verdicts = [_verdict(*three) for three in zip(own, values, errors, strict=False)]
-        judged = [_differences(own, values), _shown(verdicts)] if is_judged else ["-", both("not_comparable")]
-        picture = drawn.draw(values, [_STYLES[verdict or "noise"] for verdict in verdicts]) if drawn else ""
-        return [name + picture, _pair(values), "-", *judged, speed]
-
-    speed, device = _rate(results.get("train_samples_per_second")), html.escape(results["device_name"])
-    label = both("this_run") + (f" ({both('sample')})" if results["sample_data"] else "")
-    here = f"{label}, {device}" + (drawn.draw([], []) if drawn else "")
-    rows: list[list[str | None]] = [[None, here, _pair(own), _pair(errors), "-", "-", speed]]
-    if any(value is not None for value in majority):
-        rows.append(row(both("majority"), majority, True, "-"))
-    for run, scores in zip(task.published, published, strict=True):
-        name = both("published", where=run.where, epochs=run.epochs)
-        rows.append(row(name, scores, not why_not, _rate(run.samples_per_second)))
-    header = ("run", "value", "error", "difference", "verdict", "speed")
-    words = [both(key, metric=results["headline_metric"]) for key in header]
-    notes = f'<p class="note">{both("noise_rule")} {both("place_how") if drawn else ""}</p>' if published else ""
-    sentence = why_not or "".join(_sentence(*part, own, errors, published) for part in enumerate(splits))
-    return section("compare", sentence if published else "", table(words, rows, "compare", (1, 2, 3, 5)), notes)
-
-
-def _not_comparable(task: GlueTask, results: dict) -> str:
-    """Why published figures say nothing about this run, as HTML; "" where they do."""
-    if results["sample_data"]:
-        return f'<p class="verdict">{both("sample_compared")}</p>'
-    if other := other_rows(task, results):
-        return f'<p class="verdict">{both("other_rows", rows=other[0], official=other[1])}</p>'
-    return ""
-
-
-def _sentence(at: int, part: tuple, own: Values, errors: Values, published: list[Values]) -> str:
-    """How many published figures of split number `at` lie where, for who reads nothing else."""
-    verdicts = [_verdict(own[at], scores[at], errors[at]) for scores in published if at < len(scores)]
-    if not verdicts or None in verdicts:
-        return ""
-    counts = {key: verdicts.count(key) for key in _STYLES}
-    told = [f'<span class="{_STYLES[key]}">{both(f"{key}_than", n=n)}</span>' for key, n in counts.items() if n]
-    score = both("score_is", value=points(own[at]), se=points(errors[at]), split=part[0].replace("_", " "))
-    return f'<p class="verdict">{score} {"; ".join(told)}</p>'
-
-
-def _verdict(mine: float | None, theirs: float | None, error: float | None) -> str | None:
-    """noise, higher or lower: what this run is beside another figure; None where that cannot be said."""
-    if mine is None or theirs is None or error is None:
+def comparison(task: GlueTask, results: Record, found: list[Score]) -> Comparison | None:
+    """The section; None where nothing was published, nothing was evaluated, or the data is the sample."""
+    if not task.published or not found or results.flag("sample_data"):
         return None
-    return "noise" if abs(mine - theirs) <= _NOISE * error else "higher" if mine > theirs else "lower"
+    samples = [keys.evaluation_key(keys.SAMPLES, split.key_suffix) for split in task.evaluation]
+    other = other_rows(task, {key: results.number(key) for key in samples})
+    published = [
+        _compared(run.where, run.epochs, [score / 100 for score in run.scores], run.samples_per_second, found, other)
+        for run in task.published
+    ]
+    majority = [score.majority for score in found]
+    rows = [_compared("", None, majority, None, found, None)] if any(v is not None for v in majority) else []
+    return Comparison(
+        [] if other else [_counted(at, score, published) for at, score in enumerate(found)],
+        rows + published,
+        other,
+        None if other else _picture(found, published),
+    )
 
 
-def _shown(verdicts: list[str | None]) -> str:
-    found = [f'<span class="{_STYLES[v]}">{both(v)}</span>' for v in dict.fromkeys(verdicts) if v]
-    return " / ".join(found) or "-"
+def _compared(
+    where: str,
+    epochs: int | None,
+    values: Sequence[float | None],
+    speed: float | None,
+    found: list[Score],
+    other: tuple[int, int] | None,
+) -> ComparedRow:
+    pairs = list(zip(found, values, strict=False))
+    return ComparedRow(
+        where,
+        epochs,
+        tuple(values),
+        () if other else tuple(_difference(score.value, value) for score, value in pairs),
+        () if other else tuple(_verdict(score, value) for score, value in pairs),
+        speed,
+    )
 
 
-def _differences(own: Values, other: Values) -> str:
-    pairs = zip(own, other, strict=False)
-    return " / ".join("-" if a is None or b is None else f"{100 * (a - b):+.2f}" for a, b in pairs) or "-"
+def _difference(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else mine - theirs
 
 
-def _pair(values: Values) -> str:
-    return " / ".join(points(value) for value in values) or "-"
+def _verdict(score: Score, theirs: float | None) -> Verdict | None:
+    difference = _difference(score.value, theirs)
+    if difference is None or score.standard_error is None:
+        return None
+    if abs(difference) <= _NOISE * score.standard_error:
+        return Verdict.NOISE
+    return Verdict.HIGHER if difference > 0 else Verdict.LOWER
 
 
-def _rate(speed: float | None) -> str:
-    return f"{speed:,.1f}" if speed else "-"
+def _counted(at: int, score: Score, published: list[ComparedRow]) -> tuple[Score, list[tuple[Verdict, int]]]:
+    counts = Counter(row.verdicts[at] for row in published if at < len(row.verdicts))
+    return score, [(verdict, counts[verdict]) for verdict in Verdict if counts[verdict]]
+
+
+def _picture(found: list[Score], published: list[ComparedRow]) -> charts.Strip | None:
+    zones = [_zone(score) for score in found]
+    # The most frequent class is often far away, and would squeeze the rest: its dot may lie at the end.
+    others = [value for row in published for value in row.values if value is not None]
+    return charts.strip(zones, others) if any(zones) else None
+
+
+def _zone(score: Score) -> tuple[float, float, float] | None:
+    if score.value is None or score.standard_error is None:
+        return None
+    reach = _NOISE * score.standard_error
+    return score.value - reach, score.value, score.value + reach
+
+
+# Single rows
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Shares of one class, 0..1; None where a share has no rows."""
+
+    label: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """Rows of `label` that were taken for `prediction`; `share` is of the label's rows, None where unknown."""
+
+    label: str
+    prediction: str
+    rows: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a split says of single classes; any part may be empty.
+
+    Args:
+        rows: from the lowest F1.
+        macro: mean precision, recall and F1 over the classes, an undefined one counting as 0.
+        matrix: (label, [(rows, share of the label's rows)]) of each class.
+    """
+
+    rows: list[ClassRow]
+    macro: tuple[float, ...]
+    pairs: list[ConfusedPair]
+    matrix: list[tuple[str, list[tuple[int, float]]]]
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether the matrix has space for percentages."""
+        return len(self.matrix) <= _ROOMY_CLASSES
+
+
+def classes(part: Record) -> Classes:
+    """Classes of one split of analysis.json."""
+    rows = [_class_row(row) for row in part.records("classes")]
+    totals = {row.label: row.rows for row in rows}
+    pairs = [
+        ConfusedPair(label, row.text("prediction"), count, count / totals[label] if totals.get(label) else None)
+        for row in part.records("confused")[:_MOST_PAIRS]
+        for label, count in [(row.text("label"), _count(row.number("rows")))]
+    ]
+    shares = [(row.precision or 0.0, row.recall or 0.0, row.f1 or 0.0) for row in rows]
+    macro = tuple(fmean(column) for column in zip(*shares, strict=True))
+    rows.sort(key=lambda row: (row.f1 is None, row.f1, -row.rows))
+    return Classes(rows, macro, pairs, _matrix(part))
+
+
+def _class_row(row: Record) -> ClassRow:
+    shares = [row.number(name) for name in ("precision", "recall", "f1")]
+    return ClassRow(row.text("label"), *shares, _count(row.number("rows")))
+
+
+def _count(value: float | None) -> int:
+    return int(value or 0)
+
+
+def _matrix(part: Record) -> list[tuple[str, list[tuple[int, float]]]]:
+    labels = part.texts("labels")
+    counts = part.table("confusion", len(labels))
+    if len(labels) != len(counts) or len(labels) > _MOST_CLASSES:
+        return []
+    return [
+        (label, [(_count(count), count / max(1.0, sum(row))) for count in row])
+        for label, row in zip(labels, counts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class HardRow:
+    """A row that the model got wrong; `loss` in nats or squared points."""
+
+    row: float | None
+    texts: list[str]
+    label: str
+    prediction: str
+    probability: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One row with (token, score, strength in 0..1) of each of its tokens."""
+
+    row: float | None
+    label: str
+    prediction: str
+    tokens: list[tuple[str, float, float]]
+
+
+@dataclass(frozen=True)
+class SplitAnalysis:
+    """What analysis.json says of one split."""
+
+    name: str
+    rows: float | None
+    classes: Classes
+    calibration: charts.Chart | None
+    calibration_error: float | None
+    scatter: charts.Chart | None
+    hardest: list[HardRow]
+    explained: list[Explained]
+
+
+def split_analysis(name: str, part: Record) -> SplitAnalysis:
+    """One split of analysis.json."""
+    calibration, points = part.part("calibration"), part.table("points", 2)
+    bins = calibration.table("bins", 5)
+    return SplitAnalysis(
+        name,
+        part.number("rows"),
+        classes(part),
+        charts.reliability(bins) if bins else None,
+        calibration.number("ece"),
+        charts.scatter(points) if points else None,
+        [_hard_row(row) for row in part.records("hardest")],
+        [_explained(row) for row in part.records("explained")],
+    )
+
+
+def _hard_row(row: Record) -> HardRow:
+    texts = [shortened(text, _LONGEST_TEXT) for text in row.texts("texts")]
+    return HardRow(
+        row.number("row"),
+        texts,
+        row.text("label"),
+        row.text("prediction"),
+        row.number("probability"),
+        row.number("loss"),
+    )
+
+
+def _explained(row: Record) -> Explained:
+    values = row.numbers("scores")
+    largest = max(map(abs, values), default=0.0) or 1.0
+    tokens = [(token, value, abs(value) / largest) for token, value in zip(row.texts("tokens"), values, strict=False)]
+    return Explained(row.number("row"), row.text("label"), row.text("prediction"), tokens)
+
+
+def diagnostic(analysis: Record) -> list[tuple[str, float | None, int]]:
+    """(category, Matthews correlation, rows) of the diagnostic set."""
+    found = []
+    part = analysis.part("diagnostic")
+    for category, pair in part.values.items():
+        value, rows = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        entry = Record({"value": value, "rows": rows}, f"{part.name} {category}", part.ignored)
+        found.append((category, entry.number("value"), int(entry.number("rows") or 0)))
+    return found

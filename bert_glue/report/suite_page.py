@@ -1,18 +1,37 @@
-"""One page over many runs: scores of each task over seeds, collapsed ones, and what they took."""
+"""One page over many runs: each task, model and setting over its seeds, and settings compared seed by seed."""
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from statistics import fmean, stdev
 
+from bert_glue import result_keys as keys
+from bert_glue.config.arguments import EvaluationArguments, ModelArguments, PrecisionArguments, TrainingArguments
 from bert_glue.errors import MachineError
-from bert_glue.report import charts as report_charts
-from bert_glue.report.page import duration, page, section, table
-from bert_glue.report.words import both
+from bert_glue.evaluation.collapse import collapse_reason
+from bert_glue.report.charts import SeedChart, SeedRow, number, seed_chart
+from bert_glue.report.page import last_part, render, shortened
+from bert_glue.report.run_page import task_of, task_title
+from bert_glue.report.words import Verdict
+from bert_glue.results.model_card import without_folders
+from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import read_results
-from bert_glue.tasks import TASKS
+from bert_glue.tasks import TASKS, GlueTask
+
+# Flags that say how a model is found and read, not what is trained.
+_NOT_SETTINGS = {
+    "model_name_or_path", "tokenizer_name", "config_name", "cache_dir", "hub", "token", "trust_remote_code",
+    "allow_pickle_weights",
+}  # fmt: skip
+_GROUPS = (ModelArguments, TrainingArguments, EvaluationArguments, PrecisionArguments)
+_SETTINGS = {found.name for group in _GROUPS for found in fields(group)} - _NOT_SETTINGS
+_SETTINGS |= {"recipe", "max_seq_length", "padding", "pad_to_max_length", "max_train_samples", "max_eval_samples"}
+# What the results hold themselves; it is known of runs without run.json too.
+_FROM_RESULTS = ("learning_rate", "precision", "global_batch_size", "world_size", "max_seq_length", "trained")
+# Shown with every setting, or said by the precision.
+_SHOWN_ANYWAY = {"learning_rate", "recipe", "precision", "fp16", "bf16", "fp16_opt_level", "data"}
 
 
 @dataclass(frozen=True)
@@ -21,28 +40,54 @@ class SuiteRun:
 
     Args:
         value: headline metric of the first evaluated split, 0..1 (correlations -1..1); None where it has none.
-        majority: the same of the most frequent class; None where unknown.
+        majority: the metric of the most frequent class; None where unknown.
     """
 
     folder: Path
-    results: dict
+    results: Record
+    origin: Record
     value: float | None
     majority: float | None
 
     @property
-    def group(self) -> tuple[str, str]:
-        """(task, model): runs that differ in their seed only."""
-        return self.results["task_name"], PurePath(self.results.get("model_name_or_path") or "").name
+    def has_collapsed(self) -> bool:
+        """Whether the run learned nothing."""
+        return collapse_reason(self.results.values) is not None
 
     @property
-    def has_collapsed(self) -> bool:
-        """True if it learned nothing: no value, or none above the most frequent class."""
-        is_constant = self.value is None or bool(self.results.get("eval_collapsed"))
-        return is_constant or (self.majority is not None and self.value <= self.majority)
+    def task(self) -> GlueTask:
+        """The row of the task, or a stand-in for own data."""
+        return task_of(self.results)
+
+    @property
+    def seed(self) -> float | None:
+        """The seed, where the results have one."""
+        return self.results.number("seed")
+
+    def setting(self) -> dict[str, str]:
+        """Everything but the seed that can change the score, as texts by name."""
+        arguments = self.origin.part("arguments").values
+        found = {name: as_text(arguments[name]) for name in sorted(_SETTINGS & arguments.keys())}
+        found |= {name: as_text(self.results.values.get(name)) for name in _FROM_RESULTS}
+        return found | {"data": without_folders(self.results.text("data"))}
 
 
-def find_runs(folders: list[Path]) -> tuple[list[SuiteRun], list[Path]]:
-    """Runs in the folders, at any depth, and output folders without results.
+@dataclass(frozen=True)
+class Found:
+    """What lies in the folders.
+
+    Args:
+        unfinished: output folders without results.
+        unreadable: (folder, reason).
+    """
+
+    runs: list[SuiteRun]
+    unfinished: list[Path]
+    unreadable: list[tuple[Path, str]]
+
+
+def find_runs(folders: list[Path]) -> Found:
+    """Runs in the folders, at any depth.
 
     Raises:
         MachineError: there is no finished run.
@@ -50,133 +95,250 @@ def find_runs(folders: list[Path]) -> tuple[list[SuiteRun], list[Path]]:
     finished = sorted({path.parent for folder in folders for path in folder.rglob("all_results.json")})
     begun = {path.parent for folder in folders for path in folder.rglob(".lock")}
     unfinished = sorted(path for path in begun - set(finished) if not any(path in run.parents for run in finished))
-    runs = [run for folder in finished if (run := _read(folder)) is not None]
+    runs, unreadable = [], []
+    for folder in finished:
+        try:
+            runs += _read(folder)
+        except MachineError as error:
+            unreadable.append((folder, str(error)))
     if not runs:
-        raise MachineError(f"{', '.join(map(str, folders))}: no run with an evaluation (all_results.json)")
-    return runs, unfinished
+        reasons = "".join(f"\n{reason}" for _, reason in unreadable)
+        raise MachineError(f"{', '.join(map(str, folders))}: no run with an evaluation (all_results.json){reasons}")
+    return Found(runs, unfinished, unreadable)
 
 
-def _read(folder: Path) -> SuiteRun | None:
-    """A run that evaluated, else None."""
-    results = read_results(folder)
-    key = f"eval_{results.get('headline_metric')}"
-    if key not in results:
-        return None
-    return SuiteRun(folder, results, results[key], results.get("eval_majority_baseline"))
-
-
-def suite_page(runs: list[SuiteRun], unfinished: list[Path]) -> str:
-    """report.html over the runs."""
-    groups: dict[tuple[str, str], list[SuiteRun]] = {}
-    for run in sorted(runs, key=lambda run: (_order(run), run.group, run.results.get("seed", 0))):
-        groups.setdefault(run.group, []).append(run)
-    tasks = {task for task, _ in groups}
-    title = both("suite", runs=len(runs), tasks=len(tasks))
-    total = sum(run.results.get("e2e_runtime") or 0.0 for run in runs)
-    sample = any(run.results.get("sample_data") for run in runs)
-    left = "".join(f"<li><code>{html.escape(str(path))}</code></li>" for path in unfinished)
-    body = (
-        f"<h1>{title}</h1>"
-        + (f'<p><span class="badge">{both("sample")}</span></p>' if sample else "")
-        + f"<p>{both('total_time', time=duration(total))}</p>"
-        + section("overview", _overview(groups), f'<p class="note">{both("collapsed_how")}</p>')
-        + section("boxes", _boxes(groups))
-        + section("unfinished", f"<ul>{left}</ul>" if left else "")
-        + section("every_run", _every_run(groups))
-    )
-    return page(f"bert_glue: {len(runs)} runs", body)
-
-
-def _order(run: SuiteRun) -> int:
-    names = list(TASKS)
-    return names.index(run.results["task_name"]) if run.results["task_name"] in names else len(names)
-
-
-def _values(runs: list[SuiteRun]) -> list[float]:
-    return [100 * run.value for run in runs if run.value is not None]
-
-
-def _overview(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:
-    keys = (
-        "task",
-        "runs",
-        "mean",
-        "deviation",
-        "range",
-        "majority",
-        "collapsed",
-        "all_published",
-        "mean_time",
-        "speed",
-    )
-    rows = [_summary(*group, runs) for group, runs in groups.items()]
-    return table([both(key) for key in keys], rows, numbers=range(1, len(keys)))
-
-
-def _published(task: str, runs: list[SuiteRun]) -> list[float]:
-    """Published figures x100 that these runs can be held against."""
-    is_glue = task in TASKS and not runs[0].results.get("sample_data")
-    return [run.scores[0] for run in TASKS[task].published] if is_glue else []
-
-
-def _majority(runs: list[SuiteRun]) -> float | None:
-    return next((100 * run.majority for run in runs if run.majority is not None), None)
-
-
-def _summary(task: str, model: str, runs: list[SuiteRun]) -> list[str]:
-    values, published, majority = _values(runs), _published(task, runs), _majority(runs)
-    collapsed = sum(run.has_collapsed for run in runs)
-    times = [run.results["e2e_runtime"] for run in runs if run.results.get("e2e_runtime")]
-    speeds = [s for run in runs if (s := run.results.get("train_samples_per_second"))]
-    metric = runs[0].results["headline_metric"]
+def _read(folder: Path) -> list[SuiteRun]:
+    """The run, if it evaluated."""
+    results = Record(read_results(folder), f"{folder} all_results.json")
+    key = keys.headline_key_of(results.values)
+    if key not in results or not results.text("task_name"):
+        return []
+    origin = read_record(folder, "run.json")
     return [
-        f"<b>{html.escape(task)}</b><br><small>{html.escape(metric)} x100<br>{html.escape(model)}</small>",
-        str(len(runs)),
-        f"<b>{fmean(values):.2f}</b>" if values else "-",
-        f"{stdev(values):.2f}" if len(values) > 1 else "-",
-        _range(values),
-        "-" if majority is None else f"{majority:.2f}",
-        f'<span class="bad">{collapsed}</span>' if collapsed else "0",
-        _range(published),
-        duration(fmean(times)) if times else "-",
-        f"{fmean(speeds):,.1f}" if speeds else "-",
+        SuiteRun(
+            folder, results, origin, results.number(key), results.number(keys.evaluation_key(keys.MAJORITY_BASELINE))
+        )
     ]
 
 
-def _range(values: list[float]) -> str:
-    return f"{min(values):.2f} - {max(values):.2f}" if values else "-"
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed only.
+
+    Args:
+        differs: (flag, value) of what tells it from the other settings of its task and model.
+    """
+
+    runs: list[SuiteRun]
+    differs: list[tuple[str, str]]
+
+    @property
+    def model(self) -> str:
+        """Name without folders."""
+        return last_part(self.runs[0].results.text("model_name_or_path", "?"))
+
+    @property
+    def rate(self) -> str:
+        """Learning rate."""
+        value = self.runs[0].results.number("learning_rate")
+        return "" if value is None else number(value)
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe."""
+        return last_part(self.runs[0].origin.part("arguments").text("recipe"))
+
+    @property
+    def precision(self) -> str:
+        """As the run calls it."""
+        return self.runs[0].results.text("precision")
+
+    @property
+    def label(self) -> str:
+        """One line for a chart."""
+        parts = [
+            self.model,
+            self.rate,
+            self.recipe,
+            self.precision,
+            *(f"{name} {value}" for name, value in self.differs),
+        ]
+        return shortened(", ".join(filter(None, parts)), 60)
+
+    @property
+    def values(self) -> list[float]:
+        """Points x100 of the runs that have a value."""
+        return [100 * run.value for run in self.runs if run.value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Points."""
+        return fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Points; None for one seed."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, points."""
+        return interval(self.values)
+
+    @property
+    def majority(self) -> float | None:
+        """Points of the most frequent class."""
+        return next((100 * run.majority for run in self.runs if run.majority is not None), None)
+
+    @property
+    def collapsed(self) -> int:
+        """How many runs learned nothing."""
+        return sum(run.has_collapsed for run in self.runs)
+
+    def mean_of(self, key: str) -> float | None:
+        """Mean of a number of the results over the runs that have it."""
+        found = [value for run in self.runs if (value := run.results.number(key))]
+        return fmean(found) if found else None
+
+    def by_seed(self) -> dict[float, float]:
+        """Points of each seed; the mean where a seed ran twice."""
+        found: dict[float, list[float]] = {}
+        for run in self.runs:
+            if run.seed is not None and run.value is not None:
+                found.setdefault(run.seed, []).append(100 * run.value)
+        return {seed: fmean(values) for seed, values in found.items()}
 
 
-def _boxes(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:
-    """A chart a task, a row a model: scores of different tasks share no scale."""
-    charts = []
-    for task in dict.fromkeys(task for task, _ in groups):
-        found = {model: runs for (name, model), runs in groups.items() if name == task and _values(runs)}
-        if found:
-            rows = [_box_row(model[:14] if len(found) > 1 else "", task, runs) for model, runs in found.items()]
-            metric = next(iter(found.values()))[0].results["headline_metric"]
-            charts.append(f"<div><h3>{html.escape(f'{task}, {metric}')} x100</h3>{report_charts.boxes(rows)}</div>")
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean; None for fewer than two values."""
+    from scipy.special import stdtrit
+
+    if len(values) < 2:
+        return None
+    reach = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
+    return fmean(values) - reach, fmean(values) + reach
 
 
-def _box_row(name: str, task: str, runs: list[SuiteRun]) -> tuple:
-    seeds = [(100 * run.value, run.has_collapsed) for run in runs if run.value is not None]
-    return name, seeds, _majority(runs), _published(task, runs)
+@dataclass(frozen=True)
+class Paired:
+    """A setting against the best one of its task, over common seeds.
+
+    Args:
+        difference: mean over the seeds, points.
+    """
+
+    setting: Setting
+    best: Setting
+    seeds: int
+    difference: float | None
+    interval: tuple[float, float] | None
+    verdict: Verdict
 
 
-def _every_run(groups: dict[tuple[str, str], list[SuiteRun]]) -> str:
-    rows = []
-    for (task, _), runs in groups.items():
-        for run in runs:
-            value = "-" if run.value is None else f"{100 * run.value:.2f}"
-            shown = f'<span class="bad">{value} ({both("collapsed")})</span>' if run.has_collapsed else value
-            seconds = run.results.get("e2e_runtime")
-            rows.append(
-                [
-                    html.escape(task), str(run.results.get("seed", "-")), shown,
-                    duration(seconds) if seconds else "-", html.escape(str(run.results.get("device_name"))),
-                    f"<code>{html.escape(str(run.folder))}</code>",
-                ]
-            )  # fmt: skip
-    keys = ("task", "seed", "what", "whole_time", "device", "folder")
-    return table([both(key) for key in keys], rows, numbers=(1, 2, 3))
+def paired(setting: Setting, best: Setting) -> Paired:
+    """Whether the difference of two settings is more than noise."""
+    mine, theirs = setting.by_seed(), best.by_seed()
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    ends = interval(differences)
+    if ends is None:
+        verdict = Verdict.TOO_FEW
+    elif ends[0] <= 0.0 <= ends[1]:
+        verdict = Verdict.NOISE
+    else:
+        verdict = Verdict.HIGHER if ends[0] > 0.0 else Verdict.LOWER
+    return Paired(setting, best, len(differences), fmean(differences) if differences else None, ends, verdict)
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Settings of one task on one kind of data."""
+
+    title: str
+    is_sample: bool
+    metric: str
+    settings: list[Setting]
+    published: tuple[float, ...]
+
+    @property
+    def best(self) -> Setting | None:
+        """The setting of the highest mean, where there are several."""
+        scored = [setting for setting in self.settings if setting.mean is not None]
+        return max(scored, key=lambda setting: setting.mean) if len(scored) > 1 else None
+
+    @property
+    def pairs(self) -> list[Paired]:
+        """Every setting that has scores beside the best one."""
+        best = self.best
+        return [paired(one, best) for one in self.settings if best and one is not best and one.mean is not None]
+
+    @property
+    def chart(self) -> SeedChart | None:
+        """Seeds of all settings; None where no run has a value."""
+        scored = [setting for setting in self.settings if setting.values]
+        rows = [SeedRow(one.label, _dots(one), one.mean, one.interval) for one in scored]
+        majority = next((one.majority for one in scored if one.majority is not None), None)
+        return seed_chart(rows, self.published, majority) if rows else None
+
+
+def _dots(setting: Setting) -> tuple[tuple[float, bool], ...]:
+    return tuple((100 * run.value, run.has_collapsed) for run in setting.runs if run.value is not None)
+
+
+def task_groups(runs: list[SuiteRun]) -> list[TaskGroup]:
+    """Runs by task, model and setting, tasks in GLUE's order."""
+    by_task: dict[tuple, list[SuiteRun]] = {}
+    for run in sorted(runs, key=_order):
+        key = task_title(run.task, run.origin), run.results.flag("sample_data"), run.results.text("headline_metric")
+        by_task.setdefault(key, []).append(run)
+    groups = []
+    for (title, is_sample, metric), members in by_task.items():
+        task = members[0].task
+        published = () if is_sample else tuple(run.scores[0] for run in task.published)
+        groups.append(TaskGroup(title, is_sample, metric, _settings(members), published))
+    return groups
+
+
+def _order(run: SuiteRun) -> tuple:
+    names = list(TASKS)
+    name = run.results.text("task_name")
+    at = names.index(name) if name in names else len(names)
+    return at, name, run.results.text("model_name_or_path"), run.seed or 0, str(run.folder)
+
+
+def _settings(runs: list[SuiteRun]) -> list[Setting]:
+    """Runs of one task by model and setting."""
+    by_model: dict[str, list[tuple[dict[str, str], SuiteRun]]] = {}
+    for run in runs:
+        by_model.setdefault(last_part(run.results.text("model_name_or_path")), []).append((run.setting(), run))
+    settings = []
+    for members in by_model.values():
+        varying = _varying(setting for setting, _ in members)
+        by_setting: dict[tuple, list[SuiteRun]] = {}
+        for setting, run in members:
+            by_setting.setdefault(tuple((name, setting.get(name, "-")) for name in varying), []).append(run)
+        for values, found in by_setting.items():
+            settings.append(Setting(found, [pair for pair in values if pair[0] not in _SHOWN_ANYWAY]))
+    return settings
+
+
+def _varying(settings: Iterable[dict[str, str]]) -> list[str]:
+    """Names whose values are not the same everywhere."""
+    found = list(settings)
+    names = dict.fromkeys(name for setting in found for name in setting)
+    return [name for name in names if len({setting.get(name, "-") for setting in found}) > 1]
+
+
+def suite_page(found: Found) -> str:
+    """report.html over the runs."""
+    groups = task_groups(found.runs)
+    return render(
+        "suite.html",
+        title=f"{shortened(', '.join(group.title for group in groups), 60)}: {len(found.runs)} runs",
+        groups=groups,
+        runs=found.runs,
+        tasks=len(groups),
+        seconds=sum(run.results.number(keys.E2E_RUNTIME) or 0.0 for run in found.runs),
+        unfinished=found.unfinished,
+        unreadable=found.unreadable,
+        ignored=[name for run in found.runs for name in dict.fromkeys(run.results.ignored + run.origin.ignored)],
+    )

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.arguments import FLAGS
+from bert_glue.result_keys import SAMPLES, evaluation_key, headline_keys, standard_error_key
 from bert_glue.tasks import SAMPLE_NOTE, GlueTask
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+    from jinja2 import Environment
+    from markupsafe import Markup
+
     from bert_glue.data.sources import TaskData
 
 # Flags that say where a run took place, not what the model became.
 _NOT_RECIPE = {
     "model_name_or_path", "output_dir", "cache_dir", "data_path", "token", "report_to", "run_name", "push_to_hub",
-    "hub_model_id", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_token", "hub_private_repo", "do_train", "do_eval", "do_predict", "explain", "logging_steps",
+    "logging_first_step", "log_level", "disable_tqdm", "save_strategy", "save_steps", "save_total_limit", "expect",
 }  # fmt: skip
+_GLUE = "nyu-mll/glue"
+# Our names of metrics where the hub has others.
+_HUB_METRICS = {"pearson": "pearsonr"}
+# The weights of the sample are made by this program.
+_OWN_LICENCE = "apache-2.0"
+_NO_LICENCE = {"license": "other", "license_name": "that-of-the-base-model"}
+# What Markdown or HTML could read as markup. Hyphens, dots and hashes mean nothing within a line.
+_MARKUP = re.compile(r"""[&<>"'`*\[\]\\|~$@{}!]|(?<!\w)_|_(?!\w)|(?<=\w):(?=//)|(?<=www)\.""", re.IGNORECASE)
 
 
 def short_name(name: str) -> str:
-    """A model's hub name as it is, of a path the last two folders: a card may be published."""
-    return "/".join(name.rstrip("/").split("/")[-2:])
+    """A model's hub name as it is, of a path its last folder: a card may be published."""
+    parts = name.rstrip("/").split("/")
+    is_path = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
+    return parts[-1] if is_path else name
 
 
 def without_folders(text: str) -> str:
@@ -29,25 +47,17 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<!\S)[/~]\S*/(?=[^/\s])", "", text)
 
 
-def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:
-    """(where, score x100, samples/s) of this run and of the published ones, this run first."""
-    keys = [f"eval_{task.headline}{suffix}" for _, suffix, _ in task.evaluation]
-    own = [results[key] for key in keys if results.get(key) is not None]
-    label = "this run" + (f" ({SAMPLE_NOTE})" if results["sample_data"] else "")
-    rows = [(f"{label}, {results['device_name']}", _percent(own, 100.0), _rate(results))]
-    for run in task.published:
-        speed = f"{run.samples_per_second:g}" if run.samples_per_second else "-"
-        rows.append((f"published: {run.where}, {run.epochs} epochs", _percent(run.scores, 1.0), speed))
-    return rows
+def plain(value: object) -> str:
+    """A text on one line that Markdown shows as it is, whatever is in it."""
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(str(value).split()))
 
 
-def _percent(values, factor: float) -> str:
-    return " / ".join(f"{value * factor:.2f}" for value in values) or "-"
+def _code(value: object) -> Markup | str:
+    """A text as Markdown's code, in which nothing can be escaped; as plain text where something has to be."""
+    from markupsafe import Markup
 
-
-def _rate(results: dict) -> str:
-    rate = results.get("train_samples_per_second")
-    return "-" if rate is None else f"{rate:.1f}"
+    text = plain(value)
+    return Markup(f"`{text}`") if text == str(value) else text
 
 
 def model_card(data: TaskData, results: dict, origin: dict) -> str:
@@ -56,77 +66,173 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
     Args:
         origin: content of run.json.
     """
-    rows = "\n".join(f"| {where} | {score} | {speed} |" for where, score, speed in table_rows(data.task, results))
-    sample = f"\n**{SAMPLE_NOTE}**: this model is a demonstration.\n" if results["sample_data"] else ""
-    base = short_name(results["model_name_or_path"])
-    return (
-        f"{_metadata(data.task, results)}# {base} fine-tuned on {data.task.name}\n{sample}\n"
-        f"Data: {without_folders(data.source)}. Precision: {results['precision']}. Batches: {results['batches']}. "
-        f"Device: {results['device_name']}, {results['world_size']} rank(s). Seed {results['seed']}. "
-        f"Trained: {results['trained']}.\n\n"
-        f"Reads: {', '.join(data.task.columns)}. Answers: {', '.join(data.task.labels) or 'a score'}.\n\n"
-        f"## Results\n\n| run | {data.task.headline} x100 | samples/s |\n|---|---|---|\n{rows}\n\n"
-        f"{_rows(data.task, results)}{_errors(data.task, results)}One seed is noise: compare means over several.\n\n"
-        f"## Recipe\n\nFlags that differ from their defaults:\n\n{_recipe(origin['arguments'])}\n"
-        f"## Hashes (SHA-256)\n\n{_hashes(origin)}\nVersions and the whole command line are in the run's run.json.\n\n"
-        f"## Licence\n\nThat of the weights follows from the model trained from ({base}). "
-        f"{_data_licence(results)}\n"
+    from huggingface_hub import ModelCard
+
+    task, base = data.task, short_name(results["model_name_or_path"])
+    body = _environment().get_template("model_card.md").render(
+        task=task,
+        base=base,
+        results=results,
+        source=without_folders(data.source),
+        rows=table_rows(task, results),
+        errors=_errors(task, results),
+        other_rows=None if results["sample_data"] else other_rows(task, results),
+        recipe=_recipe(origin["arguments"]),
+        hashes={"model.safetensors": origin["weights_sha256"], **origin["data"]["sha256"]},
+        sample_note=SAMPLE_NOTE if results["sample_data"] else "",
+    )  # fmt: skip
+    metadata = _metadata(task, results, origin["arguments"]).to_yaml()
+    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        # Not HTML's escaping but Markdown's, for every value that the template shows.
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    found.filters["code"] = _code
+    return found
 
 
-def _data_licence(results: dict) -> str:
-    if results["sample_data"]:
-        return "The sentences were generated by this program and are free."
-    return "The data has terms of its own, in GLUE those of each task's source; the weights hold none of its sentences."
+def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:
+    """(where, score x100, samples/s) of this run and of the published ones, this run first."""
+    own = [results[key] for key in headline_keys(task) if results.get(key) is not None]
+    label = "this run" + (f" ({SAMPLE_NOTE})" if results["sample_data"] else "")
+    rows = [(f"{label}, {results['device_name']}", _percent(own, 100.0), _rate(results))]
+    for run in task.published:
+        speed = f"{run.samples_per_second:g}" if run.samples_per_second else "-"
+        rows.append((f"published: {run.where}, {run.epochs} epochs", _percent(run.scores, 1.0), speed))
+    return rows
 
 
-def _metadata(task: GlueTask, results: dict) -> str:
-    tags = [
-        "text-classification",
-        "bert_glue",
-        results["task_name"],
-        *(["sample-data"] if results["sample_data"] else []),
-    ]
-    lines = "".join(f"- {tag}\n" for tag in tags)
-    base = results["model_name_or_path"]
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not base.startswith(".") and not Path(base).exists()
-    more = f"base_model: {base}\n" if is_hub_name else ""
-    if task.is_official and not results["sample_data"]:
-        more += "datasets:\n- nyu-mll/glue\n"
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-classification\n{more}tags:\n{lines}---\n\n"
+def _percent(values: Iterable[float], factor: float) -> str:
+    return " / ".join(f"{value * factor:.2f}" for value in values) or "-"
+
+
+def _rate(results: dict) -> str:
+    rate = results.get("train_samples_per_second")
+    return "-" if rate is None else f"{rate:.1f}"
 
 
 def other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
     """(rows scored, GLUE's) of the first split where they differ; None where all of GLUE's were scored."""
-    for split, suffix, _ in task.evaluation:
-        rows, official = results.get(f"eval_samples{suffix}"), task.rows.get(split)
+    for split in task.evaluation:
+        rows, official = results.get(evaluation_key(SAMPLES, split.key_suffix)), task.rows.get(split.name)
         if rows is not None and official and rows != official:
             return rows, official
     return None
 
 
-def _rows(task: GlueTask, results: dict) -> str:
-    """That not all of GLUE's rows were scored, where it is so."""
-    if results["sample_data"] or not (other := other_rows(task, results)):
-        return ""
-    return f"{other[0]} rows were scored, GLUE has {other[1]}: not comparable with published figures. "
-
-
 def _errors(task: GlueTask, results: dict) -> str:
-    keys = [f"eval_{task.headline}_standard_error{suffix}" for _, suffix, _ in task.evaluation]
-    found = [f"{100 * results[key]:.2f}" for key in keys if results.get(key) is not None]
-    return f"Standard error of this run's score: {' / '.join(found)} points. " if found else ""
+    """Standard errors of the scores, in points."""
+    keys = [standard_error_key(task.headline, split.key_suffix) for split in task.evaluation]
+    return " / ".join(f"{100 * results[key]:.2f}" for key in keys if results.get(key) is not None)
 
 
-def _recipe(settings: dict) -> str:
-    changed = {
-        name: settings[name]
+def _recipe(settings: dict) -> list[tuple[str, str]]:
+    """(flag, value) of what differs from the defaults."""
+    return [
+        (f"--{name}", without_folders(str(settings[name])))
         for name, flag in FLAGS.items()
         if name in settings and name not in _NOT_RECIPE and settings[name] != flag.default
-    }
-    return "".join(f"- `--{name} {without_folders(str(value))}`\n" for name, value in changed.items())
+    ]
 
 
-def _hashes(origin: dict) -> str:
-    hashes = {"model.safetensors": origin["weights_sha256"], **origin["data"]["sha256"]}
-    return "".join(f"- {name}: `{value}`\n" for name, value in hashes.items() if value)
+# Metadata
+
+
+def _metadata(task: GlueTask, results: dict, arguments: dict[str, Any]) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    is_sample, base = results["sample_data"], results["model_name_or_path"]
+    inherited = {"license": _OWN_LICENCE} if is_sample else _of_base(base)
+    if task.is_official:
+        inherited["language"] = "en"
+    dataset = _GLUE if task.is_official else arguments.get("dataset_name") or ""
+    evaluated = _eval_results(task, results, dataset)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=base if _is_hub_name(base) else None,
+        datasets=[dataset] if _is_hub_name(dataset) and not is_sample else None,
+        tags=["text-classification", "bert_glue", _identifier(task.name), *(["sample-data"] if is_sample else [])],
+        metrics=list(dict.fromkeys(result.metric_type for result in evaluated)) or None,
+        model_name=_identifier(f"{short_name(base).split('/')[-1]}-{task.name}"),
+        eval_results=evaluated or None,
+        **inherited,
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+    return is_name and not name.startswith(".") and not Path(name).exists()
+
+
+def _identifier(text: str) -> str:
+    """A text with nothing in it that a reader of the metadata could take for more than a name."""
+    return re.sub(r"[^\w./-]+", "-", text).strip("-")[:100] or "model"
+
+
+def _eval_results(task: GlueTask, results: dict, dataset: str) -> list[EvalResult]:
+    """The scores, for the metadata's model-index."""
+    from huggingface_hub import EvalResult
+
+    if results["sample_data"]:
+        where = {"dataset_type": "generated", "dataset_name": SAMPLE_NOTE}
+    elif task.is_official:
+        where = {"dataset_type": _GLUE, "dataset_name": f"GLUE {task.folder}", "dataset_config": task.name}
+    else:
+        name = _identifier(dataset or task.name)
+        where = {"dataset_type": name, "dataset_name": name}
+    figures = [
+        (split.name, metric, results.get(evaluation_key(metric, split.key_suffix)))
+        for split in task.evaluation
+        for metric in task.metrics
+    ]
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_split=split,
+            metric_type=_HUB_METRICS.get(metric, metric),
+            metric_value=value,
+            metric_name=metric,
+            **where,
+        )
+        for split, metric, value in figures
+        if value is not None
+    ]
+
+
+def _of_base(base: str) -> dict[str, Any]:
+    """Licence and language as the card of the base model says, where that lies on this machine."""
+    import yaml
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = None if Path(base).exists() else try_to_load_from_cache(base, "README.md")
+        card = ModelCard.load(
+            cached if isinstance(cached, str) else Path(base) / "README.md", ignore_metadata_errors=True
+        )
+        given = card.data.to_dict()
+    except (OSError, ValueError, HFValidationError, yaml.YAMLError):
+        given = {}
+    names = ("license", "license_name", "license_link") if _is_name(given.get("license")) else ()
+    found = {name: given[name] for name in names if isinstance(given.get(name), str)} or dict(_NO_LICENCE)
+    language = given.get("language")
+    if _is_name(language) or isinstance(language, list) and all(map(_is_name, language)):
+        found["language"] = language
+    return found
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,40}", value, re.ASCII) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Distr
         args: as given, without what was made on the spot.
     """
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "bert_glue": __version__,
         "python": sys.version.split()[0],
         "packages": package_versions(),

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from tiny_run import arguments, changed, make_data, make_model, results_of
 from bert_glue.data.sample import SAMPLE_LABEL
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline import run as pipeline
+from bert_glue.results.model_card import model_card
 from bert_glue.storage import files
 from bert_glue.storage.files import file_hash
-from bert_glue.tasks import get_task
+from bert_glue.tasks import get_task, own_task
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -127,7 +129,7 @@ def test_the_data_hash_changes_with_one_label(own, model, tmp_path, capsys):
 def test_reports_open_no_network(own):
     page = own.text("report.html")
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page, re.IGNORECASE)
-    assert not re.search(r"<(script|link|iframe)|@import", page, re.IGNORECASE)
+    assert not re.search(r"<(link|iframe)|@import", page, re.IGNORECASE) and "default-src 'none'" in page
     assert "color-scheme: light dark" in page and page.count("<svg") >= 4
     assert page.count("<tr>") > 20 and page.rstrip().endswith("</html>")
 
@@ -135,7 +137,7 @@ def test_reports_open_no_network(own):
 def test_reports_escape_what_they_show(tmp_path, capsys):
     model = make_model(tmp_path / "<script>alert(1)<")
     run = finish(arguments(tmp_path, model_name_or_path=str(model), max_steps=1), capsys)
-    assert "<script>" not in run.text("report.html")
+    assert "<script>alert" not in run.text("report.html") and "<script>" not in run.text("README.md")
 
 
 def test_predictions_of_own_data_are_label_names(own):
@@ -188,9 +190,8 @@ def test_the_sample_is_called_what_it_is_everywhere(sample):
     assert results_of(sample.args, "run.json")["data"] == {
         "source": SAMPLE_LABEL, "sample_data": True, "sha256": results_of(sample.args, "run.json")["data"]["sha256"],
     }  # fmt: skip
-    for name in ("README.md", "report.html"):
-        own_row = next(line for line in sample.text(name).splitlines() if "this run" in line)
-        assert SAMPLE_LABEL in own_row, name
+    own_row = next(line for line in sample.text("README.md").splitlines() if "this run" in line)
+    assert SAMPLE_LABEL in own_row and f'<span class="en" lang="en">{SAMPLE_LABEL}' in sample.text("report.html")
 
 
 def test_own_data_is_not_called_a_sample(own):
@@ -227,20 +228,104 @@ def test_the_console_shows_one_decoded_example(sample):
 def test_the_model_card_has_recipe_and_hashes(own, sample):
     card = own.text("README.md")
     run = results_of(own.args, "run.json")
-    assert card.startswith("---\nlibrary_name: transformers\n") and "- `--learning_rate 0.005`" in card
+    assert "- `--learning_rate 0.005`" in card and "--output_dir" not in card and "--do_train" not in card
     assert f"- model.safetensors: `{run['weights_sha256']}`" in card
     assert f"- train: `{run['data']['sha256']['train']}`" in card
-    assert "Reads: sentence1, sentence2. Answers: no, yes." in card and "--output_dir" not in card
-    assert "Standard error of this run's score" in card
-    assert "- sample-data" in sample.text("README.md") and "this model is a demonstration" in sample.text("README.md")
+    assert "This model reads sentence1 and sentence2 and answers one of: no, yes." in card
+    assert "Standard error of this run's score" in card and "![Loss, score" in card
+    assert "this model is a demonstration" in sample.text("README.md")
 
 
-def test_the_curves_have_four_panels(own, monkeypatch):
+def test_the_hub_reads_the_scores_of_the_card(own, sample):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(sample.folder / "README.md").data
+    assert (data.library_name, data.license, data.language) == ("transformers", "apache-2.0", "en")
+    assert "sample-data" in data.tags and data.datasets is None
+    found = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
+    results = results_of(sample.args)
+    assert found == {
+        ("validation_matched", "accuracy"): results["eval_accuracy"],
+        ("validation_mismatched", "accuracy"): results["eval_accuracy_mm"],
+    }
+    data = ModelCard.load(own.folder / "README.md").data
+    assert data.license == "other" and data.language is None and data.base_model is None
+    assert data.eval_results[0].metric_value == results_of(own.args)["eval_accuracy"]
+
+
+def card_of(task, results: dict | None = None, **arguments) -> str:
+    """A card, without a run."""
+    data = SimpleNamespace(task=task, source="here")
+    known = {
+        "model_name_or_path": "google/bert", "sample_data": False, "device_name": "x", "precision": "O0",
+        "batches": "packed", "world_size": 1, "seed": 1, "trained": "all", "max_seq_length": 128,
+        f"eval_{task.headline}": 0.5,
+    }  # fmt: skip
+    return model_card(
+        data, known | (results or {}), {"arguments": arguments, "weights_sha256": "0", "data": {"sha256": {}}}
+    )
+
+
+def test_a_card_of_glue_names_data_and_base_model():
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card_of(get_task("stsb"), {"eval_pearson": 0.6, "eval_spearmanr": 0.5})).data
+    assert (data.base_model, data.datasets, data.language) == ("google/bert", ["nyu-mll/glue"], "en")
+    assert data.metrics == ["pearsonr", "spearmanr"]
+    result = data.eval_results[0]
+    assert (result.dataset_type, result.dataset_config, result.metric_value) == ("nyu-mll/glue", "stsb", 0.6)
+
+
+def test_a_base_model_passes_its_licence_and_language_on(tmp_path):
+    from huggingface_hub import ModelCard
+
+    base = tmp_path / "base"
+    base.mkdir()
+    own = own_task("own", ("text",), ("a", "b"))
+    for front, licence, language in (
+        ("license: mit\nlanguage: [de, fr]", "mit", ["de", "fr"]),
+        ("license: [x]\nlanguage: {a: b}", "other", None),
+        ("license: '<b>'", "other", None),
+        (": : :", "other", None),
+    ):
+        (base / "README.md").write_text(f"---\n{front}\n---\ntext\n")
+        data = ModelCard(card_of(own, {"model_name_or_path": str(base)})).data
+        assert (data.license, data.language) == (licence, language)
+
+
+MARKUP = [
+    "<script>alert(1)</script>", "a\n---\nlicense: evil", "| x | y |", "`code`", "[here](http://a.b)", "*bold* _it_",
+    "![p](x.png)", "www.a.b", "a@b.c", "$x$", "~~no~~", "{{ 7 * 7 }}", "{% if %}", "&amp;", "# head", "\\*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_texts_of_the_card_are_no_markup(text):
+    """Shown as they are by a Markdown reader: escaped, the text is the same."""
+    import html
+
+    from huggingface_hub import ModelCard
+
+    task = own_task(text, (text,), (text, "b"))
+    card = card_of(task, {"device_name": text, "precision": text, "seed": text}, max_seq_length=text)
+    data = ModelCard(card).data
+    assert data.license == "other" and re.fullmatch(r"[\w./-]+", data.tags[-1])
+    body = card.split("\n---\n", 2)[-1]
+    assert text not in body or not re.search(r"[<>|`*\[\]$~@{}\\]|://|www\.", text)
+    assert " ".join(text.split()) in html.unescape(body)
+    assert body.count("\n---") == 0 and re.findall(r"^# .*", body, re.M)[1:] == []
+
+
+def test_the_curves_are_those_of_the_report(own, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *words, **more: drawn.append(self))
     history = results_of(own.args, "trainer_state.json")["log_history"]
-    data = type("Data", (), {"task": get_task("wnli"), "source": "x"})
-    outputs.curves(own.folder / "x.png", history, data)
-    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "learning_rate", "eval_accuracy", "loss_scale"]
+    data = SimpleNamespace(task=get_task("wnli"), source="x")
+    outputs.curves(own.folder / "x.png", history, 0.5, data)
+    # The loss scale stands still and is not drawn; every panel has a line of at least two points.
+    assert [axes.get_title(loc="left") for axes in drawn[0].axes] == ["Loss", "Score x100", "Learning rate"]
+    assert all(len(line.get_xdata()) > 1 for axes in drawn[0].axes for line in axes.lines)
+    outputs.curves(own.folder / "x.png", history[:1], None, data)
+    assert drawn[1].axes == [] and "too few steps" in drawn[1].get_suptitle()
