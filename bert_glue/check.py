@@ -16,7 +16,7 @@ from bert_glue.config.files import FOLDER as CONFIGS
 from bert_glue.errors import BaselineError, CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.results.perf import FORMAT, SETUP, TOLERANCE, setup_of
-from bert_glue.storage.files import json_object, read_results, write_whole
+from bert_glue.storage.files import json_object, read_results, write_json
 from bert_glue.tasks import TASKS
 
 # Below its mean by more than two errors a score is called missed: one sound run in forty would be.
@@ -296,7 +296,7 @@ def write_entries(file: Path, new: list[dict[str, Any]]) -> list[str]:
     kept = [entry for entry in old if entry["setup"] not in setups]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"format": FORMAT, "entries": [*kept, *new]}, indent=1) + "\n")
+        write_json(file, {"format": FORMAT, "entries": [*kept, *new]})
     except OSError as error:
         raise CheckpointError(f"--write {file}: {error.strerror}") from error
     return [f"wrote {file}: {len(new)} new, {len(old) - len(kept)} replaced, {len(kept)} kept"]

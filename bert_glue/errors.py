@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
+
+ERROR_FILE = "BERT_GLUE_ERROR_FILE"  # names a file for the error that ends a command
 
 
 class UserError(Exception):
@@ -145,9 +149,17 @@ def exit_code_of(action: Callable[[], int]) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+        _hand_over(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _hand_over(error: UserError) -> None:
+    """Leave the error as JSON for the process that started this one, if it named a file for that."""
+    if path := os.environ.get(ERROR_FILE):
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"exit_code": error.exit_code, "error": str(error)}, file)
 
 
 class Problem(NamedTuple):

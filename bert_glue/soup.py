@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, exit_code_of
-from bert_glue.storage.files import json_object
+from bert_glue.storage.files import json_object, write_json
 
 # What of a config.json says nothing about the function.
 _NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -122,7 +122,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     def write(into: Path) -> None:
         save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
         (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (into / "soup.json").write_text(json.dumps({"mean_of": made_of}, indent=2) + "\n", encoding="utf-8")
+        write_json(into / "soup.json", {"mean_of": made_of})
         TextTokenizer(folders[0], True, False).save(into)
         write_description(into, read_description(folders[0]), str(next(iter(tensors.values())).dtype).split(".")[1])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 
 def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = (), **extra: Any) -> Any:
@@ -309,3 +310,14 @@ def without_secrets(text: str, args: Any) -> str:
     for secret in filter(None, (*secrets, os.environ.get("HF_TOKEN"))):
         text = text.replace(secret, "***")
     return text
+
+
+def without_login(address: str) -> str:
+    """An address without the user and password that may stand in it."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
+
+
+DATA_FILE_FLAGS = ("train_file", "validation_file", "test_file")
+# Kinds of files that rows are read from, by the end of their names.
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from bert_glue import result_keys as keys
-from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.arguments import DATA_FILE_FLAGS, DATA_SUFFIXES, FLAGS, Arguments
 from bert_glue.config.expectations import read_expectations
 from bert_glue.config.values import read_number, read_steps, shown
 from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.tasks import GlueTask, get_task, own_task
 
-DATA_FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_FILES = ("train_file", "validation_file", "test_file")
 _WORK = ("do_train", "do_eval", "do_predict")
 
 
@@ -39,9 +37,9 @@ def _required(args: Arguments) -> Iterator[Problem]:
 
 
 def _data(args: Arguments) -> Iterator[Problem]:
-    files = [name for name in _FILES if getattr(args, name)]
+    files = [name for name in DATA_FILE_FLAGS if getattr(args, name)]
     origins = [name for name in ("data_path", "sample", "dataset_name") if getattr(args, name)] + files[:1]
-    everything = ("task_name", "data_path", "sample", "dataset_name", *_FILES)
+    everything = ("task_name", "data_path", "sample", "dataset_name", *DATA_FILE_FLAGS)
     if len(origins) > 1:
         given = " and ".join(f"--{name}" for name in origins)
         yield Problem(tuple(origins), f"{given} are two sources of data: give one")
@@ -63,10 +61,10 @@ def _data(args: Arguments) -> Iterator[Problem]:
 
 def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
     for name in files:
-        if PurePath(getattr(args, name)).suffix.lower() not in DATA_FILE_SUFFIXES:
-            known = ", ".join(DATA_FILE_SUFFIXES)
+        if PurePath(getattr(args, name)).suffix.lower() not in DATA_SUFFIXES:
+            known = ", ".join(DATA_SUFFIXES)
             yield Problem((name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}")
-    for work, name in zip(_WORK, _FILES, strict=True):
+    for work, name in zip(_WORK, DATA_FILE_FLAGS, strict=True):
         if files and getattr(args, work) and name not in files:
             yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
 

@@ -17,7 +17,7 @@ from bert_glue.config.checks import find_problems
 from bert_glue.config.files import CONFIG_SUFFIXES, Entry, read_config, recipe_file, value_text, without_effect_of
 from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
 from bert_glue.config.resolve import resolve
-from bert_glue.config.values import convert, shown
+from bert_glue.config.values import flag_value, shown
 from bert_glue.errors import UsageError
 from bert_glue.tasks import TASKS
 
@@ -247,7 +247,7 @@ class _Settings:
             self._apply_legacy(origin, LEGACY_FLAGS[name], text)
         elif name in FLAGS:
             try:
-                self._set(origin, name, convert(FLAGS[name], LEGACY_VALUES.get((name, text), text)))
+                self._set(origin, name, flag_value(FLAGS[name], LEGACY_VALUES.get((name, text), text)))
             except ValueError as error:
                 self._report(f"{origin}: {error}", name)
         else:

@@ -24,7 +24,7 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "...")
 
 
-def convert(flag: Flag, text: str) -> Any:
+def flag_value(flag: Flag, text: str) -> Any:
     """The value that `text` means for `flag`; None for "none" where the flag may be left open.
 
     Raises:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bert_glue.config.arguments import DATA_SUFFIXES
 from bert_glue.data.tables import Problems, Table, build_table, check_header, read_text
 from bert_glue.errors import DataError
 
@@ -337,11 +338,4 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
     }
 
 
-_READERS = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".json": read_json,
-    ".jsonl": read_json,
-    ".parquet": read_parquet,
-}
-DATA_SUFFIXES = tuple(_READERS)
+_READERS = dict(zip(DATA_SUFFIXES, (read_csv, read_tsv, read_json, read_json, read_parquet), strict=True))

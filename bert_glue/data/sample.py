@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from functools import cache
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from bert_glue.data import sample_grammar
 from bert_glue.data.sample_grammar import Draw, Grammar
 from bert_glue.errors import UsageError
-from bert_glue.storage.files import make_own_folder
+from bert_glue.storage.files import make_own_folder, write_json
 from bert_glue.tasks import TASKS, GlueTask
 
 SAMPLE_LABEL = "sample data, not GLUE"
@@ -163,7 +162,7 @@ def _write_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
     tokenizer = BertWordPieceTokenizer({word: at for at, word in enumerate(words)}, lowercase=True)
     # Written by python: the library's own writer raises a bare Exception where the disk is full.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "BertTokenizer",
@@ -172,10 +171,6 @@ def _write_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
             **{f"{word[1:-1].lower()}_token": word for word in _SPECIAL},
         },
     )
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _write_encoder(folder: Path, vocabulary: int) -> None:
@@ -199,7 +194,7 @@ def _write_encoder(folder: Path, vocabulary: int) -> None:
         "initializer_range": 0.02,
         "pad_token_id": 0,
     }
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     save_file(_encoder_weights(vocabulary), folder / "model.safetensors", metadata={"format": "pt"})
 
 

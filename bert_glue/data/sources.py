@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert_glue.config.arguments import DATA_FILE_FLAGS
 from bert_glue.data import folder as data_folder
 from bert_glue.data import splits as data_splits
 from bert_glue.data.readers import read_table
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Split", "TaskData", "load_task_data"]
 
-_FILES = ("train_file", "validation_file", "test_file")
 # part of the data -> (what needs it, flag that gives it)
 _NEEDED_BY = {
     "train": ("--do_train", "--train_file"),
@@ -72,7 +72,7 @@ def load_task_data(args: Arguments, needed: frozenset[str]) -> TaskData:
     """
     task = get_task(args.task_name) if args.task_name else None
     is_copy = task is not None and args.hub == "modelscope"
-    has_files = any(getattr(args, name) for name in _FILES)
+    has_files = any(getattr(args, name) for name in DATA_FILE_FLAGS)
     chosen = {
         "--sample": (args.sample, _from_sample),
         "--data_path": (args.data_path, _from_folder),
@@ -190,7 +190,7 @@ def _roots_of_also_predicted(task: GlueTask, other: GlueTask, folder: Path) -> l
 
 
 def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str]) -> TaskData:
-    paths = {name.removesuffix("_file"): getattr(args, name) for name in _FILES if getattr(args, name)}
+    paths = {name.removesuffix("_file"): getattr(args, name) for name in DATA_FILE_FLAGS if getattr(args, name)}
 
     @cache  # the training file may be read twice: for its rows and for the list of labels
     def read(part: str) -> Table:

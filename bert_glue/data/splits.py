@@ -124,7 +124,7 @@ def class_text(value: Any) -> str | None:
     return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
-def _class_ids(task: GlueTask, table: Table) -> dict[Any, int]:
+def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
     """What may stand in the label column -> class id in the order of `task.labels`."""
     by_name: dict[Any, int] = {name: at for at, name in enumerate(task.labels)}
     if task.is_official:
@@ -145,7 +145,7 @@ def _class_ids(task: GlueTask, table: Table) -> dict[Any, int]:
 
 
 def _classes(task: GlueTask, table: Table, raw: list, problems: Problems) -> list[int]:
-    ids = _class_ids(task, table)
+    ids = _ids_by_label(task, table)
     choices = ", ".join(task.labels)
     if task.is_official:
         expected = f"is not one of: {choices} or 0-{len(task.labels) - 1}"

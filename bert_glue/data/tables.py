@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bert_glue.errors import DataError
+from bert_glue.storage.files import is_lfs_pointer
 
 SHOWN_PROBLEMS = 5
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class Problems:
@@ -128,7 +128,7 @@ def without_mark(origin: str, raw: bytes) -> bytes:
     """
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{origin}:1: is UTF-16; save it as UTF-8")
-    if raw.startswith(_LFS_POINTER):
+    if is_lfs_pointer(raw):
         raise DataError(f"{origin}:1: is a Git-LFS pointer, not the data; run git lfs pull")
     return raw.removeprefix(codecs.BOM_UTF8)
 

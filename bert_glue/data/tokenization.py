@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ import numpy as np
 from bert_glue.data.chunked_encoding import encode_rows, flat_arrays
 from bert_glue.data.sources import Split
 from bert_glue.errors import MachineError, UsageError, first_line
-from bert_glue.storage.files import check_not_lfs_pointer, json_object
+from bert_glue.storage.files import check_not_lfs_pointer, file_hash, json_object, write_json
 
 _FORMAT = "1"
 _MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
@@ -123,7 +122,7 @@ class TextTokenizer:
             lower = bool(getattr(self.backend.normalizer, "lowercase", False))
             tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
             entries = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, **tokens}
-            settings.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+            write_json(settings, entries)
         self.backend.no_truncation()
         # Not backend.save: on a full disk that raises a bare Exception.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
@@ -242,17 +241,12 @@ def _read(folder: Path) -> TokenTable | None:
     try:
         manifest = json_object(folder / "manifest.json")
         for name in _ARRAYS:
-            if _hash(folder / f"{name}.npy") != manifest[name]:
+            if file_hash(folder / f"{name}.npy", "blake2b") != manifest[name]:
                 return None
         # Not np.load, which also opens zip archives.
         return TokenTable(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _ARRAYS))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _write(folder: Path, table: TokenTable) -> None:
@@ -264,8 +258,8 @@ def _write(folder: Path, table: TokenTable) -> None:
         inside.mkdir()
         for name in _ARRAYS:
             np.save(inside / f"{name}.npy", getattr(table, name))
-        manifest = {name: _hash(inside / f"{name}.npy") for name in _ARRAYS}
-        (inside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        manifest = {name: file_hash(inside / f"{name}.npy", "blake2b") for name in _ARRAYS}
+        write_json(inside / "manifest.json", manifest)
         with suppress(FileNotFoundError):
             folder.rename(Path(making) / "stale")
         try:

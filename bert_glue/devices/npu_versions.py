@@ -41,7 +41,7 @@ PAIRS = (
 def explained(error: BaseException) -> MachineError:
     """What failed with its fix, what is here, and which versions go together."""
     text = first_line(error)
-    torch, torch_npu = _version("torch"), _version("torch_npu")
+    torch, torch_npu = (installed_version(name) or "of unknown version" for name in ("torch", "torch_npu"))
     more = (
         f"here: torch {torch}, torch_npu {torch_npu}, {_cann()}",
         "torch_npu X.Y.Z needs torch X.Y.Z, and a CANN (source: TorchNPU's COMPATIBILITY.md):",
@@ -65,11 +65,12 @@ def _fix(text: str, torch: str, torch_npu: str) -> str:
     return "reinstall a matching pair and source CANN's set_env.sh"
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None where there is none, or where its record is damaged."""
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
+    except Exception:  # a damaged record raises what it likes
+        return None
 
 
 def _release(version: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, versions
 from bert_glue.errors import MachineError, UsageError
+from bert_glue.launch.ranks import kill_group
 
 _NO_FIX = "python -m bert_glue.doctor --device auto shows what is here"
 _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -111,10 +112,10 @@ def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> di
     try:
         out, err = child.communicate(timeout=time_limit)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        kill_group(child.pid)
         out, err = child.communicate()
     except BaseException:
-        os.killpg(child.pid, signal.SIGKILL)
+        kill_group(child.pid)
         raise
     facts: dict[str, list[dict[str, Any]]] = {}
     for line in out.decode(errors="replace").splitlines():

@@ -9,12 +9,11 @@ import socket
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from bert_glue.devices.npu_versions import cann_version
+from bert_glue.config.arguments import without_login
+from bert_glue.devices.npu_versions import cann_version, installed_version
 
 PACKAGES = (
     "torch", "torch_npu", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub",
@@ -39,10 +38,7 @@ def versions(problems: list[Problem]) -> dict[str, str | None]:
     """Version of python, of CANN and of every package that matters; None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "CANN": cann_version()}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except Exception:  # not installed, or its record is damaged
-            found[name] = None
+        found[name] = installed_version(name)
     problems.extend(_requirements(found["torch_npu"] is not None))
     return found
 
@@ -160,7 +156,7 @@ class HubCheck:
 
         from bert_glue.hub.client import start_probe
 
-        self.endpoint, self.began = _without_login(constants.ENDPOINT), time.monotonic()
+        self.endpoint, self.began = without_login(constants.ENDPOINT), time.monotonic()
         self.probe = start_probe()
 
     def result(self, problems: list[Problem]) -> dict[str, Any]:
@@ -176,9 +172,3 @@ class HubCheck:
             fix = "set SSL_CERT_FILE to the bundle with your network's certificate authority"
             problems.append(Problem(f"the hub's certificate is refused ({reason})", fix))
         return {**found, "state": "not reachable", "reason": reason}
-
-
-def _without_login(address: str) -> str:
-    """An address without the user and password that may stand in it."""
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

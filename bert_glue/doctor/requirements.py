@@ -15,8 +15,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
+
+from bert_glue.devices.npu_versions import installed_version
 
 _SAME_MINOR = {"transformers", "datasets", "accelerate"}
 _AT_LEAST = {"torch": (2, 6)}
@@ -38,9 +39,8 @@ def _minor(version: str) -> tuple[int, ...]:
 
 def problem(name: str, pinned: str) -> str | None:
     """What is wrong with the installed version of a package, e.g. "torch 2.1.0 (needs 2.6)"; None if fine."""
-    try:
-        installed = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    installed = installed_version(name)
+    if installed is None:
         return name
     if name in _SAME_MINOR and _minor(installed) != _minor(pinned):
         return f"{name} {installed} (needs {'.'.join(map(str, _minor(pinned)))})"
@@ -58,21 +58,21 @@ def lacking(files: list[Path]) -> list[str]:
     return [text for text in found if text]
 
 
-def _has_npu_backend() -> bool:
-    try:
-        return bool(metadata.version("torch_npu"))
-    except metadata.PackageNotFoundError:
-        return False
-
-
 def main(argv: list[str]) -> int:
-    """Exit code, see the module's text."""
+    """Print what this python lacks.
+
+    Args:
+        argv: requirements files.
+
+    Returns:
+        0 if nothing is missing, 1 if something is, 3 if the environment has torch_npu besides.
+    """
     missing = lacking([Path(name) for name in argv])
     if not missing:
         return 0
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
     print(", ".join(missing[:4]) + more)
-    return 3 if _has_npu_backend() else 1
+    return 3 if installed_version("torch_npu") else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from bert_glue.data.sources import Split, TaskData
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError
 from bert_glue.evaluation.evaluator import Evaluator, predictions_of, row_losses, softmax
-from bert_glue.evaluation.metrics import compute_metrics, majority_baseline
+from bert_glue.evaluation.metrics import METRICS_OF_COUNTS, compute_metrics, majority_baseline
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.result_keys import standard_error_key
 from bert_glue.tasks import GlueTask
@@ -164,24 +164,7 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
         return float(np.sqrt(value * (1 - value) / rows))
     counts = confusion(labels, predictions, task.num_labels)
     draws = np.random.default_rng(0).multinomial(rows, counts.ravel() / rows, _DRAWS).reshape(-1, *counts.shape)
-    return float(_BY_COUNTS[task.headline](draws).std())
-
-
-def _f1(counts: np.ndarray) -> np.ndarray:
-    wrong = counts[:, 0, 1] + counts[:, 1, 0]
-    return 2 * counts[:, 1, 1] / np.maximum(1, 2 * counts[:, 1, 1] + wrong)
-
-
-def _matthews(counts: np.ndarray) -> np.ndarray:
-    """Of `[draws, labels, labels]` counts, after Gorodkin 2004; 0 where it is not defined."""
-    counts = counts.astype(np.float64)
-    rows, true, predicted = counts.sum((1, 2)), counts.sum(2), counts.sum(1)
-    above = np.trace(counts, axis1=1, axis2=2) * rows - (true * predicted).sum(1)
-    below = np.sqrt((rows**2 - (predicted**2).sum(1)) * (rows**2 - (true**2).sum(1)))
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-
-
-_BY_COUNTS = {"f1": _f1, "matthews_correlation": _matthews}
+    return float(METRICS_OF_COUNTS[task.headline](draws).std())
 
 
 def _hardest(

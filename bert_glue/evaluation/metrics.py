@@ -103,6 +103,28 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float | None, str]]
 }
 
 
+def _f1_of_counts(counts: np.ndarray) -> np.ndarray:
+    wrong = counts[:, 0, 1] + counts[:, 1, 0]
+    return 2 * counts[:, 1, 1] / np.maximum(1, 2 * counts[:, 1, 1] + wrong)
+
+
+def _matthews_of_counts(counts: np.ndarray) -> np.ndarray:
+    """After Gorodkin 2004; 0 where it is not defined."""
+    counts = counts.astype(np.float64)
+    rows, true, predicted = counts.sum((1, 2)), counts.sum(2), counts.sum(1)
+    above = np.trace(counts, axis1=1, axis2=2) * rows - (true * predicted).sum(1)
+    below = np.sqrt((rows**2 - (predicted**2).sum(1)) * (rows**2 - (true**2).sum(1)))
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+# The same metrics of thousands of confusion matrices at once, `[draws, labels, labels]` -> `[draws]`: scikit-learn
+# takes one matrix a call, about a millisecond each.
+METRICS_OF_COUNTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "f1": _f1_of_counts,
+    "matthews_correlation": _matthews_of_counts,
+}
+
+
 def compute_metrics(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> Scores:
     """All metrics of the task, and their mean as `combined_score` where there are several.
 
@@ -156,12 +178,12 @@ def _checked(task: GlueTask, predictions: np.ndarray, references: np.ndarray) ->
         raise DataError(f"{task.name}: labels are NaN or infinite")
     if task.is_regression:
         return predictions, references
-    return _class_ids(task, predictions, ValueError, "predictions"), _class_ids(
+    return _checked_ids(task, predictions, ValueError, "predictions"), _checked_ids(
         task, references, DataError, "labels (-1: unlabelled)"
     )
 
 
-def _class_ids(task: GlueTask, column: np.ndarray, error: type[Exception], what: str) -> np.ndarray:
+def _checked_ids(task: GlueTask, column: np.ndarray, error: type[Exception], what: str) -> np.ndarray:
     ids = column.astype(np.int64)
     wrong = np.flatnonzero((ids != column) | (ids < 0) | (ids >= task.num_labels))
     if len(wrong):

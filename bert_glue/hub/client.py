@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from bert_glue.storage.files import file_hash
 
 PROBE_SECONDS = 3.0
 # Answers of a proxy that has no way to the hub; anything else comes from the hub itself.
@@ -139,19 +140,11 @@ def damaged(files: Iterable[Path]) -> list[Path]:
 
 def _is_sound(blob: Path) -> bool:
     if re.fullmatch("[0-9a-f]{64}", blob.name):
-        return _digest(blob, "sha256") == blob.name
+        return file_hash(blob) == blob.name
     if re.fullmatch("[0-9a-f]{40}", blob.name):  # git's own, or the plain one of a mirror
         header = f"blob {blob.stat().st_size}\0".encode()
-        return blob.name in (_digest(blob, "sha1", header), _digest(blob, "sha1"))
+        return blob.name in (file_hash(blob, "sha1", header), file_hash(blob, "sha1"))
     return True  # not in the cache's form: nothing is known about it
-
-
-def _digest(path: Path, algorithm: str, header: bytes = b"") -> str:
-    digest = hashlib.new(algorithm, header)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check(files: Iterable[Path]) -> None:

@@ -27,13 +27,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # Seconds after another rank failed: until a rank that is not ending by itself is asked to, and is made to.
 _ASKED, _MADE = 1.0, 4.0
 _LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
-_LAST_LINES = 10
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UNMET = "unmet"  # among the notes: the hosts did not meet in time
 _IMPORT_SECONDS = 15.0  # until torch's launcher begins to meet the others
 
@@ -44,8 +45,21 @@ def log_of(logs: Path, rank: int) -> Path:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, however it ends (Linux: prctl PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """Ask the kernel for SIGKILL when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def signalled_with_parent(number: int) -> Callable[[], None]:
+    """A `preexec_fn`: the child gets signal `number` when this process ends, however it ends."""
+    prctl = ctypes.CDLL(None).prctl  # looked up here: after a fork there may be no way to load anything
+    parent = os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it ended between the fork and the call
+            os._exit(128 + number)
+
+    return prepare
 
 
 def end_unless_met(notes: Path, seconds: float) -> None:
@@ -90,7 +104,12 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
         _write_note(notes, note)
         die_with_parent()
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0, preexec_fn=die_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            process_group=0,
+            preexec_fn=signalled_with_parent(signal.SIGKILL),
         )
 
         def pass_on(number: int, frame: object) -> None:
@@ -109,15 +128,15 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, pass_on)
         code = child.wait()
-        _kill_group(child.pid)
+        kill_group(child.pid)  # what the rank left behind
     note |= {"code": code, "time": time.time()}
     _write_note(notes, note)
     os._exit(code if code >= 0 else 128 - code)  # a pending timer must not hold us
 
 
-def _kill_group(group: int) -> None:
-    """End what a rank left behind."""
-    with contextlib.suppress(ProcessLookupError):
+def kill_group(group: int) -> None:
+    """Send SIGKILL to every process of a group; nothing where none is left, or where they are somebody else's."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
@@ -132,13 +151,15 @@ def _root(failed: list[dict[str, Any]]) -> dict[str, Any]:
     return min(failed, key=lambda note: (note["is_cleared"], note["code"] == _LOST, note["time"]))
 
 
-def _last_lines(file: Path) -> list[str]:
+def last_lines(file: Path, count: int = 10) -> list[str]:
+    """Up to `count` lines that are not blank from the last 8 KiB of a log; none where it cannot be read."""
     try:
         with file.open("rb") as log:
-            log.seek(max(0, file.stat().st_size - 8192))
-            return log.read().decode(errors="replace").splitlines()[-_LAST_LINES:]
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
+            lines = log.read().decode(errors="replace").splitlines()
     except OSError:
         return []
+    return [line for line in lines if line.strip()][-count:]
 
 
 def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_number: int) -> tuple[int, list[str]]:
@@ -162,7 +183,7 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
         where = "the first host does not answer at --master_addr and --master_port; does another program listen there?"
         return _LOST, [f"no rank was started within --ddp_timeout: {where}"]
     if not ranks and status:
-        lines = [line for line in _last_lines(launcher_log) if line.strip()][-1:]
+        lines = last_lines(launcher_log, 1)
         return 4, [f"no rank was started; torch's launcher ended with {status}: {launcher_log}", *lines]
     if not failed:
         return (_LOST, [f"torch's launcher ended with {status}: {launcher_log}"]) if status else (0, [])
@@ -170,7 +191,7 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
     code = root["code"] if root["code"] in _DOCUMENTED else _LOST
     log = log_of(logs, root["rank"])
     lines = [f"rank {root['rank']} {_described(root['code'])}; the last lines of {log}:"]
-    return code, lines + [f"  {line}" for line in _last_lines(log)]
+    return code, lines + [f"  {line}" for line in last_lines(log)]
 
 
 def network_to(host: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,7 +11,7 @@ from bert_glue import result_keys as keys
 from bert_glue.config.files import recipe_file
 from bert_glue.errors import MachineError, exit_code_of
 from bert_glue.results.perf import compare, perf_of, read_baseline
-from bert_glue.storage.files import read_results, write_whole
+from bert_glue.storage.files import read_results, write_json, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, base_epochs
 
 
@@ -96,7 +95,7 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
             verdict = [compare(perf, baseline)]  # before perf.json is written: the baseline may be the last one
     finally:
         if perf is not None:
-            write_whole(output_dir / "perf.json", json.dumps(perf, indent=2) + "\n")
+            write_json(output_dir / "perf.json", perf)
         print("\n".join([*verdict, *final_lines(results)]), flush=True)
 
 

@@ -85,9 +85,9 @@ def differences(facts: list[dict[str, object]]) -> list[str]:
     for name in dict.fromkeys(name for own in facts for name in own):
         ranks_of: dict[str, list[int]] = {}
         for rank, own in enumerate(facts):
-            ranks_of.setdefault(str(own.get(name, "not there"))[:60], []).append(rank)
+            ranks_of.setdefault(str(own.get(name, "not there")), []).append(rank)
         if len(ranks_of) > 1:
-            values = "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
+            values = "; ".join(f"{value[:60]} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
             lines.append(f"ranks differ in {name}: {values}; start all ranks with the same")
     return lines
 
@@ -115,7 +115,7 @@ def _weights_hash(model: LoadedModel) -> str:
 
 @cache
 def _code_hash() -> str:
-    digest, package = hashlib.sha256(), Path(__file__).parent
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

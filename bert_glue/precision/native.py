@@ -21,7 +21,7 @@ _FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
 _SMALLEST_SCALE = 1.0  # ours: apex halves for ever
 
 
-def convert(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
+def cast_module(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
     """Parameters and buffers to `dtype`, in place; BatchNorm stays in fp32 if `keeps_batch_norm`."""
     for part in module.modules():
         if keeps_batch_norm and isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -47,7 +47,7 @@ class InferencePrecision:
         self.plan = plan
         module.requires_grad_(False)
         if plan.level in ("O2", "O3"):
-            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
+            cast_module(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.device = next(module.parameters()).device
 
     def autocast(self) -> AbstractContextManager:
@@ -79,7 +79,7 @@ class Precision:
         # Masters start from the weights as stored, not from what is left of them after the cast.
         exact = {name: p.detach() for name, p in module.named_parameters()} if has_masters else {}
         if has_masters:
-            convert(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
+            cast_module(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
         self.groups: list[FlatGroup]
         self.groups, self._of_model = flatten(module, is_joint or has_masters, rates)
         device = self.groups[0].data.device

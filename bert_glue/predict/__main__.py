@@ -30,7 +30,7 @@ _BATCHES_PER_CHUNK = 64  # enough to sort by length; what a kill costs at most
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def _digest(so_far: str, table: Table) -> str:
+def _hash_with(so_far: str, table: Table) -> str:
     return hashlib.sha256((so_far + repr(table.columns)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -42,7 +42,7 @@ def _skip(tables: Iterator[Table], output: ToFile | ToStandardOutput) -> str:
     """
     rows, digest = 0, ""
     while rows < output.rows and (table := next(tables, None)) is not None:
-        rows, digest = rows + len(table), _digest(digest, table)
+        rows, digest = rows + len(table), _hash_with(digest, table)
     if rows != output.rows or digest != output.input_hash:
         raise DataError(f"--input: its first {output.rows} rows are not those labelled so far; --overwrite begins anew")
     return digest
@@ -112,7 +112,7 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
     rows = 0
     for table in tables:
         columns = labeller.label(table)
-        digest = _digest(digest, table)
+        digest = _hash_with(digest, table)
         output.append(table, columns, digest)
         rows += len(table)
         now = time.perf_counter()

@@ -6,12 +6,12 @@ import hashlib
 import os
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments, without_secrets
+from bert_glue.devices.npu_versions import installed_version
 from bert_glue.result_keys import is_of_evaluation
 from bert_glue.storage.files import file_hash
 
@@ -77,14 +77,7 @@ def with_outcome(
 
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that decide a result; None where one is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {name: installed_version(name) for name in _PACKAGES}
 
 
 def _data_hashes(data: TaskData) -> dict[str, str]:

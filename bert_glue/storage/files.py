@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-
 from bert_glue.errors import CheckpointError, MachineError
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str:
+    """The hash of a file's content, behind `header`, hexadecimal.
+
+    Args:
+        algorithm: of hashlib.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, header)).hexdigest()
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def plain_errors(target: Path) -> Iterator[None]:
     Raises:
         CheckpointError: the block raised OSError, or what safetensors makes of one.
     """
+    from safetensors import SafetensorError  # here: launchers read results with the standard library alone
+
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -64,7 +68,12 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-_LFS_MARK = b"version https://git-lfs"
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is Git-LFS's stand-in for the real one."""
+    return start.startswith(_LFS_POINTER)
 
 
 def check_not_lfs_pointer(path: Path) -> None:
@@ -75,10 +84,10 @@ def check_not_lfs_pointer(path: Path) -> None:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS_MARK))
+            start = file.read(len(_LFS_POINTER))
     except OSError as error:
         raise MachineError(f"{path} cannot be read: {error.strerror}") from error
-    if start == _LFS_MARK:
+    if is_lfs_pointer(start):
         raise MachineError(
             f"{path} is a Git-LFS pointer ({path.stat().st_size} bytes), not the file itself: "
             "run `git lfs install && git lfs pull` in that folder, or download the file"

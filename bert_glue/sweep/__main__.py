@@ -17,11 +17,11 @@ from typing import Any
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import Expectation, missed, read_expectations
-from bert_glue.config.values import convert
+from bert_glue.config.values import flag_value
 from bert_glue.errors import CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
 from bert_glue.storage.lock import FolderLock, wait_until_free
 from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
-from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_words
+from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_line
 from bert_glue.sweep.summary import best_mean, lines, summarise, write
 from bert_glue.tasks import GlueTask
 
@@ -192,7 +192,7 @@ def _slots(devices: str, jobs: int) -> list[Slot]:
     names = _devices_here() if devices == "auto" else [name.strip() for name in devices.split(",")]
     for name in names:
         try:
-            convert(FLAGS["device"], name)
+            flag_value(FLAGS["device"], name)
         except ValueError as error:
             raise UsageError(f"--devices: {error}") from None
     if len(set(names)) < len(names):
@@ -272,7 +272,7 @@ class SweepTable:
         table = Table("device", "run", "seconds", "last line", title=f"{self.done}{of_all} done, {self.failed} failed")
         for attempt in running:
             name = attempt.run.name if attempt.number == 1 else f"{attempt.run.name} (again)"
-            table.add_row(attempt.slot.device, name, f"{attempt.seconds:.0f}", last_words(attempt.run)[:70])
+            table.add_row(attempt.slot.device, name, f"{attempt.seconds:.0f}", last_line(attempt.run)[:70])
         self._live.update(table, refresh=True)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from bert_glue.config.files import CONFIG_SUFFIXES, SAMPLE_RECIPE, read_config, 
 from bert_glue.config.parser import as_config, parse
 from bert_glue.errors import UsageError
 from bert_glue.result_keys import headline_keys
-from bert_glue.storage.files import json_object, write_whole
+from bert_glue.storage.files import json_object, write_json
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask, base_epochs
 
 SETTINGS_FILE = "sweep_run.json"
@@ -101,7 +101,7 @@ class SweepRun:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / SETTINGS_FILE, json.dumps(self.settings, indent=1) + "\n")
+        write_json(self.folder / SETTINGS_FILE, self.settings)
 
 
 def _short(text: str) -> str:

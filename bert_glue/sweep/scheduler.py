@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -10,23 +9,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Protocol
 
+from bert_glue.errors import ERROR_FILE
+from bert_glue.launch.ranks import kill_group, last_lines, signalled_with_parent
 from bert_glue.result_keys import headline_keys
-from bert_glue.storage.files import open_own
+from bert_glue.storage.files import json_object, open_own
 from bert_glue.sweep.plan import SweepRun
 
 RUN_GLUE = Path(__file__).resolve().parents[2] / "run_glue.py"
 LOG_FILE = "run.log"
+_ERROR_NAME = "error.json"
+_SHOWN_CHARACTERS = 200
 _POLL_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
 _USAGE, _MACHINE = 2, 4
 _ATTEMPTS = 2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Source(Protocol):
@@ -172,13 +174,14 @@ class Queue:
         limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.threads else {}
         try:
             run.note_settings()
+            (run.folder / _ERROR_NAME).unlink(missing_ok=True)
             with open_own(run.folder / LOG_FILE) as log:
                 log.write(f"\n$ {shlex.join(command)}\n".encode())
                 log.flush()
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", **limits},
-                    start_new_session=True, preexec_fn=_end_with_parent(),
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(run.folder / _ERROR_NAME), **limits},
+                    start_new_session=True, preexec_fn=signalled_with_parent(signal.SIGTERM),
                 )  # fmt: skip
         except OSError as error:
             self._failed(run, number, f"cannot be started: {error}", 6)
@@ -198,7 +201,7 @@ class Queue:
 
     def _ended(self, attempt: Attempt) -> None:
         run, code = attempt.run, attempt.process.returncode
-        _kill_group(attempt.process)  # whatever it left behind
+        kill_group(attempt.process.pid)  # whatever it left behind
         results = run.results() if code == 0 else None
         if results is not None:
             attempt.slot.finished += 1
@@ -211,7 +214,7 @@ class Queue:
             # A device that is not there must not use up every run's tries while others work.
             self.slots[:] = [slot for slot in self.slots if slot is not attempt.slot]
             self._again.append((run, attempt.number))
-            self._tell(EventKind.DEVICE_LOST, f"no more runs on {attempt.slot.device}: {last_words(run)}")
+            self._tell(EventKind.DEVICE_LOST, f"no more runs on {attempt.slot.device}: {_reason(run)}")
         else:
             self._failed(run, attempt.number, _why(code, run), code if code > 0 else 1)
 
@@ -246,7 +249,7 @@ class Queue:
 
     def _kill(self) -> None:
         for attempt in self.running:
-            _kill_group(attempt.process)
+            kill_group(attempt.process.pid)
         for attempt in list(self.running):
             try:
                 attempt.process.wait(_KILLED_SECONDS)
@@ -254,24 +257,6 @@ class Queue:
                 text = f"process {attempt.process.pid} of {attempt.run.name} cannot be killed"
                 self._tell(EventKind.NOT_ENDED, text)
                 self.running.remove(attempt)
-
-
-def _end_with_parent() -> Callable[[], None]:
-    """Called in the child: SIGTERM reaches it when the sweep dies, SIGKILL included, so that it saves."""
-    prctl = ctypes.CDLL(None).prctl  # looked up here: after a fork there may be no way to load anything
-    parent = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died meanwhile
-            os._exit(128 + signal.SIGTERM)
-
-    return prepare
-
-
-def _kill_group(process: subprocess.Popen) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _score(run: SweepRun, results: dict[str, Any]) -> str:
@@ -285,16 +270,17 @@ def _why(code: int, run: SweepRun) -> str:
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
-    return f"exit code {code}: {last_words(run)}"
+    return f"exit code {code}: {_reason(run)}"
 
 
-def last_words(run: SweepRun) -> str:
-    """The last error of a run's log, else its last line; at most 200 characters."""
+def _reason(run: SweepRun) -> str:
+    """The error that ended a run, as it handed it over; else the last line of its log."""
     try:
-        with (run.folder / LOG_FILE).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
-            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    except OSError:
-        return "no output"
-    errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["no output"])[-1][:200]
+        return f"error: {json_object(run.folder / _ERROR_NAME)['error']}".splitlines()[0][:_SHOWN_CHARACTERS]
+    except (OSError, ValueError, KeyError):
+        return last_line(run)
+
+
+def last_line(run: SweepRun) -> str:
+    """The last line of a run's log that is not blank; at most 200 characters."""
+    return (last_lines(run.folder / LOG_FILE, 1) or ["no output"])[0].strip()[:_SHOWN_CHARACTERS]

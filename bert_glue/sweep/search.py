@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from bert_glue.config.arguments import FLAGS
-from bert_glue.config.values import convert
+from bert_glue.config.arguments import FLAGS, without_login
+from bert_glue.config.values import flag_value
 from bert_glue.errors import MachineError, UsageError, UserError, first_line
 from bert_glue.result_keys import headline_keys
-from bert_glue.storage.files import write_whole
+from bert_glue.storage.files import write_json, write_whole
 from bert_glue.sweep.plan import Suite, SweepRun
 from bert_glue.tasks import GlueTask
 
@@ -52,7 +51,7 @@ def read_space(words: list[str], is_sample: bool) -> dict[str, str]:
         if not equals or flag is None or flag.kind == "bool":
             raise UsageError(f"--space {word}: FLAG=LOW:HIGH or FLAG=A,B,C with a flag of run_glue.py that has a value")
         try:
-            values = [convert(flag, end) for end in ends]
+            values = [flag_value(flag, end) for end in ends]
         except ValueError as error:
             raise UsageError(f"--space {name}: {error}") from None
         if ":" in text and (len(ends) != 2 or flag.kind == "str" or not values[0] < values[1]):
@@ -138,7 +137,7 @@ class Search:
             raise
         except Exception as error:
             first = first_line(error).replace(self.storage, "it")
-            raise MachineError(f"--storage {_without_login(self.storage)}: {first}") from error
+            raise MachineError(f"--storage {without_login(self.storage)}: {first}") from error
 
     def _state(self, name: str) -> Any:
         return getattr(self._optuna.trial.TrialState, name)
@@ -213,7 +212,7 @@ class Search:
     def _about(self, name: str, study: Any) -> dict[str, Any]:
         trials = study.get_trials(deepcopy=False)
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
-        about = {"study": study.study_name, "storage": _without_login(self.storage), "space": self.space, **counts}
+        about = {"study": study.study_name, "storage": without_login(self.storage), "space": self.space, **counts}
         if counts["COMPLETE"]:
             best = study.best_trial
             about |= {"best_trial": best.number, "best_value": best.value, "best": best.user_attrs["chosen"]}
@@ -225,9 +224,4 @@ class Search:
         settings = self.suite.run(task, self.seeds[0], chosen, 0).settings
         config = {k: v for k, v in settings.items() if k != "seed" and v != FLAGS[k].default}
         file = self.suite.output_dir / f"best_{name}.json"
-        write_whole(file, json.dumps(config, indent=2) + "\n")
-
-
-def _without_login(address: str) -> str:
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else address
+        write_json(file, config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.evaluation.collapse import collapse_reason
-from bert_glue.storage.files import without_formula, write_whole
+from bert_glue.storage.files import without_formula, write_json, write_whole
 from bert_glue.sweep.plan import SweepRun
 from bert_glue.tasks import EvaluationSplit
 
@@ -122,15 +122,13 @@ def write(output_dir: Path, summary: dict[str, Any]) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    import json
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for group in summary["groups"]:
         writer.writerow([_cell(group[column]) for column in COLUMNS])
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_whole(output_dir / "summary.json", text)
+    write_json(output_dir / "summary.json", summary)
     write_whole(output_dir / "summary.csv", table.getvalue())
 
 

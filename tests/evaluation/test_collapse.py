@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from tiny_run import arguments, fit, results_of
 
-from bert_glue.evaluation.collapse import CollapseWatch, collapsed_predictions, constant_loss, flat_loss
+from bert_glue.evaluation.collapse import (
+    CollapseWatch,
+    collapse_reason,
+    collapsed_predictions,
+    constant_loss,
+    flat_loss,
+)
 from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import TASKS
 from bert_glue.training.console import ProgressLog
@@ -103,3 +109,18 @@ def test_a_run_that_learns_is_neither(tmp_path) -> None:
     assert results["eval_accuracy_standard_error"] == pytest.approx(
         (results["eval_accuracy"] * (1 - results["eval_accuracy"]) / 13) ** 0.5, rel=0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ({}, None),
+        ({"eval_collapsed": None, "eval_collapsed_mm": None, "train_collapsed": None}, None),
+        ({"eval_collapsed": None, "eval_collapsed_mm": "all 9 predictions are x"}, "all 9 predictions are x"),
+        ({"eval_collapsed": None, "train_collapsed": "the loss is flat"}, "the loss is flat"),
+        ({"train_collapsed": "the loss is flat", "eval_collapsed": "all are y"}, "all are y"),
+        ({"eval_accuracy": None}, None),  # no value is not yet a collapse: one row has no correlation
+    ],
+)
+def test_a_finished_run_has_collapsed_on_any_split_or_in_training(results, reason):
+    assert collapse_reason(results) == reason

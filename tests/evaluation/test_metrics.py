@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bert_glue.errors import DataError, DivergedError
-from bert_glue.evaluation.metrics import Scores, compute_metrics, majority_baseline
+from bert_glue.evaluation.metrics import METRICS_OF_COUNTS, Scores, compute_metrics, majority_baseline
 from bert_glue.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -238,3 +238,17 @@ def test_evaluate_loads_the_same_metrics_offline(tmp_path):
         assert loaded[name].pop("reasons", {}) == expected.reasons
         assert loaded[name] == dict(expected)
     assert loaded["stsb"]["pearson"] is None
+
+
+def test_metrics_of_confusion_counts_are_scikit_learns():
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    draw = np.random.default_rng(5)
+    for labels, name in ((2, "f1"), (2, "matthews_correlation"), (5, "matthews_correlation")):
+        counts = draw.integers(0, 7, (20, labels, labels))
+        counts[0], counts[1, :, 1:] = np.eye(labels, dtype=int), 0  # all right; one class predicted
+        found = METRICS_OF_COUNTS[name](counts)
+        for matrix, value in zip(counts, found, strict=True):
+            true, predicted = (np.repeat(axis.ravel(), matrix.ravel()) for axis in np.indices(matrix.shape))
+            theirs = {"f1": f1_score, "matthews_correlation": matthews_corrcoef}[name](true, predicted)
+            assert value == pytest.approx(theirs, abs=1e-12)

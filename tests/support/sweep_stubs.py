@@ -51,7 +51,9 @@ code = plan.get("exit", [])[tries - 1:tries] or [0]
 if code[0] < 0:
     os.kill(os.getpid(), -code[0])
 if code[0]:
-    print(f"error: the stub failed as told, attempt {tries}")
+    error = f"the stub failed as told, attempt {tries}"
+    Path(os.environ["BERT_GLUE_ERROR_FILE"]).write_text(json.dumps({"exit_code": code[0], "error": error}))
+    print(f"error: {error}\\nwhat a library prints when python ends")
     sys.exit(code[0])
 score = plan.get("score", 0.5 + 0.01 * seed)
 results = {"seed": seed, "task_name": task, "resumed_at": done, "train_samples_per_second": 100.0, "e2e_runtime": 1.0}
