@@ -112,7 +112,10 @@ class RunArguments:
     explain: int = flag(0, "rows of highest loss whose tokens the report shades; 0: off", "[0, inf)")
     run_name: str | None = flag(None, "name shown by trackers")
     disable_tqdm: bool = flag(False, "no progress bar")
-    logging_steps: int = flag(500, "optimizer steps between log lines", "[1, inf)")
+    logging_steps: float = flag(
+        500, "optimizer steps between log lines, below 1 a share of all; default: less where that gives no 20 lines",
+        "(0, 1) or [1, inf)",
+    )  # fmt: skip
     logging_first_step: bool = flag(False, "log the first step too")
     log_level: str = flag("info", "least level shown", choices=("debug", "info", "warning", "error", "critical"))
 
@@ -192,9 +195,11 @@ class EvaluationArguments:
     """Evaluation and checkpoints while training"""
 
     eval_strategy: str = flag("no", "when to evaluate", choices=("no", "steps", "epoch"))
-    eval_steps: int | None = flag(None, "optimizer steps; default: --logging_steps", "[1, inf)")
+    eval_steps: float | None = flag(
+        None, "optimizer steps, below 1 a share of all; default: --logging_steps", "(0, 1) or [1, inf)"
+    )
     save_strategy: str = flag("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
-    save_steps: int = flag(500, "optimizer steps", "[1, inf)")
+    save_steps: float = flag(500, "optimizer steps, below 1 a share of all", "(0, 1) or [1, inf)")
     save_total_limit: int | None = flag(None, "checkpoints kept; default: all", "[1, inf)")
     load_best_model_at_end: bool = flag(False, "end with the best checkpoint instead of the last")
     metric_for_best_model: str | None = flag(None, "a metric of the task, or loss; default: its headline")
@@ -255,10 +260,15 @@ class Arguments(
     """All settings of one run, flat: `arguments.learning_rate`.
 
     Building one by hand checks nothing; `command_line.parse` does. `notices` are lines for the user
-    about flags that were renamed or have no effect here.
+    about flags that were renamed or have no effect here, `given` the flags that the user set (None: built by hand).
     """
 
     notices: tuple[str, ...] = ()
+    given: frozenset[str] | None = field(default=None, compare=False)
+
+    def is_default(self, name: str) -> bool:
+        """Whether a flag has its default because the user did not set it."""
+        return self.given is not None and name not in self.given
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from bert_glue.config.values import read_number, read_steps, shown
 from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.tasks import GlueTask, get_task, own_task
 
+STEPS_OR_SHARE = ("logging_steps", "eval_steps", "save_steps")
 _WORK = ("do_train", "do_eval", "do_predict")
 
 
@@ -110,11 +111,21 @@ def _batch(args: Arguments) -> Iterator[Problem]:
 
 
 def _schedule(args: Arguments) -> Iterator[Problem]:
+    for name in STEPS_OR_SHARE:
+        value = getattr(args, name)
+        if value is not None and value > 1 and not float(value).is_integer():
+            yield Problem((name,), f"--{name} {value}: whole from 1 on; below 1 it is a share of all steps")
     if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
         yield Problem(
             ("warmup_steps",),
             f"--warmup_steps {args.warmup_steps}: whole from 1 on; below 1 it is a share of all steps",
         )
+
+
+def _is_multiple(whole: float, part: float) -> bool:
+    """Whether `whole` steps are a multiple of `part` steps, both as numbers or both as shares."""
+    times = whole / part
+    return (whole < 1) == (part < 1) and abs(times - round(times)) < 1e-6 * times and round(times) > 0
 
 
 def _evaluation(args: Arguments) -> Iterator[Problem]:
@@ -131,7 +142,7 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
             ("load_best_model_at_end", "eval_strategy", "save_strategy"),
             f"--load_best_model_at_end needs both strategies to be steps, or both epoch; here {strategies}",
         )
-    elif args.eval_strategy == "steps" and args.save_steps % (args.eval_steps or args.logging_steps):
+    elif args.eval_strategy == "steps" and not _is_multiple(args.save_steps, args.eval_steps or args.logging_steps):
         # The best model must have been evaluated when it was saved.
         yield Problem(
             ("load_best_model_at_end", "save_steps", "eval_steps", "logging_steps"),
@@ -161,6 +172,25 @@ def _metric(args: Arguments) -> Iterator[Problem]:
             ("metric_for_best_model", "task_name"),
             f"--metric_for_best_model: {did_you_mean('metric', given, known)}",
         )
+
+
+def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
+    """Hold metrics that flags name against those that the data has: classes or scores are known once it is read.
+
+    Raises:
+        UsageError: `--metric_for_best_model` or `--expect` names another one.
+    """
+    known = metric_names(task)
+    kind = "scores, a regression" if task.is_regression else f"{task.num_labels} classes"
+    if args.metric_for_best_model and keys.without_eval(args.metric_for_best_model) not in known:
+        raise UsageError(
+            f"--metric_for_best_model {args.metric_for_best_model}: the labels of this data are {kind}; "
+            f"choices: {', '.join(known)}"
+        )
+    try:
+        read_expectations(args.expect, args.task_name, known) if args.expect else None
+    except ValueError as error:
+        raise UsageError(f"--expect: the labels of this data are {kind}: {error}") from None
 
 
 def _expect(args: Arguments) -> Iterator[Problem]:

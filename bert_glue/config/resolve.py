@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import asked
+from bert_glue.config.checks import STEPS_OR_SHARE, asked
 from bert_glue.errors import UsageError
 from bert_glue.tasks import get_task
 
@@ -32,6 +32,9 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
         from bert_glue.config.files import SAMPLE_RECIPE
 
         recipe = {name: value for name, value in SAMPLE_RECIPE.items() if name not in given}
+    steps = {name: getattr(args, name) for name in STEPS_OR_SHARE}
+    whole = {name: int(value) for name, value in steps.items() if value is not None and value >= 1}
+    args = replace(args, given=given, **whole)
     return replace(
         args,
         **recipe,
@@ -72,6 +75,33 @@ def upload_notices(args: Arguments) -> Iterator[str]:
     for name in ("hub_model_id", "hub_token", "hub_private_repo"):
         if getattr(args, name) and not args.push_to_hub:
             yield f"--{name} has no effect without --push_to_hub"
+
+
+_LEAST_LOG_LINES = 20
+
+
+def with_step_counts(args: Arguments, total: int) -> Arguments:
+    """Shares of `--logging_steps`, `--eval_steps` and `--save_steps` as numbers of steps of a run of `total`.
+
+    Without `--logging_steps` a short run logs its loss 20 times too.
+
+    Raises:
+        UsageError: `--load_best_model_at_end` or early stopping would never see an evaluation.
+    """
+    steps = {name: getattr(args, name) for name in STEPS_OR_SHARE}
+    counts = {name: math.ceil(total * value) for name, value in steps.items() if value is not None and value < 1}
+    if args.is_default("logging_steps"):
+        counts["logging_steps"] = min(args.logging_steps, max(1, total // _LEAST_LOG_LINES))
+    args = replace(args, **counts)
+    every = args.eval_steps or args.logging_steps
+    if args.eval_strategy == "steps" and every > total:
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(args, name):
+                raise UsageError(
+                    f"--{name} needs an evaluation, and --eval_steps {every} is beyond the {total} steps of this run: "
+                    "lower it, or give --eval_strategy epoch"
+                )
+    return args
 
 
 # Factor of the learning rate when a step has `share` times the samples it was meant for. Linear: Goyal et al.

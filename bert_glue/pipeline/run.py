@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import metric_names
+from bert_glue.config.checks import check_metric_of_data, metric_names
 from bert_glue.config.expectations import missed, read_expectations
 from bert_glue.config.repeat import check_inputs, check_outcome, read_run
 from bert_glue.config.resolve import for_ranks
@@ -191,7 +191,7 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
     """`expectations` of a finished run, where `--expect` gave some."""
     if args.expect is None:
         return {}
-    bounds = read_expectations(args.expect, args.task_name, metric_names(task if task.is_official else None))
+    bounds = read_expectations(args.expect, args.task_name, metric_names(task))
     return {"expectations": [bound.judge(results) for bound in bounds]}
 
 
@@ -266,6 +266,7 @@ def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
     data = load_task_data(args, _needed(args))
     for line in (f"data: {data.source}", *data.warnings):
         log.line(line)
+    check_metric_of_data(args, data.task)
     if args.do_predict:
         check_predictable(data.task)
     return data

@@ -46,6 +46,7 @@ class ProgressLog:
         self.ends_at_once = True
         self.watch: CollapseWatch | None = None
         self._signalled = 0.0
+        self._last = ""  # loss and rate of the last entry, for the bar
         self._bar: Any = None
         self._task: Any = None
         if watches_signals:
@@ -85,6 +86,8 @@ class ProgressLog:
             self.trackers.log(entry, entry["step"])
             for problem in self.trackers.problems():
                 self.line(f"note: {problem}")
+        if "loss" in entry:
+            self._last = f"loss {entry['loss']:.4f} rate {entry['learning_rate']:.2e}"
         parts = []
         for name, value in entry.items():
             if isinstance(value, float):
@@ -109,14 +112,15 @@ class ProgressLog:
 
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f} epoch {task.fields[epoch]:.2f}"),
+                TextColumn("{task.fields[last]}"),
                 BarColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=total, epoch=epoch)
+            self._task = self._bar.add_task("", total=total, epoch=epoch, last="")
             self._bar.start()
-        self._bar.update(self._task, completed=step, epoch=epoch)
+        self._bar.update(self._task, completed=step, epoch=epoch, last=self._last)
 
     def close(self) -> None:
         """Take the bar down."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
+from bert_glue.config.resolve import with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
 from bert_glue.devices.device import has_slow_products
 from bert_glue.devices.distributed import DistributedContext
@@ -88,6 +89,7 @@ def fine_tune(
     split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
     order = _order(args, split, model, ranks)
     total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
+    args = with_step_counts(args, total)
     optimizer, used = build_optimizer(args, precision.parameter_groups(not is_elementwise(args.optim)))
     _set_rates(optimizer, precision, narrowed)
     optimizer = precision.attach(optimizer)
@@ -115,7 +117,8 @@ def fine_tune(
     _train(run_of)
     log.watch = None
     log.close()
-    if args.load_best_model_at_end and run_of.progress.best_step:
+    _say_if_stopped_early(run_of)
+    if args.load_best_model_at_end:
         _load_best(run_of)
     return run_of
 
@@ -213,8 +216,30 @@ def _resume(run_of: Run) -> None:
     run_of.log.line(f"resumed after step {run_of.progress.step} from {folder}")
 
 
+def _say_if_stopped_early(run_of: Run) -> None:
+    count, patience = run_of.progress.evaluations_without_gain, run_of.args.early_stopping_patience
+    if patience is not None and count >= patience and run_of.progress.step < run_of.total_steps:
+        why = _why_no_value(run_of)
+        run_of.log.line(
+            f"early stopping after step {run_of.progress.step} of {run_of.total_steps}: "
+            f"{count} evaluations without a gain in {run_of.best_key}{f', which is null: {why}' if why else ''}"
+        )
+
+
+def _why_no_value(run_of: Run) -> str:
+    """Why the last evaluation gave no value for the metric that chooses; "" where it gave one."""
+    last = next((entry for entry in reversed(run_of.progress.history) if run_of.best_key in entry), {})
+    return "" if last.get(run_of.best_key) is not None else str(last.get(keys.reason_key(run_of.best_key)))
+
+
 def _load_best(run_of: Run) -> None:
-    """Put the best checkpoint's parameters back into the module."""
+    """Put the best checkpoint's parameters back into the module; say so where there was nothing to choose by."""
+    if not run_of.progress.best_step:
+        run_of.log.line(
+            "note: --load_best_model_at_end chose nothing and the last weights stay: "
+            f"{run_of.best_key} is null, {_why_no_value(run_of)}"
+        )
+        return
     folder = run_of.output_dir / f"checkpoint-{run_of.progress.best_step}"
     resumed = Path(run_of.args.resume_from_checkpoint or "")
     if not folder.exists() and checkpoint.step_of(resumed) >= 0:  # the best was before a resume from elsewhere
