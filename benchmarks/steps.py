@@ -127,7 +127,7 @@ def random_split(args: argparse.Namespace):
     draw = random.Random(0)
     lengths = np.array([draw.randint(low, high) for _ in range(args.rows * args.batches)])
     words = np.random.default_rng(0).integers(5, 8000, lengths.sum()).astype(np.int32)
-    table = TokenTable(words, np.concatenate([[0], np.cumsum(lengths)]), (lengths // 2).astype(np.int32))
+    table = TokenTable(words, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(words), np.int8))
     return TokenSplit("train", table, np.arange(len(lengths)) % 2)
 
 

@@ -54,7 +54,7 @@ def load(name: str) -> LoadedModel:
 
 def input_names(model: LoadedModel) -> list[str]:
     """Inputs of the graph, in order."""
-    has_types = "token_type_ids" in model.module.accepted and model.config.get("type_vocab_size", 0) > 1
+    has_types = "token_type_ids" in model.module.accepted and model.tokenizer.gives_types
     return ["input_ids", "attention_mask", *(["token_type_ids"] if has_types else [])]
 
 
@@ -66,7 +66,7 @@ def example(model: LoadedModel, batch: int, seq_len: int) -> dict[str, torch.Ten
     seq_len = min(seq_len, model.position_limit)
     lengths = torch.tensor([seq_len, *(max(1, seq_len - 3 * row) for row in range(1, batch))])
     mask = (torch.arange(seq_len) < lengths[:, None]).long()
-    pad = model.config.get("pad_token_id") or 0
+    pad = model.pad_id
     ids = torch.randint(0, model.config["vocab_size"], (batch, seq_len), generator=generator)
     ids[ids == pad] = pad + 1
     inputs = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}

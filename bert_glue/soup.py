@@ -48,7 +48,7 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
             raise UsageError(f"{folder} has the same weights as {hashes[weights]}")
         hashes[weights] = folder
         pretrained = {"pre-trained weights (run.json)": _start(folder)}
-        tokenizer = {"tokenizer": TextTokenizer(folder, True, False).fingerprint}
+        tokenizer = {"tokenizer": TextTokenizer(folder, read_config(folder)).fingerprint}
         found[folder] = config | pretrained | tokenizer
     first = folders[0]
     for folder, facts in found.items():
@@ -123,7 +123,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
         save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
         (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_json(into / "soup.json", {"mean_of": made_of})
-        TextTokenizer(folders[0], True, False).save(into)
+        TextTokenizer(folders[0], config).save(into)
         write_description(into, read_description(folders[0]), str(next(iter(tensors.values())).dtype).split(".")[1])
 
     with files.plain_errors(output_dir):

@@ -30,7 +30,7 @@ OPTIONAL_PACKAGES = {
     "peft", "modelscope",  # --lora_rank, --hub
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
 }  # fmt: skip
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "PyYAML", "jinja2": "Jinja2"}
+DISTRIBUTIONS = {"google": "protobuf", "sklearn": "scikit-learn", "yaml": "PyYAML", "jinja2": "Jinja2"}
 
 
 @cache

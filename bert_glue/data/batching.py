@@ -82,7 +82,9 @@ class Collator:
         padding: packed, longest or max_length.
         max_length: tokens a max_length batch is padded to.
         pad_id: token id of padding.
-        uses_types: whether the model takes token types (padded runs only).
+        gives_types: the tokenizer gives token types (padded runs only).
+        pads_left: padding goes before a sequence, not behind it.
+        depends_on_padding: padding changes the model's answers, so that it is scored on batches without any.
         is_rounded: token counts of packed batches, and widths of padded ones, are rounded up to a bucket. A packed
             batch then always ends with filler, so that there is one sequence more than there are samples.
         device: where the tensors go.
@@ -93,8 +95,10 @@ class Collator:
     padding: str
     max_length: int
     pad_id: int
-    uses_types: bool
+    gives_types: bool
     device: torch.device
+    pads_left: bool = False
+    depends_on_padding: bool = False
     is_rounded: bool = False
     row_of_token: np.ndarray | None = None
     shapes: set[int] = field(default_factory=set)
@@ -103,42 +107,41 @@ class Collator:
         """Batch of `rows` (`[samples]` int64), in that order."""
         table = split.table
         begins, ends = table.offsets[rows], table.offsets[rows + 1]
-        ids = [table.ids[b:e] for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
+        tokens = [slice(*border) for border in zip(begins.tolist(), ends.tolist(), strict=True)]
         labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
-        inputs, computed = build(ids, table.second_at[rows])
+        inputs, computed = build([table.ids[one] for one in tokens], [table.types[one] for one in tokens])
         self.shapes.add(computed)
         return Batch(inputs, labels, tuple((ends - begins).tolist()), computed)
 
-    def _packed(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
+    def _packed(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
         lengths = tuple(len(i) for i in ids)
         layout = PackedLayout(lengths, bucket(sum(lengths) + 1) - sum(lengths) if self.is_rounded else 0)
         filler = np.full(layout.tail, self.pad_id, np.int32)
         flat = np.concatenate([*ids, filler])
         if self.row_of_token is not None:
             flat = self.row_of_token[flat]
-        positions = layout.positions
-        starts_second = np.repeat(np.concatenate([second_at, [layout.tail] if layout.tail else []]), layout.all_lengths)
         tensors = {
             "input_ids": flat.astype(np.int64),
-            "token_type_ids": (positions >= starts_second).astype(np.int64),
-            "position_ids": positions,
+            "token_type_ids": np.concatenate([*types, np.zeros(layout.tail, np.int8)]).astype(np.int64),
+            "position_ids": layout.positions,
         }
         inputs = {name: self._move(torch.from_numpy(array)[None]) for name, array in tensors.items()}
         return {**inputs, "layout": layout}, layout.tokens
 
-    def _padded(self, ids: list[np.ndarray], second_at: np.ndarray) -> tuple[dict, int]:
+    def _padded(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
         lengths = np.array([len(i) for i in ids])
         width = self.max_length if self.padding == "max_length" else int(lengths.max())
         if self.is_rounded:
             width = min(bucket(width), self.max_length)
         columns = np.arange(width)[None]
-        mask = columns < lengths[:, None]
+        mask = columns >= width - lengths[:, None] if self.pads_left else columns < lengths[:, None]
         block = np.full((len(ids), width), self.pad_id, np.int64)
         block[mask] = np.concatenate(ids)
         arrays = {"input_ids": block, "attention_mask": mask.astype(np.int64)}
-        if self.uses_types:
-            arrays["token_type_ids"] = (mask & (columns >= second_at[:, None])).astype(np.int64)
+        if self.gives_types:
+            arrays["token_type_ids"] = np.zeros_like(block)
+            arrays["token_type_ids"][mask] = np.concatenate(types)
         return {name: self._move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -212,11 +215,18 @@ def rank_share(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return np.array_split(rows, world_size)[rank]
 
 
-def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """Each sample exactly once over all ranks, longest first, so that batches are of even length."""
+def evaluation_batches(
+    lengths: np.ndarray, batch_size: int, rank: int, world_size: int, is_even: bool = False
+) -> list[np.ndarray]:
+    """Each sample exactly once over all ranks, longest first, so that batches are of similar length.
+
+    Args:
+        is_even: no two lengths in one batch.
+    """
     order = np.argsort(-lengths, kind="stable")
-    starts = range(rank * batch_size, len(order), world_size * batch_size)
-    return (order[start : start + batch_size] for start in starts)
+    groups = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if is_even else [order]
+    batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+    return batches[rank::world_size]
 
 
 def prefetch(batches: Iterable, depth: int = 2) -> Iterator:

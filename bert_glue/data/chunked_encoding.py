@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ _LONG_RUN = re.compile(r"([A-Za-z0-9]{20000})[A-Za-z0-9]+|(\s{20000})\s+")
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of one row and how many of them, from the first on, have token type 0."""
+    """Token ids of one row and the token type of each."""
 
     ids: list[int]
-    first_type: int
+    types: list[int]
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,20 @@ class _Part:
     type_id: int
 
 
-def encode_rows(backend: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
+def encode_rows(
+    backend: Any, columns: Sequence[Sequence[str]], max_length: int, keeps_end: bool = False
+) -> Iterator[list[EncodedRow]]:
     """Chunks of encoded rows, cut to `max_length` tokens as the library cuts: the longest text first.
 
     Args:
         backend: a `tokenizers.Tokenizer`; its truncation is switched off.
         columns: one or two columns of texts, `[rows]` each.
         max_length: tokens of a row, special ones included; more than those.
+        keeps_end: the beginning of a text is cut off, not its end.
     """
+    if keeps_end:
+        yield from _encode_ends(backend, columns, max_length)
+        return
     backend.no_truncation()
     template = _template(backend, len(columns))
     budget = max_length - sum(len(part.ids) for part in template)
@@ -57,6 +64,25 @@ def encode_rows(backend: Any, columns: Sequence[Sequence[str]], max_length: int)
             kept = _cut(backend, [column[first + at] for column in columns], [one[at] for one in encoded], budget)
             rows.append(_assembled(template, kept))
         yield rows
+
+
+def _encode_ends(backend: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
+    """As `encode_rows`, by the library's own cut: a text has to be read to its end."""
+    backend.enable_truncation(max_length, strategy="longest_first", direction="left")
+    for first, last in _chunks(columns, max_length):
+        rows = list(zip(*(column[first:last] for column in columns), strict=True))
+        encoded = backend.encode_batch(rows if len(columns) == 2 else [text for (text,) in rows])
+        yield [EncodedRow(row.ids, row.type_ids) for row in encoded]
+    backend.no_truncation()
+
+
+def encode_in_python(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
+    """As `encode_rows`, by a tokenizer of transformers that has no backend in Rust."""
+    for first, last in _chunks(columns, max_length):
+        texts = (list(column[first:last]) for column in columns)
+        found = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_attention_mask=False)
+        types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
+        yield [EncodedRow(*row) for row in zip(found["input_ids"], types, strict=True)]
 
 
 def _template(backend: Any, texts: int) -> list[_Part]:
@@ -157,17 +183,17 @@ def _count(backend: Any, text: str) -> int:
 
 
 def _assembled(template: list[_Part], kept: list[list[int]]) -> EncodedRow:
-    ids: list[int] = []
-    first_type = 0
+    row = EncodedRow([], [])
     for part in template:
         own = part.ids if part.text is None else kept[part.text]
-        ids.extend(own)
-        first_type += len(own) if part.type_id == 0 else 0
-    return EncodedRow(ids, first_type)
+        row.ids.extend(own)
+        row.types.extend([part.type_id] * len(own))
+    return row
 
 
 def flat_arrays(chunk: list[EncodedRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids end to end `[tokens]` int32, lengths `[rows]` int64 and type-0 counts `[rows]` int32."""
+    """Ids end to end `[tokens]` int32, lengths `[rows]` int64 and token types `[tokens]` int8."""
     lengths = np.fromiter((len(row.ids) for row in chunk), np.int64, len(chunk))
-    ids = np.fromiter((token for row in chunk for token in row.ids), np.int32, int(lengths.sum()))
-    return ids, lengths, np.fromiter((row.first_type for row in chunk), np.int32, len(chunk))
+    tokens = int(lengths.sum())
+    ids = np.fromiter(chain.from_iterable(row.ids for row in chunk), np.int32, tokens)
+    return ids, lengths, np.fromiter(chain.from_iterable(row.types for row in chunk), np.int8, tokens)

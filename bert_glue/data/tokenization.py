@@ -1,31 +1,38 @@
-"""Texts to token ids with the tokenizer that comes with a model, cached by content.
-
-`tokenizer.json` (or BERT's `vocab.txt`) is read by the `tokenizers` library itself; importing
-transformers' tokenizer classes costs seconds and is kept for models that ship neither.
-"""
+"""Texts to token ids with the tokenizer that comes with a model, cached by content."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bert_glue.data.chunked_encoding import encode_rows, flat_arrays
+from bert_glue.data.chunked_encoding import encode_in_python, encode_rows, flat_arrays
 from bert_glue.data.sources import Split
-from bert_glue.errors import MachineError, UsageError, first_line
-from bert_glue.storage.files import check_not_lfs_pointer, file_hash, json_object, write_json
+from bert_glue.data.tokenizer_loading import library_errors, load_tokenizer
+from bert_glue.errors import MachineError, UsageError
+from bert_glue.storage.files import file_hash, json_object, write_json
 
-_FORMAT = "1"
+_FORMAT = "2"
+# Classes of transformers that read any tokenizer.json; its version 4 has other names for them.
+_GENERIC = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "PreTrainedTokenizerFast")
 _MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
-_ARRAYS = ("ids", "offsets", "second_at")
+_ARRAYS = ("ids", "offsets", "types")
+# Beside the files that a tokenizer's class names.
+_SETTINGS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,16 @@ class TokenTable:
     Args:
         ids: `[tokens]` int32, the sequences end to end, special tokens included.
         offsets: `[rows + 1]` int64, where each sequence begins; the last entry is `tokens`.
-        second_at: `[rows]` int32, where within each sequence token type 1 begins.
+        types: `[tokens]` int8, the token type of each; 0 where the tokenizer gives none.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
-    second_at: np.ndarray
+    types: np.ndarray
 
     def __len__(self) -> int:
         """Rows."""
-        return len(self.second_at)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -53,143 +60,132 @@ class TokenTable:
 
 
 class TextTokenizer:
-    """A model's tokenizer.
+    """A model's tokenizer, as transformers reads it from the model's folder.
 
     Args:
         folder: model folder.
-        uses_types: False for families whose token types are all 0.
-
-    `id_limit` is the number of rows of the model's embedding, None where it is not known.
+        config: the model's config.json; None to read it from `folder`.
+        word_rows, type_rows: rows of the model's tables of words and of token types; None where it has none.
     """
 
-    def __init__(self, folder: Path, uses_types: bool = True, trust_remote_code: bool = False):
-        self.folder, self.uses_types = folder, uses_types
-        self.backend = _backend(folder, trust_remote_code)
-        self.backend.no_padding()
-        self.id_limit: int | None = None
-        self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+    def __init__(
+        self,
+        folder: Path,
+        config: dict | None = None,
+        trust_remote_code: bool = False,
+        *,
+        word_rows: int | None = None,
+        type_rows: int | None = None,
+    ):
+        self.folder, self.word_rows, self.type_rows = folder, word_rows, type_rows
+        self.stock, self._chosen = load_tokenizer(folder, config, trust_remote_code)
+        self.backend = self.stock.backend_tokenizer if self.stock.is_fast else None
+        if self.backend is not None:
+            self.backend.no_padding()
+            self.backend.no_truncation()
+        self.input_names = frozenset(self.stock("a"))
+        self.gives_types = "token_type_ids" in self.input_names
+        self.pads_left = self.stock.padding_side == "left"
+        self.fingerprint = hashlib.sha256(self._description().encode()).hexdigest()
+
+    def _description(self) -> str:
+        """All that decides what a text becomes."""
+        rules = f"{self.gives_types}|{self.stock.truncation_side}|"
+        if self.backend is not None:
+            return rules + self.backend.to_str()
+        from transformers import __version__
+
+        hashes = [file_hash(self.folder / name) for name in self._files() if (self.folder / name).is_file()]
+        return f"{rules}{type(self.stock).__name__}|{__version__}|{hashes}|{sorted(self._chosen)}"
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token id of padding; None where the vocabulary has none."""
+        return self.stock.pad_token_id
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the log: what was chosen otherwise than transformers would choose."""
+        if not self._chosen:
+            return []
+        return [
+            f"{self.folder}: no file says whether words are made lower-case, and the vocabulary has capitals: they are "
+            'kept, where transformers would lower-case; "do_lower_case" in tokenizer_config.json decides'
+        ]
+
+    @cached_property
+    def size(self) -> int:
+        """Rows that a word table needs for the ids of this vocabulary."""
+        return max(self.stock.get_vocab().values()) + 1
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's words of token ids; "?" where an id is none."""
+        return [word or "?" for word in self.stock.convert_ids_to_tokens(list(map(int, ids)))]
 
     def encode(self, split: Split, max_length: int) -> TokenTable:
         """Tokenize one split; pairs longer than `max_length` tokens are cut, longest text first.
 
         Raises:
             UsageError: `max_length` holds no more than the special tokens.
+            MachineError: a token id or type is not in the model's tables, or the library fails.
         """
-        if self.backend.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
+        if self.stock.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
             raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
-        with _library_errors(self.folder):
-            chunks = [flat_arrays(rows) for rows in encode_rows(self.backend, split.texts, max_length)]
-        ids, lengths, second = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
-        if not self.uses_types:
-            second = lengths.astype(np.int32)
-        return self.checked(TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), second))
+        if self.backend is None:
+            encoded = encode_in_python(self.stock, split.texts, max_length)
+        else:
+            encoded = encode_rows(self.backend, split.texts, max_length, self.stock.truncation_side == "left")
+        with library_errors(self.folder):
+            chunks = [flat_arrays(rows) for rows in encoded]
+        ids, lengths, types = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
+        if not self.gives_types:
+            types[:] = 0
+        return self.checked(TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), types))
 
     def checked(self, table: TokenTable) -> TokenTable:
-        """The same table, whose ids the model's embedding has.
+        """The same table, whose ids and token types the model's tables have.
 
         Raises:
-            MachineError: an id is beyond `id_limit`.
+            MachineError: one of them is beyond `word_rows` or `type_rows`.
         """
-        largest = int(table.ids.max()) if len(table.ids) else 0
-        if self.id_limit is not None and largest >= self.id_limit:
-            raise MachineError(
-                f"the tokenizer in {self.folder} gives token id {largest}, and the model has {self.id_limit} rows of "
-                "embeddings (vocab_size): they do not belong together"
-            )
+        limits = {"token id": (table.ids, self.word_rows), "token type": (table.types, self.type_rows)}
+        for kind, (found, rows) in limits.items():
+            if rows is not None and found.max(initial=0) >= rows:
+                raise MachineError(
+                    f"the tokenizer in {self.folder} gives {kind} {found.max()}, and the model has {rows} rows of "
+                    "embeddings for it: they do not belong together"
+                )
         return table
 
+    def _files(self) -> list[str]:
+        """Names of the files that a tokenizer of this class is read from."""
+        return sorted({*_SETTINGS, *self.stock.vocab_files_names.values()})
+
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json beside the model's other tokenizer files, copied as they are.
+        """Copy the tokenizer's files as they are, so that transformers makes the same tokenizer of them.
 
-        A folder that came with a bare vocab.txt gets a tokenizer_config.json, from which transformers
-        learns what this class guessed: whether to lower-case.
+        What they do not say is added to tokenizer_config.json: the class, and the choices of `notes`. A folder
+        without tokenizer.json gets one, for programs that read nothing else; but not beside a sentencepiece
+        vocabulary, of which transformers makes another tokenizer than of that file.
         """
-        import shutil
-
-        from tokenizers.models import WordPiece
-
-        for name in (
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "vocab.txt",
-            "vocab.json",
-            "merges.txt",
-        ):
-            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+        names = [name for name in self._files() if (self.folder / name).is_file()]
+        if folder.resolve() != self.folder.resolve():
+            for name in names:
                 shutil.copyfile(self.folder / name, folder / name)
-        settings = folder / "tokenizer_config.json"
-        if not settings.is_file() and isinstance(self.backend.model, WordPiece):
-            lower = bool(getattr(self.backend.normalizer, "lowercase", False))
-            tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-            entries = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower, **tokens}
-            write_json(settings, entries)
-        self.backend.no_truncation()
-        # Not backend.save: on a full disk that raises a bare Exception.
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        found = json_object(path) if path.is_file() else {}
+        settings = {**self._implied(), **found, **self._chosen}
+        if settings != found:
+            write_json(path, settings)
+        if self.backend is not None and not any(name.endswith((".model", "tokenizer.json")) for name in names):
+            # Not backend.save: on a full disk that raises a bare Exception.
+            (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
-
-@contextmanager
-def _library_errors(folder: Path) -> Iterator[None]:
-    """Turn what the Rust library makes of a broken tokenizer, a bare Exception or a panic, into one line."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise MachineError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
-
-
-def _backend(folder: Path, trust_remote_code: bool):
-    """The Rust tokenizer of a model folder."""
-    from tokenizers import BertWordPieceTokenizer, Tokenizer
-
-    for name in ("tokenizer.json", "vocab.txt"):
-        if (folder / name).is_file():
-            check_not_lfs_pointer(folder / name)
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if (folder / "vocab.txt").is_file() and _model_type(folder) in ("bert", "electra", "distilbert"):
-            settings = folder / "tokenizer_config.json"
-            options = json_object(settings) if settings.is_file() else {}
-            # A cased vocabulary without settings is not lower-cased, whatever transformers' default is.
-            lower = options.get("do_lower_case", not _has_case(folder))
-            return BertWordPieceTokenizer(
-                str(folder / "vocab.txt"),
-                lowercase=lower,
-                strip_accents=options.get("strip_accents"),
-                handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-            )._tokenizer
-    except Exception as error:  # the Rust library raises bare Exception
-        raise MachineError(f"the tokenizer in {folder} cannot be read: {error}") from error
-    return _transformers_backend(folder, trust_remote_code)
-
-
-def _model_type(folder: Path) -> str:
-    """Of config.json; a --tokenizer_name folder may have none, and vocab.txt is BERT's format."""
-    path = folder / "config.json"
-    return json_object(path).get("model_type", "") if path.is_file() else "bert"
-
-
-def _has_case(folder: Path) -> bool:
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-    return any(word[:1].isascii() and word[:1].isupper() for word in words)
-
-
-def _transformers_backend(folder: Path, trust_remote_code: bool):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        backend = tokenizer.backend_tokenizer
-    except Exception as error:
-        raise MachineError(
-            f"{folder} has no tokenizer.json and transformers cannot build a fast tokenizer: {error}"
-        ) from error
-    # Without any vocabulary file transformers 5 gives a tokenizer that knows its special tokens only.
-    if backend.get_vocab_size() <= len(tokenizer.all_special_tokens):
-        raise MachineError(f"{folder} has no tokenizer.json, nor a vocabulary to build a tokenizer from")
-    return backend
+    def _implied(self) -> dict[str, Any]:
+        """What transformers took for granted where no file says it."""
+        name, lower = type(self.stock).__name__, getattr(self.stock, "do_lower_case", None)
+        implied = {} if name in _GENERIC else {"tokenizer_class": name}
+        return implied if lower is None else {**implied, "do_lower_case": lower}
 
 
 def cache_folder() -> Path:
@@ -226,9 +222,7 @@ def tokenize(
 
 
 def _key(tokenizer: TextTokenizer, split: Split, max_length: int) -> str:
-    digest = hashlib.sha256(
-        f"{_FORMAT}|{tokenizer.fingerprint}|{tokenizer.uses_types}|{max_length}|{len(split)}".encode()
-    )
+    digest = hashlib.sha256(f"{_FORMAT}|{tokenizer.fingerprint}|{max_length}|{len(split)}".encode())
     for column in split.texts:
         # Lengths first: without them two columns could trade characters and keep the hash.
         digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())

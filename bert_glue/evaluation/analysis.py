@@ -257,7 +257,7 @@ def explain(
                 "row": row,
                 "label": shown[0],
                 "prediction": shown[1],
-                "tokens": [model.tokenizer.backend.id_to_token(i) or "?" for i in ids],
+                "tokens": model.tokenizer.words(ids),
                 "scores": [round(float(score), 5) for score in scores[: len(ids)]],
             }
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,8 +50,10 @@ class Evaluator:
         """
         self.module.eval()
         ranks = self.ranks
-        rows = list(evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size))
-        batches = (self.collate(split, members) for members in rows)
+        is_even = self.collate.depends_on_padding
+        collate = replace(self.collate, padding="longest", is_rounded=False) if is_even else self.collate
+        rows = evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size, is_even)
+        batches = (collate(split, members) for members in rows)
         outputs = []
         with self.precision.autocast():
             for batch in batches if ranks.device.is_host else prefetch(batches):

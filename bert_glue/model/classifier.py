@@ -56,6 +56,7 @@ class LoadedModel:
         adapter: LoRA, which `module` then holds; None without.
         trained: what is trained, for results.
         description: what lies beside its weights, see `description`; of a run that trains, what will.
+        depends_on_padding: padding changes the module's answers.
     """
 
     module: nn.Module
@@ -70,6 +71,7 @@ class LoadedModel:
     adapter: Adapter | None = None
     trained: str = "all"
     description: dict = field(default_factory=dict)
+    depends_on_padding: bool = False
 
     @cached_property
     def frozen_hash(self) -> str:
@@ -90,6 +92,22 @@ class LoadedModel:
         if why_not_packed(self.config) is not None:
             return None
         return FAMILIES[self.config["model_type"]].shape(self.config, len(self.config["id2label"]))
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        config = self.module.shape if self.is_packed else self.module.stock.config
+        return config.pad_token_id or 0
+
+    @property
+    def word_rows(self) -> int | None:
+        """Rows of the table of words; None where there is no such table."""
+        if self.is_packed:
+            return self.module.words.num_embeddings
+        try:
+            return getattr(self.module.stock.get_input_embeddings(), "num_embeddings", None)
+        except (NotImplementedError, AttributeError):
+            return None
 
     @property
     def position_limit(self) -> int:

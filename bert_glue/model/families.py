@@ -24,7 +24,6 @@ class Family:
         outside: our name -> name of weights outside the layers, head included.
         layer: name of layer `{n}` up to and including its dot.
         inside: our name -> name of a layer's weights; `qkv` lists three names.
-        uses_types: True if a pair's second text has token type 1.
         dropout_keys: config.json's names of hidden and attention dropout.
     """
 
@@ -34,7 +33,6 @@ class Family:
     outside: dict[str, str]
     layer: str
     inside: dict[str, str | tuple[str, str, str]]
-    uses_types: bool = True
     dropout_keys: tuple[str, str] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -159,7 +157,6 @@ def _roberta(architecture: str) -> Family:
         outside=_bert_names("roberta", "classifier.dense", "classifier.out_proj"),
         layer="roberta.encoder.layer.{n}.",
         inside=_BERT_LAYER,
-        uses_types=False,
     )
 
 
@@ -193,7 +190,6 @@ FAMILIES: dict[str, Family] = {
         outside=_bert_names("distilbert", "pre_classifier", "classifier"),
         layer="distilbert.transformer.layer.{n}.",
         inside=_DISTILBERT_LAYER,
-        uses_types=False,
         dropout_keys=("dropout", "attention_dropout"),
     ),
     "albert": Family(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
+from bert_glue.data.batching import Collator, TokenSplit
+from bert_glue.data.splits import Split
 from bert_glue.data.tokenization import TextTokenizer
 from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.hub import client
@@ -44,6 +47,11 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
     model = _load(args, task)
     model.description = read_description(model_folder(args.model_name_or_path, args))
+    if model.word_rows is not None and model.tokenizer.size > model.word_rows:
+        raise MachineError(
+            f"the tokenizer in {model.tokenizer.folder} has {model.tokenizer.size} ids, the model's table of words has "
+            f"{model.word_rows} rows: they do not belong together"
+        )
     choose_trained(args, model)
     return model
 
@@ -65,26 +73,66 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
         reason = f"--padding {args.padding}"
     elif reason is not None and args.padding == "packed":
         raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
-    tokenizer = TextTokenizer(tokenizer_folder, family.uses_types if family else True, args.trust_remote_code)
+    tokenizer = _tokenizer(tokenizer_folder, config, args)
     can_pack = why_not_packed(config) is None
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
-    notes, files = guessed_type(config_folder), weight_files(folder, args.allow_pickle_weights)
+    notes, files = guessed_type(config_folder) + tokenizer.notes, weight_files(folder, args.allow_pickle_weights)
     check_size(config, files, config_folder / "config.json")
-    tokenizer.id_limit = config.get("vocab_size")
     packed: PackedClassifier | None = None
     if can_pack:
         packed, fresh, packed_notes = _packed(folder, config, args, stored_labels, task, earlier)
         if reason is None:
             return LoadedModel(packed, tokenizer, config, True, notes=notes + packed_notes, files=files, fresh=fresh)
+    config.setdefault("pad_token_id", tokenizer.pad_id)
     module, stock_fresh, stock_notes = _stock(folder, config, args, stored_labels, task, earlier)
-    if packed is None:
-        notes, fresh = notes + stock_notes, stock_fresh
-    else:
-        notes = notes + packed_notes
+    if module.stock.config.pad_token_id is None and tokenizer.pad_id is not None:
+        config["pad_token_id"] = module.stock.config.pad_token_id = tokenizer.pad_id
+    if packed is not None:
         # A padded run for comparison starts from the packed run's weights, a fresh head included.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
-    return LoadedModel(module, tokenizer, config, False, reason, notes, files, fresh)
+        return LoadedModel(module, tokenizer, config, False, reason, notes + packed_notes, files, fresh)
+    model = LoadedModel(module, tokenizer, config, False, reason, notes + stock_notes, files, stock_fresh)
+    unknown = (tokenizer.input_names & module.accepted) - {"input_ids", "token_type_ids", "attention_mask"}
+    if unknown:
+        raise MachineError(
+            f"the model reads {', '.join(sorted(unknown))} beside the words; such models are not supported"
+        )
+    # Padding that was asked for belongs to the model, as in Hugging Face's run_glue.py.
+    if args.padding != "max_length" and _depends_on_padding(model):
+        model.depends_on_padding = True
+        model.notes.append("padding changes this model's answers: only texts of equal length are scored together")
+    return model
+
+
+def _tokenizer(folder: Path, config: dict, args: Arguments) -> TextTokenizer:
+    """The tokenizer of `folder`; the model's `config` stands in for a config.json that is not there."""
+    own = read_config(folder) if (folder / "config.json").is_file() else config
+    rows = {"word_rows": config.get("vocab_size"), "type_rows": config.get("type_vocab_size") or None}
+    return TextTokenizer(folder, own, args.trust_remote_code, **rows)
+
+
+@torch.no_grad()
+def _depends_on_padding(model: LoadedModel) -> bool:
+    """True if a text's logits change where it is padded: convolutions and Fourier transforms reach into the padding.
+
+    Raises:
+        MachineError: the model cannot run a padded batch.
+    """
+    probe = Split("probe", (["a b c d e f g h", "a b c d e f g h " * 2],), None, "")
+    split = TokenSplit("probe", model.tokenizer.encode(probe, min(40, model.position_limit)), None)
+    device = next(model.module.parameters()).device
+    collate = Collator("longest", 40, model.pad_id, model.tokenizer.gives_types, device, model.tokenizer.pads_left)
+    try:
+        alone, padded = (model.module(**collate(split, rows).inputs)[0] for rows in (np.array([0]), np.array([0, 1])))
+    except Exception as error:  # whatever a model of transformers raises
+        way_out = "--pad_to_max_length gives all of them one length"
+        if model.module.stock.config.pad_token_id is None:
+            way_out = "name a padding token (pad_token) in tokenizer_config.json"
+        why = f"the model cannot run texts of different length in one batch: {first_line(error)}"
+        raise MachineError(f"{why}; {way_out}") from error
+    # Another order of summation changes about 1e-6 of a logit.
+    return bool((alone - padded).abs().max() > 1e-5 * alone.abs().max())
 
 
 def _packed(

@@ -29,7 +29,7 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Pro
     """One training row as the model sees it: texts, tokens and label."""
     texts = [column[0] for column in data.splits[split.name].texts]
     ids = split.table.ids[split.table.offsets[0] : split.table.offsets[1]].tolist()
-    tokens = " ".join(model.tokenizer.backend.id_to_token(i) or "?" for i in ids)
+    tokens = " ".join(model.tokenizer.words(ids))
     label = split.labels[0] if data.task.is_regression else data.task.labels[split.labels[0]]
     log.line(f"example: {' | '.join(texts)}")
     log.line(f"  tokens: {tokens}")

@@ -47,8 +47,10 @@ def build_collator(
     return Collator(
         padding=padding,
         max_length=min(args.max_seq_length, model.position_limit),
-        pad_id=model.config.get("pad_token_id") or 0,
-        uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
+        pad_id=model.pad_id,
+        gives_types=model.tokenizer.gives_types,
+        pads_left=model.tokenizer.pads_left,
+        depends_on_padding=model.depends_on_padding,
         device=ranks.device.torch_device,
         is_rounded=args.torch_compile or args.cuda_graph,
         row_of_token=narrowed.row_of_token if narrowed else None,

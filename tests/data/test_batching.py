@@ -154,7 +154,7 @@ def test_padded_batch(padding, width):
 
 
 def test_padded_batch_without_types_or_labels():
-    batch = _assembler("longest", uses_types=False)(_split(ROWS), np.array([0]))
+    batch = _assembler("longest", gives_types=False)(_split(ROWS), np.array([0]))
     assert set(batch.inputs) == {"input_ids", "attention_mask"} and batch.labels is None
 
 

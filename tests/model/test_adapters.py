@@ -11,7 +11,7 @@ import pytest
 import torch
 from packed_reference import _assert_same_gradients, _backward
 from safetensors.torch import load_file
-from tiny_models import SETTINGS, random_batch, stock_model, write_model
+from tiny_models import SETTINGS, random_batch, stock_model, takes_types, write_model
 from tiny_run import REPOSITORY, arguments, bert_tensors, changed, fit, flags_of, losses, make_model, results_of
 
 from bert_glue.config.arguments import Arguments
@@ -83,7 +83,7 @@ def test_packed_adapters_compute_what_peft_does(peft, tmp_path, model_type, targ
     model = loaded(lora(tmp_path / "base", lora_target_modules=targets))
     assert model.is_packed
     theirs = adapter_of(peft, stock, model, tmp_path / "adapter")
-    uses_types = FAMILIES[model_type].uses_types
+    uses_types = takes_types(model_type)
     packed, padded = random_batch((37, 1, 2, 20, 3, 64), stock.config.vocab_size, uses_types)
     padded = {n: v for n, v in padded.items() if n != "token_type_ids" or uses_types}
     ours, expected = model.module(**packed), theirs(**padded).logits

@@ -19,7 +19,7 @@ from packed_reference import (
     _stock_gradients,
     _stock_logits,
 )
-from tiny_models import SETTINGS, packed_like, random_batch, stock_model, write_model
+from tiny_models import SETTINGS, packed_like, random_batch, stock_model, takes_types, write_model
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import Collator, TokenSplit
@@ -136,7 +136,9 @@ def test_narrowed_embedding_gives_the_same_rows_gradients():
     stock = stock_model("bert")
     module = packed_like(stock)
     packed, padded = random_batch(LENGTH_SETS[0], vocab=60)
-    table = TokenTable(packed["input_ids"][0].numpy().astype(np.int32), np.zeros(1), np.zeros(1))
+    table = TokenTable(
+        packed["input_ids"][0].numpy().astype(np.int32), np.zeros(1), np.zeros(packed["input_ids"].shape[1], np.int8)
+    )
     narrowed = NarrowedEmbedding(module, [TokenSplit("train", table, None)], pad_id=0)
     renumbered = torch.from_numpy(narrowed.row_of_token.astype(np.int64))[packed["input_ids"]]
     logits, expected = module(**{**packed, "input_ids": renumbered}), _stock_logits(stock, padded)
@@ -260,7 +262,7 @@ def test_weights_go_back_into_transformers(model_type, tmp_path):
     loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded).__name__ == FAMILIES[model_type].architecture
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    packed, padded = random_batch((12, 40, 3), pairs=FAMILIES[model_type].uses_types)
+    packed, padded = random_batch((12, 40, 3), pairs=takes_types(model_type))
     torch.testing.assert_close(_stock_logits(loaded.eval(), padded), module(**packed), atol=1e-5, rtol=0)
 
 

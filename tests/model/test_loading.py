@@ -48,8 +48,8 @@ def _logits(model: LoadedModel, padding: str | None = None) -> torch.Tensor:
     collate = Collator(
         padding=padding or ("packed" if model.is_packed else "longest"),
         max_length=48,
-        pad_id=model.config.get("pad_token_id") or 0,
-        uses_types=model.tokenizer.uses_types and model.config.get("type_vocab_size", 0) > 1,
+        pad_id=model.pad_id,
+        gives_types=model.tokenizer.gives_types,
         device=DEVICE,
     )
     batch = collate(TokenSplit("validation", table, None), np.arange(len(PAIR)))

@@ -60,6 +60,11 @@ SETTINGS: dict[str, dict] = {
 }
 
 
+def takes_types(model_type: str) -> bool:
+    """True if the second text of a pair has token type 1."""
+    return model_type != "distilbert" and SETTINGS[model_type].get("type_vocab_size", 2) > 1
+
+
 def stock_model(model_type: str, labels: int = 3, seed: int = 0, **changes) -> nn.Module:
     """transformers' classifier with weights large enough that every part moves the logits."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -117,5 +122,8 @@ def write_model(folder: Path, model_type: str = "bert", labels: int = 2, **chang
     """A complete model folder with a WordPiece vocabulary; returns the model that was saved."""
     stock = stock_model(model_type, labels, **{"vocab_size": len(VOCAB), **changes})
     stock.save_pretrained(folder)
-    write_vocab(folder, do_lower_case=True, tokenizer_class="BertTokenizer")
+    inputs = ["input_ids", "attention_mask"]
+    if getattr(stock.config, "type_vocab_size", 0) > 1:
+        inputs.append("token_type_ids")
+    write_vocab(folder, do_lower_case=True, tokenizer_class="BertTokenizer", model_input_names=inputs)
     return stock

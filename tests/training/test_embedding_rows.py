@@ -18,7 +18,9 @@ class _Words(nn.Module):
 
 
 def _splits(*ids) -> list[TokenSplit]:
-    return [TokenSplit("x", TokenTable(np.array(i, np.int32), np.array([0]), np.array([0])), None) for i in ids]
+    return [
+        TokenSplit("x", TokenTable(np.array(i, np.int32), np.array([0]), np.zeros(len(i), np.int8)), None) for i in ids
+    ]
 
 
 def test_keeps_the_rows_of_all_splits_and_padding():

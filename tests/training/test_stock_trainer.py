@@ -34,8 +34,8 @@ class _InOrder(torch.utils.data.Sampler):
 def _rows(run) -> list[dict]:
     table, rows = run.split.table, []
     for at in range(len(table)):
-        ids = table.ids[table.offsets[at] : table.offsets[at + 1]].tolist()
-        types = [int(i >= table.second_at[at]) for i in range(len(ids))]
+        tokens = slice(table.offsets[at], table.offsets[at + 1])
+        ids, types = table.ids[tokens].tolist(), table.types[tokens].tolist()
         rows.append({"input_ids": ids, "token_type_ids": types, "labels": int(run.split.labels[at])})
     return rows
 

@@ -1,0 +1,94 @@
+"""The tokenizer of a model folder: transformers' AutoTokenizer decides what a text becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bert_glue.errors import MachineError, UserError, first_line
+from bert_glue.storage.files import check_not_lfs_pointer, json_object
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
+
+
+def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer of transformers, and the settings that no file of the folder holds and that were chosen here.
+
+    Args:
+        config: of the model, which names the tokenizer's class where the folder does not; None to read the folder's.
+
+    Raises:
+        MachineError: no vocabulary, a damaged one, or a package for it is missing.
+    """
+    for pattern in _VOCABULARIES:
+        for file in folder.glob(pattern):
+            check_not_lfs_pointer(file)
+    tokenizer = _auto_tokenizer(folder, config, trust_remote_code, {})
+    # Without any vocabulary file transformers 5 gives a tokenizer that knows its special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise MachineError(f"{folder} has no tokenizer.json, nor a vocabulary to build a tokenizer from")
+    # transformers lower-cases where nothing is said, which makes unknown words of a cased vocabulary's names.
+    with library_errors(folder):
+        is_said = _says_lower_case(folder)
+    if _lower_cases(tokenizer) and not is_said and _is_cased(tokenizer):
+        chosen = {"do_lower_case": False}
+        return _auto_tokenizer(folder, config, trust_remote_code, chosen), chosen
+    return tokenizer, {}
+
+
+def _auto_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+
+    with library_errors(folder):
+        if config is not None and config.get("model_type") in CONFIG_MAPPING:
+            settings = {**settings, "config": AutoConfig.for_model(**config)}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)
+        tokenizer("\N{SNOWMAN}")  # a vocabulary without a word for unknown ones fails at the first such text
+    return tokenizer
+
+
+@contextmanager
+def library_errors(folder: Path) -> Iterator[None]:
+    """Turn what the libraries make of a broken tokenizer, any Exception or a panic of Rust, into one line."""
+    try:
+        yield
+    except BaseException as error:
+        is_theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_theirs or isinstance(error, UserError | MemoryError):
+            raise
+        raise MachineError(f"the tokenizer in {folder} cannot be used: {_cause(folder, error)}") from error
+
+
+def _cause(folder: Path, error: BaseException) -> str:
+    """Why a tokenizer could not be made; transformers advises another package where a sentencepiece file is bad."""
+    for file in sorted(folder.glob("*.model")):
+        try:
+            import google.protobuf  # noqa: F401
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as missing:
+            return f"{file.name} needs the package {missing.name} (pip install sentencepiece protobuf)"
+        try:
+            SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError):
+            return f"{file.name} is not a sentencepiece vocabulary"
+    return first_line(error)
+
+
+def _lower_cases(tokenizer: Any) -> bool:
+    """True for a BERT tokenizer that makes words lower-case."""
+    return tokenizer.is_fast and bool(getattr(tokenizer.backend_tokenizer.normalizer, "lowercase", False))
+
+
+def _says_lower_case(folder: Path) -> bool:
+    """True if a file says that words are made lower-case, or tokenizer_config.json that they are or are not."""
+    paths = (folder / "tokenizer_config.json", folder / "tokenizer.json")
+    settings, whole = (json_object(path) if path.is_file() else {} for path in paths)
+    normalizer = whole.get("normalizer") or {}
+    return "do_lower_case" in settings or bool(normalizer.get("lowercase"))
+
+
+def _is_cased(tokenizer: Any) -> bool:
+    """True if the vocabulary has words, not only letters, that begin with a capital."""
+    return any(len(word) > 1 and word[0].isascii() and word[0].isupper() for word in tokenizer.get_vocab())
