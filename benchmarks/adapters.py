@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.throughput import write_model  # noqa: E402
+from benchmarks.common import write_model  # noqa: E402
 
 MODES = {
     "all": {},

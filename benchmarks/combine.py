@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import append, cell, finish, read_rows, scores  # noqa: E402
+from benchmarks.common import append, cell, finish, read_rows, scores  # noqa: E402
+from bert_glue.result_keys import TRAIN_STEPS  # noqa: E402
+from bert_glue.storage.files import read_results  # noqa: E402
 
 
 def soup(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, float | None]:
@@ -58,12 +60,12 @@ def ensemble(task: str, runs: list[str], data_path: str, folder: Path) -> dict[s
 
 def measure(runs: list[str], data_path: str) -> dict:
     """One line of the rows file."""
-    kept = [json.loads((Path(run) / "all_results.json").read_text(encoding="utf-8")) for run in runs]
+    kept = [read_results(Path(run)) for run in runs]
     [task] = {results["task_name"] for results in kept}
     alone = [scores(task, "ours", Path(run)) for run in runs]
     with tempfile.TemporaryDirectory() as name:
         together = {make.__name__: make(task, runs, data_path, Path(name)) for make in (soup, ensemble)}
-    steps = kept[0]["train_steps"]
+    steps = kept[0][TRAIN_STEPS]
     return {"task": task, "steps": steps, "runs": len(runs), "alone": alone, **together}
 
 

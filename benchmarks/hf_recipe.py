@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 # `python benchmarks/hf_recipe.py` puts benchmarks/ on the import path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Devlin et al. 2019, section 3; transformers' BertConfig is bert-base.
-_LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
-MODEL_SHAPES = {"bert-base": {}, "bert-large": _LARGE}
+from benchmarks.common import MODEL_SHAPES  # noqa: E402
+
 # train_steps (-1: off) goes before epochs; the first skip_steps steps, at least one, count in no rate.
 NUMBERS = {
     "max_seq_length": 128, "train_steps": -1, "epochs": 3.0, "batch_size": 32, "learning_rate": 5e-5,

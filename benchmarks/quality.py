@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import math
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import by_seed, cell, difference, finish, measure_missing, read_rows, scores  # noqa: E402
 
 # task -> optimizer steps of one run at batch 32, and the dev rows scored (None: all). About 20 to 40
 # processor minutes a seed for all six and both runs with MiniLM.
@@ -71,39 +67,6 @@ def command(args: argparse.Namespace, task: str, run: str, seed: int, out: Path)
     ]  # fmt: skip
 
 
-def scores(task: str, run: str, out: Path) -> dict[str, float | None]:
-    """Validation scores of a finished run by our names, such as f1 or accuracy_mm."""
-    from bert_glue.tasks import TASKS
-
-    row, found = TASKS[task], {}
-    theirs = json.loads((out / "hf.json").read_text(encoding="utf-8"))["evaluation"] if run == "hf" else {}
-    ours = {} if run == "hf" else json.loads((out / "all_results.json").read_text(encoding="utf-8"))
-    for split, suffix, _ in row.evaluation:
-        for metric in row.metrics:
-            key = metric + suffix
-            found[key] = theirs[split]["metrics"][metric] if run == "hf" else ours[f"eval_{key}"]
-    return found
-
-
-def finish(asked: list[str], threads: int) -> None:
-    """Runs a command to its end, offline.
-
-    Raises:
-        SystemExit: it failed; its words are shown.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(asked)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-
-
-def append(file: Path, row: dict) -> None:
-    """One more line, in the file and on the screen."""
-    with file.open("a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
-
-
 def measure(args: argparse.Namespace, task: str, run: str, seed: int) -> dict:
     """One line of the rows file."""
     began = time.time()
@@ -114,37 +77,6 @@ def measure(args: argparse.Namespace, task: str, run: str, seed: int) -> dict:
     steps, rows = PLAN[task]
     how = {"learning_rate": args.learning_rate, "warmup_steps": args.warmup_steps, "steps": steps, "eval_rows": rows}
     return {"task": task, "run": run, "seed": seed, **how, "seconds": round(time.time() - began, 1), "scores": found}
-
-
-def read_rows(file: Path) -> list[dict]:
-    """Lines measured so far."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
-def by_seed(rows: list[dict], task: str, run: str, metric: str) -> dict[int, float]:
-    """Seed -> score of one run; 0 where the metric has no value."""
-    return {r["seed"]: r["scores"][metric] or 0.0 for r in rows if (r["task"], r["run"]) == (task, run)}
-
-
-def measure_missing(
-    file: Path, seeds: int, tasks: Iterable[str], runs: Iterable[str], measure: Callable[[str, str, int], dict]
-) -> None:
-    """One line more in `file` for each (task, run, seed) that it does not have yet."""
-    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(file)}
-    for seed, task, run in itertools.product(range(1, seeds + 1), tasks, runs):
-        if (task, run, seed) not in have:
-            append(file, measure(task, run, seed))
-
-
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """Mean difference over common seeds with its 95 % interval, in points."""
-    from scipy.stats import t
-
-    pairs = [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.1f} (one seed)" if pairs else "-"
-    half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
 
 
 def table(rows: list[dict]) -> str:
@@ -189,14 +121,6 @@ def technique_table(rows: list[dict]) -> str:
                 cells = " | ".join(cell([found[seed] for seed in seeds]) for found in (plain, tried))
                 lines.append(f"| {task} | {metric} | {run} | {len(seeds)} | {cells} | {difference(tried, plain)} |")
     return "\n".join(lines)
-
-
-def cell(values: list[float]) -> str:
-    """Mean and deviation x100 of scores; a dash where there are none."""
-    if not values:
-        return "-"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
 def main() -> int:

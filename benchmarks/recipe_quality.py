@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import by_seed, cell, difference, finish, measure_missing, read_rows, scores  # noqa: E402
+from benchmarks.common import by_seed, cell, difference, finish, measure_missing, read_rows, scores  # noqa: E402
 
 BEST_EPOCH = ("--eval_strategy", "epoch", "--save_strategy", "epoch", "--save_total_limit", "1")
 RUNS = {

@@ -27,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bert_glue import result_keys as keys  # noqa: E402
+from bert_glue.storage.files import read_results  # noqa: E402
+
 SETUPS = {"1 rank, 1 thread": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 1)}
 # Figures of others for bert-large-cased, Ascend NPU, batch 32 a device, sequences of 128 (QQP): samples/s.
 PUBLISHED_1, PUBLISHED_8 = 207.756, 1511.692
@@ -73,7 +76,7 @@ def run(model: Path, output: Path, ranks: int, threads: int, steps: int) -> dict
         [*launch, str(ROOT / "run_glue.py"), "--sample", "--do_train", *words],
         check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
-    return json.loads((output / "all_results.json").read_text())
+    return read_results(output)
 
 
 def all_reduce_seconds(rank: int, port: int, elements: int, queue) -> None:
@@ -117,12 +120,12 @@ def measure(steps: int, rounds: int) -> dict:
         for number in range(rounds):
             for name, (ranks, threads) in SETUPS.items():
                 results = run(model, Path(folder) / f"out {number} {name}", ranks, threads, steps)
-                found[name].append(results["train_step_ms_median"])
+                found[name].append(results[keys.step_milliseconds_key("median")])
                 print(f"{name}: {found[name][-1]:.1f} ms a step, {results['device_name']}", flush=True)
     return {
         "step_ms": found,
-        "gradient_bytes": results["train_gradient_bytes"],
-        "all_reduce_ms": 1000 * measured_all_reduce(results["train_gradient_bytes"] // 4),
+        "gradient_bytes": results[keys.TRAIN_GRADIENT_BYTES],
+        "all_reduce_ms": 1000 * measured_all_reduce(results[keys.TRAIN_GRADIENT_BYTES] // 4),
         "cores": os.cpu_count(),
         "steps": steps,
     }

@@ -25,7 +25,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.throughput import write_model  # noqa: E402
+from benchmarks.common import write_model  # noqa: E402
 
 _WARM = 4  # passes of each batch before the clock runs: one more than a recording waits for
 _LONGEST = 128

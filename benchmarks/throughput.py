@@ -28,6 +28,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import write_model  # noqa: E402
+from bert_glue import result_keys as keys  # noqa: E402
+from bert_glue.storage.files import read_results  # noqa: E402
+
 SKIP = 2
 RUNS = ("ours", "hf_default", "hf_best")
 SENTENCES_LIKE = {"sst2-like": ("sst2", "mnli")}  # name -> (task it is run as, task whose second texts it takes)
@@ -43,7 +48,7 @@ def write_rows(folder: Path, task_name: str, data_path: str, rows: int) -> tuple
     run_as, source = SENTENCES_LIKE.get(task_name, (task_name, task_name))
     data = load_task_data(Arguments(task_name=source, data_path=data_path), frozenset({"train", "evaluation"}))
     labels = data.task.labels
-    for split in ("train", data.task.evaluation[0][0]):
+    for split in ("train", data.task.evaluation[0].name):
         found = data.splits[split]
         order = np.random.default_rng(0).permutation(len(found)).tolist()
         if run_as != source:
@@ -59,28 +64,6 @@ def write_rows(folder: Path, task_name: str, data_path: str, rows: int) -> tuple
         file.parent.mkdir(parents=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return run_as, folder
-
-
-def write_model(folder: Path, shape: str, vocab: Path | None = None) -> str:
-    """A model folder of a published shape with random weights; without a vocabulary file, one of 7,995 numbers."""
-    import shutil
-
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from benchmarks.hf_recipe import MODEL_SHAPES
-
-    torch.manual_seed(0)
-    if vocab is None:
-        vocab = folder / "numbers"
-        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]) + "\n")
-    words = len(vocab.read_text(encoding="utf-8").splitlines())
-    # Without a head: tasks have one, two or three labels.
-    BertModel(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)
-    shutil.copy(vocab, folder / "vocab.txt")
-    settings = {"do_lower_case": "uncased" in vocab.name, "tokenizer_class": "BertTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return str(folder)
 
 
 def command(run: str, args: argparse.Namespace, task: str, data: Path, out: Path, scores: bool) -> list[str]:
@@ -112,15 +95,15 @@ def measure(run: str, args: argparse.Namespace, task: str, data: Path, scores: b
         if done.returncode:
             raise SystemExit(f"{run} on {task} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         if run == "ours":
-            r = json.loads((out / "all_results.json").read_text(encoding="utf-8"))
+            r = read_results(out)
             return {
-                "real_tokens_per_second": r["train_real_tokens_per_second"],
-                "seconds_to_first_step": r["seconds_to_first_step"],
-                "seconds_to_end": r["e2e_runtime"],
-                "peak_bytes": r["peak_memory_bytes"],
-                "eval_tokens_per_second": r.get("eval_real_tokens_per_second"),
-                "share_of_gemm": r["train_share_of_gemm"],
-                "padding_percent": r["train_padding_percent"],
+                "real_tokens_per_second": r[keys.TRAIN_REAL_TOKENS_PER_SECOND],
+                "seconds_to_first_step": r[keys.SECONDS_TO_FIRST_STEP],
+                "seconds_to_end": r[keys.E2E_RUNTIME],
+                "peak_bytes": r[keys.PEAK_MEMORY_BYTES],
+                "eval_tokens_per_second": r.get(keys.evaluation_key(keys.REAL_TOKENS_PER_SECOND)),
+                "share_of_gemm": r[keys.TRAIN_SHARE_OF_GEMM],
+                "padding_percent": r[keys.TRAIN_PADDING_PERCENT],
             }
         r = json.loads((out / "hf.json").read_text(encoding="utf-8"))
         scored = next(iter(r["evaluation"].values()), None)

@@ -12,7 +12,7 @@ from fake_cuda_graph import Tape, batched_kernel
 from scipy import stats
 from tiny_models import write_model
 
-from benchmarks import adapters, combine, hf_recipe, quality, recipe_quality, steps, throughput
+from benchmarks import adapters, combine, common, hf_recipe, quality, recipe_quality, steps, throughput
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import load_task_data
 from bert_glue.devices.device import Device
@@ -67,17 +67,17 @@ def test_the_interval_is_students_over_common_seeds():
     ours, theirs = {1: 0.80, 2: 0.84, 3: 0.82, 9: 0.1}, {1: 0.81, 2: 0.82, 3: 0.80}
     differences = [-1.0, 2.0, 2.0]
     low, high = stats.t.interval(0.95, 2, statistics.mean(differences), stats.sem(differences))
-    assert quality.difference(ours, theirs) == f"+1.0 ± {(high - low) / 2:.1f}"
-    assert quality.difference({1: 0.5}, {1: 0.4}) == "+10.0 (one seed)"
-    assert quality.difference({1: 0.5}, {}) == "-"
+    assert common.difference(ours, theirs) == f"+1.0 ± {(high - low) / 2:.1f}"
+    assert common.difference({1: 0.5}, {1: 0.4}) == "+10.0 (one seed)"
+    assert common.difference({1: 0.5}, {}) == "-"
 
 
 def test_the_quality_table_and_the_rows_already_there(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert quality.read_rows(file) == []
+    assert common.read_rows(file) == []
     rows = [_row("ours", 1, 0.80), _row("ours", 2, 0.90), _row("hf", 1, 0.80), _row("hf", 2, 0.80)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = quality.table(quality.read_rows(file)).splitlines()[-1]
+    line = quality.table(common.read_rows(file)).splitlines()[-1]
     assert line.startswith("| mrpc | 115 | f1 | 2 | 85.0 ± 7.1 | 80.0 ± 0.0 | +5.0 ± 63.5 | - | - |")
 
 
@@ -118,7 +118,7 @@ def test_runs_put_together_are_scored_as_a_user_would(tmp_path):
     asked += ["--data_path", str(tmp_path / "glue"), "--learning_rate", "1e-2", "--max_steps", "40", "--use_cpu"]
     runs = [str(tmp_path / f"run{seed}") for seed in (1, 2)]
     for seed, run in enumerate(runs):
-        quality.finish([sys.executable, "run_glue.py", *asked, "--seed", str(seed), "--output_dir", run], 1)
+        common.finish([sys.executable, "run_glue.py", *asked, "--seed", str(seed), "--output_dir", run], 1)
     row = combine.measure(runs, str(tmp_path / "glue"))
     assert (row["task"], row["runs"], row["steps"]) == ("mrpc", 2, 40)
     assert all(set(found) == {"accuracy", "f1"} for found in (*row["alone"], row["soup"], row["ensemble"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import combine, quality, recipe_quality, scaling, throughput
+from benchmarks import combine, common, quality, recipe_quality, scaling, throughput
 from bert_glue.__main__ import COMMANDS
 from bert_glue.config.arguments import FLAGS
 from tools import make_measurements, make_migration, make_tree
@@ -38,15 +38,15 @@ def test_the_tables_of_recipes_and_techniques_are_what_the_rows_hold():
         ("recipes", recipe_quality.table),
         ("combinations", combine.table),
     )
-    rows = {name: quality.read_rows(ROOT / "benchmarks" / "results" / f"{name}.jsonl") for name, _ in tables}
+    rows = {name: common.read_rows(ROOT / "benchmarks" / "results" / f"{name}.jsonl") for name, _ in tables}
     assert not [name for name, table in tables if table(rows[name]) not in page]
-    plain = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    plain = common.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
     of_plain = [row for row in rows["techniques"] if row["run"] == "ours"]
     assert of_plain and all(row in plain for row in of_plain)
 
 
 def test_the_scores_in_the_readmes_are_those_of_the_rows():
-    rows = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    rows = common.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
     for name in ("README.md", "README.zh-CN.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not [line for line in quality.table(rows).splitlines()[2:] if line not in text]

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import quality, throughput  # noqa: E402
+from benchmarks import common, quality, throughput  # noqa: E402
 
 MEASURED = ROOT / "benchmarks" / "results"
 
@@ -31,7 +31,7 @@ def _published() -> str:
 
 def results_page() -> str:
     """docs/results.md."""
-    rows = quality.read_rows(MEASURED / "quality.jsonl")
+    rows = common.read_rows(MEASURED / "quality.jsonl")
     pairs, higher, lower = quality.pairs(rows)
     return f"""# Results
 

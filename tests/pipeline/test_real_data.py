@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from real_data import DATA, MODEL, ROOT
 
-from benchmarks import quality
+from benchmarks import common, quality
 
 # task -> metric; steps, rate and evaluated rows are those of benchmarks/quality.py, whose measured rows give the bound.
 TASKS = {
@@ -30,7 +30,7 @@ TASKS = {
 
 def _stock_scores(task: str, metric: str) -> list[float]:
     """What the stock Trainer reached on this task at these settings, a value a seed (an undefined correlation is 0)."""
-    rows = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
+    rows = common.read_rows(ROOT / "benchmarks" / "results" / "quality.jsonl")
     return [row["scores"][metric] or 0.0 for row in rows if (row["task"], row["run"]) == (task, "hf")]
 
 

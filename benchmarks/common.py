@@ -1,0 +1,116 @@
+"""What several benchmarks share: models of random weights, processes run to their end, and files of measured rows.
+
+A file of rows has one JSON object a line; an interrupted measurement goes on with the rows that are missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bert_glue.result_keys import evaluation_key, without_eval  # noqa: E402
+from bert_glue.storage.files import read_results  # noqa: E402
+from bert_glue.tasks import TASKS  # noqa: E402
+
+# Devlin et al. 2019, section 3; transformers' BertConfig is bert-base.
+_LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+MODEL_SHAPES = {"bert-base": {}, "bert-large": _LARGE}
+
+
+def write_model(folder: Path, shape: str, vocab: Path | None = None) -> str:
+    """A model folder of a published shape with random weights; without a vocabulary file, one of 7,995 numbers."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    if vocab is None:
+        vocab = folder / "numbers"
+        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(7995))]) + "\n")
+    words = len(vocab.read_text(encoding="utf-8").splitlines())
+    # Without a head: tasks have one, two or three labels.
+    BertModel(BertConfig(vocab_size=words, **MODEL_SHAPES[shape])).save_pretrained(folder)
+    shutil.copy(vocab, folder / "vocab.txt")
+    settings = {"do_lower_case": "uncased" in vocab.name, "tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+def finish(asked: list[str], threads: int) -> None:
+    """Runs a command to its end, offline.
+
+    Raises:
+        SystemExit: it failed; its words are shown.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(asked)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def scores(task: str, run: str, out: Path) -> dict[str, float | None]:
+    """Validation scores of a finished run by our names, such as f1 or accuracy_mm."""
+    row, found = TASKS[task], {}
+    theirs = json.loads((out / "hf.json").read_text(encoding="utf-8"))["evaluation"] if run == "hf" else {}
+    ours = {} if run == "hf" else read_results(out)
+    for split in row.evaluation:
+        for metric in row.metrics:
+            key = evaluation_key(metric, split.key_suffix)
+            found[without_eval(key)] = theirs[split.name]["metrics"][metric] if run == "hf" else ours[key]
+    return found
+
+
+def read_rows(file: Path) -> list[dict]:
+    """Lines measured so far."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def append(file: Path, row: dict) -> None:
+    """One more line, in the file and on the screen."""
+    with file.open("a", encoding="utf-8") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def measure_missing(
+    file: Path, seeds: int, tasks: Iterable[str], runs: Iterable[str], measure: Callable[[str, str, int], dict]
+) -> None:
+    """One line more in `file` for each (task, run, seed) that it does not have yet."""
+    have = {(row["task"], row["run"], row["seed"]) for row in read_rows(file)}
+    for seed, task, run in itertools.product(range(1, seeds + 1), tasks, runs):
+        if (task, run, seed) not in have:
+            append(file, measure(task, run, seed))
+
+
+def by_seed(rows: list[dict], task: str, run: str, metric: str) -> dict[int, float]:
+    """Seed -> score of one run; 0 where the metric has no value."""
+    return {r["seed"]: r["scores"][metric] or 0.0 for r in rows if (r["task"], r["run"]) == (task, run)}
+
+
+def cell(values: list[float]) -> str:
+    """Mean and deviation x100 of scores; a dash where there are none."""
+    if not values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean difference over common seeds with its 95 % interval, in points."""
+    from scipy.stats import t
+
+    pairs = [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.1f} (one seed)" if pairs else "-"
+    half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
