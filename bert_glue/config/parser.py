@@ -301,7 +301,7 @@ _LEFT = 34  # columns; a longer flag gets a line of its own
 _INTRODUCTION = """\
 Fine-tune, evaluate and predict GLUE tasks with BERT-family encoders.
 
-usage: python run_glue.py [config.json|config.yaml] [--flag value | --flag=value | --no_flag] ...
+usage: python run_glue.py [settings.json|settings.yaml] [--flag value | --flag=value | --no_flag] ...
 
 A config file holds flags as keys; flags after it override it. `none` leaves a flag open.
 """
