@@ -124,7 +124,7 @@ def test_a_killed_run_of_a_part_goes_on_to_the_same_bits(server, tmp_path, repor
 
 @pytest.mark.parametrize(
     ("ranks", "trials"),
-    [(2, 2), pytest.param(2, 20, marks=pytest.mark.slow), pytest.param(8, 20, marks=pytest.mark.slow)],
+    [(2, 2), pytest.param(2, 50, marks=pytest.mark.slow), pytest.param(8, 20, marks=pytest.mark.slow)],
 )
 def test_killed_ranks_go_on_to_the_same_bits(server, tmp_path, report, ranks, trials):
     """One rank is killed, or the one that writes inside a save, then the others, as a launcher does."""
