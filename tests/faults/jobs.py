@@ -44,7 +44,7 @@ class Server:
 
     def __init__(self) -> None:
         here = Path(__file__).parent
-        paths = [str(tiny_run.REPOSITORY), str(here.parent)]
+        paths = [str(tiny_run.REPOSITORY), str(here.parent / "support")]
         self._process = subprocess.Popen(
             [sys.executable, str(here / "job_server.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
