@@ -164,12 +164,12 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   shift
   mkfifo "$SCRATCH/out" "$SCRATCH/err"
   # The loggers outlive every signal, so that the last words of the command are not lost.
-  (trap '' INT TERM HUP && exec tee -a "$log" <"$SCRATCH/out") &
+  (trap '' INT TERM HUP QUIT USR1 && exec tee -a "$log" <"$SCRATCH/out") &
   loggers+=($!)
-  (trap '' INT TERM HUP && exec tee -a "$log" <"$SCRATCH/err" >&2) &
+  (trap '' INT TERM HUP QUIT USR1 && exec tee -a "$log" <"$SCRATCH/err" >&2) &
   loggers+=($!)
   trap 'SIGNALLED=2; kill -INT "$child" 2>/dev/null || true' INT
-  trap 'SIGNALLED=15; kill -TERM "$child" 2>/dev/null || true' TERM HUP
+  trap 'SIGNALLED=15; kill -TERM "$child" 2>/dev/null || true' TERM HUP QUIT USR1 # Slurm warns with USR1
   # A process group of its own (set -m): else bash starts background commands with SIGINT ignored.
   set -m
   "$@" >"$SCRATCH/out" 2>"$SCRATCH/err" &
@@ -178,7 +178,7 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   # `wait` returns early for a trapped signal, so the command's own status may only come from the last one.
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
   wait "$child" || status=$?
-  trap - INT TERM HUP
+  trap - INT TERM HUP QUIT USR1
   kill -KILL -- "-$child" 2>/dev/null || true # whatever it left behind would hold the log open
   wait "${loggers[@]}" || true
   if ((status == 0 && SIGNALLED)); then status=$((128 + SIGNALLED)); fi

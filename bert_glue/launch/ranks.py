@@ -125,7 +125,7 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
             note["is_cleared"] = child.poll() is None
             child.terminate()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
             signal.signal(number, pass_on)
         code = child.wait()
         kill_group(child.pid)  # what the rank left behind

@@ -65,6 +65,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         MachineError: the file is damaged.
     """
+    if (folder / "run.json").is_file():  # damaged, it says so of the whole folder, read or not
+        _read(folder / "run.json")
     if (folder / FILE).is_file():
         return _checked(folder / FILE, _read(folder / FILE))
     # Earlier versions wrote it into a run's results alone, where a checkpoint's are those of the folder above.
