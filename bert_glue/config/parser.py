@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shutil
@@ -17,11 +16,10 @@ from bert_glue.config.checks import find_problems
 from bert_glue.config.files import CONFIG_SUFFIXES, Entry, read_config, recipe_file, value_text, without_effect_of
 from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
 from bert_glue.config.resolve import resolve
+from bert_glue.config.suggestions import suggested_flag
 from bert_glue.config.values import flag_value, shown
 from bert_glue.errors import UsageError
 from bert_glue.tasks import TASKS
-
-_OWN_SWITCHES = ("help", "print_config", "version")
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -123,11 +121,9 @@ def _word_limits(found: Flag | Legacy, is_negated: bool) -> tuple[int, int]:
 
 def _unknown(origin: str, name: str) -> tuple[str, str]:
     """The problem of an unknown flag, and the flag that was probably meant ("" if none)."""
-    names = [*FLAGS, *(old for old, legacy in LEGACY_FLAGS.items() if not legacy.refused), *_OWN_SWITCHES]
-    longer = [known for known in names if len(name) > 2 and known.startswith(name)]
-    nearest = (longer if len(longer) == 1 else difflib.get_close_matches(name[:80], names, n=1)) or [""]
-    hint = f"Did you mean --{nearest[0]}?" if nearest[0] else "--help lists all flags."
-    return f"{origin}: unknown flag. {hint}", nearest[0]
+    meant = suggested_flag(name)
+    hint = f"Did you mean --{meant}?" if meant else "--help lists all flags."
+    return f"{origin}: unknown flag. {hint}", meant
 
 
 def _stray(word: str, origin: str = "") -> str:

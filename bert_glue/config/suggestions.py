@@ -1,0 +1,189 @@
+"""The flag that an unknown name means: by a table of other tools' names, by its beginning, or by a slip of the keys.
+
+A suggestion means what was typed, or there is none: likeness of letters alone proposed `--save_only_model` for
+`--use_lazy_mode`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from itertools import zip_longest
+
+from bert_glue.config.arguments import FLAGS
+from bert_glue.config.legacy import LEGACY_FLAGS
+
+OWN_SWITCHES = ("help", "print_config", "version")
+
+# Flag here -> what other tools and older scripts call the same thing.
+_MEANINGS = {
+    "model_name_or_path": "model model_name model_path model_id model_dir base_model bert_model pretrained_model"
+    " pretrained_model_name pretrained_model_path pretrained_model_name_or_path init_checkpoint encoder",
+    "config_name": "model_config config_path bert_config_file",
+    "tokenizer_name": "tokenizer tokenizer_path tokenizer_dir tokenizer_name_or_path vocab vocab_file",
+    "cache_dir": "cache cache_path cache_folder hf_cache hf_home",
+    "model_revision": "revision branch",
+    "token": "hf_token api_token api_key access_token",
+    "trust_remote_code": "remote_code allow_remote_code",
+    "hidden_dropout_prob": "dropout dropout_prob dropout_rate dropout_p hidden_dropout hidden_dropout_rate",
+    "attention_probs_dropout_prob": "attention_dropout attention_dropout_prob attn_dropout attn_pdrop",
+    "freeze_encoder": "freeze freeze_bert freeze_base freeze_backbone freeze_base_model linear_probe",
+    "lora_rank": "lora_r lora_dim use_lora lora peft",
+    "lora_target_modules": "target_modules lora_targets lora_modules",
+    "task_name": "task tasks glue_task",
+    "data_path": "data data_folder data_root dataset_dir dataset_path glue_dir glue_path glue_data",
+    "sample": "sample_data demo dummy_data fake_data",
+    "dataset_name": "dataset hf_dataset",
+    "dataset_config_name": "dataset_config subset",
+    "train_file": "train_data train_path train_csv train_set train_data_file training_file training_data",
+    "validation_file": "eval_file dev_file val_file valid_file eval_data dev_data val_data validation_data dev_set"
+    " eval_data_file validation_path",
+    "test_file": "test_data test_path test_csv test_set test_data_file predict_file prediction_file predict_data",
+    "max_seq_length": "max_len max_length max_seq_len seq_len seq_length sequence_length max_sequence_length max_tokens"
+    " max_token_length model_max_length",
+    "max_train_samples": "num_train_samples train_samples max_train_examples limit_train n_train",
+    "max_eval_samples": "num_eval_samples eval_samples max_eval_examples limit_eval max_dev_samples",
+    "max_predict_samples": "predict_samples max_test_examples max_predict_examples",
+    "preprocessing_num_workers": "num_proc tokenizer_workers",
+    "dataloader_num_workers": "num_workers workers n_workers",
+    "do_train": "train train_model do_training do_finetune fine_tune finetune",
+    "do_eval": "eval evaluate do_evaluate do_evaluation do_valid do_validation do_dev eval_only validate",
+    "do_predict": "predict test do_test do_predictions do_pred do_inference inference infer",
+    "output_dir": "output out outdir out_dir output_path output_folder output_directory save_dir save_path save_folder"
+    " result_dir results_dir work_dir checkpoint_dir",
+    "seed": "random_seed rng_seed random_state manual_seed torch_seed",
+    "resume_from_checkpoint": "resume resume_from resume_training resume_checkpoint continue_training continue_from",
+    "report_to": "tracker trackers logger loggers use_wandb wandb use_tensorboard tensorboard",
+    "run_name": "experiment_name exp_name wandb_name wandb_run_name",
+    "disable_tqdm": "no_tqdm no_progress no_progress_bar disable_progress_bar quiet",
+    "logging_steps": "log_steps log_every log_every_n_steps log_interval log_freq logging_interval print_every"
+    " print_freq report_every",
+    "per_device_train_batch_size": "batch batch_size bs bsz train_batch_size train_bs train_batch micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size eval_bs eval_batch val_batch_size valid_batch_size test_batch_size"
+    " validation_batch_size predict_batch_size dev_batch_size",
+    "gradient_accumulation_steps": "accum accumulate accumulation accum_steps accum_iter accumulation_steps grad_acc"
+    " grad_accum grad_acc_steps grad_accum_steps grad_accumulation grad_accumulation_steps gradient_accumulation"
+    " gradient_accumulate_steps accumulate_grad_batches update_freq",
+    "global_batch_size": "total_batch_size effective_batch_size global_train_batch_size",
+    "learning_rate": "lr learn_rate base_lr max_lr peak_lr init_lr initial_lr eta step_size",
+    "weight_decay": "wd decay l2 l2_reg weight_decay_rate adam_weight_decay",
+    "adam_beta1": "beta1 beta_1 adam_beta_1",
+    "adam_beta2": "beta2 beta_2 adam_beta_2",
+    "adam_epsilon": "eps epsilon adam_eps",
+    "max_grad_norm": "clip clip_norm clip_grad clip_grad_norm clip_gradients grad_clip grad_clip_norm grad_norm"
+    " gradient_clip gradient_clipping gradient_clip_val max_norm max_gradient_norm",
+    "num_train_epochs": "epoch epochs num_epoch num_epochs n_epoch n_epochs max_epoch max_epochs train_epoch"
+    " train_epochs number_of_epochs total_epochs",
+    "max_steps": "steps num_steps n_steps train_steps max_train_steps num_train_steps num_training_steps total_steps"
+    " training_steps max_iter max_iters iterations",
+    "lr_scheduler_type": "scheduler schedule scheduler_type scheduler_name lr_schedule lr_scheduler lr_scheduler_name"
+    " lr_decay_style",
+    "warmup_steps": "warmup warm_up num_warmup_steps n_warmup_steps warm_up_steps warmup_proportion warmup_fraction"
+    " warmup_steps_ratio lr_warmup lr_warmup_steps",
+    "label_smoothing_factor": "label_smoothing smoothing label_smooth ls_factor",
+    "layerwise_lr_decay": "llrd layer_decay lr_layer_decay layer_lr_decay layerwise_decay layer_wise_lr_decay",
+    "reinit_layers": "reinit reinit_n_layers num_reinit_layers reinitialize_layers",
+    "ema_decay": "ema use_ema ema_rate model_ema",
+    "rdrop_alpha": "rdrop r_drop use_rdrop rdrop_coef",
+    "fgm_epsilon": "fgm use_fgm fgm_eps",
+    "gradient_checkpointing": "grad_checkpoint grad_checkpointing gradient_checkpoint checkpoint_activations"
+    " use_gradient_checkpointing recompute",
+    "optim": "opt optimizer optimiser optimizer_type optimizer_name",
+    "torch_compile": "compile compile_model use_compile",
+    "cuda_graph": "cuda_graphs use_cuda_graph",
+    "dataloader_drop_last": "drop_last",
+    "eval_strategy": "eval_mode evaluate_strategy",
+    "eval_steps": "eval_every eval_interval eval_freq evaluation_steps evaluate_every val_check_interval",
+    "save_steps": "save_every save_interval save_freq checkpoint_every checkpoint_steps checkpoint_interval",
+    "save_total_limit": "save_limit max_checkpoints keep_checkpoints keep_last_n_checkpoints",
+    "load_best_model_at_end": "load_best load_best_model save_best save_best_model keep_best restore_best_weights",
+    "metric_for_best_model": "metric best_metric eval_metric monitor",
+    "early_stopping_patience": "patience early_stop early_stopping early_stop_patience",
+    "fp16": "half half_precision float16 amp use_amp use_fp16",
+    "bf16": "bfloat16 use_bf16",
+    "fp16_opt_level": "opt_level amp_level amp_opt_level",
+    "tf32": "allow_tf32",
+    "device": "gpu gpus gpu_id gpu_ids npu npu_id cuda device_ids devices",
+    "use_cpu": "cpu cpu_only force_cpu",
+    "ddp_timeout": "dist_timeout nccl_timeout hccl_timeout",
+    "ddp_backend": "dist_backend distributed_backend",
+    "profile_steps": "profile profiler use_profiler",
+}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[_\W]", "", name).lower()
+
+
+_FLAG_OF_MEANING = {_letters(word): flag for flag, words in _MEANINGS.items() for word in words.split()}
+# Close to a flag in letters, and another thing: a loss function, a width, a share held out.
+_OTHER_THINGS = frozenset(map(_letters, ("loss", "loss_type", "loss_fn", "weight", "hidden", "simple", "test_size")))
+_SHORTEST_BEGINNING = 5
+_LEAST_SHARE_OF_NAME = 3 / 8
+
+
+def suggested_flag(name: str) -> str:
+    """The one flag that an unknown `name` means, "" if none is certain.
+
+    Args:
+        name: as typed, without dashes at its beginning.
+    """
+    letters = _letters(name[:80])
+    if not letters or letters in _OTHER_THINGS:
+        return ""
+    names = [*FLAGS, *(old for old, legacy in LEGACY_FLAGS.items() if not legacy.refused), *OWN_SWITCHES]
+    respelt = [known for known in names if _letters(known) == letters]
+    if respelt or letters in _FLAG_OF_MEANING:
+        return (respelt or [_FLAG_OF_MEANING[letters]])[0]
+    return _begun(name.lower()) or _mistyped(name.lower(), names)
+
+
+def _begun(name: str) -> str:
+    longer = [known for known in (*FLAGS, *LEGACY_FLAGS) if known.startswith(name)]
+    if len(name) < _SHORTEST_BEGINNING or len(longer) != 1 or len(name) < _LEAST_SHARE_OF_NAME * len(longer[0]):
+        return ""
+    legacy = LEGACY_FLAGS.get(longer[0])
+    return "" if legacy and legacy.refused else longer[0]
+
+
+def _mistyped(name: str, names: Collection[str]) -> str:
+    """The flag of which `name` is a slip of the keys; two flags that are as close cancel each other."""
+    long_words = {w: flag for flag, words in _MEANINGS.items() for w in words.split() if len(w) > _SHORTEST_BEGINNING}
+    flag_of = {**long_words, **{known: known for known in names}}
+    vocabulary = {"text", *(word for known in (*flag_of, *LEGACY_FLAGS) for word in known.split("_"))}
+    slips = {known: slip for known in flag_of if (slip := _slips(name, known, vocabulary))}
+    best = {flag_of[known] for known, slip in slips.items() if slip == min(slips.values())}
+    return best.pop() if len(best) == 1 else ""
+
+
+def _slips(typed: str, known: str, vocabulary: Collection[str]) -> int:
+    """How many keys went wrong, 0 where these are two names rather than one mistyped.
+
+    A word of a flag is never a slip of another word (text, test), but for a plural. Digits are no slips: bf16 is not
+    fp16. One slip in a word, two in a word of eight letters or more, two in all, none in a word of two letters.
+    """
+    if re.findall(r"\d+", typed) != re.findall(r"\d+", known) or len(known) < 4:
+        return 0
+    count = 0
+    for one, other in zip_longest(typed.split("_"), known.split("_"), fillvalue=""):
+        slips = _distance(one, other)
+        is_plural = one.removesuffix("s") == other.removesuffix("s")
+        if slips > (0 if len(other) < 3 else 1 if len(other) < 8 else 2) or (
+            slips and not is_plural and one in vocabulary
+        ):
+            return 0
+        count += slips
+    return count if count <= 2 else 0
+
+
+def _distance(one: str, other: str) -> int:
+    """Letters to add, leave out, replace, or swap with the next one (optimal string alignment)."""
+    above, row = [], list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        two_above, above, row = above, row, [i + 1]
+        for j, wanted in enumerate(other):
+            cost = min(above[j + 1] + 1, row[j] + 1, above[j] + (letter != wanted))
+            if i and j and letter == other[j - 1] and one[i - 1] == wanted:
+                cost = min(cost, two_above[j - 1] + 1)
+            row.append(cost)
+    return row[-1]
