@@ -192,7 +192,13 @@ def curves(history: Sequence[Record], headline: str, majority: float | None) -> 
         "loss_scale": [Line(thinned(scales))] if len({value for _, value in scales}) > 1 else [],
     }
     last = max((line.points[-1][0] for found in lines.values() for line in found), default=0)
-    return [_curve(word, found, axis((0, last))) for word, found in lines.items() if found]
+    return [_curve(word, found, _step_axis(last)) for word, found in lines.items() if found]
+
+
+def _step_axis(last: float) -> Axis:
+    """Steps from 0 to the last one, with round ticks between."""
+    round_axis = axis((0, last))
+    return Axis(0.0, round_axis.high if last <= 0 else last, tuple(tick for tick in round_axis.ticks if tick <= last))
 
 
 def _curve(word: str, lines: list[Line], steps: Axis) -> Chart:
