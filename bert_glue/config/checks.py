@@ -9,7 +9,7 @@ from pathlib import PurePath
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import DATA_FILE_FLAGS, DATA_SUFFIXES, FLAGS, Arguments
 from bert_glue.config.expectations import read_expectations
-from bert_glue.config.values import read_number, read_steps, shown
+from bert_glue.config.values import is_hub_name, read_number, read_steps, shown
 from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.tasks import GlueTask, get_task, own_task
 
@@ -330,14 +330,11 @@ def trained_problems(args: Arguments) -> Iterator[Problem]:
             yield Problem((name, "lora_rank"), f"--{name} needs --lora_rank")
 
 
-_HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
-
-
 def upload_problems(args: Arguments) -> Iterator[Problem]:
     """Of --push_to_hub and its place."""
     if args.push_to_hub and not args.do_train:
         yield Problem(("push_to_hub", "do_train"), "--push_to_hub needs --do_train: a trained model is sent")
     if args.push_to_hub and args.hub != "huggingface":
         yield Problem(("push_to_hub", "hub"), f"--push_to_hub sends to Hugging Face's hub, not to --hub {args.hub}")
-    if args.hub_model_id and not re.fullmatch(_HUB_NAME, args.hub_model_id):
+    if args.hub_model_id and not is_hub_name(args.hub_model_id):
         yield Problem(("hub_model_id",), f"--hub_model_id {shown(args.hub_model_id)} is not NAME or OWNER/NAME")

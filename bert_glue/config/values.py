@@ -131,3 +131,13 @@ def read_steps(text: str) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(f"{shown(text)} is not first:last, such as 10:15; steps count from 1, both are meant")
     return int(found[1]), int(found[2])
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a hub may have a repository of this name: `name` or `owner/name`, in ASCII."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII) is not None
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only mean a folder of this machine: `./x`, `/x`, `~/x`, or more than one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.arguments import DATA_FILE_FLAGS
+from bert_glue.config.values import is_path
 from bert_glue.data import folder as data_folder
 from bert_glue.data import splits as data_splits
 from bert_glue.data.readers import read_table
@@ -206,7 +207,7 @@ def _from_dataset(args: Arguments, task: GlueTask | None, needed: frozenset[str]
     from bert_glue.data.hub_datasets import open_folder, revision_of
 
     name, config = args.dataset_name, args.dataset_config_name
-    if name.startswith((".", "/", "~")):
+    if is_path(name):
         data, origin = open_folder(str(Path(name).expanduser()), config, args), name
     else:
         data = _open(name, config, args)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
+from bert_glue.config.values import is_path
 from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.splits import Split
 from bert_glue.data.tokenization import TextTokenizer
@@ -252,7 +253,7 @@ def model_folder(name: str, args: Arguments) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise MachineError(f"--model_name_or_path {name}: no such folder")
     if args.hub == "modelscope":
         from bert_glue.hub import modelscope

@@ -94,15 +94,19 @@ def write_results(
         write_whole(folder / "report.html", run_page(folder))
 
 
+_SUMMARY = frozenset((
+    "device_name", "precision", "fallback", "batches", "epoch", "device_gemm_tflops_per_second", keys.TRAIN_LOSS,
+    keys.TRAIN_SAMPLES_PER_SECOND, keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND), keys.TRAIN_REAL_TOKENS_PER_SECOND,
+    keys.TRAIN_COMPUTED_TOKENS_PER_SECOND, keys.TRAIN_PADDING_PERCENT, keys.TRAIN_MODEL_TFLOPS_PER_SECOND,
+    keys.TRAIN_SHARE_OF_GEMM, keys.reason_key(keys.TRAIN_SHARE_OF_GEMM), keys.E2E_RUNTIME,
+))  # fmt: skip
+
+
 def summary(results: dict) -> list[str]:
     """Last lines of a run's log."""
     lines = ["***** results *****" + (" (sample data, not GLUE)" if results["sample_data"] else "")]
-    shown = (
-        "eval_", "train_loss", "train_samples_per_second", "train_real_tokens", "train_computed_tokens",
-        "train_padding", "train_model_tflops", "train_share", "device_gemm", "epoch", "e2e",
-    )  # fmt: skip
     for name, value in results.items():
-        if name.startswith(shown) or name in ("device_name", "precision", "fallback", "batches"):
+        if keys.is_of_evaluation(name) or name in _SUMMARY:
             if isinstance(value, float):
                 value = f"{value:.4f}"
             if value not in ("", None) or name == keys.TRAIN_SAMPLES_PER_SECOND:

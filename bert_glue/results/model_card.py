@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.arguments import FLAGS
-from bert_glue.result_keys import SAMPLES, evaluation_key, headline_keys, standard_error_key
+from bert_glue.config.values import is_hub_name
+from bert_glue.result_keys import SAMPLES, TRAIN_SAMPLES_PER_SECOND, evaluation_key, headline_keys, standard_error_key
 from bert_glue.tasks import SAMPLE_NOTE, GlueTask
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _percent(values: Iterable[float], factor: float) -> str:
 
 
 def _rate(results: dict) -> str:
-    rate = results.get("train_samples_per_second")
+    rate = results.get(TRAIN_SAMPLES_PER_SECOND)
     return "-" if rate is None else f"{rate:.1f}"
 
 
@@ -173,8 +174,7 @@ def _metadata(task: GlueTask, results: dict, arguments: dict[str, Any]) -> Model
 
 
 def _is_hub_name(name: str) -> bool:
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
-    return is_name and not name.startswith(".") and not Path(name).exists()
+    return is_hub_name(name) and not Path(name).exists()
 
 
 def _identifier(text: str) -> str:
