@@ -35,6 +35,9 @@ from typing import Any
 _ASKED, _MADE = 1.0, 4.0
 _LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# A rank that ended after a signal asked for a checkpoint and its end.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+_STOPPED = tuple(128 + number for number in _SIGNALS)
 _UNMET = "unmet"  # among the notes: the hosts did not meet in time
 _IMPORT_SECONDS = 15.0  # until torch's launcher begins to meet the others
 
@@ -125,7 +128,7 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
             note["is_cleared"] = child.poll() is None
             child.terminate()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        for number in _SIGNALS:
             signal.signal(number, pass_on)
         code = child.wait()
         kill_group(child.pid)  # what the rank left behind
@@ -177,8 +180,13 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
     ranks = _read_notes(notes)
     failed = [note for note in ranks if note["code"]]
     stopped = 128 + signal_number
-    if signal_number and all(note["code"] in (stopped, -signal_number) or note["is_cleared"] for note in failed):
-        return stopped, []
+    ends = (*_STOPPED, -signal_number) if signal_number else _STOPPED
+    if all(note["code"] in ends or note["is_cleared"] for note in failed):
+        if signal_number:
+            return stopped, []
+        codes = [note["code"] for note in failed if not note["is_cleared"]]
+        if codes:  # a rank got the signal, and told the others
+            return max(codes), []
     if (notes / _UNMET).exists():
         where = "the first host does not answer at --master_addr and --master_port; does another program listen there?"
         return _LOST, [f"no rank was started within --ddp_timeout: {where}"]
@@ -222,11 +230,13 @@ def main(argv: list[str]) -> int:
         except OSError:
             return 4
         return 0
-    if argv[:1] == ["below"]:
+    if argv[:1] in (["below"], ["meet"]):
+        # Some schedulers warn every process of a job; torch's launcher would end by it, its ranks set their own way.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         die_with_parent()
+    if argv[:1] == ["below"]:
         os.execvp(argv[1], argv[1:])
     if argv[:1] == ["meet"]:
-        die_with_parent()
         end_unless_met(Path(argv[1]), float(argv[2]) + _IMPORT_SECONDS)
         os.execvp(argv[3], argv[3:])
     parser = argparse.ArgumentParser(prog="launch_ranks")

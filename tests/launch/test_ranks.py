@@ -268,6 +268,9 @@ def notes_of(folder: Path, *codes: int | None, cleared: tuple[int, ...] = (), la
         ((None, None), (), -9, 0, 7, "torch's launcher ended with -9"),
         ((), (), 1, 0, 4, "no rank was started"),
         ((2, 2), (), 1, 0, 2, "rank 0 ended with exit code 2"),
+        ((143, 143), (), 1, 0, 143, ""),
+        ((138, -15), (1,), 1, 0, 138, ""),
+        ((138, 138), (), 1, 15, 143, ""),
     ],
 )
 def test_verdict(tmp_path, codes, cleared, status, signal_number, expected, says) -> None:
