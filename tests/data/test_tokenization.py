@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import LFS_POINTER, write_vocab
+from tiny_models import LFS_POINTER, VOCAB, write_vocab
 
 from bert_glue.data import tokenization
 from bert_glue.data.splits import Split
@@ -173,6 +173,113 @@ def test_a_pointer_or_rubbish_instead_of_a_tokenizer(bert_uncased, tmp_path, nam
 def test_nothing_to_tokenize_with(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(MachineError, match="no tokenizer.json"):
+        TextTokenizer(tmp_path)
+
+
+# ---- what transformers decides by the other files ----
+
+
+def _with(folder: Path, settings: dict, **files: dict) -> Path:
+    """A BERT folder with both vocab.txt and a tokenizer.json that lower-cases, `settings` and more JSON files."""
+    from transformers import BertTokenizer
+
+    _write_bert(folder)
+    whole = BertTokenizer.from_pretrained(folder).backend_tokenizer
+    (folder / "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
+    for name, content in {"tokenizer_config": settings, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+SETTINGS = {
+    "cased": {"do_lower_case": False},
+    "accents stay": {"do_lower_case": True, "strip_accents": False},
+    "Chinese words stay": {"tokenize_chinese_chars": False},
+    "no token types": {"model_input_names": ["input_ids", "attention_mask"]},
+    "the end is kept": {"truncation_side": "left"},
+    "padding before": {"padding_side": "left"},
+    "another separator": {"sep_token": "cat", "cls_token": "dog"},
+    "of DistilBERT": {"tokenizer_class": "DistilBertTokenizer"},
+    "letters": {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic",
+                "subword_tokenizer_type": "character"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("max_length", [9, 64])
+@pytest.mark.parametrize("split", [SINGLE, PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_settings_count_as_for_transformers(tmp_path, settings, split, max_length):
+    from transformers import AutoTokenizer
+
+    folder = _with(tmp_path / "from", settings)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    _assert_equals_transformers(folder, theirs, split, max_length)
+    ours = TextTokenizer(folder)
+    assert ours.pads_left is (theirs.padding_side == "left")
+    (saved := tmp_path / "to").mkdir()
+    ours.save(saved)
+    (saved / "config.json").write_text('{"model_type": "bert"}')
+    _assert_equals_transformers(saved, theirs, split, max_length)
+
+
+def test_added_tokens_count_as_for_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = _write_bert(tmp_path / "from", do_lower_case=True)
+    (folder / "added_tokens.json").write_text(json.dumps({"[MAT]": len(VOCAB), "naïve!": len(VOCAB) + 1}))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    split = Split("x", (["the [MAT] cat naïve! dog", "[MAT][MAT]"],), None, "")
+    _assert_equals_transformers(folder, theirs, split, 32)
+    assert len(VOCAB) in TextTokenizer(folder).encode(split, 32).ids
+    (saved := tmp_path / "to").mkdir()
+    TextTokenizer(folder).save(saved)
+    (saved / "config.json").write_text('{"model_type": "bert"}')
+    _assert_equals_transformers(saved, theirs, split, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "is_told"),
+    [
+        (["The", "Cat"], {}, True),
+        (["The", "Cat"], {"do_lower_case": True}, False),
+        (["The", "Cat"], {"do_lower_case": False}, False),
+        (["T", "C"], {}, False),
+    ],
+    ids=["cased", "said to be lower", "said to be cased", "letters alone"],
+)
+def test_a_choice_against_transformers_is_told(tmp_path, words, settings, is_told):
+    folder = _write_bert(tmp_path, **settings)
+    with (folder / "vocab.txt").open("a", encoding="utf-8") as file:
+        file.write("\n".join(words) + "\n")
+    notes = TextTokenizer(folder).notes
+    assert any("lower-case" in note for note in notes) is is_told
+
+
+def test_ids_and_types_beyond_the_model_s_tables_are_refused(tmp_path):
+    folder = _write_bert(tmp_path, do_lower_case=True)
+    with pytest.raises(MachineError, match="gives token id .* the model has 9 rows"):
+        TextTokenizer(folder, word_rows=9).encode(SINGLE, 16)
+    with pytest.raises(MachineError, match="gives token type 1, and the model has 1 rows"):
+        TextTokenizer(folder, type_rows=1).encode(PAIR, 16)
+    assert TextTokenizer(folder, type_rows=1).encode(SINGLE, 16).types.max() == 0
+
+
+def test_token_types_of_any_kind_are_kept(tmp_path):
+    """XLNet's class token has type 2, at the end of a row."""
+    from family_folders import write_folder
+
+    write_folder("xlnet", tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}))
+    table = TextTokenizer(tmp_path).encode(Split("x", (["river stone"], ["cloud"]), None, ""), 32)
+    assert sorted(set(table.types.tolist())) == [0, 1, 2] and table.types[-1] == 2
+
+
+def test_a_damaged_sentencepiece_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "albert"}')
+    (tmp_path / "spiece.model").write_bytes(b"no vocabulary")
+    with pytest.raises(MachineError, match="spiece.model is not a sentencepiece vocabulary"):
         TextTokenizer(tmp_path)
 
 

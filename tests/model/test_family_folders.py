@@ -1,0 +1,85 @@
+"""Folders of thirty families saved by transformers: our answers are its pipeline's, before and after saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from family_folders import FOLDERS, LABELS, WORDS, write_folder
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.sources import Split
+from bert_glue.data.tables import Table
+from bert_glue.predict.labeller import Labeller, build_labeller
+from bert_glue.tasks import own_task
+
+TEXTS = [" ".join(WORDS[(at * 5 + n * 3) % len(WORDS)] for n in range(3 + at * 7 % 11)) for at in range(12)]
+SECONDS = list(reversed(TEXTS))
+
+
+def slow_canine(model_type: str) -> Any:
+    """Its vocabulary is all of Unicode, of which transformers makes a dict in several seconds."""
+    return pytest.param(model_type, marks=pytest.mark.slow) if model_type == "canine" else model_type
+
+
+def _answers(folder: Path, texts: list[tuple[str, ...]], batch: int) -> tuple[np.ndarray, Labeller]:
+    columns = ("first", "second")[: len(texts[0])]
+    task = own_task("own", columns, LABELS)
+    flags = {"device": "cpu", "max_seq_length": 48, "per_device_eval_batch_size": batch}
+    labeller = build_labeller(Arguments(model_name_or_path=str(folder), **flags), task)
+    values = dict(zip(columns, map(list, zip(*texts, strict=True)), strict=True))
+    return labeller.answers(Table("rows", values, range(1, len(texts) + 1))), labeller
+
+
+def _pipeline_answers(folder: Path, texts: list[tuple[str, ...]]) -> np.ndarray:
+    from transformers import pipeline
+
+    ask = pipeline("text-classification", str(folder), top_k=None)
+    rows = []
+    for text in texts:
+        given: Any = dict(zip(("text", "text_pair"), text, strict=False))
+        answer = ask(given, truncation=True, max_length=48)
+        rows.append([next(one["score"] for one in answer if one["label"] == label) for label in LABELS])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("kind", ["single", "pair"])
+@pytest.mark.parametrize("model_type", [slow_canine(name) for name in FOLDERS])
+def test_answers_are_those_of_the_pipeline(model_type, kind, tmp_path):
+    write_folder(model_type, tmp_path / "model")
+    texts = [*zip(TEXTS, SECONDS, strict=True)] if kind == "pair" else [(text,) for text in TEXTS]
+    expected = _pipeline_answers(tmp_path / "model", texts)
+    assert np.ptp(expected, axis=0).max() > 1e-4  # the texts matter
+    for batch in (1, 7, 64):
+        answers, labeller = _answers(tmp_path / "model", texts, batch)
+        assert np.abs(answers - expected).max() < 1e-5, batch
+    labeller.model.save(tmp_path / "saved")
+    assert np.abs(_pipeline_answers(tmp_path / "saved", texts) - expected).max() < 1e-5
+
+
+BARE = ["albert", "camembert", "canine", "deberta", "deberta-v2", "fnet", "mpnet", "rembert", "xlm-roberta", "xlnet"]
+
+
+@pytest.mark.parametrize("model_type", [slow_canine(name) for name in BARE])
+def test_a_vocabulary_file_alone_is_enough(model_type, tmp_path):
+    """No tokenizer.json, no tokenizer_config.json: transformers says what a text becomes, before and after saving."""
+    from transformers import AutoTokenizer
+
+    write_folder(model_type, tmp_path / "model", bare=True)
+    _, labeller = _answers(tmp_path / "model", [(text,) for text in TEXTS[:2]], 2)
+    labeller.model.save(tmp_path / "saved")
+    split = Split("x", (TEXTS, SECONDS), None, "")
+    table = labeller.model.tokenizer.encode(split, 20)
+    for folder in (tmp_path / "model", tmp_path / "saved"):
+        theirs = AutoTokenizer.from_pretrained(folder)(TEXTS, SECONDS, truncation=True, max_length=20)
+        assert table.ids.tolist() == [token for row in theirs["input_ids"] for token in row]
+
+
+def test_a_model_that_reaches_into_the_padding_is_scored_on_equal_lengths(tmp_path):
+    for model_type, is_told in (("fnet", True), ("mpnet", False)):
+        write_folder(model_type, tmp_path / model_type)
+        _, labeller = _answers(tmp_path / model_type, [(text,) for text in TEXTS], 8)
+        assert any("equal length" in note for note in labeller.model.notes) is is_told
+        assert labeller.evaluator.collate.depends_on_padding is is_told
