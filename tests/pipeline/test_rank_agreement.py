@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,10 +21,10 @@ class Peers:
     def __init__(self, *others):
         self.others, self.world_size, self.is_closed = list(others), 2, False
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         return [value, self.others.pop(0)]
 
-    def wait(self): ...
+    def barrier(self): ...
 
     def close(self):
         self.is_closed = True
@@ -32,7 +33,7 @@ class Peers:
 class Recorder(Peers):
     """Gives back what this rank sends."""
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         self.sent = value
         return [value, value]
 
@@ -88,3 +89,17 @@ def test_rows_order_labels_and_weights_are_compared():
     for other, name in others:
         with pytest.raises(RankError, match=name):
             compare_inputs(Peers(same.sent), *inputs(**other))
+
+
+def test_the_code_of_the_whole_package_is_compared(monkeypatch):
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    rank_agreement._code_hash.__wrapped__()
+    package = Path(rank_agreement.__file__).parents[1]
+    assert {"errors.py", "training/loop.py", "pipeline/run.py"} <= {str(path.relative_to(package)) for path in read}
+
+
+def test_values_that_begin_alike_still_differ():
+    long = "x" * 80
+    (line,) = rank_agreement.differences([{"class names": long + "a"}, {"class names": long + "b"}])
+    assert "rank 0" in line and "rank 1" in line and len(line) < 250

@@ -444,10 +444,10 @@ class CountingRanks:
     def sum(self, tensors):
         self.sums.append([tensor.numel() for tensor in tensors])
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         return [value]
 
-    def wait(self): ...
+    def barrier(self): ...
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "lamb"])
