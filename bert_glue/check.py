@@ -1,4 +1,15 @@
-"""`bert-glue check RUN...`: finished runs against a baseline of `configs/baselines`, or a new baseline made of them."""
+"""`bert-glue check RUN...`: finished runs against a baseline of `configs/baselines`, or a new baseline made of them.
+
+    bert-glue check OUTPUT                        against configs/baselines/<device>.json
+    bert-glue check OUTPUT --baseline FILE        against a file, which may be an earlier run's perf.json
+    bert-glue check OUTPUT... --write FILE        make FILE of these runs, or add them to it
+
+Scores are compared where data, model, samples per step, rate and epochs are those of the baseline, speeds where
+device and batches are. Runs that differ in nothing but their seed are compared by their mean.
+
+A file is `{"format": 1, "entries": [...]}`; an entry is a perf.json with more in its `setup` and with
+`metrics`. `bert-glue check` compares runs with it and writes it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""argv -> `Arguments`, with every problem in one error, and the text of --help. Imports no torch."""
+"""argv -> `Arguments`, with every problem in one error, and the text of --help. Imports no torch.
+
+Not argparse, which stops at the first problem, nor transformers.HfArgumentParser, whose import takes
+a second. Grammar: [config.json|config.yaml] (--flag [value] | --flag=value | --no_flag)...
+"""
 
 from __future__ import annotations
 

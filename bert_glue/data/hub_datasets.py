@@ -1,4 +1,8 @@
-"""Data sets of the hub and data sets saved by `datasets`, as tables."""
+"""Data sets of the hub and data sets saved by `datasets`, as tables.
+
+Importing `datasets` takes one to two seconds, so it happens inside the functions. Offline it retries
+for 24 s and then names neither the hub nor a way out: the hub is probed first, within seconds.
+"""
 
 from __future__ import annotations
 

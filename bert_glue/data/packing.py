@@ -1,4 +1,8 @@
-"""Where each sequence of a packed batch lies, as host numbers, and how attention groups them."""
+"""Where each sequence of a packed batch lies, as host numbers, and how attention groups them.
+
+A packed batch lays its sequences end to end, `[1, tokens]`, in the order of the samples. The borders stay on
+the host (`cu_seq_lens`), so that no kernel launch has to wait for a device-to-host copy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""One split of a task as plain lists, and how the columns of a user's own data become texts and labels."""
+"""One split of a task as plain lists, and how the columns of a user's own data become texts and labels.
+
+The only place that turns a table's columns into labels, so that every source (hub, folder, file)
+is held to the same rules and no wrong label reaches training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""Ascend NPU: torch_npu, its fused AdamW, and overflow on chips that do not show it."""
+"""Ascend NPU: torch_npu, its fused AdamW, and overflow on chips that do not show it.
+
+torch_npu's class moves parameters and gradients into a combined buffer at its first step and steps on that
+buffer from then on. So gradients are only ever overwritten here, never dropped: after
+`zero_grad(set_to_none=True)` it would go on stepping on the last gradients it saw. The optimizer owns
+the memory of the parameters; it has to live as long as they do (`TrainState` holds both).
+Source: torch_npu 2.13, `torch_npu/optim/npu_fused_optim_base.py`.
+
+An Ascend 910A gives the largest number instead of inf and 0 instead of NaN: gradients then look fine, and only the chip's
+status register knows.
+Source: torch_npu 2.13, `torch_npu/npu/utils.py` and its GradScaler.
+"""
 
 from __future__ import annotations
 

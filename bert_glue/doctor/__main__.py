@@ -1,4 +1,11 @@
-"""What this machine can run, and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`."""
+"""What this machine can run, and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`.
+
+Versions, devices, precisions, the attention path, apex, the hub, disk, memory and ports; the device is
+asked to train, in a process of its own, so that a driver that crashes or hangs is one more finding.
+
+Exit codes: 0 the requested device trains with the launchers' recipe; 2 usage; 4 it does not.
+Other problems are listed with their fix and leave the exit code alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the doctor asks of the host: versions, memory, disk, ports, the hub. Imports nothing heavy."""
+"""What the doctor asks of the host: versions, memory, disk, ports, the hub. Imports nothing heavy.
+
+Every check returns plain values for the report and may add problems, each with its fix in one line.
+"""
 
 from __future__ import annotations
 

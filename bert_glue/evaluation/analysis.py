@@ -1,4 +1,7 @@
-"""What an evaluation shows beyond its score: confusions, calibration, hardest errors, deciding tokens, certainty."""
+"""What an evaluation shows beyond its score: confusions, calibration, hardest errors, deciding tokens, certainty.
+
+Written to `analysis.json` of a run; `report/` draws it. Texts in it are rows of the user's own data.
+"""
 
 from __future__ import annotations
 

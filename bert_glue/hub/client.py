@@ -1,4 +1,8 @@
-"""Files of the hub: requested a limited number of times, and used only if their hash is the hub's."""
+"""Files of the hub: requested a limited number of times, and used only if their hash is the hub's.
+
+The hub's client compares sizes, not hashes, and goes on for ever with a server that cuts each answer after
+its first 10 MB. It names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
+"""
 
 from __future__ import annotations
 

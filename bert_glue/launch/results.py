@@ -1,4 +1,13 @@
-"""What a launcher asks of Python: whether task and recipe exist, and the final lines of a finished run."""
+"""What a launcher asks of Python: whether task and recipe exist, and the final lines of a finished run.
+
+    python -m bert_glue.launch.results task MRPC --recipe stable  -> "mrpc 5", epochs of bert-base-cased
+    python -m bert_glue.launch.results baseline perf.json         -> exit code 2 if it is none
+    python -m bert_glue.launch.results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json
+
+The lines and the log's keys are those that the harnesses of Ascend ModelZoo read, so their names stay
+although some are odd ("images/sec"). Every figure comes from `all_results.json`; one that was not
+measured is `null` with the reason, never 0.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What of a model is trained: all of it, its head alone (`--freeze_encoder`), or LoRA and the head (`--lora_rank`)."""
+"""What of a model is trained: all of it, its head alone (`--freeze_encoder`), or LoRA and the head (`--lora_rank`).
+
+The head is what stands above the encoder, BERT's pooler included. Adapters are peft's in names, start,
+scaling and files: a packed encoder computes them itself (layers.py), any other runs peft's own layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Attention over the sequences of a packed batch: one function a device, chosen by `attend`."""
+"""Attention over the sequences of a packed batch: one function a device, chosen by `attend`.
+
+Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, heads, dim]`. Either every
+token asks (`queries == tokens`), or only each sequence's first token does (`queries == sequences`): the
+last layer of a classifier needs no more. A new device is one more function and its entry in
+`ATTENTION`.
+
+By hand because torch's CPU kernel with dropout falls back to a chain of a dozen autograd nodes a call, and a
+batch of 32 sequences makes 5 to 8 calls a layer. A group's rows are gathered in one copy and put back in one.
+"""
 
 from __future__ import annotations
 

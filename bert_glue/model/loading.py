@@ -1,4 +1,8 @@
-"""From `--model_name_or_path` to a folder, its config.json, and a module that maps batches to logits."""
+"""From `--model_name_or_path` to a folder, its config.json, and a module that maps batches to logits.
+
+The folder written works with transformers (`pipeline("text-classification")` included), whichever
+path the model was trained on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""Which O-level a run trains at: the flags checked against the device and apex; what ends a run that diverged."""
+"""Which O-level a run trains at: the flags checked against the device and apex; what ends a run that diverged.
+
+| level | model | BatchNorm | masters | default scale | casts |
+|---|---|---|---|---|---|
+| O0 | fp32 | fp32 | - | 1 | - |
+| O1 | fp32 | fp32 | - | 1024 | autocast |
+| O2 | fp16 or bf16, LayerNorm too | fp32 | fp32 | 1024 | logits go to fp32 |
+| O3 | fp16 or bf16 | as the model | none | 1 | logits go to fp32 |
+
+Semantics and constants are apex's (`apex.amp`, removed upstream in 2025); the default scale of O1 and O2
+is the reference's; bf16 is our extension and needs no scale. Under a static scale nothing is ever
+skipped: a gradient that is not finite stops the run before the update.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Reports from finished runs: `python -m bert_glue.report FOLDER...`"""
+"""Reports from finished runs: `python -m bert_glue.report FOLDER...`
+
+One run's folder gets its `report.html` anew, from the files it left. Several folders, or one that holds
+runs, get one page over tasks and seeds (`suite_page`). Nothing is computed on a device and no network
+is used; every run of `run_glue.py` calls this by itself.
+"""
 
 from __future__ import annotations
 

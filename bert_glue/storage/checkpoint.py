@@ -1,4 +1,10 @@
-"""Checkpoints that are whole or absent: written aside by a thread, flushed, hashed, renamed; no pickle."""
+"""Checkpoints that are whole or absent: written aside by a thread, flushed, hashed, renamed; no pickle.
+
+A checkpoint folder holds the model as transformers reads it (config.json, model.safetensors,
+tokenizer), `optimizer.safetensors` (masters and moments in flat buffers), `random-<rank>.safetensors`,
+`trainer_state.json` and, written last, `manifest.json` with the hash and size of every other file and
+a hash of itself. A folder counts only if its manifest verifies; only what a manifest lists is deleted.
+"""
 
 from __future__ import annotations
 

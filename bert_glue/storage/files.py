@@ -1,4 +1,8 @@
-"""Files that are never seen half-written, and files of JSON that are read with an error that names them."""
+"""Files that are never seen half-written, and files of JSON that are read with an error that names them.
+
+A link is replaced by the file, never followed: an output folder may come from a stranger, and what its links
+point to is not ours.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,17 @@
-"""GLUE tasks x seeds x learning rates as a queue: one run a device, resumable, with a table and a summary."""
+"""GLUE tasks x seeds x learning rates as a queue: one run a device, resumable, with a table and a summary.
+
+    python -m bert_glue.sweep --sample --tasks mrpc,rte --seeds 1-3
+    python -m bert_glue.sweep --model ./bert-large-cased --devices npu:0,npu:1 -- --bf16
+
+Eight devices on one small task are not the way: the published eight-device figures lie 3 to 10 points
+below the one-device ones, because a global batch of 256 leaves a few hundred updates. Eight one-device
+runs take the same time for eight results, each at the full figure; and one seed is noise anyway.
+
+Stop it in any way (signals save checkpoints) and give the same command again: finished runs are kept,
+unfinished ones continue. Exit codes: 0 every run is done; 2 usage, nothing was started; 129, 130, 143
+ended by a signal; 8 a mean misses a bound of --expect; else some runs failed: the exit code of all of them if
+they share one, or 1.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`--torch_compile`: what of a model is compiled, before the first step and apart from its time.
 
 Of a packed encoder that is all between two attentions, layer by layer: one graph for all layers and lengths, with the
-gradient and without. Attention stays outside, since borders of sequences are numbers of the host, new in every batch;
+gradient and without. Attention stays outside, since the lengths are host numbers, new in every batch;
 so do embedding, query, key and value, which are products and look-ups with nothing to fuse. The graph calls
 `bert_glue::keep` for its dropout masks, so that they are those of an eager run. Models that cannot be packed
 are compiled as a whole.

@@ -1,4 +1,8 @@
-"""What a person sees of a training run: a bar or plain lines, experiment trackers, signals that ask for a stop."""
+"""What a person sees of a training run: a bar or plain lines, experiment trackers, signals that ask for a stop.
+
+Each tracker lives in a thread of its own that reads a queue: one that hangs or fails costs the run nothing but
+a line of the log, and at the end at most `CLOSE_SECONDS`.
+"""
 
 from __future__ import annotations
 

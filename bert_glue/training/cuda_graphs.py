@@ -1,4 +1,12 @@
-"""`--cuda_graph`: an optimizer step as recordings, each replayed in one launch."""
+"""`--cuda_graph`: an optimizer step as recordings, each replayed in one launch.
+
+Forward and backward of a pass are recorded once for each shape of a batch; norm, clip and update, which are the same
+for all shapes, once. Between them lies what the host decides or the ranks do together: the learning rate, a dynamic
+loss scale, the sum over ranks. A pass adds to the gradients, so that accumulation is its replay again.
+
+All is run eagerly a few times first, so that rare shapes are never recorded. Batches are copied to where a recording
+reads: token counts are rounded up to buckets, and borders of sequences lie on the device. Has not run on a GPU yet.
+"""
 
 from __future__ import annotations
 

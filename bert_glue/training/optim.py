@@ -1,4 +1,8 @@
-"""Optimizers by their names in the field, learning rates by layer, and the learning-rate schedules."""
+"""Optimizers by their names in the field, learning rates by layer, and the learning-rate schedules.
+
+Element-wise optimizers (the Adam family) work on flat buffers. LAMB and Adafactor look at whole
+parameters and get one view a parameter.
+"""
 
 from __future__ import annotations
 

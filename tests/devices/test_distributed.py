@@ -118,7 +118,7 @@ class Pretended:
             value = number.item()
             return lambda: value
 
-    def sum(self, tensors: list[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             tensor += 1.0
 
@@ -182,9 +182,12 @@ def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_port_that_never_answers_ends_in_its_time(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody answers
         place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
-        words = "from bert_glue.config.arguments import Arguments; from bert_glue.devices.distributed import Ranks\n"
+        words = (
+            "from bert_glue.config.arguments import Arguments\n"
+            "from bert_glue.devices.distributed import DistributedContext\n"
+        )
         done = subprocess.run(
-            [sys.executable, "-c", words + "Ranks(Arguments(use_cpu=True, ddp_timeout=2))"],
+            [sys.executable, "-c", words + "DistributedContext(Arguments(use_cpu=True, ddp_timeout=2))"],
             env={**os.environ, **place, "MASTER_PORT": str(silent.getsockname()[1])},
             cwd=REPOSITORY, timeout=60, capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -409,7 +409,7 @@ def test_passes_of_one_step_add_up_in_fp32():
 class Doubling:
     """Two ranks with the same gradients."""
 
-    def sum(self, tensors: list[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             tensor.mul_(2)
 
@@ -441,7 +441,7 @@ class CountingRanks:
     def __init__(self, real):
         self.device, self.sums = real.device, []
 
-    def sum(self, tensors):
+    def all_reduce(self, tensors):
         self.sums.append([tensor.numel() for tensor in tensors])
 
     def all_gather_object(self, value):

@@ -144,7 +144,7 @@ def closed(folder: Path) -> list[str]:
 
 def evaluations(folder: Path) -> dict[str, list]:
     """First token and length of every row by a model that echoes them, at each size; and this rank's share."""
-    from test_evaluator import echo_evaluator, split_of
+    from echo_model import echo_evaluator, split_of
 
     from bert_glue.data.batching import evaluation_batches
 
@@ -177,8 +177,8 @@ def stopped(folder: Path) -> dict[str, Any]:
 def main(world: int, function: str, folder: Path) -> int:
     """Fork the ranks, wait for all; 1 if one failed."""
     import accelerate.state  # noqa: F401  all that is slow to import, once
-    import test_evaluator  # noqa: F401
-    import test_loop  # noqa: F401
+    import echo_model  # noqa: F401
+    import resume_checks  # noqa: F401
     import tiny_run  # noqa: F401
     from torch.distributed import TCPStore
 
