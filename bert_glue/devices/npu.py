@@ -6,8 +6,8 @@ buffer from then on. So gradients are only ever overwritten here, never dropped:
 the memory of the parameters; it has to live as long as they do (`TrainState` holds both).
 Source: torch_npu 2.13, `torch_npu/optim/npu_fused_optim_base.py`.
 
-An Ascend 910A gives the largest number instead of inf and 0 instead of NaN: gradients then look fine, and only the chip's
-status register knows.
+An Ascend 910A gives the largest number instead of inf and 0 instead of NaN: gradients then look fine, and only the
+status register of the chip knows.
 Source: torch_npu 2.13, `torch_npu/npu/utils.py` and its GradScaler.
 """
 
