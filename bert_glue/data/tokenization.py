@@ -21,7 +21,7 @@ from bert_glue.data.chunked_encoding import encode_in_python, encode_rows, flat_
 from bert_glue.data.sources import Split
 from bert_glue.data.tokenizer_loading import library_errors, load_tokenizer
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.storage.files import file_hash, json_object, write_json
+from bert_glue.storage.files import cache_folder, file_hash, json_object, write_json
 
 _FORMAT = "2"
 # Classes of transformers that read any tokenizer.json; its version 4 has other names for them.
@@ -186,13 +186,6 @@ class TextTokenizer:
         name, lower = type(self.stock).__name__, getattr(self.stock, "do_lower_case", None)
         implied = {} if name in _GENERIC else {"tokenizer_class": name}
         return implied if lower is None else {**implied, "do_lower_case": lower}
-
-
-def cache_folder() -> Path:
-    """Where tokenised splits are kept: $BERT_GLUE_CACHE, else $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("BERT_GLUE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "bert_glue"
 
 
 def tokenize(

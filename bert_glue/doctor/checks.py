@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bert_glue.config.arguments import without_login
 from bert_glue.devices.npu_versions import cann_version, installed_version
+from bert_glue.storage.files import cache_folder
 
 PACKAGES = (
     "torch", "torch_npu", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "huggingface_hub",
@@ -91,12 +92,11 @@ def disk(problems: list[Problem]) -> list[dict[str, Any]]:
     """Folders a run writes to: free bytes, and whether they can be written."""
     home = Path(os.environ.get("HOME") or tempfile.gettempdir())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    own = os.environ.get("BERT_GLUE_CACHE")
     hub = os.environ.get("HF_HOME")
     places = (
         ("results", Path.cwd(), "start from, or give --output_dir, a folder that can be written"),
         ("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a folder that can be written"),
-        ("tokenized data", Path(own) if own else cache / "bert_glue", "set BERT_GLUE_CACHE to a folder to write to"),
+        ("tokenized data", cache_folder(), "set BERT_GLUE_CACHE to a folder to write to"),
         ("hub cache", Path(hub) if hub else cache / "huggingface", "set HF_HOME to a folder that can be written"),
     )
     found = []

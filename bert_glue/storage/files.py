@@ -219,3 +219,10 @@ _LINE_ENDS = str.maketrans({c: c.encode("unicode_escape").decode() for c in "\\\
 def one_line(text: str) -> str:
     """A text for a format without quoting: backslashes, tabs and line ends escaped as in Python."""
     return text.translate(_LINE_ENDS)
+
+
+def cache_folder() -> Path:
+    """Where tokenised splits are kept: $BERT_GLUE_CACHE, else $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("BERT_GLUE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "bert_glue"

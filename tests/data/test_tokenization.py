@@ -14,8 +14,9 @@ from tiny_models import LFS_POINTER, VOCAB, write_vocab
 
 from bert_glue.data import tokenization
 from bert_glue.data.splits import Split
-from bert_glue.data.tokenization import TextTokenizer, cache_folder, tokenize
+from bert_glue.data.tokenization import TextTokenizer, tokenize
 from bert_glue.errors import MachineError, UsageError
+from bert_glue.storage.files import cache_folder
 
 TEXTS = (
     "the cat sat on the mat .",
