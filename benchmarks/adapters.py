@@ -47,7 +47,7 @@ class Step:
         args = Arguments(model_name_or_path=str(folder), do_train=True, **changes)
         self.model = load_model(args, get_task("mrpc"))
         self.precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), self.model.module)
-        self.optimizer, _ = build_optimizer(args, self.precision.parameter_groups(False))
+        self.optimizer, _ = build_optimizer(args, self.precision.optimizer_groups(False))
         layout = PackedLayout(tuple(lengths))
         positions = torch.from_numpy(layout.positions)[None]
         words = torch.randint(5, 8000, positions.shape, generator=torch.Generator().manual_seed(0))

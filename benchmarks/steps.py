@@ -60,7 +60,7 @@ class Way:
         self.module = load_model(flags, get_task("mrpc")).module.to(place).train()
         plan = PrecisionPlan("O2", torch.bfloat16, 1.0) if args.bf16 else PrecisionPlan("O0", torch.float32, 1.0)
         self.precision = Precision(plan, self.module)
-        self.optimizer, _ = build_optimizer(flags, self.precision.parameter_groups(False))
+        self.optimizer, _ = build_optimizer(flags, self.precision.optimizer_groups(False))
         collate = Collator("packed", _LONGEST, 0, True, place, is_rounded=how != "eager")
         rows = np.split(np.arange(len(split)), args.batches)
         self.batches = [collate(split, members) for members in rows]
@@ -70,7 +70,7 @@ class Way:
         if how == "recorded":
             recorder = cuda_graphs.Recorder(self.device)
             self.recorded = cuda_graphs.RecordedStep(
-                recorder, self._pass, _LONGEST, self.precision, self.optimizer, 1.0
+                recorder, self._pass, longest=_LONGEST, precision=self.precision, optimizer=self.optimizer, max_norm=1.0
             )
         for _ in range(_WARM):
             self.seconds()

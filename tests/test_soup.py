@@ -61,11 +61,11 @@ def test_an_earlier_task_gives_its_encoder_and_a_new_head(tmp_path: Path, task: 
     run_of = fit(replace(second, output_dir=str(tmp_path / "second")))
     old, new = load_file(Path(first.output_dir) / "model.safetensors"), whole_weights(run_of)
     if task == "mnli":
-        assert all(torch.equal(old[name], new[name]) for name in old) and not run_of.model.notes
+        assert all(torch.equal(old[name], new[name]) for name in old) and not run_of.learner.model.notes
         return
     changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    (note,) = run_of.model.notes
+    (note,) = run_of.learner.model.notes
     assert note.startswith("started anew, not in the checkpoint: ") and "(the checkpoint's head is for mnli)" in note
 
 

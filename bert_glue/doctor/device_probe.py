@@ -155,61 +155,71 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
 
     attention.PATHS_TAKEN.clear()
     began = time.perf_counter()
-    run, device = _tiny_run(_arguments(requested, precision))
-    before = [master.clone() for master in run.precision.masters]
+    state, device = _tiny_run(_arguments(requested, precision))
+    before = [master.clone() for master in state.learner.precision.masters]
     from bert_glue.training.loop import train
 
-    train(run)
+    train(state)
     device.synchronize()
-    moved = max(float((a - b).abs().max()) for a, b in zip(before, run.precision.masters, strict=True))
+    moved = max(float((a - b).abs().max()) for a, b in zip(before, state.learner.precision.masters, strict=True))
     if not moved > 0.0:
         raise RuntimeError("the weights did not move in two optimizer steps")
-    if not all(bool(torch.isfinite(master).all()) for master in run.precision.masters):
+    if not all(bool(torch.isfinite(master).all()) for master in state.learner.precision.masters):
         raise RuntimeError("weights are not finite after two optimizer steps")
     return {
         "trains": True,
-        "plan": run.precision.plan.name,
-        "optimizer": type(run.optimizer).__name__,
-        "steps": run.progress.step,
-        "losses": [entry["loss"] for entry in run.progress.history],
+        "plan": state.learner.precision.plan.name,
+        "optimizer": type(state.learner.optimizer).__name__,
+        "steps": state.progress.step,
+        "losses": [entry["loss"] for entry in state.progress.history],
         "seconds": time.perf_counter() - began,
         "attention": sorted(attention.PATHS_TAKEN),
     }
 
 
 def _tiny_run(args: Any) -> tuple[Any, Any]:
-    """A `training.Run` of two layers on eight sequences, and its device."""
+    """A `TrainState` of two layers on eight sequences, and its device."""
     import torch
 
     from bert_glue.data.batching import Collator, TrainingSampler
     from bert_glue.devices.distributed import DistributedContext
+    from bert_glue.evaluation.collapse import CollapseWatch
     from bert_glue.model.classifier import LoadedModel
     from bert_glue.model.encoder import PackedClassifier
     from bert_glue.model.weights import initialise
     from bert_glue.precision.plan import plan_precision
-    from bert_glue.result_keys import LOSS, evaluation_key
     from bert_glue.tasks import own_task
-    from bert_glue.training.console import ProgressLog
-    from bert_glue.training.optim import build_optimizer
-    from bert_glue.training.setup import make_precision
-    from bert_glue.training.state import Run
+    from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
+    from bert_glue.training.setup import build_learner, build_step, make_precision
+    from bert_glue.training.state import Observers, TrainData, TrainState, Validation
     from bert_glue.training.throughput import Meter
 
     ranks = DistributedContext(args)
+    task = own_task("proof", ("text",), ("a", "b"))
     plan = plan_precision(replace(args, fallback_precision="none"), ranks.device)
     torch.manual_seed(args.seed)
     module = PackedClassifier(_tiny_shape())
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
     precision = make_precision(args, plan, module, ranks)
-    optimizer, _ = build_optimizer(args, precision.parameter_groups(per_parameter=False))
-    collate = Collator("packed", max(_LENGTHS), 0, True, ranks.device.torch_device)
-    run = Run(
-        args, own_task("proof", ("text",), ("a", "b")), ranks, LoadedModel(module, None, {}, True), precision,
-        optimizer, collate, _tiny_split(), TrainingSampler(len(_LENGTHS), len(_LENGTHS), 1, 0, False), _STEPS,
-        Meter(ranks.device, 0), ProgressLog(False, False, watches_signals=False), dict, evaluation_key(LOSS),
+    learner = build_learner(args, task, LoadedModel(module, None, {}, True), precision, None, ranks)
+    data = TrainData(
+        split=_tiny_split(),
+        sampler=TrainingSampler(len(_LENGTHS), len(_LENGTHS), 1, 0, False),
+        collate=Collator("packed", max(_LENGTHS), 0, True, ranks.device.torch_device),
+        total_steps=_STEPS,
+    )
+    observers = Observers(
+        log=ConsoleLog(False, False),
+        trackers=Trackers(args, is_first=False),
+        watch=CollapseWatch(0.0, _STEPS),
+        meter=Meter(ranks.device, 0),
+    )
+    state = TrainState(
+        args=args, task=task, ranks=ranks, data=data, learner=learner, step=build_step(args, learner, data, ranks),
+        validation=Validation(evaluate=dict, best_key="eval_loss"), observers=observers, signals=StopSignals(False),
     )  # fmt: skip
-    return run, ranks.device
+    return state, ranks.device
 
 
 def _tiny_shape() -> Any:

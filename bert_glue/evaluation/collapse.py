@@ -102,19 +102,18 @@ class CollapseWatch:
     Args:
         constant: of `constant_loss`.
         total_steps: of the run; the loss is judged from half of them on, as it falls late on small tasks.
-        history: the run's log entries, the present one included.
     """
 
     constant: float
     total_steps: int
-    history: list[dict]
     _has_warned: bool = field(default=False, init=False)
 
-    def see(self, entry: dict) -> list[str]:
-        """Warnings that a new log entry gives rise to."""
+    def warnings(self, history: list[dict]) -> list[str]:
+        """Warnings that the last of a run's log entries gives rise to."""
+        entry = history[-1]
         found = [f"{key}: {reason}" for key, reason in _collapsed_splits(entry).items()]
         if "loss" in entry and not self._has_warned and 2 * entry["step"] >= self.total_steps:
-            flat = flat_loss(self.history, self.constant)
+            flat = flat_loss(history, self.constant)
             self._has_warned = flat is not None
             if flat is not None:
                 found.append(flat)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from bert_glue.data.batching import TokenSplit
     from bert_glue.data.sources import TaskData
     from bert_glue.model.classifier import LoadedModel
-    from bert_glue.training.console import ProgressLog
+    from bert_glue.training.console import ConsoleLog
 
 
-def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ProgressLog) -> None:
+def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ConsoleLog) -> None:
     """One training row as the model sees it: texts, tokens and label."""
     texts = [column[0] for column in data.splits[split.name].texts]
     ids = split.table.ids[split.table.offsets[0] : split.table.offsets[1]].tolist()

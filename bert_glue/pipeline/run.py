@@ -39,11 +39,11 @@ from bert_glue.storage import checkpoint, files
 from bert_glue.storage.files import make_own_folder
 from bert_glue.storage.lock import FolderLock
 from bert_glue.tasks import GlueTask
-from bert_glue.training.console import ProgressLog, Trackers
+from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
 from bert_glue.training.resume import save_checkpoint, say_if_gone, whole_weights
 from bert_glue.training.setup import build_collator, fine_tune, make_precision
-from bert_glue.training.state import Progress, Run
+from bert_glue.training.state import TrainProgress, TrainState
 from bert_glue.training.throughput import Phases, seconds_since_process_start
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def run(args: Arguments) -> int:
     compare_settings(ranks, args)
     trackers = Trackers(args, ranks.is_first)
     shows = ranks.is_first and args.log_level in ("debug", "info")
-    log = ProgressLog(shows, not args.disable_tqdm, trackers=trackers)
+    log = ConsoleLog(shows, not args.disable_tqdm)
+    signals = StopSignals()
     try:
         place = upload.claim(args) if args.push_to_hub and ranks.is_first else None
         with FolderLock(Path(args.output_dir), is_holder=ranks.is_first) as lock:
@@ -74,13 +75,13 @@ def run(args: Arguments) -> int:
             for note in filter(None, (lock.note, *trackers.notes)):
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
-            results = _steps(args, ranks, log, failures)
+            results = _steps(args, ranks, log, trackers, signals, failures=failures)
         for line in outputs.summary(results):
             log.line(line)
         # The first rank's count: it writes, and speeds differ a little between ranks.
         outcome = missed(results.get("expectations", [])), failures.lines, failures.exit_code
         lines, failed, failed_code = ranks.all_gather_object(outcome)[0]
-        code = _agree_to_leave(ranks, log)
+        code = _agree_to_leave(ranks, signals)
         if failed:
             raise FollowUpError("\n".join(failed), failed_code)
         if lines:
@@ -95,13 +96,73 @@ def run(args: Arguments) -> int:
     return code
 
 
-def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog, failures: Failures) -> dict:
-    phase, given = Phases(), args
+def _steps(
+    args: Arguments, ranks: DistributedContext, log: ConsoleLog, trackers: Trackers, signals: StopSignals, *,
+    failures: Failures,
+) -> dict:  # fmt: skip
+    phase = Phases()
+    given = args
+    args = _with_sample_model(_settle_flags(args, ranks, log), ranks)
+    data, model, record, splits = _read_inputs(args, given, ranks, log, phase)
+    if args.do_train and ranks.is_first:
+        model.description = describe(args, data, model.tokenizer, _length(args, model), record)
+    plan = plan_precision(args, ranks.device)
+    _log_choices(args, model, plan, log)
+    if log.is_shown and "train" in splits:
+        outputs.show_example(data, splits["train"], model, log)
+    evaluator, narrowed = _on_device(args, model, splits, plan, ranks, signals)
+    state: TrainState | None = None
+    results: dict = facts(args, data, model, plan, ranks)
+    with phase("compile") if args.torch_compile else nullcontext():
+        compiled = _compile(args, model, evaluator, splits, log)
+    with phase("train"):
+        if args.do_train:
+            state = fine_tune(args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
+                              trackers=trackers, signals=signals, phases=phase)  # fmt: skip
+            results |= train_results(state, plan)
+    is_stopped = _is_stopped(ranks, signals)
+    scored = Scored()
+    failures.is_saved = state is not None and not is_stopped
+    with phase("save"):
+        if failures.is_saved:
+            _save_model(state)
+    if not is_stopped:
+        with state.learner.averaged() if state else nullcontext():
+            scored = score_splits(args, data, model, splits, evaluator, failures=failures, phase=phase)
+        results |= scored.results
+        is_stopped = scored.is_stopped
+    with phase("save"):
+        if state is not None:
+            _save_unfinished(state)
+    results |= compiled.summary(evaluator.collate.shapes, log) if compiled else {}
+    results["peak_memory_bytes"] = max(ranks.all_gather_object(ranks.device.peak_memory()))
+    results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
+    results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
+    if ranks.is_first:
+        progress = state.progress if state else TrainProgress()
+        trackers.log_results(results, progress.step)
+        with files.plain_errors(Path(args.output_dir)):
+            record = with_outcome(record, Path(args.output_dir), results, failures.is_saved, progress.changes)
+            outputs.write_results(args, data, results, progress.history, record=record, analysis=scored.analysis,
+                                  failures=failures)  # fmt: skip
+        if args.repeat and not is_stopped:
+            log.line(check_outcome(read_run(args.repeat), record))
+    return results
+
+
+def _settle_flags(args: Arguments, ranks: DistributedContext, log: ConsoleLog) -> Arguments:
+    """The flags with what follows from the number of ranks; says on what and how the run goes."""
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
     for line in (*(f"note: {notice}" for notice in args.notices), *derived):
         log.line(line)
-    args = _with_sample_model(args, ranks)
+    return args
+
+
+def _read_inputs(
+    args: Arguments, given: Arguments, ranks: DistributedContext, log: ConsoleLog, phase: Phases
+) -> tuple[TaskData, LoadedModel, dict, dict[str, TokenSplit]]:
+    """Data, model, the beginning of run.json, and the tokenized splits; `given` are the flags as the user gave them."""
     with phase("data"):
         data = _read_data(args, log)
     with phase("model"):
@@ -112,47 +173,7 @@ def _steps(args: Arguments, ranks: DistributedContext, log: ProgressLog, failure
     with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
         compare_inputs(ranks, data.task, splits, model)
-    if args.do_train and ranks.is_first:
-        model.description = describe(args, data, model.tokenizer, _length(args, model), record)
-    plan = plan_precision(args, ranks.device)
-    _log_choices(args, model, plan, log)
-    if log.is_first and "train" in splits:
-        outputs.show_example(data, splits["train"], model, log)
-    (evaluator, narrowed), run_of = _on_device(args, model, splits, plan, ranks, log), None
-    results: dict = facts(args, data, model, plan, ranks)
-    with phase("compile") if args.torch_compile else nullcontext():
-        compiled = _compile(args, model, evaluator, splits, log)
-    with phase("train"):
-        if args.do_train:
-            run_of = fine_tune(args, data.task, splits, model, evaluator, narrowed, log, phase)
-            results |= train_results(run_of, plan)
-    is_stopped, scored = _is_stopped(ranks, log), Scored()
-    failures.is_saved = run_of is not None and not is_stopped
-    with phase("save"):
-        if failures.is_saved:
-            _save_model(run_of)
-    if not is_stopped:
-        with run_of.averaged() if run_of else nullcontext():
-            scored = score_splits(args, data, model, splits, evaluator, failures=failures, phase=phase)
-        results |= scored.results
-        is_stopped = scored.is_stopped
-    with phase("save"):
-        if run_of is not None:
-            _save_unfinished(run_of)
-    results |= compiled.summary(evaluator.collate.shapes, log) if compiled else {}
-    results["peak_memory_bytes"] = max(ranks.all_gather_object(ranks.device.peak_memory()))
-    results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
-    results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
-    if ranks.is_first:
-        progress = run_of.progress if run_of else Progress()
-        log.results(results, progress.step)
-        with files.plain_errors(Path(args.output_dir)):
-            record = with_outcome(record, Path(args.output_dir), results, failures.is_saved, progress.changes)
-            history, analysis = progress.history, scored.analysis
-            outputs.write_results(args, data, results, history, record=record, analysis=analysis, failures=failures)
-        if args.repeat and not is_stopped:
-            log.line(check_outcome(read_run(args.repeat), record))
-    return results
+    return data, model, record, splits
 
 
 def _on_device(
@@ -161,7 +182,7 @@ def _on_device(
     splits: dict[str, TokenSplit],
     plan: PrecisionPlan,
     ranks: DistributedContext,
-    log: ProgressLog,
+    signals: StopSignals,
 ) -> tuple[Evaluator, NarrowedEmbedding | None]:
     """The model on its device in the plan's precision, ready to evaluate and to train."""
     if args.cuda_graph:
@@ -173,11 +194,11 @@ def _on_device(
     precision = make_precision(args, plan, model.module, ranks)
     collate = build_collator(args, model, ranks, narrowed)
     batch_size = args.per_device_eval_batch_size
-    return Evaluator(model.module, collate, batch_size, ranks, precision, log.stop_requested), narrowed
+    return Evaluator(model.module, collate, batch_size, ranks, precision, signals.is_requested), narrowed
 
 
 def _compile(
-    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ProgressLog
+    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ConsoleLog
 ) -> Compiled | None:
     """What `--torch_compile` compiled, None without it."""
     if not args.torch_compile:
@@ -196,7 +217,7 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
 
 
 def _provenance(
-    args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext, log: ProgressLog
+    args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext, log: ConsoleLog
 ) -> dict:
     """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
     if not ranks.is_first:
@@ -210,46 +231,47 @@ def _provenance(
     return record
 
 
-def _agree_to_leave(ranks: DistributedContext, log: ProgressLog) -> int:
+def _agree_to_leave(ranks: DistributedContext, signals: StopSignals) -> int:
     """The exit code of all ranks: 0, or 128 + signal if any of them got one.
 
     No rank goes before all results are written: a launcher ends the others when one has left.
     """
-    signals = [number for number in ranks.all_gather_object(log.stop_signal) if number is not None]
-    log.ignore_signals()
-    return 128 + max(signals) if signals else 0
+    numbers = [number for number in ranks.all_gather_object(signals.number) if number is not None]
+    signals.ignore()
+    return 128 + max(numbers) if numbers else 0
 
 
-def _is_stopped(ranks: DistributedContext, log: ProgressLog) -> bool:
+def _is_stopped(ranks: DistributedContext, signals: StopSignals) -> bool:
     """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
-    found = next(filter(None, ranks.all_gather_object(log.stop_signal)), None)
+    found = next(filter(None, ranks.all_gather_object(signals.number)), None)
     if found is not None:  # never set to None: a signal may come at any moment
-        log.stop_signal = found
+        signals.number = found
     return found is not None
 
 
-def _save_model(run_of: Run) -> None:
+def _save_model(state: TrainState) -> None:
     """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
-    if not run_of.ranks.is_first:
+    if not state.ranks.is_first:
         return
-    say_if_gone(run_of)
-    model, weights = run_of.model, whole_weights(run_of)
-    checkpoint.replace_files(run_of.output_dir, lambda folder: model.save(folder, weights))
-    remove_scores_of_other_weights(run_of.output_dir)
-    folder = run_of.output_dir / adapters.FOLDER
+    say_if_gone(state)
+    model = state.learner.model
+    weights = whole_weights(state)
+    checkpoint.replace_files(state.output_dir, lambda folder: model.save(folder, weights))
+    remove_scores_of_other_weights(state.output_dir)
+    folder = state.output_dir / adapters.FOLDER
     if model.adapter is not None:
         with files.plain_errors(folder):
             make_own_folder(folder)
         checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
     elif folder.exists():
-        run_of.log.line(f"note: {folder}: of an earlier run, not of this one")
+        state.observers.log.line(f"note: {folder}: of an earlier run, not of this one")
 
 
-def _save_unfinished(run_of: Run) -> None:
+def _save_unfinished(state: TrainState) -> None:
     """If a signal came, the checkpoint that the run can be finished from."""
-    if _is_stopped(run_of.ranks, run_of.log) and run_of.saved_step != run_of.progress.step:
-        with run_of.saver:
-            save_checkpoint(run_of)
+    if _is_stopped(state.ranks, state.signals) and state.checkpoints.saved_step != state.progress.step:
+        with state.checkpoints.saver:
+            save_checkpoint(state)
 
 
 def _needed(args: Arguments) -> frozenset[str]:
@@ -262,7 +284,7 @@ def _needed(args: Arguments) -> frozenset[str]:
     return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
 
-def _read_data(args: Arguments, log: ProgressLog) -> TaskData:
+def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
     data = load_task_data(args, _needed(args))
     for line in (f"data: {data.source}", *data.warnings):
         log.line(line)
@@ -291,7 +313,7 @@ def _length(args: Arguments, model: LoadedModel) -> int:
     return min(args.max_seq_length, model.position_limit)
 
 
-def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ProgressLog) -> dict[str, TokenSplit]:
+def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleLog) -> dict[str, TokenSplit]:
     """Token ids and labels of every split, cut to `--max_*_samples`."""
     limit = _length(args, model)
     if limit < args.max_seq_length:
@@ -316,7 +338,7 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: Progress
     return splits
 
 
-def _log_choices(args: Arguments, model: LoadedModel, plan, log: ProgressLog) -> None:
+def _log_choices(args: Arguments, model: LoadedModel, plan, log: ConsoleLog) -> None:
     path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
     log.line(f"precision: {plan.name}; batches: {path}")
     if model.frozen:

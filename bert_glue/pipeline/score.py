@@ -24,7 +24,7 @@ from bert_glue.model.classifier import LoadedModel
 from bert_glue.pipeline import outputs
 from bert_glue.storage import files
 from bert_glue.tasks import GlueTask, also_predicted
-from bert_glue.training.state import Run
+from bert_glue.training.state import TrainState
 from bert_glue.training.throughput import Phases
 
 
@@ -161,26 +161,27 @@ def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Dist
     }
 
 
-def train_results(run_of: Run, plan) -> dict:
+def train_results(state: TrainState, plan) -> dict:
     """`train_*` results of all ranks together."""
-    meter, ranks, progress = run_of.meter, run_of.ranks, run_of.progress
-    smoothing = run_of.args.label_smoothing_factor
+    meter, ranks, progress = state.observers.meter, state.ranks, state.progress
+    summed = state.learner.precision.summed
+    constant = constant_loss(state.task, state.data.split.labels, state.args.label_smoothing_factor)
     counts = ranks.all_gather_object([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
     names = ("samples", "real_tokens", "computed_tokens", "flops")
     totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
     return {
         keys.TRAIN_LOSS: progress.loss_sum / max(1, progress.step),
-        keys.TRAIN_RUNTIME: run_of.seconds,
+        keys.TRAIN_RUNTIME: meter.runtime,
         keys.TRAIN_STEPS: progress.step,
-        keys.TRAIN_COLLAPSED: flat_loss(progress.history, constant_loss(run_of.task, run_of.split.labels, smoothing)),
+        keys.TRAIN_COLLAPSED: flat_loss(progress.history, constant),
         "attention": sorted(PATHS_TAKEN),
-        "optimizer": run_of.optimizer_used,
-        keys.TRAIN_SKIPPED_UPDATES: run_of.precision.skipped_steps,
+        "optimizer": state.learner.optimizer_name,
+        keys.TRAIN_SKIPPED_UPDATES: state.learner.precision.skipped_steps,
         keys.TRAIN_SAMPLES_CONSUMED: progress.samples,
-        keys.TRAIN_SAMPLES: run_of.order.rows,
-        "epoch": run_of.epoch,
+        keys.TRAIN_SAMPLES: state.data.sampler.rows,
+        "epoch": state.epoch,
         # Of one step and rank; null with apex, which adds them up itself.
-        keys.TRAIN_GRADIENT_BYTES: run_of.precision.summed.bytes if run_of.precision.summed.gradients else None,
+        keys.TRAIN_GRADIENT_BYTES: summed.bytes if summed.gradients else None,
         keys.SECONDS_TO_FIRST_STEP: meter.to_first_step,
         **meter.rates(totals, plan.dtype),
     }

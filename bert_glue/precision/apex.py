@@ -51,7 +51,7 @@ class ApexPrecision:
         self.skipped_steps = self.overflows_in_a_row = 0
         self._overflowed = False
 
-    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """(parameters, whether they are decayed) a group; amp wants the module's own."""
         return [(group.parameters, group.is_decayed) for group in self.groups]
 

@@ -103,7 +103,7 @@ class Precision:
         self._register = overflow_flag(device)
         self._copy_masters()
 
-    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
 
         Args:
@@ -122,7 +122,7 @@ class Precision:
         return found
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-        """Take note of the optimizer over `leaves`, None for evaluation alone; returns the one to use."""
+        """Take note of the optimizer over `optimizer_groups`, None for evaluation alone; returns the one to use."""
         return optimizer
 
     def describe(self) -> str:
@@ -182,7 +182,7 @@ class Precision:
         return self.norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
-        """`admits`, and `update` if it does.
+        """`update`, unless `should_skip`.
 
         Args:
             norm: of `gather_gradients`; made NaN where the step is skipped.
@@ -190,20 +190,23 @@ class Precision:
         Returns:
             True if the update counts; False if it was skipped for overflow (dynamic scale only).
         """
-        if not self.allows_update(norm):
+        if self.should_skip(norm):
             return False
         self.update(optimizer, norm, max_norm)
         return True
 
-    def allows_update(self, norm: torch.Tensor) -> bool:
-        """Whether this step's update may be made; only under a dynamic scale the host asks the device.
+    def should_skip(self, norm: torch.Tensor) -> bool:
+        """Whether a dynamic scale skips this step's update for overflow, and halves; doubles after enough clean steps.
+
+        Under a dynamic scale the host waits here for all passes of the step, since it must know before it launches the
+        update. A static scale waits for nothing.
 
         Raises:
             DivergedError: overflow persists at the smallest scale.
         """
-        if self.is_dynamic and self._overflowed(bool(self._is_bad.item())):
-            norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
+        if not (self.is_dynamic and self._overflowed(bool(self._is_bad.item()))):
             return False
+        norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
         return True
 
     def update(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> None:

@@ -96,11 +96,11 @@ class TrainingPrecision(ModelPrecision, Protocol):
     def scale(self) -> float:
         """Loss scale now."""
 
-    def parameter_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
+    def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
         """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group."""
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-        """Take note of the optimizer over `leaves`, None for evaluation alone; returns the one to use."""
+        """Take note of the optimizer over `optimizer_groups`, None for evaluation alone; returns the one to use."""
 
     def describe(self) -> str:
         """How gradients are kept, one line for the log."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from bert_glue.devices.rng import random_tensors
 from bert_glue.storage.files import json_object
 from bert_glue.training.optim import state_shapes
-from bert_glue.training.state import Progress, Run
+from bert_glue.training.state import TrainProgress, TrainState
 
 _LARGEST = 2**53  # whole numbers up to here are the same in every reader of JSON
 _MT19937_WORDS = 624
@@ -50,7 +50,7 @@ def _or_null(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    **{name: _is_whole for name, value in asdict(Progress()).items() if isinstance(value, int)},
+    **{name: _is_whole for name, value in asdict(TrainProgress()).items() if isinstance(value, int)},
     "loss_sum": _is_number,
     "recent_loss": _is_number,
     "best_metric": _or_null(_is_number),
@@ -99,7 +99,7 @@ def check_scale(state: dict[str, Any], own: dict[str, Any]) -> None:
             raise ValueError(f"trainer_state.json: loss_scale: {name!r} is {str(value)[:60]}")
 
 
-def read_tensors(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
     """optimizer.safetensors of a checkpoint.
 
     Raises:
@@ -107,13 +107,15 @@ def read_tensors(run: Run, folder: Path) -> dict[str, torch.Tensor]:
         ValueError: a name, shape or dtype that this run's parameters, averages and optimizer do not have.
     """
     tensors = load_file(folder / "optimizer.safetensors")
-    masters = run.precision.masters
+    masters = state.learner.precision.masters
     expected = {f"parameters.{n}": (m.shape, (m.dtype,)) for n, m in enumerate(masters)}
     if any(name.startswith("average.") for name in tensors):
         expected |= {f"average.{n}": (m.shape, (torch.float32,)) for n, m in enumerate(masters)}
     if any(name.startswith("state.") for name in tensors):  # an optimizer whose steps were all skipped has none
-        for number, parameter in enumerate(p for group in run.optimizer.param_groups for p in group["params"]):
-            for name, (shape, dtypes) in state_shapes(run.optimizer, parameter).items():
+        for number, parameter in enumerate(
+            p for group in state.learner.optimizer.param_groups for p in group["params"]
+        ):
+            for name, (shape, dtypes) in state_shapes(state.learner.optimizer, parameter).items():
                 expected[f"state.{number}.{name}"] = (shape, dtypes)
     _compare("optimizer.safetensors", tensors, expected)
     for name, tensor in tensors.items():
@@ -122,14 +124,14 @@ def read_tensors(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_randoms(run: Run, path: Path) -> dict[str, torch.Tensor]:
+def read_randoms(state: TrainState, path: Path) -> dict[str, torch.Tensor]:
     """The generators' states of a rank; that of another device is left out.
 
     Raises:
         OSError, SafetensorError: it cannot be read.
         ValueError: not states of these generators.
     """
-    tensors, own = load_file(path), random_tensors(run.ranks.device)
+    tensors, own = load_file(path), random_tensors(state.ranks.device)
     if "device" in tensors and ("device" not in own or tensors["device"].shape != own["device"].shape):
         del tensors["device"]
     if "python_gauss" in tensors and tensors["python_gauss"].numel() <= 1:  # one number or none

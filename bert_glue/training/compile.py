@@ -29,7 +29,7 @@ from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.encoder import PackedClassifier, PackedLayer
 from bert_glue.model.layers import DropoutMasks
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog
 
 _NEEDS_COMPILER = "inductor"
 
@@ -46,7 +46,7 @@ class Compiled:
     backend: str
     graphs: int
 
-    def summary(self, shapes: set[int], log: ProgressLog) -> dict[str, str | int]:
+    def summary(self, shapes: set[int], log: ConsoleLog) -> dict[str, str | int]:
         """Entries of the results files, when all batches have been run; says them too.
 
         Args:
@@ -71,7 +71,7 @@ def graphs_made() -> int:
 
 
 def compile_model(
-    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ProgressLog
+    args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ConsoleLog
 ) -> Compiled:
     """Compile, by a forward and backward pass over the first rows that leaves nothing behind but cleared gradients.
 

@@ -14,114 +14,106 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError, first_line
 from bert_glue.result_keys import is_measured
 from bert_glue.storage.files import make_own_folder
 
-if TYPE_CHECKING:
-    from bert_glue.evaluation.collapse import CollapseWatch
-
 # A terminal and a launcher both pass one Ctrl-C on, and so do some schedulers with SIGTERM.
 _SAME_SIGNAL_SECONDS = 2.0
 
 
-class ProgressLog:
-    """Console of one run; silent on all ranks but the first.
+class StopSignals:
+    """SIGTERM and SIGINT as a request to stop, which the loop reads once a step.
 
     Args:
-        is_first: whether this rank prints.
-        wants_bar: False with `--disable_tqdm`.
-        watches_signals: True turns SIGTERM and SIGINT into a request that the loop reads.
-        trackers: get every entry too.
+        is_watching: False leaves the signals of the process alone.
 
-    `ends_at_once` is True until training begins: before that there is nothing to save. `watch` is asked for
-    warnings at each entry.
+    Attributes:
+        number: of the signal that came first, None before any.
+        ends_at_once: True until training begins: before that there is nothing to save.
     """
 
-    def __init__(self, is_first: bool, wants_bar: bool, watches_signals: bool = True, trackers: Trackers | None = None):
-        self.trackers = trackers
-        self.is_first = is_first
-        self.wants_bar = wants_bar and is_first and sys.stderr.isatty()
-        self.watches_signals = watches_signals
-        self.stop_signal: int | None = None
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, is_watching: bool = True):
+        self.number: int | None = None
         self.ends_at_once = True
-        self.watch: CollapseWatch | None = None
-        self._signalled = 0.0
-        self._last = ""  # loss and rate of the last entry, for the bar
-        self._bar: Any = None
-        self._task: Any = None
-        if watches_signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._request_stop)
+        self._is_watching = is_watching
+        self._received = 0.0
+        if is_watching:
+            for number in self._NUMBERS:
+                signal.signal(number, self._receive)
 
-    def _request_stop(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         """First signal: finish the step, or leave the evaluation, and save. A later one: end at once."""
-        is_again = self.stop_signal is not None and time.monotonic() - self._signalled > _SAME_SIGNAL_SECONDS
-        if self.ends_at_once or is_again:
+        is_repeated = self.number is not None and time.monotonic() - self._received > _SAME_SIGNAL_SECONDS
+        if self.ends_at_once or is_repeated:
             raise SystemExit(128 + number)
-        if self.stop_signal is None:
-            self.stop_signal, self._signalled = number, time.monotonic()
+        if self.number is None:
+            self.number = number
+            self._received = time.monotonic()
 
-    def ignore_signals(self) -> None:
+    def is_requested(self) -> bool:
+        """True once a signal asked this rank to stop."""
+        return self.number is not None
+
+    def ignore(self) -> None:
         """Nothing is left to stop: a launcher that clears up must not change the exit code."""
-        if self.watches_signals:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if self._is_watching:
+            for number in self._NUMBERS:
                 # Not SIG_IGN, which a process started from here would inherit.
                 signal.signal(number, lambda *_: None)
 
-    def stop_requested(self) -> bool:
-        """True once a signal asked this rank to stop."""
-        return self.stop_signal is not None
+
+def format_entry(entry: dict) -> str:
+    """A log entry as `name=value` words, numbers shortened."""
+    words = []
+    for name, value in entry.items():
+        if isinstance(value, float):
+            value = f"{value:.3e}" if name == "learning_rate" else f"{value:.5g}"
+        words.append(f"{name}={value}")
+    return " ".join(words)
+
+
+class ConsoleLog:
+    """Lines and the progress bar of one run.
+
+    Args:
+        is_shown: False on all ranks but the first, which then print nothing.
+        wants_bar: False with `--disable_tqdm`.
+    """
+
+    def __init__(self, is_shown: bool, wants_bar: bool):
+        self.is_shown = is_shown
+        self._last = ""  # loss and rate of the last entry, for the bar
+        self._wants_bar = wants_bar and is_shown and sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
 
     def line(self, text: str) -> None:
         """One line of the log."""
-        if self.is_first:
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
-            else:
-                print(text, flush=True)
+        if not self.is_shown:
+            return
+        if self._bar is None:
+            print(text, flush=True)
+        else:  # above the bar
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def entry(self, entry: dict) -> None:
-        """One log entry, numbers shortened."""
-        if self.trackers is not None:
-            self.trackers.log(entry, entry["step"])
-            for problem in self.trackers.problems():
-                self.line(f"note: {problem}")
+        """A line of the log with an entry's numbers."""
         if "loss" in entry:
             self._last = f"loss {entry['loss']:.4f} rate {entry['learning_rate']:.2e}"
-        parts = []
-        for name, value in entry.items():
-            if isinstance(value, float):
-                value = f"{value:.3e}" if name == "learning_rate" else f"{value:.5g}"
-            parts.append(f"{name}={value}")
-        for text in (" ".join(parts), *(self.watch.see(entry) if self.watch else ())):
-            self.line(text)
-
-    def results(self, results: dict, step: int) -> None:
-        """The results for the trackers: `all_results.json` without what says how the run was made."""
-        if self.trackers is not None:
-            told = {n: v for n, v in results.items() if is_measured(n)}
-            self.trackers.log(told, step)
+        self.line(format_entry(entry))
 
     def advance(self, step: int, total: int, epoch: float) -> None:
         """Move the bar."""
-        if not self.wants_bar:
+        if not self._wants_bar:
             return
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f} epoch {task.fields[epoch]:.2f}"),
-                TextColumn("{task.fields[last]}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            self._bar = _make_bar()
             self._task = self._bar.add_task("", total=total, epoch=epoch, last="")
             self._bar.start()
         self._bar.update(self._task, completed=step, epoch=epoch, last=self._last)
@@ -131,6 +123,20 @@ class ProgressLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _make_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f} epoch {task.fields[epoch]:.2f}"),
+        TextColumn("{task.fields[last]}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 CLOSE_SECONDS = 20.0  # for all trackers together to send what they hold
@@ -144,7 +150,9 @@ class _Worker(threading.Thread):
 
     def __init__(self, kind: type, name: str, args: Arguments):
         super().__init__(daemon=True, name=f"tracker {name}")
-        self.kind, self.tracker_name, self.args = kind, name, args
+        self.kind = kind
+        self.tracker_name = name
+        self.args = args
         self.entries: queue.SimpleQueue[tuple[dict, int] | None] = queue.SimpleQueue()
         self.problem: str | None = None
 
@@ -199,6 +207,10 @@ class Trackers:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         for worker in self._workers:
             worker.entries.put((numbers, step))
+
+    def log_results(self, results: dict, step: int) -> None:
+        """`all_results.json` without what says how the run was made."""
+        self.log({name: value for name, value in results.items() if is_measured(name)}, step)
 
     def problems(self) -> list[str]:
         """A line for each tracker that failed since the last call."""

@@ -23,7 +23,6 @@ from bert_glue.model.attention import cuda_kernel
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.precision.native import Precision
 from bert_glue.precision.plan import PrecisionPlan
-from bert_glue.training.console import ProgressLog
 from bert_glue.training.optim import runs_without_host
 
 
@@ -136,7 +135,7 @@ class _Place:
 
 
 class RecordedStep:
-    """Passes, norm and update of a run's optimizer steps.
+    """Passes, norm and update of a run's optimizer steps; see `OptimizerStep`.
 
     Args:
         run_pass: (batch, samples of the step) -> loss `[]`, eagerly; gradients are added to the flat buffers.
@@ -149,6 +148,7 @@ class RecordedStep:
         self,
         recorder: Recorder,
         run_pass: Pass,
+        *,
         longest: int,
         precision: Precision,
         optimizer: torch.optim.Optimizer,
@@ -183,7 +183,7 @@ class RecordedStep:
         """As `Precision.step`."""
         if self.after is None:
             return self.precision.step(self.optimizer, norm, self.max_norm)
-        if not self.precision.allows_update(norm):
+        if self.precision.should_skip(norm):
             return False
         self.after[1]()
         return True
@@ -193,15 +193,15 @@ class RecordedStep:
         self.precision.update(self.optimizer, norm, self.max_norm)
         return norm
 
-    def say(self, log: ProgressLog) -> None:
-        """One line: how much was replayed."""
+    def summary(self) -> str:
+        """How much was replayed, one line for the log."""
         works = [work for _, work in self.passes.values()]
         passes, replays = sum(work.runs for work in works), sum(work.replays for work in works)
         recordings = sum(work.replays > 0 for work in works)
         after = "updates stay eager: this optimizer asks the host"
         if self.after:
             after = f"{self.after[1].replays} of {self.after[1].runs} updates"
-        log.line(f"cuda_graph: {recordings} recording(s), {replays} of {passes} passes replayed; {after}")
+        return f"cuda_graph: {recordings} recording(s), {replays} of {passes} passes replayed; {after}"
 
 
 def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) -> None:

@@ -26,8 +26,17 @@ class WeightAverage:
     """
 
     def __init__(self, precision: TrainingPrecision, narrowed: NarrowedEmbedding | None, decay: float):
-        self.precision, self.narrowed, self.decay = precision, narrowed, decay
-        self.values = [master.detach().float().clone() for master in precision.masters]
+        self.precision = precision
+        self.narrowed = narrowed
+        self.decay = decay
+        self.values = [torch.empty_like(master, dtype=torch.float32) for master in precision.masters]
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
+        for value, master in zip(self.values, self.precision.masters, strict=True):
+            value.copy_(master)
         self.row_decay = 1.0
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from bert_glue.devices.device import Device
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.storage import files
 from bert_glue.storage.files import written_aside
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog
 from bert_glue.training.throughput import Meter
 
 
@@ -43,7 +43,7 @@ class StepTrace(NoTrace):
         UsageError: the run ends before the first step, or is resumed after the last.
     """
 
-    def __init__(self, steps: str, done: int, total: int, device: Device, meter: Meter, log: ProgressLog,
+    def __init__(self, steps: str, done: int, total: int, device: Device, meter: Meter, log: ConsoleLog,
                  path: Path):  # fmt: skip
         self.first, self.last = read_steps(steps)
         if self.first > total or self.last <= done:

@@ -17,30 +17,30 @@ from bert_glue.errors import CheckpointError
 from bert_glue.storage import checkpoint, files
 from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.training.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
-from bert_glue.training.ema import WeightAverage
-from bert_glue.training.state import Progress, Run
+from bert_glue.training.state import Learner, TrainState
 
 
-def whole_weights(run: Run) -> dict[str, torch.Tensor]:
+def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
     """The model to be used, as `LoadedModel.tensors`: fp32 masters where there are some, the embedding table whole."""
-    with run.averaged():
-        tensors = run.model.tensors(run.precision.named_masters())
-        if run.narrowed is not None:
+    learner = state.learner
+    with learner.averaged():
+        tensors = learner.model.tensors(learner.precision.named_masters())
+        if learner.narrowed is not None:
             table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
-            tensors[table] = run.narrowed.expand(tensors[table])
+            tensors[table] = learner.narrowed.expand(tensors[table])
     return tensors
 
 
-def say_if_gone(run: Run) -> None:
+def say_if_gone(state: TrainState) -> None:
     """Tell the user that the output folder is not there any more; what is saved from now on makes it anew."""
-    if not run.output_dir.is_dir():
-        run.log.line(
-            f"note: --output_dir {run.output_dir} was deleted or moved while the run was writing there: "
+    if not state.output_dir.is_dir():
+        state.observers.log.line(
+            f"note: --output_dir {state.output_dir} was deleted or moved while the run was writing there: "
             "it is made anew, without the earlier checkpoints and without a lock against a second run"
         )
 
 
-def save_checkpoint(run: Run) -> None:
+def save_checkpoint(state: TrainState) -> None:
     """Copy the run's state to host memory and let a thread write `checkpoint-<step>` from it.
 
     The same thread then deletes what `save_total_limit` no longer keeps.
@@ -48,42 +48,44 @@ def save_checkpoint(run: Run) -> None:
     Raises:
         CheckpointError: the previous checkpoint could not be written; earlier ones are untouched.
     """
-    randoms = run.ranks.all_gather_object(random_tensors(run.ranks.device))
-    run.saved_step = run.progress.step
-    if not run.ranks.is_first:
+    randoms = state.ranks.all_gather_object(random_tensors(state.ranks.device))
+    state.checkpoints.saved_step = state.progress.step
+    if not state.ranks.is_first:
         return
-    run.saver.wait()  # one copy in host memory at a time
-    say_if_gone(run)
-    weights = whole_weights(run)
-    state = _optimizer_tensors(run)
-    progress = json.dumps(_state(run))
-    folder, best = (run.output_dir / f"checkpoint-{n}" for n in (run.progress.step, run.progress.best_step))
+    state.checkpoints.saver.wait()  # one copy in host memory at a time
+    say_if_gone(state)
+    weights = whole_weights(state)
+    optimizer = _optimizer_tensors(state)
+    progress = json.dumps(_state(state))
+    folder = state.output_dir / f"checkpoint-{state.progress.step}"
+    best = state.output_dir / f"checkpoint-{state.progress.best_step}"
 
     def write(into: Path) -> None:
-        run.model.save(into, weights)
-        save_file(state, into / "optimizer.safetensors")
+        state.learner.model.save(into, weights)
+        save_file(optimizer, into / "optimizer.safetensors")
         for rank, tensors in enumerate(randoms):
             save_file(tensors, into / f"random-{rank}.safetensors")
         (into / "trainer_state.json").write_text(progress, encoding="utf-8")
 
     def job() -> None:
-        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *optimizer.values()))
         checkpoint.publish(folder, write, size + len(progress) + (1 << 20))
-        checkpoint.keep_newest(run.output_dir, run.args.save_total_limit, best.name, folder)
+        checkpoint.keep_newest(state.output_dir, state.args.save_total_limit, best.name, folder)
 
-    run.saver.start(job)
+    state.checkpoints.saver.start(job)
 
 
-def _state(run: Run) -> dict:
+def _state(state: TrainState) -> dict:
     """trainer_state.json: progress, loss scale, what must not differ on resume and what may."""
+    learner = state.learner
     return {
-        **asdict(run.progress),
-        "loss_scale": run.precision.scale_state(),
-        "group_steps": [group.get("step") for group in run.optimizer.param_groups],
-        "narrowed_decay": run.narrowed.decay if run.narrowed else 1.0,
-        "average_row_decay": run.average.row_decay if run.average else None,
-        "same": _must_be_same(run),
-        "settings": _may_change(run),
+        **asdict(state.progress),
+        "loss_scale": learner.precision.scale_state(),
+        "group_steps": [group.get("step") for group in learner.optimizer.param_groups],
+        "narrowed_decay": learner.narrowed.decay if learner.narrowed else 1.0,
+        "average_row_decay": learner.average.row_decay if learner.average else None,
+        "same": _must_be_same(state),
+        "settings": _may_change(state),
     }
 
 
@@ -104,26 +106,29 @@ _SAME = (
 )
 
 
-def _must_be_same(run: Run) -> dict[str, object]:
+def _must_be_same(state: TrainState) -> dict[str, object]:
     """What a resumed run shares with the first one: the values of `_SAME`."""
-    words = run.narrowed.rows.numpy().tobytes() if run.narrowed else b""
-    shapes = {name: list(shape) for g in run.precision.groups for name, shape in zip(g.names, g.shapes, strict=True)}
-    if run.narrowed:
+    learner, sampler = state.learner, state.data.sampler
+    words = learner.narrowed.rows.numpy().tobytes() if learner.narrowed else b""
+    shapes: dict[str, list[int]] = {}
+    for group in learner.precision.groups:
+        shapes |= {name: list(shape) for name, shape in zip(group.names, group.shapes, strict=True)}
+    if learner.narrowed:
         shapes.pop("words.weight")
-    order, frozen = run.order, run.model.frozen_hash
+    frozen = learner.model.frozen_hash
     return {
         "model_shapes": shapes,
         **({"frozen_weights_sha256": frozen} if frozen else {}),
-        **(run.model.adapter.settings if run.model.adapter else {}),
-        "optimizer": type(run.optimizer).__name__,
-        "amp_backend": run.precision.plan.backend,
-        "layerwise_lr_decay": run.args.layerwise_lr_decay,
-        "training_rows": order.rows,
-        "samples_per_step": order.step_size,
-        "seed": run.args.seed,
-        "order_seed": order.seed,
-        "epoch_multiple_of": order.unit,
-        "is_grouped_by_length": order.lengths is not None,
+        **(learner.model.adapter.settings if learner.model.adapter else {}),
+        "optimizer": type(learner.optimizer).__name__,
+        "amp_backend": learner.precision.plan.backend,
+        "layerwise_lr_decay": state.args.layerwise_lr_decay,
+        "training_rows": sampler.rows,
+        "samples_per_step": sampler.step_size,
+        "seed": state.args.seed,
+        "order_seed": sampler.seed,
+        "epoch_multiple_of": sampler.unit,
+        "is_grouped_by_length": sampler.lengths is not None,
         "words_sha256": hashlib.sha256(words).hexdigest(),
     }
 
@@ -147,45 +152,46 @@ _MAY_CHANGE = (
 )
 
 
-def _may_change(run: Run) -> dict[str, object]:
+def _may_change(state: TrainState) -> dict[str, object]:
     """The values of `_MAY_CHANGE`: where one differs, a resumed run gives another result than one left alone."""
     return {
-        **{name: getattr(run.args, name) for name in _SETTINGS},
-        "total_steps": run.total_steps,
-        "world_size": run.ranks.world_size,
-        "precision": run.precision.plan.name,
-        "device": run.ranks.device.name,
+        **{name: getattr(state.args, name) for name in _SETTINGS},
+        "total_steps": state.data.total_steps,
+        "world_size": state.ranks.world_size,
+        "precision": state.learner.precision.plan.name,
+        "device": state.ranks.device.name,
     }
 
 
-def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
     """Flat buffers and the optimizer's tensors, on the host."""
-    tensors = {f"parameters.{n}": m.detach().cpu().clone() for n, m in enumerate(run.precision.masters)}
-    for number, state in run.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+    learner = state.learner
+    tensors = {f"parameters.{n}": m.detach().cpu().clone() for n, m in enumerate(learner.precision.masters)}
+    for number, of_parameter in learner.optimizer.state_dict()["state"].items():
+        for name, value in of_parameter.items():
             value = value if torch.is_tensor(value) else torch.tensor(value)
             tensors[f"state.{number}.{name}"] = value.detach().cpu().contiguous().clone()
-    return {**tensors, **(run.average.tensors() if run.average else {})}
+    return tensors | (learner.average.tensors() if learner.average else {})
 
 
-def choose(run: Run, wanted: str) -> tuple[Path | None, list[str], str]:
+def choose(state: TrainState, wanted: str) -> tuple[Path | None, list[str], str]:
     """The checkpoint that `--resume_from_checkpoint` means, for one rank to find and all to use.
 
     Returns:
         Its folder, or None for a new start; lines for the log; and why it cannot be used, "" if it can.
     """
-    with files.plain_errors(run.output_dir):
-        checkpoint.finish_interrupted(run.output_dir)
+    with files.plain_errors(state.output_dir):
+        checkpoint.finish_interrupted(state.output_dir)
     if wanted.lower() not in ("auto", "true"):
         reason = checkpoint.verify(Path(wanted))
         return Path(wanted), [], f"--resume_from_checkpoint {wanted}: {reason}" if reason else ""
-    folder, rejected = checkpoint.newest_sound(run.output_dir)
+    folder, rejected = checkpoint.newest_sound(state.output_dir)
     if folder is None:
-        rejected.append(f"no sound checkpoint in {run.output_dir}: training starts anew")
+        rejected.append(f"no sound checkpoint in {state.output_dir}: training starts anew")
     return folder, rejected, ""
 
 
-def resume(run: Run, folder: Path) -> list[str]:
+def resume(state: TrainState, folder: Path) -> list[str]:
     """Continue from a checkpoint that verifies, bit for bit if nothing was changed.
 
     Returns:
@@ -195,52 +201,53 @@ def resume(run: Run, folder: Path) -> list[str]:
         CheckpointError: it belongs to other data, model or batch sizes, or is not one of ours.
     """
     try:
-        return _resume(run, folder)
+        return _resume(state, folder)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"--resume_from_checkpoint {folder}: not what this program writes ({type(error).__name__}: {error})"
         ) from error
 
 
-def _resume(run: Run, folder: Path) -> list[str]:
-    state = read_state(folder)
-    other = differences(_SAME, with_current_keys(_SAME, state["same"]), _must_be_same(run))
+def _resume(state: TrainState, folder: Path) -> list[str]:
+    stored = read_state(folder)
+    other = differences(_SAME, with_current_keys(_SAME, stored["same"]), _must_be_same(state))
     if other:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {other}")
     # A flag that came after the checkpoint had its default.
     defaults = {name: FLAGS[name].default for name in _SETTINGS}
-    then = defaults | with_current_keys(_MAY_CHANGE, state["settings"])
-    now = _may_change(run)
-    tensors = read_tensors(run, folder)
-    _load_optimizer(run, tensors)
-    for group, step in zip(run.optimizer.param_groups, state["group_steps"], strict=True):
+    then = defaults | with_current_keys(_MAY_CHANGE, stored["settings"])
+    now = _may_change(state)
+    learner = state.learner
+    tensors = read_tensors(state, folder)
+    _load_optimizer(learner, tensors)
+    for group, step in zip(learner.optimizer.param_groups, stored["group_steps"], strict=True):
         if step is not None:  # apex's FusedAdam counts steps there
             group["step"] = step
     if then["precision"] == now["precision"]:
-        check_scale(state["loss_scale"], run.precision.scale_state())
-        run.precision.load_scale_state(state["loss_scale"])
-    if run.narrowed:
-        run.narrowed.decay = state["narrowed_decay"]
-    if run.average and then["ema_decay"]:
-        run.average.load(tensors, state["average_row_decay"])
-    elif run.average:
-        run.average = WeightAverage(run.precision, run.narrowed, run.args.ema_decay)  # from the weights as they are now
-    run.progress = Progress(**{name: state[name] for name in asdict(Progress())})
-    run.saved_step = run.progress.step
+        check_scale(stored["loss_scale"], learner.precision.scale_state())
+        learner.precision.load_scale_state(stored["loss_scale"])
+    if learner.narrowed:
+        learner.narrowed.decay = stored["narrowed_decay"]
+    if learner.average and then["ema_decay"]:
+        learner.average.load(tensors, stored["average_row_decay"])
+    elif learner.average:
+        learner.average.restart()
+    state.progress.restore(stored)
+    state.checkpoints.saved_step = state.progress.step
     # Of a rank there was not: its generators stay as --seed set them.
-    randoms = folder / f"random-{run.ranks.rank}.safetensors"
+    randoms = folder / f"random-{state.ranks.rank}.safetensors"
     if randoms.is_file():
-        set_random_tensors(read_randoms(run, randoms), run.ranks.device)
+        set_random_tensors(read_randoms(state, randoms), state.ranks.device)
     changes = [f"{f.label} {now[f.key]} (was {then[f.key]})" for f in _MAY_CHANGE if then[f.key] != now[f.key]]
     if not changes:
         return []
-    run.progress.changes.append(f"after step {run.progress.step}: {', '.join(changes)}")
+    state.progress.changes.append(f"after step {state.progress.step}: {', '.join(changes)}")
     return [f"resumed with other settings, so not bit for bit: {', '.join(changes)}"]
 
 
 @torch.no_grad()
-def _load_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    run.precision.load_masters([tensors[f"parameters.{number}"] for number in range(len(run.precision.masters))])
+def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
+    learner.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(learner.precision.masters))])
     states: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         kind, number, *rest = name.split(".", 2)
@@ -248,4 +255,4 @@ def _load_optimizer(run: Run, tensors: dict[str, torch.Tensor]) -> None:
             if value.dim() == 0 and not value.is_floating_point():
                 value = value.item()  # a count that was a python number: torch_npu's fused AdamW, Adafactor
             states.setdefault(int(number), {})[rest[0]] = value
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": states})
+    learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": states})

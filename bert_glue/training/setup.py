@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,14 +27,15 @@ from bert_glue.precision.plan import ModelPrecision, PrecisionPlan, TrainingPrec
 from bert_glue.storage import checkpoint
 from bert_glue.tasks import GlueTask
 from bert_glue.training.checkpoint_contents import read_state, read_tensors
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.ema import WeightAverage
 from bert_glue.training.embedding_rows import NarrowedEmbedding
-from bert_glue.training.loop import train
+from bert_glue.training.loop import EagerStep, train
+from bert_glue.training.losses import Objective
 from bert_glue.training.optim import build_optimizer, is_elementwise, rate_factors
-from bert_glue.training.profiler import StepTrace
+from bert_glue.training.profiler import NoTrace, StepTrace
 from bert_glue.training.resume import choose, resume
-from bert_glue.training.state import Run
+from bert_glue.training.state import Learner, Observers, OptimizerStep, TrainData, TrainState, Validation
 from bert_glue.training.throughput import Meter, Phases
 
 
@@ -81,51 +81,96 @@ def fine_tune(
     args: Arguments,
     task: GlueTask,
     splits: dict[str, TokenSplit],
+    *,
     model: LoadedModel,
     evaluator: Evaluator,
     narrowed: NarrowedEmbedding | None,
-    log: ProgressLog,
-    phase: Phases | None = None,
-) -> Run:
+    log: ConsoleLog,
+    trackers: Trackers,
+    signals: StopSignals,
+    phases: Phases | None = None,
+) -> TrainState:
     """Build the run, resume it if asked, train, and end with the best weights if asked."""
-    split, ranks, precision = splits["train"], evaluator.ranks, evaluator.precision
-    order = _order(args, split, model, ranks)
-    total = args.max_steps if args.max_steps > 0 else max(1, math.ceil(args.num_train_epochs * order.steps_per_epoch))
-    args = with_step_counts(args, total)
-    optimizer, used = build_optimizer(args, precision.parameter_groups(not is_elementwise(args.optim)))
-    _set_rates(optimizer, precision, narrowed)
-    optimizer = precision.attach(optimizer)
-    log.line(f"optimizer: {used}")
-    log.line(f"gradients: {precision.describe()}")
-    if has_slow_products(ranks.device.kind, precision.plan.dtype):
-        log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
-    meter = Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed)
-    metric = keys.without_eval(args.metric_for_best_model or task.headline)
-    run_of = Run(
-        args, task, ranks, model, precision, optimizer, evaluator.collate, split, order, total, meter, log,
-        lambda: evaluate(evaluator, task, splits), keys.evaluation_key(metric), narrowed, used,
-        phase or Phases(),
+    split, ranks = splits["train"], evaluator.ranks
+    sampler = _sampler(args, split, model, ranks)
+    steps = max(1, math.ceil(args.num_train_epochs * sampler.steps_per_epoch))
+    data = TrainData(
+        split=split, sampler=sampler, collate=evaluator.collate,
+        total_steps=args.max_steps if args.max_steps > 0 else steps,
     )  # fmt: skip
-    _start_techniques(run_of)
-    _resume(run_of)
+    args = with_step_counts(args, data.total_steps)
+    learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks)
+    metric = keys.without_eval(args.metric_for_best_model or task.headline)
+    state = TrainState(
+        args=args, task=task, ranks=ranks, data=data, learner=learner, step=build_step(args, learner, data, ranks),
+        validation=Validation(
+            evaluate=lambda: evaluate(evaluator, task, splits), best_key=keys.evaluation_key(metric)
+        ),
+        observers=Observers(
+            log=log,
+            trackers=trackers,
+            watch=CollapseWatch(constant_loss(task, split.labels, args.label_smoothing_factor), data.total_steps),
+            meter=Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed),
+            phases=phases or Phases(),
+        ),
+        signals=signals,
+    )  # fmt: skip
+    _tell_setup(state)
+    _resume(state)
     log.line(
-        f"training: {len(split)} rows, {order.steps_per_epoch} steps an epoch, {total} steps, "
+        f"training: {len(split)} rows, {sampler.steps_per_epoch} steps an epoch, {data.total_steps} steps, "
         f"batch {args.per_device_train_batch_size} x {ranks.world_size} ranks x "
         f"{args.gradient_accumulation_steps} accumulated"
     )
-    constant = constant_loss(task, split.labels, args.label_smoothing_factor)
-    log.watch = CollapseWatch(constant, total, run_of.progress.history)
-    log.ends_at_once = False
-    _train(run_of)
-    log.watch = None
+    signals.ends_at_once = False
+    _train(state)
     log.close()
-    _say_if_stopped_early(run_of)
+    _say_if_stopped_early(state)
     if args.load_best_model_at_end:
-        _load_best(run_of)
-    return run_of
+        _load_best(state)
+    return state
 
 
-def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: DistributedContext) -> TrainingSampler:
+def build_learner(
+    args: Arguments,
+    task: GlueTask,
+    model: LoadedModel,
+    precision: TrainingPrecision,
+    narrowed: NarrowedEmbedding | None,
+    ranks: DistributedContext,
+) -> Learner:
+    """The model with its optimizer and what `--ema_decay`, `--rdrop_alpha` and `--fgm_epsilon` ask for."""
+    optimizer, name = build_optimizer(args, precision.optimizer_groups(not is_elementwise(args.optim)))
+    _set_rates(optimizer, precision, narrowed)
+    return Learner(
+        model=model,
+        precision=precision,
+        optimizer=precision.attach(optimizer),
+        optimizer_name=name,
+        objective=Objective(args, task, model.module, ranks.rank),
+        narrowed=narrowed,
+        average=WeightAverage(precision, narrowed, args.ema_decay) if args.ema_decay else None,
+    )
+
+
+def build_step(args: Arguments, learner: Learner, data: TrainData, ranks: DistributedContext) -> OptimizerStep:
+    """Steps as they come, or with `--cuda_graph` recorded ones."""
+    eager = EagerStep(learner, args.max_grad_norm)
+    if not args.cuda_graph:
+        return eager
+    from bert_glue.training.cuda_graphs import RecordedStep, Recorder
+
+    return RecordedStep(
+        Recorder(ranks.device),
+        eager.run_pass,
+        longest=data.collate.max_length,
+        precision=learner.precision,
+        optimizer=learner.optimizer,
+        max_norm=args.max_grad_norm,
+    )
+
+
+def _sampler(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: DistributedContext) -> TrainingSampler:
     """Which rows each step takes.
 
     Raises:
@@ -135,7 +180,7 @@ def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Distri
     grouped = args.train_sampling_strategy == "group_by_length" or (
         not model.is_packed and args.padding in ("auto", "packed")
     )
-    order = TrainingSampler(
+    sampler = TrainingSampler(
         rows=len(split),
         micro_batch=args.per_device_train_batch_size * ranks.world_size,
         accumulation=args.gradient_accumulation_steps,
@@ -144,12 +189,12 @@ def _order(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Distri
         lengths=split.table.lengths if grouped else None,
         whole_steps=args.global_batch_size is not None,
     )
-    if order.steps_per_epoch == 0:
+    if sampler.steps_per_epoch == 0:
         raise UsageError(
-            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {order.unit}; "
-            f"lower --{'global' if order.whole_steps else 'per_device_train'}_batch_size or leave the flag out"
+            f"--dataloader_drop_last: {len(split)} training rows do not fill one batch of {sampler.unit}; "
+            f"lower --{'global' if sampler.whole_steps else 'per_device_train'}_batch_size or leave the flag out"
         )
-    return order
+    return sampler
 
 
 def _set_rates(optimizer: Optimizer, precision: TrainingPrecision, narrowed: NarrowedEmbedding | None) -> None:
@@ -160,104 +205,116 @@ def _set_rates(optimizer: Optimizer, precision: TrainingPrecision, narrowed: Nar
             narrowed.rate = flat.rate
 
 
-def _start_techniques(run_of: Run) -> None:
-    """Begin the average of `--ema_decay`, and say what the other techniques come to."""
-    args, log = run_of.args, run_of.log
-    if args.ema_decay:
-        run_of.average = WeightAverage(run_of.precision, run_of.narrowed, args.ema_decay)
+def _tell_setup(state: TrainState) -> None:
+    """Say which optimizer runs, how gradients are kept, and what the techniques come to."""
+    args, log, learner = state.args, state.observers.log, state.learner
+    log.line(f"optimizer: {learner.optimizer_name}")
+    log.line(f"gradients: {learner.precision.describe()}")
+    if has_slow_products(state.ranks.device.kind, learner.precision.plan.dtype):
+        log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
     if args.layerwise_lr_decay != 1.0:
-        lowest = min(group.rate for group in run_of.precision.groups)
+        lowest = min(group.rate for group in learner.precision.groups)
         log.line(f"learning rates: head and top layer {args.learning_rate:g}, lowest {args.learning_rate * lowest:g}")
-    shape = getattr(run_of.model.module, "shape", None)
-    drops = (
-        (shape.hidden_dropout, shape.attention_dropout, shape.output_dropout, *shape.head_dropouts) if shape else (1,)
-    )
-    if args.rdrop_alpha and not any(drops):
+    if args.rdrop_alpha and not _has_dropout(learner.model.module):
         log.line("note: --rdrop_alpha has no effect: this model has no dropout (--hidden_dropout_prob)")
 
 
-def _train(run_of: Run) -> None:
+def _has_dropout(module: nn.Module) -> bool:
+    """False if a packed model drops nothing; True for padded ones, whose configurations differ."""
+    shape = getattr(module, "shape", None)
+    if shape is None:
+        return True
+    return any((shape.hidden_dropout, shape.attention_dropout, shape.output_dropout, *shape.head_dropouts))
+
+
+def _train(state: TrainState) -> None:
     """Train, until the first rank has written all checkpoints."""
-    began = time.perf_counter()
-    with run_of.saver, _trace(run_of):
-        train(run_of)
-    if run_of.recorded is not None:
-        run_of.recorded.say(run_of.log)
-    if PATHS_TAKEN:
-        run_of.log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
-    with run_of.phase("save"):
-        run_of.ranks.barrier()
-    run_of.seconds = time.perf_counter() - began
+    log, meter = state.observers.log, state.observers.meter
+    with meter.whole_training():
+        with state.checkpoints.saver, closing(_trace(state)) as trace:
+            train(state, trace)
+        summary = state.step.summary()
+        if summary is not None:
+            log.line(summary)
+        if PATHS_TAKEN:
+            log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
+        with state.observers.phases("save"):
+            state.ranks.barrier()
 
 
-def _trace(run_of: Run) -> AbstractContextManager:
-    """Traces `--profile_steps` meanwhile; what was begun is written, whatever ends training."""
-    steps = run_of.args.profile_steps
-    path = run_of.output_dir / f"trace-{run_of.ranks.rank}.json"
+def _trace(state: TrainState) -> NoTrace:
+    """Traces `--profile_steps`; what was begun is written when it is closed, whatever ended training."""
+    steps = state.args.profile_steps
     if steps is None:
-        return nullcontext()
-    done, total = run_of.progress.step, run_of.total_steps
-    run_of.trace = StepTrace(steps, done, total, run_of.ranks.device, run_of.meter, run_of.log, path)
-    return closing(run_of.trace)
+        return NoTrace()
+    path = state.output_dir / f"trace-{state.ranks.rank}.json"
+    observers = state.observers
+    return StepTrace(
+        steps, state.progress.step, state.data.total_steps, state.ranks.device, observers.meter, observers.log, path
+    )
 
 
-def _resume(run_of: Run) -> None:
+def _resume(state: TrainState) -> None:
     """Act on `--resume_from_checkpoint`; the first rank chooses for all."""
-    wanted, ranks = run_of.args.resume_from_checkpoint, run_of.ranks
+    wanted, ranks = state.args.resume_from_checkpoint, state.ranks
     if not wanted:
         return
-    folder, lines, problem = ranks.all_gather_object(choose(run_of, wanted) if ranks.is_first else None)[0]
+    folder, lines, problem = ranks.all_gather_object(choose(state, wanted) if ranks.is_first else None)[0]
     for line in lines:
-        run_of.log.line(f"note: {line}")
+        state.observers.log.line(f"note: {line}")
     if problem:
         raise CheckpointError(problem)
     if folder is None:
         return
-    for line in resume(run_of, folder):
-        run_of.log.line(f"note: {line}")
-    run_of.log.line(f"resumed after step {run_of.progress.step} from {folder}")
+    for line in resume(state, folder):
+        state.observers.log.line(f"note: {line}")
+    state.observers.log.line(f"resumed after step {state.progress.step} from {folder}")
 
 
-def _say_if_stopped_early(run_of: Run) -> None:
-    count, patience = run_of.progress.evaluations_without_gain, run_of.args.early_stopping_patience
-    if patience is not None and count >= patience and run_of.progress.step < run_of.total_steps:
-        why = _why_no_value(run_of)
-        run_of.log.line(
-            f"early stopping after step {run_of.progress.step} of {run_of.total_steps}: "
-            f"{count} evaluations without a gain in {run_of.best_key}{f', which is null: {why}' if why else ''}"
+def _say_if_stopped_early(state: TrainState) -> None:
+    progress, best_key, total = state.progress, state.validation.best_key, state.data.total_steps
+    count, patience = progress.evaluations_without_gain, state.args.early_stopping_patience
+    if patience is not None and count >= patience and progress.step < total:
+        why = _why_no_value(state)
+        state.observers.log.line(
+            f"early stopping after step {progress.step} of {total}: "
+            f"{count} evaluations without a gain in {best_key}{f', which is null: {why}' if why else ''}"
         )
 
 
-def _why_no_value(run_of: Run) -> str:
+def _why_no_value(state: TrainState) -> str:
     """Why the last evaluation gave no value for the metric that chooses; "" where it gave one."""
-    last = next((entry for entry in reversed(run_of.progress.history) if run_of.best_key in entry), {})
-    return "" if last.get(run_of.best_key) is not None else str(last.get(keys.reason_key(run_of.best_key)))
+    best_key = state.validation.best_key
+    last = next((entry for entry in reversed(state.progress.history) if best_key in entry), {})
+    return "" if last.get(best_key) is not None else str(last.get(keys.reason_key(best_key)))
 
 
-def _load_best(run_of: Run) -> None:
+def _load_best(state: TrainState) -> None:
     """Put the best checkpoint's parameters back into the module; say so where there was nothing to choose by."""
-    if not run_of.progress.best_step:
-        run_of.log.line(
+    if not state.progress.best_step:
+        state.observers.log.line(
             "note: --load_best_model_at_end chose nothing and the last weights stay: "
-            f"{run_of.best_key} is null, {_why_no_value(run_of)}"
+            f"{state.validation.best_key} is null, {_why_no_value(state)}"
         )
         return
-    folder = run_of.output_dir / f"checkpoint-{run_of.progress.best_step}"
-    resumed = Path(run_of.args.resume_from_checkpoint or "")
+    folder = state.output_dir / f"checkpoint-{state.progress.best_step}"
+    resumed = Path(state.args.resume_from_checkpoint or "")
     if not folder.exists() and checkpoint.step_of(resumed) >= 0:  # the best was before a resume from elsewhere
         folder = resumed.parent / folder.name
     reason = checkpoint.verify(folder)
     if reason:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {reason}")
     try:
-        tensors, state = read_tensors(run_of, folder), read_state(folder)
+        tensors = read_tensors(state, folder)
+        stored = read_state(folder)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"--load_best_model_at_end: {folder}: {error}") from error
-    run_of.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(run_of.precision.masters))])
-    if run_of.narrowed is not None:
-        run_of.narrowed.decay = state["narrowed_decay"]
-    if run_of.average is not None:
-        run_of.average.load(tensors, state["average_row_decay"])
-    run_of.log.line(
-        f"best checkpoint: step {run_of.progress.best_step}, {run_of.best_key} {run_of.progress.best_metric}"
+    learner = state.learner
+    learner.precision.load_masters([tensors[f"parameters.{n}"] for n in range(len(learner.precision.masters))])
+    if learner.narrowed is not None:
+        learner.narrowed.decay = stored["narrowed_decay"]
+    if learner.average is not None:
+        learner.average.load(tensors, stored["average_row_decay"])
+    state.observers.log.line(
+        f"best checkpoint: step {state.progress.best_step}, {state.validation.best_key} {state.progress.best_metric}"
     )

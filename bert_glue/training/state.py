@@ -1,35 +1,41 @@
-"""All that one training run holds, and where it is."""
+"""All that one training run holds, grouped by who may change it, and where it is.
+
+Nothing here is replaced while a run trains: each group is frozen, and what changes does so inside of the object
+that owns it. The loop (training.py) advances `progress` and steps the learner; training_state.py alone restores both
+and keeps `checkpoints`; observers look on and change nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
+from bert_glue.data.batching import Batch, Collator, TokenSplit, TrainingSampler
 from bert_glue.devices.distributed import DistributedContext
+from bert_glue.evaluation.collapse import CollapseWatch
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.precision.plan import TrainingPrecision
 from bert_glue.storage.checkpoint import Saver
 from bert_glue.tasks import GlueTask
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog, StopSignals
 from bert_glue.training.ema import WeightAverage
 from bert_glue.training.embedding_rows import NarrowedEmbedding
-from bert_glue.training.profiler import NoTrace
+from bert_glue.training.losses import Objective
 from bert_glue.training.throughput import Meter, Phases
 
 if TYPE_CHECKING:
-    from bert_glue.training.cuda_graphs import RecordedStep
+    from bert_glue.training.console import Trackers
 
 
-@dataclass
-class Progress:
-    """Where a run is; all of it goes into a checkpoint.
+@dataclass(kw_only=True)
+class TrainProgress:
+    """Where a run is; the loop advances it. Its fields are keys of every checkpoint's trainer_state.json.
 
     Args:
         step: optimizer steps done, skipped ones included.
@@ -57,52 +63,139 @@ class Progress:
     evaluated_step: int = 0
     changes: list[str] = field(default_factory=list)
 
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Take every field from a checkpoint's trainer_state.json, which holds other keys too."""
+        for item in fields(self):
+            setattr(self, item.name, stored[item.name])
 
-@dataclass
-class Run:
-    """All parts of one training run, built by recipe.py.
+
+class OptimizerStep(Protocol):
+    """The parts of a step that run on the device: eagerly (training.py), or replayed from recordings (graphs.py)."""
+
+    def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
+        """A batch forward and backward, in a step of `samples` samples on all ranks; returns the loss to show, 0-d."""
+
+    def gather_gradients(self) -> torch.Tensor:
+        """After the sum over ranks: the gradients' norm, 0-d."""
+
+    def finish(self, norm: torch.Tensor) -> bool:
+        """Clip and update; False where the step was skipped for overflow."""
+
+    def summary(self) -> str | None:
+        """How the steps ran, a line for the log; None if there is nothing to tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The weights in training, and all that a step changes with them. Only steps and a resume do, in place.
 
     Args:
+        optimizer_name: of the optimizer that runs, with the reason if it is not the requested one.
+        objective: what is minimised.
+        narrowed: the word table cut to the rows in use, where that is exact.
+        average: of the weights, where `--ema_decay` asks for one.
+    """
+
+    model: LoadedModel
+    precision: TrainingPrecision
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str
+    objective: Objective
+    narrowed: NarrowedEmbedding | None = None
+    average: WeightAverage | None = None
+
+    def averaged(self) -> AbstractContextManager:
+        """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""
+        return self.average.in_place() if self.average else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainData:
+    """What a run trains on; nobody changes it.
+
+    Args:
+        sampler: which rows each step takes.
+        collate: rows -> a batch on this rank's device.
         total_steps: optimizer steps of the whole run.
+    """
+
+    split: TokenSplit
+    sampler: TrainingSampler
+    collate: Collator
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """How a run is evaluated while it trains.
+
+    Args:
         evaluate: gives `eval_*` results of the current weights.
         best_key: entry of those results that chooses the best checkpoint.
-        phase: keeps the seconds of evaluation and saving apart from those of training.
-        seconds: of training, with evaluation and saving.
-        optimizer_used: name of the optimizer that runs, for results.
-        trace: of the steps of --profile_steps.
-        saved_step: of the last checkpoint that was begun or resumed from.
-        recorded: steps of `--cuda_graph`.
-        average: of the weights, where `--ema_decay` asks for one.
+    """
+
+    evaluate: Callable[[], dict]
+    best_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observers:
+    """What looks on while a run trains; nothing that is trained depends on them.
+
+    Args:
+        meter: counts and times the steps.
+        phases: keep the seconds of evaluation and saving apart from those of training.
+    """
+
+    log: ConsoleLog
+    trackers: Trackers
+    watch: CollapseWatch
+    meter: Meter
+    phases: Phases = field(default_factory=Phases)
+
+    def record(self, entry: dict, history: list[dict]) -> None:
+        """Show a log entry, the last one of `history`: to the trackers, on the console, and to the collapse watch."""
+        self.trackers.log(entry, entry["step"])
+        for problem in self.trackers.problems():
+            self.log.line(f"note: {problem}")
+        self.log.entry(entry)
+        for warning in self.watch.warnings(history):
+            self.log.line(warning)
+
+
+@dataclass(kw_only=True)
+class Checkpoints:
+    """Checkpoints of this run; training_state.py alone changes this.
+
+    Args:
+        saver: the thread that writes them.
+        saved_step: of the last one that was begun or resumed from.
+    """
+
+    saver: Saver = field(default_factory=Saver)
+    saved_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """One training run, built by training_setup.py.
+
+    Args:
+        step: the device's part of an optimizer step.
+        signals: whether this rank was asked to stop.
     """
 
     args: Arguments
     task: GlueTask
     ranks: DistributedContext
-    model: LoadedModel
-    precision: TrainingPrecision
-    optimizer: torch.optim.Optimizer
-    collate: Collator
-    split: TokenSplit
-    order: TrainingSampler
-    total_steps: int
-    meter: Meter
-    log: ProgressLog
-    evaluate: Callable[[], dict]
-    best_key: str
-    narrowed: NarrowedEmbedding | None = None
-    optimizer_used: str = ""
-    phase: Phases = field(default_factory=Phases)
-    progress: Progress = field(default_factory=Progress)
-    saver: Saver = field(default_factory=Saver)
-    seconds: float = 0.0
-    saved_step: int = 0
-    trace: NoTrace = field(default_factory=NoTrace)
-    average: WeightAverage | None = None
-    recorded: RecordedStep | None = None
-
-    def averaged(self) -> AbstractContextManager:
-        """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""
-        return self.average.in_place() if self.average else nullcontext()
+    data: TrainData
+    learner: Learner
+    step: OptimizerStep
+    validation: Validation
+    observers: Observers
+    signals: StopSignals
+    progress: TrainProgress = field(default_factory=TrainProgress)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     @property
     def output_dir(self) -> Path:
@@ -112,4 +205,4 @@ class Run:
     @property
     def epoch(self) -> float:
         """Epochs done, with the fraction."""
-        return self.progress.step / self.order.steps_per_epoch
+        return self.progress.step / self.data.sampler.steps_per_epoch

@@ -119,6 +119,7 @@ class Meter:
         shape: sizes for the operation count; None leaves it out, for encoders whose operations we do not know.
         passes: a training step's operations in forward passes of the encoder.
         first_only_last: as in `forward_flops`.
+        runtime: seconds of the whole training, with evaluation and saving.
     """
 
     device: Device
@@ -134,10 +135,18 @@ class Meter:
     seconds: float = 0.0
     to_first_step: float | None = None
     timed_steps: int = 0
+    runtime: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     _began: float | None = None
     _is_held: bool = False
     _marks: list[Any] = field(default_factory=list)
+
+    @contextmanager
+    def whole_training(self) -> Iterator[None]:
+        """Count the block as `runtime`."""
+        began = time.perf_counter()
+        yield
+        self.runtime = time.perf_counter() - began
 
     def start(self) -> None:
         """Run the clock from now on, if the skipped steps are over."""

@@ -166,14 +166,14 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     from bert_glue.pipeline.run import _tokenize
     from bert_glue.precision.native import InferencePrecision
     from bert_glue.precision.plan import plan_precision
-    from bert_glue.training.console import ProgressLog
+    from bert_glue.training.console import ConsoleLog
     from bert_glue.training.setup import build_collator
 
     args = arguments(tmp_path, model_name_or_path=str(make_model(tmp_path / "model")))
     ranks, data = DistributedContext(args), load_task_data(args, frozenset({"train"}))
     model = load_model(args, data.task)
     model.module.double()
-    split = _tokenize(args, data, model, ProgressLog(False, False, watches_signals=False))["train"]
+    split = _tokenize(args, data, model, ConsoleLog(False, False))["train"]
     precision = InferencePrecision(plan_precision(args, ranks.device), model.module)
     evaluator = Evaluator(model.module.eval(), build_collator(args, model, ranks, None), 8, ranks, precision)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from bert_glue.evaluation.collapse import (
 )
 from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import TASKS
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog
 
 MRPC, STSB = TASKS["mrpc"], TASKS["stsb"]
 
@@ -66,21 +66,22 @@ def test_flat_is_judged_on_the_later_half() -> None:
 
 def test_the_watch_warns_once_and_from_half_of_the_run_on() -> None:
     history: list[dict] = []
-    watch, said = CollapseWatch(0.66, 100, history), []
+    watch, said = CollapseWatch(0.66, 100), []
     for entry in entries([0.66] * 10):
         history.append(entry)
-        said.append(watch.see(entry))
+        said.append(watch.warnings(history))
     assert [bool(lines) for lines in said] == [False] * 4 + [True] + [False] * 5
     assert said[4][0].startswith("warning: nothing learned so far: the loss of the last")
-    warned = watch.see({"step": 100, "eval_collapsed": "all 9 predictions are x", "eval_collapsed_mm": None})
+    entry = {"step": 100, "eval_collapsed": "all 9 predictions are x", "eval_collapsed_mm": None}
+    warned = watch.warnings([*history, entry])
     assert warned == ["warning: nothing learned so far: eval_collapsed: all 9 predictions are x"]
 
 
-class Lines(ProgressLog):
+class Lines(ConsoleLog):
     """A log that keeps its lines."""
 
     def __init__(self) -> None:
-        super().__init__(True, False, watches_signals=False)
+        super().__init__(True, False)
         self.kept: list[str] = []
 
     def line(self, text: str) -> None:

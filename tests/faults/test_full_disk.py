@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,10 @@ def run(tmp_path_factory):
 
 
 def save(run, output: Path, step: int) -> None:
-    run.args = changed(run.args, output_dir=str(output))
+    run = replace(run, args=changed(run.args, output_dir=str(output)))
     run.progress.step = step
     save_checkpoint(run)
-    run.saver.wait()
+    run.checkpoints.saver.wait()
 
 
 def size_of(folder: Path) -> int:

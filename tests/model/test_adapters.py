@@ -179,21 +179,21 @@ LEVELS = [{}, {"bf16": True, "fp16_opt_level": "O1"}, {"bf16": True, "fp16_opt_l
 @pytest.mark.parametrize("mode", [{"lora_rank": 4}, {"freeze_encoder": True}], ids=["lora", "frozen"])
 def test_only_head_and_adapters_are_trained(peft, tmp_path, level, mode):
     run = fit(arguments(tmp_path, weight_decay=0.1, num_train_epochs=6.0, **mode, **level))
-    trained = [name for name, p in run.model.module.named_parameters() if p.requires_grad]
+    trained = [name for name, p in run.learner.model.module.named_parameters() if p.requires_grad]
     assert all(name.startswith("head_") or ".low_rank." in name for name in trained)
     assert any(".low_rank." in name for name in trained) == ("lora_rank" in mode)
     # Nothing is kept for the rest: no gradients, no moments, no masters, no narrowed table.
-    assert all(p.grad is None for p in run.model.module.parameters() if not p.requires_grad)
-    size = sum(p.numel() for p in run.model.module.parameters() if p.requires_grad)
-    assert sum(m.numel() for m in run.precision.masters) == size and run.narrowed is None
-    assert sum(s["exp_avg"].numel() for s in run.optimizer.state.values()) == size
+    assert all(p.grad is None for p in run.learner.model.module.parameters() if not p.requires_grad)
+    size = sum(p.numel() for p in run.learner.model.module.parameters() if p.requires_grad)
+    assert sum(m.numel() for m in run.learner.precision.masters) == size and run.learner.narrowed is None
+    assert sum(s["exp_avg"].numel() for s in run.learner.optimizer.state.values()) == size
     assert losses(run)[-1] < losses(run)[0]
     # What is saved of the encoder are the base model's own bits, whatever level it ran at.
     tensors, base = whole_weights(run), bert_tensors()
     same = [name for name in base if torch.equal(tensors[name], torch.from_numpy(base[name]))]
     assert set(base) - set(same) <= {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     if "lora_rank" in mode:
-        merged = run.model.adapter.merged(tensors)
+        merged = run.learner.model.adapter.merged(tensors)
         moved = {n for n in base if "pooler" not in n and not torch.equal(merged[n], torch.from_numpy(base[n]))}
         assert moved == {
             f"bert.encoder.layer.{n}.attention.self.{w}.weight" for n in (0, 1) for w in ("query", "value")

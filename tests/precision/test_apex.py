@@ -93,7 +93,7 @@ def test_initialize_is_given_what_the_reference_gives(amp, tmp_path, flags, give
 
 def test_nvidias_amp_is_not_given_what_it_does_not_know(nvidia_amp, tmp_path):
     run = fit(apex_arguments(tmp_path, max_steps=2))
-    assert run.precision.plan.name == "O2 fp16, loss scale 1024, apex"
+    assert run.learner.precision.plan.name == "O2 fp16, loss scale 1024, apex"
     with pytest.raises(MachineError, match="--use_combine_grad: this apex has no combine_grad"):
         fit(apex_arguments(tmp_path, use_combine_grad=True))
 
@@ -131,7 +131,7 @@ def test_apex_knows_no_bf16():
 
 def test_auto_is_native(amp, tmp_path):
     run = fit(apex_arguments(tmp_path, amp_backend="auto", max_steps=1))
-    assert run.precision.plan.backend == "native" and not amp.CALLS
+    assert run.learner.precision.plan.backend == "native" and not amp.CALLS
 
 
 def test_a_level_that_the_optimizer_refuses_is_exit_code_4(amp, tmp_path):
@@ -156,7 +156,7 @@ def test_levels_train_as_the_native_ones(amp, tmp_path, level, combine):
     assert norms[0] == pytest.approx(norms[1], rel=20 * TOLERANCE[level])
     assert max(norms[0]) > 0.3  # clipping acts
     low = torch.float16 if level in ("O2", "O3") else torch.float32
-    assert {p.dtype for p in theirs.model.module.parameters()} == {low}
+    assert {p.dtype for p in theirs.learner.model.module.parameters()} == {low}
 
 
 @pytest.mark.parametrize("level", ["O1", "O2"])
@@ -173,7 +173,7 @@ def test_overflow_skips_and_holds_the_schedule(amp, tmp_path, monkeypatch):
     history = run.progress.history
     scales = [2.0**24, *(entry["loss_scale"] for entry in history)]
     skips = [now < before for before, now in zip(scales, scales[1:], strict=False)]
-    assert run.precision.skipped_steps == sum(skips) and run.progress.updates == 8 - sum(skips)
+    assert run.learner.precision.skipped_steps == sum(skips) and run.progress.updates == 8 - sum(skips)
     assert 0 < sum(skips) < 8
     for was_skipped, before, now in zip(skips, history, history[1:], strict=False):
         assert (before["learning_rate"] == now["learning_rate"]) == was_skipped
@@ -181,25 +181,25 @@ def test_overflow_skips_and_holds_the_schedule(amp, tmp_path, monkeypatch):
 
 def test_overflow_without_end_stops_the_run(amp, tmp_path, monkeypatch):
     run = fit(apex_arguments(tmp_path, loss_scale="dynamic", max_steps=1))
-    before = [master.clone() for master in run.precision.masters]
+    before = [master.clone() for master in run.learner.precision.masters]
     with pytest.raises(DivergedError, match="30 times in a row"):
         for _ in range(31):
-            run.precision.zero_gradients()
-            run.precision.backward(torch.tensor(float("inf")) * run.model.module.head_output.bias.sum())
-            run.precision.step(run.optimizer, run.precision.gather_gradients(), 1.0)
-    assert all(map(torch.equal, before, run.precision.masters))
+            run.learner.precision.zero_gradients()
+            run.learner.precision.backward(torch.tensor(float("inf")) * run.learner.model.module.head_output.bias.sum())
+            run.learner.precision.step(run.learner.optimizer, run.learner.precision.gather_gradients(), 1.0)
+    assert all(map(torch.equal, before, run.learner.precision.masters))
 
 
 @pytest.mark.parametrize("combine", [False, True])
 def test_bad_gradients_under_a_static_scale_make_no_update(amp, tmp_path, combine):
     run = fit(apex_arguments(tmp_path, max_steps=1, use_combine_grad=combine))
-    before = [master.clone() for master in run.precision.masters]
-    run.precision.zero_gradients()
-    run.precision.backward(torch.tensor(float("nan")) * run.model.module.head_output.bias.sum())
+    before = [master.clone() for master in run.learner.precision.masters]
+    run.learner.precision.zero_gradients()
+    run.learner.precision.backward(torch.tensor(float("nan")) * run.learner.model.module.head_output.bias.sum())
     with pytest.raises(DivergedError) as caught:
-        run.precision.step(run.optimizer, run.precision.gather_gradients(), 1.0)
+        run.learner.precision.step(run.learner.optimizer, run.learner.precision.gather_gradients(), 1.0)
     assert caught.value.exit_code == 5
-    assert all(map(torch.equal, before, run.precision.masters))
+    assert all(map(torch.equal, before, run.learner.precision.masters))
 
 
 # ---- checkpoints ----
@@ -225,14 +225,14 @@ def test_a_resumed_run_is_the_same_run(amp, tmp_path, flags):
 def test_masters_are_saved_whole_and_the_scale_with_them(amp, tmp_path):
     run = fit(apex_arguments(tmp_path, loss_scale="dynamic"))
     saved = whole_weights(run)
-    model = {name: p for name, p in run.model.module.named_parameters()}
+    model = {name: p for name, p in run.learner.model.module.named_parameters()}
     assert {value.dtype for value in saved.values()} == {torch.float32}
-    masters = run.precision.named_masters()
+    masters = run.learner.precision.named_masters()
     assert masters.keys() == model.keys()
     assert any(not torch.equal(masters[name], model[name].float()) for name in model)  # more than the halves hold
     assert all(torch.equal(masters[name].half(), model[name]) for name in model)
-    assert all(p.dtype == torch.float16 for p in run.model.module.parameters())  # put back after saving
-    assert run.precision.scale_state()["amp"] == {"loss_scaler0": {"loss_scale": 2.0**16, "unskipped": 8}}
+    assert all(p.dtype == torch.float16 for p in run.learner.model.module.parameters())  # put back after saving
+    assert run.learner.precision.scale_state()["amp"] == {"loss_scaler0": {"loss_scale": 2.0**16, "unskipped": 8}}
 
 
 def test_a_checkpoint_of_one_backend_is_refused_by_the_other(amp, tmp_path):
@@ -298,7 +298,7 @@ def test_two_ranks_are_one_with_the_same_global_batch(amp, tmp_path, level, pass
 def test_fused_adam_alone_trains_as_torchs_adamw(amp, tmp_path):
     flags = {"max_steps": 8, "weight_decay": 0.1, "adam_epsilon": 1e-4, "max_grad_norm": 0.3}
     theirs = fit(arguments(tmp_path, optim="adamw_apex_fused", strict_optim=True, **flags))
-    assert theirs.optimizer_used == "adamw_apex_fused" and not amp.CALLS
+    assert theirs.learner.optimizer_name == "adamw_apex_fused" and not amp.CALLS
     assert losses(theirs) == pytest.approx(losses(fit(arguments(tmp_path, optim="adamw_torch", **flags))), rel=1e-5)
 
 
@@ -316,7 +316,9 @@ def test_a_fused_adam_without_kernels_is_replaced(amp, tmp_path, monkeypatch):
 
     monkeypatch.setattr(apex.optimizers, "FusedAdam", refuse)
     run = fit(arguments(tmp_path, optim="adamw_apex_fused", max_steps=1))
-    assert run.optimizer_used.startswith("adamw_torch_fused instead of adamw_apex_fused: FusedAdam does not run here")
+    assert run.learner.optimizer_name.startswith(
+        "adamw_torch_fused instead of adamw_apex_fused: FusedAdam does not run here"
+    )
 
 
 def test_load_amp_gives_the_module(amp):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny_run
@@ -43,7 +44,7 @@ def build(plan: PrecisionPlan, optim: str = "adamw_torch_fused", rate: float = 0
     module = net()
     state = Precision(plan, module)
     args = Arguments(optim=optim, learning_rate=rate)
-    optimizer, _ = build_optimizer(args, state.parameter_groups(not is_elementwise(optim)))
+    optimizer, _ = build_optimizer(args, state.optimizer_groups(not is_elementwise(optim)))
     return module, state, optimizer
 
 
@@ -229,7 +230,7 @@ def test_weights_that_left_the_numbers_are_found():
 def test_bf16_o2_is_close_to_fp32(tmp_path):
     exact = fit(arguments(tmp_path, num_train_epochs=5.0))
     low = fit(arguments(tmp_path, num_train_epochs=5.0, bf16=True, fp16_opt_level="O2"))
-    assert {p.dtype for p in low.model.module.parameters()} == {BF16}
+    assert {p.dtype for p in low.learner.model.module.parameters()} == {BF16}
     assert losses(low) != losses(exact)
     assert losses(low) == pytest.approx(losses(exact), abs=0.05)
     assert losses(exact)[-1] < 0.9 * losses(exact)[0]
@@ -299,7 +300,7 @@ class TestTable:
         assert module.batch_norm.weight.dtype == module.batch_norm.running_mean.dtype == expected
         assert module.batch_norm.num_batches_tracked.dtype == torch.int64
         before = module.batch_norm.weight.detach().clone()
-        optimizer, _ = build_optimizer(Arguments(learning_rate=0.1), state.parameter_groups(per_parameter=False))
+        optimizer, _ = build_optimizer(Arguments(learning_rate=0.1), state.optimizer_groups(per_parameter=False))
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(module.dense.weight.dtype)
         with state.autocast():
             loss = module(x).float().pow(3).sum()
@@ -311,7 +312,7 @@ class TestTable:
         """O2 keeps what rounding loses: many updates below the dtype's resolution add up, at O3 they vanish."""
         module = net()
         state = Precision(plan_of(level, dtype), module)
-        optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.parameter_groups(per_parameter=False))
+        optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.optimizer_groups(per_parameter=False))
         start = module[1].weight.detach().clone()
         assert torch.equal(start.float(), torch.ones(4))
         for _ in range(200):  # each 1e-5; at 1.0 fp16 has steps of 1e-3, bf16 of 8e-3
@@ -371,7 +372,7 @@ class TestTable:
                 group.grad.fill_(1024.0 * norm / count**0.5)
             found = state.gather_gradients()
             assert found.item() == pytest.approx(norm, rel=5e-3) and found.dtype == FP32
-            (parameter_groups, _), (others, _) = state.parameter_groups(per_parameter=True)
+            (parameter_groups, _), (others, _) = state.optimizer_groups(per_parameter=True)
             sgd = torch.optim.SGD([*parameter_groups, *others], lr=1.0)
             state.step(sgd, found, 1.0)
             clipped = torch.stack([g.norm() for g in state.gradients]).norm()
@@ -456,20 +457,20 @@ def test_gradients_are_views_of_flat_buffers_and_summed_in_one_collective(tmp_pa
     from bert_glue.training.loop import train
 
     run = fit(arguments(tmp_path, max_steps=1, optim=optim, use_combine_grad=True, **flags))
-    parameters = dict(run.model.module.named_parameters())
-    sizes = [group.grad.numel() for group in run.precision.groups]
+    parameters = dict(run.learner.model.module.named_parameters())
+    sizes = [group.grad.numel() for group in run.learner.precision.groups]
     assert len(sizes) == 2 and sum(sizes) == sum(p.numel() for p in parameters.values())
     for _ in range(2):  # and they still are after a step
-        for group in run.precision.groups:
+        for group in run.learner.precision.groups:
             start, end = group.grad.data_ptr(), group.grad.data_ptr() + group.grad.nbytes
             for name in group.names:
                 grad = parameters[name].grad
                 assert start <= grad.data_ptr() and grad.data_ptr() + grad.nbytes <= end and grad.is_contiguous()
                 assert start <= grad.data_ptr() < end
-        run.ranks, run.total_steps = CountingRanks(run.ranks), 2
+        ranks = CountingRanks(run.ranks)
         run.progress.step = 1
-        train(run)
-        (gradient_sum,) = [sums for sums in run.ranks.sums if sums != [1]]  # [1]: the loss, for the log
+        train(replace(run, ranks=ranks, data=replace(run.data, total_steps=2)))
+        (gradient_sum,) = [sums for sums in ranks.sums if sums != [1]]  # [1]: the loss, for the log
         (elements,) = gradient_sum
         assert sum(sizes) + 2 <= elements < sum(sizes) + 2 + 64 * len(sizes)
 
@@ -478,7 +479,7 @@ def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
     from bert_glue.pipeline import run as pipeline
 
     lines = []
-    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ConsoleLog, "line", lambda self, text: lines.append(text))
     fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), recipe_parts_log())
     (line,) = [line for line in lines if line.startswith("gradients: ")]
     assert "views of 2 flat buffers" in line and "x 2 bytes" in line
@@ -486,9 +487,9 @@ def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
 
 
 def recipe_parts_log():
-    from bert_glue.training.console import ProgressLog
+    from bert_glue.training.console import ConsoleLog
 
-    return ProgressLog(True, False, watches_signals=False)
+    return ConsoleLog(True, False)
 
 
 def test_flags_without_effect_are_told():
@@ -546,7 +547,7 @@ def test_norm_and_clip_of_many_elements(level, dtype):
     norm = state.gather_gradients()
     assert norm.item() == pytest.approx(expected, rel=1e-6)
     parameter_groups = [
-        leaf for parameter_groups, _ in state.parameter_groups(per_parameter=False) for leaf in parameter_groups
+        leaf for parameter_groups, _ in state.optimizer_groups(per_parameter=False) for leaf in parameter_groups
     ]
     state.step(torch.optim.SGD(parameter_groups, lr=0.0), norm, 1.0)
     assert exact_norm(state.gradients) == pytest.approx(1.0, rel=1e-6)

@@ -38,7 +38,7 @@ def train(folder, precision: dict) -> tuple[list[float], float]:
         eval_strategy="steps", eval_steps=STEPS, per_device_eval_batch_size=32, **precision,
     )  # fmt: skip
     run = fit(args)
-    found = {p.dtype for p in run.model.module.parameters()}
+    found = {p.dtype for p in run.learner.model.module.parameters()}
     assert found == {{"fp16": torch.float16, "bf16": torch.bfloat16}.get(next(iter(precision), ""), torch.float32)}
     return losses(run), next(entry["eval_loss"] for entry in run.progress.history if "eval_loss" in entry)
 

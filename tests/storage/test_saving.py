@@ -18,7 +18,7 @@ from bert_glue.evaluation import evaluator as evaluation_evaluator
 from bert_glue.storage import checkpoint, files
 from bert_glue.storage.checkpoint import Saver
 from bert_glue.training import losses as training_losses
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog, StopSignals
 from bert_glue.training.resume import whole_weights
 
 
@@ -35,11 +35,11 @@ def slowly(monkeypatch, seconds: float) -> list[float]:
     return begun
 
 
-class Steps(ProgressLog):
+class Steps(ConsoleLog):
     """Tells when a step was reached."""
 
     def __init__(self, awaited: int = 0) -> None:
-        super().__init__(False, False, watches_signals=False)
+        super().__init__(False, False)
         self.awaited, self.reached, self.last = awaited, threading.Event(), 0
 
     def advance(self, step: int, total: int, epoch: float) -> None:
@@ -140,11 +140,11 @@ def test_a_second_signal_does_not_wait():
 # ---- what a resume may change ----
 
 
-class Lines(ProgressLog):
+class Lines(ConsoleLog):
     """Keeps its lines."""
 
     def __init__(self) -> None:
-        super().__init__(False, False, watches_signals=False)
+        super().__init__(False, False)
         self.lines: list[str] = []
 
     def line(self, text: str) -> None:
@@ -249,14 +249,14 @@ def test_another_number_of_rows_a_step_is_refused(saved, tmp_path):
 # ---- evaluations that a signal cuts off ----
 
 
-class Stopping(ProgressLog):
+class Stopping(StopSignals):
     """Asks to stop from the nth call on."""
 
     def __init__(self, after: int) -> None:
-        super().__init__(False, False, watches_signals=False)
-        self.watches_signals, self.left = True, after
+        super().__init__(is_watching=False)
+        self.left = after
 
-    def stop_requested(self) -> bool:
+    def is_requested(self) -> bool:
         self.left -= 1
         return self.left < 0
 
@@ -271,13 +271,13 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, mon
     }  # fmt: skip
     whole = fit(arguments(tmp_path, output_dir=str(tmp_path / "whole"), **settings))
     args = arguments(tmp_path, **settings)
-    # recipe.py hands the log's question to the evaluator; here it is asked for the same way.
-    log = Stopping(after)
+    # recipe.py hands the signals' question to the evaluator; here it is asked for the same way.
+    signals = Stopping(after)
     evaluator = evaluation_evaluator.Evaluator
     monkeypatch.setattr(
-        "tiny_run.Evaluator", lambda *parts: evaluator(*parts, stop_requested=log.stop_requested)
+        "tiny_run.Evaluator", lambda *parts: evaluator(*parts, stop_requested=signals.is_requested)
     )  # fmt: skip
-    stopped = fit(args, log)
+    stopped = fit(args, signals=signals)
     monkeypatch.undo()
     newest, _ = checkpoint.newest_sound(tmp_path / "out")
     assert checkpoint.step_of(newest) == stopped.progress.step

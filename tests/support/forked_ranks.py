@@ -83,10 +83,10 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
         "losses": losses(run),
         "norms": [entry["grad_norm"] for entry in run.progress.history],
         "samples": run.progress.samples,
-        "counted": run.meter.samples,
+        "counted": run.observers.meter.samples,
         "rows": rows,
         "collectives": [later - earlier for earlier, later in zip(in_steps, in_steps[1:], strict=False)],
-        "weight": float(sum(master.double().sum() for master in run.precision.masters)),
+        "weight": float(sum(master.double().sum() for master in run.learner.precision.masters)),
     }
 
 
@@ -122,8 +122,8 @@ def _brief_run(folder: Path, **changes) -> dict[str, Any]:
     run = fit(args)
     return {
         "losses": losses(run),
-        "weight": float(sum(master.double().sum() for master in run.precision.masters)),
-        "updates": run.recorded.after[1].replays if run.recorded else 0,
+        "weight": float(sum(master.double().sum() for master in run.learner.precision.masters)),
+        "updates": run.step.after[1].replays if args.cuda_graph else 0,
     }
 
 
@@ -163,14 +163,14 @@ def evaluations(folder: Path) -> dict[str, list]:
 
 def stopped(folder: Path) -> dict[str, Any]:
     """A run of which the last rank alone is asked to stop, in the middle of its fifth step."""
-    from resume_checks import StopsAt
-    from tiny_run import arguments, fit
+    from resume_checks import fit_until
+    from tiny_run import arguments
 
     from bert_glue.storage import checkpoint
 
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     args = arguments(folder.parent / "parts", max_steps=20, output_dir=str(folder / "out"))
-    run = fit(args, StopsAt(5) if last else StopsAt(1000))
+    run = fit_until(args, 5 if last else 1000)
     return {"step": run.progress.step, "saved": [f.name for f in checkpoint.list_checkpoints(run.output_dir)]}
 
 

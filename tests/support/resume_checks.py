@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from tiny_run import arguments, changed, fit, make_model
 
+from bert_glue.config.arguments import Arguments
+from bert_glue.training.console import ConsoleLog, StopSignals
 from bert_glue.training.resume import whole_weights
+from bert_glue.training.state import TrainState
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -27,7 +30,7 @@ def check_resume(tmp_path: Path, settings: dict) -> None:
         save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=5, **settings,
     )  # fmt: skip
     whole = fit(args)
-    assert whole.order.steps_per_epoch in (4, 5)  # step 6 is in mid-epoch
+    assert whole.data.sampler.steps_per_epoch in (4, 5)  # step 6 is in mid-epoch
     half = changed(
         args, output_dir=str(tmp_path / "half"), resume_from_checkpoint=str(whole.output_dir / "checkpoint-6")
     )
@@ -38,9 +41,9 @@ def check_resume(tmp_path: Path, settings: dict) -> None:
         assert one.read_bytes() == two.read_bytes(), name
     final, again = weights(whole), weights(resumed)
     assert all(torch.equal(final[name], again[name]) for name in final)
-    for number, state in whole.optimizer.state_dict()["state"].items():
+    for number, state in whole.learner.optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            other = resumed.optimizer.state_dict()["state"][number][name]
+            other = resumed.learner.optimizer.state_dict()["state"][number][name]
             assert torch.equal(torch.as_tensor(value).float(), torch.as_tensor(other).float()), name
     timeless = [
         [{k: v for k, v in entry.items() if "runtime" not in k and "second" not in k} for entry in run.progress.history]
@@ -49,3 +52,21 @@ def check_resume(tmp_path: Path, settings: dict) -> None:
     assert timeless[0] == timeless[1]
     assert whole.progress.loss_sum == resumed.progress.loss_sum
     assert resumed.progress.samples == whole.progress.samples
+
+
+class StopsAt(ConsoleLog):
+    """Asks for an end after some steps, as a signal does."""
+
+    def __init__(self, step: int):
+        super().__init__(False, False)
+        self.signals, self.last = StopSignals(is_watching=False), step
+
+    def advance(self, step: int, total: int, epoch: float) -> None:
+        if step == self.last - 1:
+            self.signals.number = 15
+
+
+def fit_until(args: Arguments, step: int) -> TrainState:
+    """A run that a signal stops in the step with this number."""
+    stops = StopsAt(step)
+    return fit(args, stops, stops.signals)

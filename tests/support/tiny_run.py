@@ -23,10 +23,10 @@ from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.loading import load_model
 from bert_glue.pipeline import run as pipeline
 from bert_glue.precision.plan import plan_precision
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.embedding_rows import narrow
 from bert_glue.training.setup import build_collator, fine_tune, make_precision
-from bert_glue.training.state import Run
+from bert_glue.training.state import TrainState
 
 REPOSITORY = Path(__file__).parents[2]
 # More threads than these tiny products can use only make the tests wait for each other.
@@ -128,9 +128,10 @@ def arguments(folder: Path, **changes) -> Arguments:
     return Arguments(**{**settings, **changes})
 
 
-def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
+def fit(args: Arguments, log: ConsoleLog | None = None, signals: StopSignals | None = None) -> TrainState:
     """Everything up to the trained model, without result files."""
-    log = log or ProgressLog(False, False, watches_signals=False)
+    log = log or ConsoleLog(False, False)
+    signals = signals or StopSignals(is_watching=False)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     ranks = DistributedContext(args)
     data = load_task_data(args, pipeline._needed(args))
@@ -142,10 +143,13 @@ def fit(args: Arguments, log: ProgressLog | None = None) -> Run:
     collate = build_collator(args, model, ranks, narrowed)
     evaluator = Evaluator(model.module, collate, args.per_device_eval_batch_size, ranks, precision)
     pipeline._compile(args, model, evaluator, splits, log)
-    return fine_tune(args, data.task, splits, model, evaluator, narrowed, log)
+    return fine_tune(
+        args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
+        trackers=Trackers(args, is_first=False), signals=signals,
+    )  # fmt: skip
 
 
-def losses(run: Run) -> list[float]:
+def losses(run: TrainState) -> list[float]:
     """Logged losses."""
     return [entry["loss"] for entry in run.progress.history if "loss" in entry]
 

@@ -134,8 +134,8 @@ def test_a_run_has_the_losses_of_an_eager_run(tmp_path, settings, graphs):
     assert compile.graphs_made() == graphs
     scores = [[e["eval_loss"] for e in run.progress.history if "eval_loss" in e] for run in (ours, expected)]
     assert scores[0] == pytest.approx(scores[1], rel=2e-2 if is_low else 1e-4)
-    assert ours.meter.real_tokens == expected.meter.real_tokens
-    assert ours.meter.computed_tokens > ours.meter.real_tokens
+    assert ours.observers.meter.real_tokens == expected.observers.meter.real_tokens
+    assert ours.observers.meter.computed_tokens > ours.observers.meter.real_tokens
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from bert_glue.pipeline import run as pipeline
 from bert_glue.precision import native
 from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.training import cuda_graphs
-from bert_glue.training.console import ProgressLog
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
 
@@ -58,12 +57,12 @@ def runs(tmp_path, **settings):
 
 def pass_replays(run) -> tuple[int, int]:
     """Replays of passes, and passes."""
-    works = [work for _, work in run.recorded.passes.values()]
+    works = [work for _, work in run.step.passes.values()]
     return sum(work.replays for work in works), sum(work.runs for work in works)
 
 
 def update_replays(run) -> int:
-    measure, update = run.recorded.after
+    measure, update = run.step.after
     assert measure.runs >= update.runs
     return update.replays
 
@@ -85,7 +84,7 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
     eager, replayed = runs(tmp_path, **settings)
     replays, passes = pass_replays(replayed)
     assert pass_replays(eager)[0] == update_replays(eager) == 0
-    assert replays > passes / 2 and update_replays(replayed) == replayed.total_steps - 3
+    assert replays > passes / 2 and update_replays(replayed) == replayed.data.total_steps - 3
     assert losses(replayed) == losses(eager)
     assert_close(weights(replayed), weights(eager), 0.0)
 
@@ -93,15 +92,15 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
 def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
     """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
     monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
-    overflow = native.Precision.allows_update
+    overflow = native.Precision.should_skip
 
-    def allows_update(self, norm):
+    def should_skip(self, norm):
         seen.append(self.scale)
         if len(seen) % 20 == 13:
             self._is_bad.fill_(1.0)
         return overflow(self, norm)
 
-    monkeypatch.setattr(native.Precision, "admits", allows_update)
+    monkeypatch.setattr(native.Precision, "should_skip", should_skip)
     # As fp16 has it, which few CPUs compute in.
     monkeypatch.setattr(tiny_run, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
     found = []
@@ -111,19 +110,18 @@ def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_
         found.append((fit(arguments(tmp_path, cuda_graph=True, adam_epsilon=1e-4, num_train_epochs=10.0)), seen))
         monkeypatch.setattr(cuda_graphs, "_EAGER_FIRST", 3)
     (eager, scales), (replayed, again) = found
-    assert scales == again and len(set(scales)) > 3 and replayed.precision.skipped_steps == 2
-    assert update_replays(replayed) == replayed.total_steps - 3 - 2
+    assert scales == again and len(set(scales)) > 3 and replayed.learner.precision.skipped_steps == 2
+    assert update_replays(replayed) == replayed.data.total_steps - 3 - 2
     assert losses(replayed) == losses(eager)
     assert_close(weights(replayed), weights(eager), 0.0)
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "lamb"])
-def test_an_optimizer_that_asks_the_host_stays_eager(tmp_path, recordable, optim, capsys):
+def test_an_optimizer_that_asks_the_host_stays_eager(tmp_path, recordable, optim):
     eager, replayed = runs(tmp_path, optim=optim)
-    assert replayed.recorded.after is None and pass_replays(replayed)[0]
+    assert replayed.step.after is None and pass_replays(replayed)[0]
     assert losses(replayed) == losses(eager)
-    replayed.recorded.say(ProgressLog(is_first=True, wants_bar=False))
-    assert "passes replayed; updates stay eager: this optimizer asks the host" in capsys.readouterr().out
+    assert "passes replayed; updates stay eager: this optimizer asks the host" in replayed.step.summary()
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True, "fp16_opt_level": "O2"}], ids=str)
@@ -198,7 +196,11 @@ def steps():
 
     found, notes = [], Notes()
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    return cuda_graphs.RecordedStep(notes, run_pass, 9, None, sgd, 0.0), notes.asked, found
+    return (
+        cuda_graphs.RecordedStep(notes, run_pass, longest=9, precision=None, optimizer=sgd, max_norm=0.0),
+        notes.asked,
+        found,
+    )
 
 
 def test_a_shape_is_recorded_when_it_is_no_longer_rare():

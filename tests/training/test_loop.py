@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from resume_checks import assert_close, check_resume, weights
+from resume_checks import assert_close, check_resume, fit_until, weights
 from safetensors.torch import load_file
 from tiny_run import arguments, bert_tensors, changed, fit, losses, make_data, make_model
 
@@ -19,7 +19,6 @@ from bert_glue.evaluation.evaluator import Evaluator, evaluate
 from bert_glue.storage import checkpoint
 from bert_glue.tasks import get_task
 from bert_glue.training import setup
-from bert_glue.training.console import ProgressLog
 from bert_glue.training.losses import sample_losses
 
 # ---- what is averaged ----
@@ -46,11 +45,11 @@ def test_accumulation_is_the_large_batch(tmp_path, drop_last):
 def test_logged_losses_are_means_of_steps_and_their_sum_is_the_train_loss(tmp_path):
     """Without learning, every epoch's loss is the mean over its samples, whatever the batches are."""
     each = fit(arguments(tmp_path, learning_rate=0.0, num_train_epochs=1.0))
-    split, module = each.split, each.model.module.eval()
-    batch = each.collate(split, np.arange(len(split)))
+    split, module = each.data.split, each.learner.model.module.eval()
+    batch = each.data.collate(split, np.arange(len(split)))
     with torch.no_grad():
         per_row = torch.nn.functional.cross_entropy(module(**batch.inputs), batch.labels, reduction="none")
-    order = each.order.permutation(0)
+    order = each.data.sampler.permutation(0)
     expected = [per_row[order[i : i + 8]].mean().item() for i in range(0, 29, 8)]  # the last batch has 5 rows
     assert losses(each) == pytest.approx(expected, rel=1e-5)
     assert each.progress.loss_sum == pytest.approx(sum(expected), rel=1e-5)
@@ -137,10 +136,14 @@ def test_packed_is_the_padded_run(tmp_path, padding):
     settings["model_name_or_path"] = str(make_model(tmp_path / "headed", changes=head))
     packed = fit(arguments(tmp_path, padding="packed", **settings))
     padded = fit(arguments(tmp_path, padding=padding, **settings))
-    assert packed.model.is_packed and not padded.model.is_packed
+    assert packed.learner.model.is_packed and not padded.learner.model.is_packed
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
-    assert packed.meter.computed_tokens < padded.meter.computed_tokens
-    assert packed.meter.real_tokens == padded.meter.real_tokens == packed.meter.computed_tokens
+    assert packed.observers.meter.computed_tokens < padded.observers.meter.computed_tokens
+    assert (
+        packed.observers.meter.real_tokens
+        == padded.observers.meter.real_tokens
+        == packed.observers.meter.computed_tokens
+    )
     assert_close(weights(packed), weights(padded), 1e-5)
 
 
@@ -157,8 +160,8 @@ def test_narrowed_embeddings_give_the_same_weights(tmp_path, monkeypatch, precis
     narrowed = fit(arguments(tmp_path, **settings))
     monkeypatch.setattr(tiny_run, "narrow", lambda *_: None)
     whole = fit(arguments(tmp_path, **settings))
-    assert whole.narrowed is None
-    assert narrowed.model.module.words.weight.shape < whole.model.module.words.weight.shape
+    assert whole.learner.narrowed is None
+    assert narrowed.learner.model.module.words.weight.shape < whole.learner.model.module.words.weight.shape
     assert losses(narrowed) == pytest.approx(losses(whole), rel=1e-6)
     assert_close(weights(narrowed), weights(whole), 1e-6)
     table = weights(narrowed)["bert.embeddings.word_embeddings.weight"]
@@ -201,7 +204,7 @@ def test_the_best_weights_are_really_loaded(tmp_path, metric):
     first_best = next(step for step, score in scores.items() if score == best)
     assert run.progress.best_metric == best and run.progress.best_step == first_best
     assert first_best % 12, "the test wants a best step that --save_steps alone would not have kept"
-    evaluator = Evaluator(run.model.module, run.collate, 8, run.ranks, run.precision)
+    evaluator = Evaluator(run.learner.model.module, run.data.collate, 8, run.ranks, run.learner.precision)
     split = tiny_run.arguments(tmp_path, do_train=False, do_eval=True)
     again = evaluate(evaluator, run.task, tokenized(split, run))
     assert again[f"eval_{metric}"] == pytest.approx(best, abs=1e-7)
@@ -214,7 +217,7 @@ def tokenized(args, run):
     from bert_glue.pipeline import run as pipeline
 
     data = load_task_data(args, frozenset({"evaluation"}))
-    return pipeline._tokenize(args, data, run.model, run.log)
+    return pipeline._tokenize(args, data, run.learner.model, run.observers.log)
 
 
 def test_the_best_weights_survive_the_limit_and_a_resume_elsewhere(tmp_path):
@@ -290,22 +293,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert_close(weights(again), weights(first), 0.0)
 
 
-class StopsAt(ProgressLog):
-    """Asks for an end after some steps, as a signal does."""
-
-    def __init__(self, step: int):
-        super().__init__(False, False, watches_signals=False)
-        self.watches_signals, self.last = True, step
-
-    def advance(self, step: int, total: int, epoch: float) -> None:
-        if step == self.last - 1:
-            self.stop_signal = 15
-
-
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     args = arguments(tmp_path, max_steps=7, logging_steps=3)
     whole = fit(args)
-    stopped = fit(args, StopsAt(5))
+    stopped = fit_until(args, 5)
     assert stopped.progress.step == 5
     assert [f.name for f in checkpoint.list_checkpoints(stopped.output_dir)] == ["checkpoint-5"]
     resumed = fit(changed(args, resume_from_checkpoint="auto"))
@@ -342,7 +333,7 @@ def test_own_data_of_one_column_and_scores(tmp_path):
         lines = ["sentence,label", *(f"a dog {'here ' * (n % 5)}runs,{n % 5 / 2}" for n in range(20))]
         Path(path).write_text("\n".join(lines) + "\n")
     run = fit(arguments(tmp_path, num_train_epochs=8.0, **flags))
-    assert run.task.is_regression and run.model.module.head_output.weight.shape[0] == 1
+    assert run.task.is_regression and run.learner.model.module.head_output.weight.shape[0] == 1
     assert losses(run)[-1] < 0.5 * losses(run)[0]
 
 

@@ -46,7 +46,7 @@ def ours(optim: str, max_norm: float) -> dict[str, torch.Tensor]:
     module = Net()
     precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), module)
     args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY)
-    optimizer, _ = build_optimizer(args, precision.parameter_groups(not is_elementwise(optim)))
+    optimizer, _ = build_optimizer(args, precision.optimizer_groups(not is_elementwise(optim)))
     for x, y in batches():
         precision.zero_gradients()
         nn.functional.cross_entropy(module(x), y).backward()
@@ -204,7 +204,7 @@ ON_A_BARE_CPU = {
 def built(optim: str, **changes):
     precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), Net())
     args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY, **changes)
-    return build_optimizer(args, precision.parameter_groups(not is_elementwise(optim)))
+    return build_optimizer(args, precision.optimizer_groups(not is_elementwise(optim)))
 
 
 def test_every_name_is_in_the_table():
@@ -257,7 +257,7 @@ def test_log_and_results_name_the_optimizer_that_ran(tmp_path, monkeypatch):
     from bert_glue.pipeline import run as pipeline
 
     lines = []
-    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ConsoleLog, "line", lambda self, text: lines.append(text))
     args = tiny_run.arguments(tmp_path, optim="adamw_hf", max_steps=2)
     assert pipeline.run(args) == 0
     said = "adamw_torch instead of adamw_hf: transformers has removed it"
@@ -275,7 +275,7 @@ def test_scale_and_clip_reach_every_optimizer(name, level, max_norm):
     for scale in (1.0, 2.0**20):
         precision = Precision(PrecisionPlan(level, torch.bfloat16 if level != "O0" else torch.float32, scale), Net())
         args = Arguments(optim=name, learning_rate=0.01, weight_decay=DECAY)
-        optimizer, _ = build_optimizer(args, precision.parameter_groups(not is_elementwise(name)))
+        optimizer, _ = build_optimizer(args, precision.optimizer_groups(not is_elementwise(name)))
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
             for group in precision.groups:

@@ -33,12 +33,12 @@ def test_the_trace_holds_the_steps_asked_for_and_what_they_did(tmp_path, steps, 
     assert traced_steps(run.output_dir) == expected
     names = {e.get("name", "") for e in json.loads((run.output_dir / "trace-0.json").read_text())["traceEvents"]}
     assert any("addmm" in name for name in names) and any("Backward" in name for name in names)
-    assert run.meter.steps == 8 and run.meter.timed_steps == 8 - len(expected)
+    assert run.observers.meter.steps == 8 and run.observers.meter.timed_steps == 8 - len(expected)
 
 
 def test_samples_a_second_leave_traced_steps_out(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(pipeline.ProgressLog, "line", lambda self, text: lines.append(text))
+    monkeypatch.setattr(pipeline.ConsoleLog, "line", lambda self, text: lines.append(text))
     args = arguments(tmp_path, profile_steps="2:3", max_steps=8, skip_steps=1)
     assert pipeline.run(args) == 0
     results = results_of(args)

@@ -12,7 +12,7 @@ from bert_glue.config.parser import parse
 from bert_glue.config.resolve import with_step_counts
 from bert_glue.errors import UsageError
 from bert_glue.pipeline import run
-from bert_glue.training.console import ProgressLog
+from bert_glue.training.console import ConsoleLog
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
 
@@ -130,7 +130,7 @@ def test_the_bar_shows_loss_and_rate(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("COLUMNS", "200")
-    log = ProgressLog(True, True, watches_signals=False)
+    log = ConsoleLog(True, True)
     log.advance(1, 10, 0.1)
     log.entry({"step": 1, "epoch": 0.1, "loss": 0.6543, "learning_rate": 2e-5, "grad_norm": 1.0, "loss_scale": 1.0})
     log.advance(2, 10, 0.2)

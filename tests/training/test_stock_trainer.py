@@ -24,19 +24,19 @@ class _InOrder(torch.utils.data.Sampler):
         self.run, self.epoch = run, -1
 
     def __len__(self) -> int:
-        return self.run.order.rows
+        return self.run.data.sampler.rows
 
     def __iter__(self):
         self.epoch += 1
-        return iter(self.run.order.permutation(self.epoch).tolist())
+        return iter(self.run.data.sampler.permutation(self.epoch).tolist())
 
 
 def _rows(run) -> list[dict]:
-    table, rows = run.split.table, []
+    table, rows = run.data.split.table, []
     for at in range(len(table)):
         tokens = slice(table.offsets[at], table.offsets[at + 1])
         ids, types = table.ids[tokens].tolist(), table.types[tokens].tolist()
-        rows.append({"input_ids": ids, "token_type_ids": types, "labels": int(run.split.labels[at])})
+        rows.append({"input_ids": ids, "token_type_ids": types, "labels": int(run.data.split.labels[at])})
     return rows
 
 
@@ -83,11 +83,11 @@ def test_losses_and_weights_are_those_of_the_stock_trainer(tmp_path, settings):
     )
     trainer = _trainer(run, tmp_path / "hf", model, num_train_epochs=2, **settings)
     trainer.train()
-    assert len(trainer.seen) == run.total_steps == 2 * (29 // BATCH if settings.get("dataloader_drop_last") else 4)
+    assert len(trainer.seen) == run.data.total_steps == 2 * (29 // BATCH if settings.get("dataloader_drop_last") else 4)
     assert losses(run) == pytest.approx(trainer.seen, rel=1e-4)
     theirs = trainer.model.state_dict()
     for name, ours in whole_weights(run).items():
         if name.endswith("key.bias"):
             continue  # softmax does not see it: its gradient is rounding only, and Adam makes steps of any gradient
         difference = (ours - theirs[name]).abs().max().item()
-        assert difference <= 0.05 * RATE * math.sqrt(run.total_steps), name
+        assert difference <= 0.05 * RATE * math.sqrt(run.data.total_steps), name

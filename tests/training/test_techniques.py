@@ -41,7 +41,7 @@ def wide(folder: Path, dropout: float = 0.1) -> str:
 
 
 def masters(run_of) -> list[torch.Tensor]:
-    return [master.clone() for master in run_of.precision.masters]
+    return [master.clone() for master in run_of.learner.precision.masters]
 
 
 # Layer-wise learning rates
@@ -78,8 +78,12 @@ def test_the_first_step_moves_each_layer_by_its_rate(tmp_path: Path, optim: str,
     }
     moved = {}
     for decay in (1.0, 0.5):
-        before = fit(arguments(tmp_path, **settings, layerwise_lr_decay=decay, learning_rate=0.0)).model.tensors()
-        after = fit(arguments(tmp_path, **settings, layerwise_lr_decay=decay, learning_rate=1e-3)).model.tensors()
+        before = fit(
+            arguments(tmp_path, **settings, layerwise_lr_decay=decay, learning_rate=0.0)
+        ).learner.model.tensors()
+        after = fit(
+            arguments(tmp_path, **settings, layerwise_lr_decay=decay, learning_rate=1e-3)
+        ).learner.model.tensors()
         moved[decay] = {name: (after[name] - before[name]).norm() for name in before}
     factors = {
         "bert.encoder.layer.1.": 1.0,
@@ -95,7 +99,7 @@ def test_the_first_step_moves_each_layer_by_its_rate(tmp_path: Path, optim: str,
 def test_unused_rows_decay_at_the_rate_of_the_embeddings(tmp_path: Path) -> None:
     args = arguments(tmp_path, layerwise_lr_decay=0.5, weight_decay=0.5, max_steps=3, lr_scheduler_type="constant")
     run_of = fit(args)
-    assert run_of.narrowed.decay == pytest.approx((1 - 0.25 * 5e-3 * 0.5) ** 3)
+    assert run_of.learner.narrowed.decay == pytest.approx((1 - 0.25 * 5e-3 * 0.5) ** 3)
 
 
 # New layers
@@ -104,13 +108,13 @@ def test_unused_rows_decay_at_the_rate_of_the_embeddings(tmp_path: Path) -> None
 def test_top_layers_and_pooler_start_anew_and_nothing_else(tmp_path: Path) -> None:
     args = arguments(tmp_path, learning_rate=0.0, max_steps=1)
     plain, fresh = fit(args), fit(replace(args, reinit_layers=1))
-    old, new = plain.model.tensors(), fresh.model.tensors()
+    old, new = plain.learner.model.tensors(), fresh.learner.model.tensors()
     other = {name for name in old if not torch.equal(old[name], new[name]) and "classifier" not in name}
     assert other == {
         n for n in old if ("layer.1." in n or "pooler" in n) and n.endswith("weight") and "LayerNorm" not in n
     }
     assert 0.01 < new["bert.encoder.layer.1.output.dense.weight"].std() < 0.03
-    assert any("layers 2 to 2 start anew" in note for note in fresh.model.notes)
+    assert any("layers 2 to 2 start anew" in note for note in fresh.learner.model.notes)
     with pytest.raises(UsageError, match="--reinit_layers 3: the model has 2 layers"):
         fit(replace(args, reinit_layers=3))
 
@@ -131,7 +135,7 @@ def test_the_average_is_the_recurrence_and_is_what_is_saved(tmp_path: Path) -> N
             torch.testing.assert_close(state[f"average.{number}"], average)
     saved, last = weights_of(out), weights_of(out / "checkpoint-12")
     assert all(torch.equal(saved[name], last[name]) for name in saved)
-    raw = fit(replace(args, ema_decay=0.0, save_strategy="no", do_eval=False)).model.tensors()
+    raw = fit(replace(args, ema_decay=0.0, save_strategy="no", do_eval=False)).learner.model.tensors()
     key = "bert.encoder.layer.0.output.dense.weight"
     assert not torch.equal(saved[key], raw[key])
     again = replace(args, do_train=False, model_name_or_path=str(out), output_dir=str(tmp_path / "eval"), ema_decay=0.0)
@@ -155,9 +159,9 @@ def test_the_best_checkpoint_brings_its_own_average(tmp_path: Path) -> None:
     )  # fmt: skip
     run_of = fit(args)
     best = load_file(Path(args.output_dir) / f"checkpoint-{run_of.progress.best_step}/optimizer.safetensors")
-    with run_of.averaged():
-        assert all(torch.equal(m, best[f"average.{n}"]) for n, m in enumerate(run_of.precision.masters))
-    assert all(torch.equal(m, best[f"parameters.{n}"]) for n, m in enumerate(run_of.precision.masters))
+    with run_of.learner.averaged():
+        assert all(torch.equal(m, best[f"average.{n}"]) for n, m in enumerate(run_of.learner.precision.masters))
+    assert all(torch.equal(m, best[f"parameters.{n}"]) for n, m in enumerate(run_of.learner.precision.masters))
 
 
 # R-Drop
@@ -227,7 +231,7 @@ def test_the_adversarial_gradient_is_added_and_raises_the_loss(tmp_path: Path, m
     assert all(m > c for c, m in zip(clean, moved, strict=True))
     assert losses(run_of) == pytest.approx([c.item() / 8 for c in clean], rel=1e-5)  # the adversarial one is not shown
     with torch.enable_grad():
-        assert not run_of.model.module.words._forward_hooks
+        assert not run_of.learner.model.module.words._forward_hooks
 
 
 def test_fgm_changes_what_is_learned(tmp_path: Path) -> None:

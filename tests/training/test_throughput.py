@@ -68,39 +68,41 @@ def test_samples_are_those_of_the_timed_steps(tmp_path, monkeypatch, skip, drop_
     passes = [4] * 7 + ([] if drop_last else [1])
     steps = [sum(passes[i : i + accumulation]) for i in range(0, len(passes), accumulation)] * 2
     assert sum(steps) == 2 * rows == run.progress.samples
-    assert run.meter.samples == sum(steps[skip:])
-    assert run.meter.steps == len(steps) == len(seen)
-    lengths = run.split.table.lengths
+    assert run.observers.meter.samples == sum(steps[skip:])
+    assert run.observers.meter.steps == len(steps) == len(seen)
+    lengths = run.data.split.table.lengths
     order = [
         pass_
         for epoch in (0, 1)
-        for s in range(run.order.steps_per_epoch)
-        for pass_ in [run.order.step(run.order.permutation(epoch), s)]
+        for s in range(run.data.sampler.steps_per_epoch)
+        for pass_ in [run.data.sampler.step(run.data.sampler.permutation(epoch), s)]
     ]
-    assert run.meter.real_tokens == sum(int(lengths[rows].sum()) for step in order[skip:] for rows in step)
+    assert run.observers.meter.real_tokens == sum(int(lengths[rows].sum()) for step in order[skip:] for rows in step)
 
 
 def test_flops_of_a_run_are_three_forwards(tmp_path):
     run = fit(arguments(tmp_path, max_steps=4))
-    rows = [run.order.step(run.order.permutation(0), s)[0] for s in range(4)]
-    lengths = run.split.table.lengths
-    expected = sum(3 * forward_flops(run.model.module.shape, tuple(lengths[r].tolist())) for r in rows)
-    assert run.meter.flops == expected
+    rows = [run.data.sampler.step(run.data.sampler.permutation(0), s)[0] for s in range(4)]
+    lengths = run.data.split.table.lengths
+    expected = sum(3 * forward_flops(run.learner.model.module.shape, tuple(lengths[r].tolist())) for r in rows)
+    assert run.observers.meter.flops == expected
 
 
 def test_flops_of_a_padded_run_are_those_torch_counts(tmp_path):
     """Three forwards of a whole last layer: real tokens only, though padding is computed too."""
     run = fit(arguments(tmp_path, max_steps=1, padding="longest", per_device_train_batch_size=3))
-    lengths = run.split.table.lengths[run.order.step(run.order.permutation(0), 0)[0]]
-    assert run.meter.flops == 3 * forward_flops(run.model.shape, tuple(lengths.tolist()), first_only_last=False)
+    lengths = run.data.split.table.lengths[run.data.sampler.step(run.data.sampler.permutation(0), 0)[0]]
+    assert run.observers.meter.flops == 3 * forward_flops(
+        run.learner.model.shape, tuple(lengths.tolist()), first_only_last=False
+    )
     from torch.utils.flop_counter import FlopCounterMode
 
-    run.model.module.stock.set_attn_implementation("eager")  # torch counts nothing of its fused CPU kernel
+    run.learner.model.module.stock.set_attn_implementation("eager")  # torch counts nothing of its fused CPU kernel
     ids = torch.ones(4, 9, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:  # it does not know oneDNN's product, which is for larger ones
-        run.model.module.eval()(input_ids=ids, attention_mask=ids)
-    head = 2 * run.model.shape.hidden * run.model.shape.labels * 4
-    assert forward_flops(run.model.shape, (9,) * 4, first_only_last=False) == counter.get_total_flops() - head
+        run.learner.model.module.eval()(input_ids=ids, attention_mask=ids)
+    head = 2 * run.learner.model.shape.hidden * run.learner.model.shape.labels * 4
+    assert forward_flops(run.learner.model.shape, (9,) * 4, first_only_last=False) == counter.get_total_flops() - head
 
 
 def test_operations_of_other_encoders_are_null_with_the_reason(tmp_path):
@@ -205,14 +207,16 @@ def test_rate_is_that_of_an_independent_count(tmp_path, monkeypatch, drop_last, 
     try:
         run = fit(args)
         if resumes:
-            half = run.output_dir / f"checkpoint-{4 * run.order.steps_per_epoch}"
+            half = run.output_dir / f"checkpoint-{4 * run.data.sampler.steps_per_epoch}"
             passes.clear(), steps.clear()
             run = fit(changed(args, resume_from_checkpoint=str(half), output_dir=str(tmp_path / "resumed")))
     finally:
         hook.remove()
-    assert run.order.steps_per_epoch == (3 if drop_last else 4) // accumulation + (drop_last and accumulation == 2)
+    assert run.data.sampler.steps_per_epoch == (3 if drop_last else 4) // accumulation + (
+        drop_last and accumulation == 2
+    )
     samples, seconds = (last - first for last, first in zip(steps[-1], ([(0, 0), *steps])[skip], strict=True))
-    rates = run.meter.rates(totals(run.meter), torch.float32)
+    rates = run.observers.meter.rates(totals(run.observers.meter), torch.float32)
     assert rates["train_samples_per_second"] == pytest.approx(samples / seconds, rel=0.005)
     assert rates["train_timed_seconds"] == seconds and rates["train_timed_steps"] == len(steps) - skip
     assert rates["train_step_ms_median"] == 1000.0 * accumulation or accumulation == 2
