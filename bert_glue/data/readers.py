@@ -1,4 +1,4 @@
-"""Reads csv, tsv, json, jsonl and parquet files into columns that still know their line numbers.
+"""Reads csv, tsv and parquet files, and json by `json_rows`, into columns that still know their line numbers.
 
 Not pandas and not the csv reader of `datasets`: those turn the text `NA` into a missing value, merge
 rows at a stray quote, skip broken lines and name no line in their errors. Here every row of the file
@@ -11,7 +11,6 @@ import codecs
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,113 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import DATA_SUFFIXES
-from bert_glue.data.tables import Problems, Table, build_table, check_header, read_text
+from bert_glue.data.json_rows import read_json
+from bert_glue.data.tables import (
+    Problems,
+    Table,
+    build_table,
+    check_header,
+    check_line_ends,
+    check_separated,
+    cr_note,
+    read_text,
+)
 from bert_glue.errors import DataError
-
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key occurs more than once in an object")
-    return row
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
-
-
-def read_json(path: Path) -> Table:
-    """Reads a list of objects, {"data": [objects]}, or one object a line; told apart by content.
-
-    Columns are the keys of all objects; a key an object lacks is None there.
-
-    Raises:
-        DataError: not a text file, not JSON, a row that is no object, no rows.
-    """
-    text = read_text(path)
-    start, _ = _skip(text, 0, 1)
-    if text.startswith("[", start):
-        return _records(str(path), list(_list_rows(path, text, start)), "line")
-    # Stops at the first object's end, so this costs nothing for a file of one object a line.
-    document = _parse_or_none(text)
-    if isinstance(document, dict) and isinstance(document.get("data"), list):
-        return _records(str(path), list(enumerate(document["data"], 1)), "row")
-    return json_lines(str(path), text.rstrip().split("\n"), 1)
-
-
-def json_lines(origin: str, lines: Iterable[str], first_line: int) -> Table:
-    """One object a line as a table.
-
-    Args:
-        first_line: number of the first of the lines.
-
-    Raises:
-        DataError: a line is not JSON or no object.
-    """
-    problems = Problems(origin)
-    rows = list(_line_rows(origin, lines, first_line, problems))
-    problems.raise_any()
-    return _records(origin, rows, "line")
-
-
-def _parse_or_none(text: str) -> Any:
-    try:
-        return _DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _json_problem(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} (column {error.colno})"
-    return f"not JSON that can be read: {error}"
-
-
-def _line_rows(origin: str, lines: Iterable[str], first: int, problems: Problems) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines, first):
-        try:
-            yield number, _DECODER.decode(line)
-        except (ValueError, RecursionError) as error:
-            problems.add(f"{origin}:{number}", _json_problem(error) if line.strip() else "the line is empty")
-
-
-def _skip(text: str, at: int, line: int) -> tuple[int, int]:
-    """Position and line of the next character that is not white space."""
-    end = _JSON_SPACE.match(text, at).end()
-    return end, line + text.count("\n", at, end)
-
-
-def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
-    """Yields (line, element) of the list that opens at `start`; `json.load` would forget the lines."""
-    at, line = _skip(text, start + 1, text.count("\n", 0, start) + 1)
-    try:
-        while not text.startswith("]", at):
-            row, end = _DECODER.raw_decode(text, at)
-            yield line, row
-            at, line = _skip(text, end, line + text.count("\n", at, end))
-            if text.startswith(",", at):
-                at, line = _skip(text, at + 1, line)
-                if text.startswith("]", at):
-                    raise ValueError("a comma before the closing ]")
-            elif not text.startswith("]", at):
-                raise ValueError("a comma or ] is missing")
-        if text[at + 1 :].strip():
-            raise ValueError("there is text after the closing ]")
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{getattr(error, 'lineno', line)}: {_json_problem(error)}") from None
-
-
-def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
-    table = Table(origin, {}, [place for place, _ in rows], unit)
-    problems = Problems(origin)
-    for at, (_, row) in enumerate(rows):
-        if not isinstance(row, dict):
-            problems.add(table.where(at), f"{repr(row)[:40]} is not an object")
-    problems.raise_any()
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    columns = [[row.get(name) for _, row in rows] for name in names]
-    return build_table(origin, names, columns, table.places, unit)
+from bert_glue.storage.files import is_lfs_pointer
 
 
 def read_table(path: Path) -> Table:
@@ -148,7 +53,7 @@ def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -
         problems.add(
             place,
             f"{len(fields)} columns where {width} are expected: a separator too many or too few, "
-            "or a line break inside a text",
+            f"or a line break inside a text{cr_note(problems.origin, ' '.join(fields))}",
         )
 
 
@@ -166,11 +71,13 @@ def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None
         DataError: not a text file, a line with another number of columns, no rows, a doubled name.
     """
     # Blank lines at the very end are no rows; anywhere else they are an error.
-    lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    text = read_text(path)
+    check_line_ends(str(path), text)
+    lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
     first = lines[0].split("\t")
     names: Sequence = first if header else range(len(first))
     if header:
-        check_header(f"{path}:1", first)
+        check_separated(str(path), first, "\t")
     if only is not None and not set(only) <= set(names):
         only = None  # a column is missing: the error that follows shall list those that are there
     return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only)
@@ -222,7 +129,14 @@ def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterat
         problems: gets a broken record, after which nothing more is yielded.
     """
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, refuses long documents
-    reader = csv.reader(lines, strict=True)
+    latest = ""
+
+    def remembered() -> Iterator[str]:
+        nonlocal latest
+        for latest in lines:  # noqa: UP028 - the line an error is about
+            yield latest
+
+    reader = csv.reader(remembered(), strict=True)
     start = 1
     try:
         for fields in reader:
@@ -230,7 +144,8 @@ def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterat
             start = reader.line_num + 1
     except csv.Error as error:
         # Where a closing quote is missing the reader only notices at the end of the file.
-        problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {error}")
+        reason = f"{error}{cr_note(origin, latest.rstrip())}"
+        problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {reason}")
 
 
 def read_csv(path: Path) -> Table:
@@ -241,11 +156,12 @@ def read_csv(path: Path) -> Table:
     """
     problems = Problems(str(path))
     text = read_text(path).rstrip("\r\n")
+    check_line_ends(str(path), text)
     # newline="\n": Python would otherwise end records at a lone CR too.
     records = csv_records(str(path), io.StringIO(text, newline="\n"), problems)
     names = next(records, (1, []))[1]
     problems.raise_any()
-    check_header(f"{path}:1", names)
+    check_separated(str(path), names, ",")
     return csv_rows(str(path), names, records, problems)
 
 
@@ -294,6 +210,8 @@ def parquet_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
+        if path.is_file() and is_lfs_pointer(path.open("rb").read(64)):
+            raise DataError(f"{path}: is a Git-LFS pointer, not the data; run git lfs pull") from None
         raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 

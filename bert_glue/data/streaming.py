@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from bert_glue.data.readers import csv_records, csv_rows, from_arrow, json_lines, open_parquet, parquet_errors, tsv_rows
-from bert_glue.data.tables import Problems, Table, check_header, decoded, without_mark
+from bert_glue.data.json_rows import json_lines
+from bert_glue.data.readers import csv_records, csv_rows, from_arrow, open_parquet, parquet_errors, tsv_rows
+from bert_glue.data.tables import Problems, Table, check_line_ends, check_separated, decoded, without_mark
 from bert_glue.errors import DataError
 
 STREAMED = ("csv", "tsv", "jsonl", "parquet")
@@ -65,7 +66,10 @@ def text_lines(file: BinaryIO, origin: str) -> Iterator[str]:
         # Not splitlines(): it also splits at separators that occur inside texts.
         yield from (line + "\n" for line in text.split("\n")[:-1])
     if rest:
-        yield decoded(origin, rest, number)
+        text = decoded(origin, rest, number)
+        if number == 1:
+            check_line_ends(origin, text)
+        yield text
 
 
 def _without_blank_end(items: Iterable[Item], is_blank: Callable[[Item], bool]) -> Iterator[Item]:
@@ -87,7 +91,7 @@ def _tsv(origin: str, lines: Iterator[str], rows: int) -> Iterator[Table]:
     plain = (line.removesuffix("\n").removesuffix("\r") for line in lines)
     plain = _without_blank_end(plain, lambda line: not line)
     names = next(plain, "").split("\t")
-    check_header(f"{origin}:1", names)
+    check_separated(origin, names, "\t")
     number = 2
     for chunk in _chunks(plain, rows):
         yield tsv_rows(origin, names, chunk, number)
@@ -99,7 +103,7 @@ def _csv(origin: str, lines: Iterator[str], rows: int) -> Iterator[Table]:
     records = _without_blank_end(csv_records(origin, lines, problems), lambda record: not record[1])
     names = next(records, (1, []))[1]
     problems.raise_any()
-    check_header(f"{origin}:1", names)
+    check_separated(origin, names, ",")
     for chunk in _chunks(records, rows):
         yield csv_rows(origin, names, chunk, problems)
     problems.raise_any()

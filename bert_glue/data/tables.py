@@ -97,6 +97,46 @@ def check_header(origin: str, names: Sequence[str]) -> None:
         raise DataError(f"{origin}: column name more than once: {', '.join(map(repr, doubled))}")
 
 
+_SEPARATORS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
+
+
+def check_separated(origin: str, names: Sequence[str], separator: str) -> None:
+    """Raises DataError where a header shows that another character separates the fields, or for a doubled name.
+
+    Args:
+        origin: the file; its first line has the header.
+        names: fields of the header, parted at `separator`.
+    """
+    if names and names[0].lower().startswith("sep=") and len(names) <= 2:
+        raise DataError(f"{origin}:1: is Excel's line about the separator, not the header; delete this line")
+    for other, name in _SEPARATORS.items():
+        if other != separator and names and all(other in field for field in names):
+            raise DataError(
+                f"{origin}:1: the fields are separated by {name}, not by {_SEPARATORS[separator]}; write them with "
+                f'commas: python -c "import csv, sys; csv.writer(sys.stdout).writerows('
+                f'csv.reader(sys.stdin, delimiter={other!r}))" <{origin} >NEW.csv'
+            )
+    check_header(f"{origin}:1", names)
+
+
+def check_line_ends(origin: str, text: str) -> None:
+    """Raises DataError where the lines of a whole text end in CR alone, so that it seems to have one line."""
+    text = text.rstrip()
+    if "\r" in text and "\n" not in text:
+        raise DataError(f"{origin}: its lines end in a lone CR, not in LF or CRLF; {_lf_command(origin)}")
+
+
+def _lf_command(origin: str) -> str:
+    return f"tr '\\r' '\\n' <{origin} >NEW writes LF"
+
+
+def cr_note(origin: str, text: str) -> str:
+    """Half a sentence behind what is wrong with a row that holds a lone CR, "" for other rows."""
+    if "\r" not in text.replace("\r\n", ""):
+        return ""
+    return f" (the row has a lone CR; if lines end so, {_lf_command(origin)})"
+
+
 def build_table(origin: str, names: Sequence, columns: list[list], places: Sequence[int], unit: str = "line") -> Table:
     """A Table; raises DataError if it would have no rows."""
     if not places:

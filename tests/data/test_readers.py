@@ -1,6 +1,8 @@
 """Every trap a data file can hold: read exactly, or refused with file:line."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -208,3 +210,62 @@ def test_header_of(tmp_path):
     assert header_of(write(tmp_path, "a.tsv", "\ufeffa\tb\r\n1\t2\r\n")) == ["a", "b"]
     assert header_of(tmp_path / "none.tsv") == []
     assert header_of(write(tmp_path, "b.tsv", b"\xff\xfea\0")) == []
+
+
+# --- another layout than the suffix says: the cause, and a command that mends it --------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", "\ufeffText;Label\r\ngood;1\r\n", "FILE:1: the fields are separated by ';', not by ','"),
+        ("a.csv", 'text;"the label"\n"a; b, c";1\n', "FILE:1: the fields are separated by ';'"),
+        ("a.csv", "text\tlabel\ngood, really\t1\n", "FILE:1: the fields are separated by a tab"),
+        ("a.csv", "text|label|id\na|1|2\n", "FILE:1: the fields are separated by '|'"),
+        ("a.csv", "id;a long text, of one;label\n1;x;2\n", "FILE:1: the fields are separated by ';'"),
+        ("a.tsv", "text,label\na,1\n", "FILE:1: the fields are separated by ',', not by a tab"),
+        ("a.tsv", "text;label\na;1\n", "FILE:1: the fields are separated by ';', not by a tab"),
+        ("a.csv", "sep=;\ntext;label\na;1\n", "FILE:1: is Excel's line about the separator"),
+        ("a.csv", "sep=,\ntext,label\na,1\n", "FILE:1: is Excel's line about the separator"),
+        ("a.csv", "text,label\ra,1\rb,0\r", "FILE: its lines end in a lone CR"),
+        ("a.csv", '"text","label"\r"a, b","1"\r', "FILE: its lines end in a lone CR"),
+        ("a.tsv", "text\tlabel\ra\t1\rb\t0", "FILE: its lines end in a lone CR"),
+        ("a.jsonl", '{"a": 1}\r{"a": 2}\r', "FILE: its lines end in a lone CR"),
+        ("a.csv", "text,label\na,1\rb,0\rc,1\n", "(the row has a lone CR; if lines end so, tr '\\r' '\\n' <FILE >NEW"),
+        ("a.tsv", "text\tlabel\na\t1\rb\t0\n", "(the row has a lone CR; if lines end so, tr '\\r' '\\n' <FILE >NEW"),
+        ("a.jsonl", '{\n "a": 1\n}\n{\n "a": 2\n}\n', "FILE:1: an object spans several lines; jq -c . <FILE"),
+        ("a.json", '{"text": ["a", "b"], "label": [0, 1]}', 'to_json(FILE, orient="records", lines=True)'),
+        ("a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', "FILE: is one object with 'text', 'label', as pandas"),
+        ("a.json", '{"columns": ["a"], "index": [0], "data": [["x"]]}', "as pandas writes columns"),
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "FILE: has several lists of rows: train, test"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "FILE: is a Git-LFS pointer"),
+    ],
+)
+def test_another_layout_is_named_with_the_way_out(tmp_path, name, content, problem):
+    assert problem in refusal(read_table, write(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.csv", "text\na; b\n", {"text": ["a; b"]}),
+        ("a.csv", '"note (a; b; c)",label\nx,1\n', {"note (a; b; c)": ["x"], "label": ["1"]}),
+        ("a.csv", 'text,label\n"a\rb",1\n', {"text": ["a\rb"], "label": ["1"]}),
+        ("a.tsv", "text\tlabel\na\rb\t1\n", {"text": ["a\rb"], "label": ["1"]}),
+        ("a.tsv", "text\na, b\n", {"text": ["a, b"]}),
+        ("a.json", '{"version": 1, "data": [{"a": 1}, {"a": 2}]}', {"a": [1, 2]}),
+        ("a.json", '{"count": 2, "rows": [{"a": 1}, {"a": 2}], "errors": [{"b": 1}]}', {"a": [1, 2]}),
+        ("a.json", '{"sentences": [{"a": 1}]}', {"a": [1]}),
+        ("a.json", '[\r {"a": 1},\r {"a": 2}]\r', {"a": [1, 2]}),
+        ("a.json", '{\n  "a": "x",\n  "spans": [{"start": 1}]\n}\n', {"a": ["x"], "spans": [[{"start": 1}]]}),
+    ],
+)
+def test_what_only_looks_like_another_layout_is_read(tmp_path, name, content, columns):
+    assert read_table(write(tmp_path, name, content)).columns == columns
+
+
+def test_the_command_that_mends_a_separator_does(tmp_path):
+    path = write(tmp_path, "a.csv", '\ufefftext;label\n"a; ""b""";1\nc, d;0\n')
+    command = refusal(read_table, path).split("commas: ")[1].removeprefix("python").replace("FILE", str(path))
+    subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
+    assert read_table(tmp_path / "NEW.csv").columns == {"text": ['a; "b"', "c, d"], "label": ["1", "0"]}

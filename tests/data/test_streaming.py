@@ -112,3 +112,20 @@ def test_parquet_in_chunks_counts_its_rows(tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read: No such file"):
         joined(tmp_path / "none.csv", "csv", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "problem"),
+    [
+        ("csv", "text;label\na;1\n", "separated by ';'"),
+        ("tsv", "text,label\na,1\n", "separated by ','"),
+        ("csv", "text,label\ra,1\r", "lines end in a lone CR"),
+        ("tsv", "text\tlabel\ra\t1", "lines end in a lone CR"),
+        ("jsonl", '{"a": 1}\r{"a": 2}', "lines end in a lone CR"),
+    ],
+)
+def test_another_layout_is_named_as_for_whole_files(tmp_path, kind, content, problem):
+    path = tmp_path / f"a.{kind}"
+    path.write_text(content, newline="")
+    with pytest.raises(DataError, match=problem):
+        list(stream_tables(path, kind, 10))
