@@ -98,6 +98,7 @@ class RunArguments:
     seed: int = flag(42, "of weights, dropout and, without --data_seed, order", "[0, 4294967295]")
     data_seed: int | None = flag(None, "of the order of samples; default: --seed", "[0, 4294967295]")
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder, or auto for the newest sound one")
+    allow_changed_data: bool = flag(False, "resume although the training texts, labels or class names are others")
     repeat: str | None = flag(None, "run.json of a finished run: do it once more and compare the weights' hash")
     report_to: str | None = flag(
         None,

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -84,7 +85,7 @@ def _state(state: TrainState) -> dict:
         "group_steps": [group.get("step") for group in learner.optimizer.param_groups],
         "narrowed_decay": learner.narrowed.decay if learner.narrowed else 1.0,
         "average_row_decay": learner.average.row_decay if learner.average else None,
-        "same": _must_be_same(state),
+        "same": {**_must_be_same(state), **_data(state)},
         "settings": _may_change(state),
     }
 
@@ -104,6 +105,43 @@ _SAME = (
     Fact("is_grouped_by_length", "grouping by length (--train_sampling_strategy)", "grouping by length"),
     Fact("words_sha256", "data (words in use; --do_eval, --do_predict and --max_*_samples count)"),
 )
+
+
+# Checkpoints of earlier versions have none of these.
+_DATA = (
+    Fact("class_names", "class names"),
+    Fact("training_tokens_sha256", "training texts (or --max_seq_length or tokenizer)"),
+    Fact("training_labels_sha256", "training labels"),
+)
+
+
+def _data(state: TrainState) -> dict[str, object]:
+    """The rows that are trained on: the values of `_DATA`."""
+    split, tokens = state.data.split, hashlib.sha256()
+    for array in (split.table.ids, split.table.offsets, split.table.types):
+        tokens.update(np.ascontiguousarray(array).data)
+    return {
+        "class_names": list(state.task.labels),
+        "training_tokens_sha256": tokens.hexdigest(),
+        "training_labels_sha256": hashlib.sha256(np.ascontiguousarray(split.labels).data).hexdigest(),
+    }
+
+
+def _check_data(state: TrainState, folder: Path, stored: dict[str, object]) -> str:
+    """A line on training data that is not the checkpoint's, where `--allow_changed_data` accepts it; "" if it is.
+
+    Raises:
+        CheckpointError: it is not, and the flag is not given.
+    """
+    then = with_current_keys(_DATA, stored)
+    now = {name: value for name, value in _data(state).items() if name in then}
+    other = differences(_DATA, then, now)
+    if other and not state.args.allow_changed_data:
+        raise CheckpointError(
+            f"--resume_from_checkpoint {folder}: it was made with other data, {other}; give the same data, or "
+            "--allow_changed_data to train on with this"
+        )
+    return f"resumed with other data than the checkpoint's: {other}" if other else ""
 
 
 def _must_be_same(state: TrainState) -> dict[str, object]:
@@ -213,6 +251,7 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
     other = differences(_SAME, with_current_keys(_SAME, stored["same"]), _must_be_same(state))
     if other:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {other}")
+    other_data = _check_data(state, folder, stored["same"])
     # A flag that came after the checkpoint had its default.
     defaults = {name: FLAGS[name].default for name in _SETTINGS}
     then = defaults | with_current_keys(_MAY_CHANGE, stored["settings"])
@@ -239,10 +278,13 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
     if randoms.is_file():
         set_random_tensors(read_randoms(state, randoms), state.ranks.device)
     changes = [f"{f.label} {now[f.key]} (was {then[f.key]})" for f in _MAY_CHANGE if then[f.key] != now[f.key]]
+    if other_data:
+        state.progress.changes.append(f"after step {state.progress.step}: {other_data}")
     if not changes:
-        return []
+        return [other_data] if other_data else []
     state.progress.changes.append(f"after step {state.progress.step}: {', '.join(changes)}")
-    return [f"resumed with other settings, so not bit for bit: {', '.join(changes)}"]
+    told = f"resumed with other settings, so not bit for bit: {', '.join(changes)}"
+    return [told, other_data] if other_data else [told]
 
 
 @torch.no_grad()

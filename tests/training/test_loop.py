@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tiny_run import arguments, bert_tensors, changed, fit, losses, make_data, make_model
 
 from bert_glue.data.batching import TrainingSampler
-from bert_glue.errors import DivergedError, UsageError
+from bert_glue.errors import CheckpointError, DivergedError, UsageError
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
 from bert_glue.storage import checkpoint
 from bert_glue.tasks import get_task
-from bert_glue.training import setup
+from bert_glue.training import resume, setup
 from bert_glue.training.losses import sample_losses
 
 # ---- what is averaged ----
@@ -356,3 +356,43 @@ def test_with_dropout_packed_and_padded_lose_alike_within_seed_noise(tmp_path):
     without = [_mean_late_loss(tmp_path, calm, "packed", seed) for seed in range(6)]
     # The comparison would see dropout that is missing.
     assert ttest_ind(packed, without, equal_var=False).pvalue < 0.01
+
+
+def _rewritten(args, change) -> None:
+    """The training file with each row's fields changed."""
+    path = Path(args.train_file)
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *(",".join(change(line.split(","))) for line in lines)]) + "\n")
+
+
+CHANGED_DATA = {
+    "labels exchanged": (lambda row: [*row[:2], {"yes": "no", "no": "yes"}[row[2]]], "training labels"),
+    "classes renamed": (lambda row: [*row[:2], {"yes": "zzz", "no": "aaa"}[row[2]]], "class names"),
+    "texts exchanged": (lambda row: [row[1], row[0], row[2]], "training texts"),
+    "nothing": (lambda row: row, None),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED_DATA)
+def test_a_resume_on_changed_data_is_refused_and_can_be_allowed(tmp_path, kind):
+    change, told = CHANGED_DATA[kind]
+    args = arguments(tmp_path, save_strategy="epoch", **make_data(tmp_path / "data"))
+    fit(args)
+    _rewritten(args, change)
+    again = changed(args, resume_from_checkpoint="auto", num_train_epochs=3.0)
+    if told is None:
+        assert fit(again).progress.step == 12
+        return
+    with pytest.raises(CheckpointError, match=f"{told}.*--allow_changed_data"):
+        fit(again)
+    resumed = fit(changed(again, allow_changed_data=True))
+    assert resumed.progress.step == 12 and any(told in line for line in resumed.progress.changes)
+
+
+def test_a_checkpoint_that_does_not_say_its_data_is_resumed(tmp_path, monkeypatch):
+    args = arguments(tmp_path, save_strategy="epoch", **make_data(tmp_path / "data"))
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "_data", lambda state: {})
+        fit(args)
+    _rewritten(args, CHANGED_DATA["labels exchanged"][0])
+    assert fit(changed(args, resume_from_checkpoint="auto", num_train_epochs=3.0)).progress.step == 12
