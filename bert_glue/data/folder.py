@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_glue.data.readers import DATA_SUFFIXES, header_of, read_table, read_tsv
+from bert_glue.data.readers import DATA_SUFFIXES, BrokenRowsError, header_of, read_table, read_tsv
 from bert_glue.data.splits import LABEL, Split, join_splits, make_split
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError
@@ -60,16 +61,39 @@ def _one_kind(place: Path, files: Iterable[Path]) -> list[Path]:
 
 def _find_files(task: GlueTask, root: Path, split: str) -> list[Path]:
     for name in _split_names(split):
-        inside = [
-            path
-            for path in (root / name).glob("*")
-            if path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
-        ]
+        inside = [path for path in (root / name).glob("*") if _is_data_file(path)]
         beside = [root / f"{name}{suffix}" for suffix in DATA_SUFFIXES]
         beside = [path for path in beside if path.is_file() and not _is_glue_file(task, split, path)]
-        if inside or beside:
-            return _one_kind(root / name, inside or beside)
+        # The hub keeps a data set's files beside each other or in data/.
+        shards = _shards(root, name) or _shards(root / "data", name)
+        if found := inside or [*beside, *shards]:
+            return _one_kind(root / name, found)
     return []
+
+
+def _is_data_file(path: Path) -> bool:
+    return path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
+
+
+# train-00000-of-00001.parquet; older repositories have a hash behind the numbers.
+_SHARD = r"-(\d+)-of-(\d+)(-[0-9a-f]+)?\.\w+"
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    """The files of a split as the hub numbers them.
+
+    Raises:
+        DataError: one is missing or there twice: rows would be missing, or counted twice, without a word.
+    """
+    files = {p: m for p in folder.glob(f"{name}-*") if (m := re.fullmatch(name + _SHARD, p.name)) and _is_data_file(p)}
+    numbers = sorted(int(match[1]) for match in files.values())
+    totals = {int(match[2]) for match in files.values()}
+    if files and (len(totals) > 1 or numbers != list(range(*totals))):
+        there = ", ".join(sorted(path.name for path in files))
+        raise DataError(
+            f"{folder}: the files of {name} are not one each of {max(totals)}: {there}; fetch the folder again"
+        )
+    return list(files)
 
 
 def _read_file(task: GlueTask, split: str, path: Path) -> Table:
@@ -100,13 +124,31 @@ def _read_glue(task: GlueTask, split: str, path: Path) -> Table:
     names = dict(zip(tsv.texts, task.columns, strict=True))
     if tsv.label is not None:
         names[tsv.label] = LABEL
-    return read_tsv(path, header=tsv.has_header, only=_tsv_columns(tsv)).renamed(names)
+    try:
+        table = read_tsv(path, header=tsv.has_header, only=_tsv_columns(tsv))
+    except BrokenRowsError as error:
+        raise DataError(f"{error}\n{_without_broken_rows(path, error.width)}") from None
+    return table.renamed(names)
+
+
+def _without_broken_rows(path: Path, width: int) -> str:
+    """How to leave out rows that are broken in GLUE's own archives, which the hub's copy does not have."""
+    return (
+        f"{path}: rows broken by a line end inside a text are known from GLUE's first archive of QQP; `datasets` and "
+        f"nyu-mll/glue leave them out, and so does awk -F'\\t' 'NF == {width}' {path} >NEW.tsv; or take GLUE's newer "
+        "archive (QQP-clean)"
+    )
 
 
 # In the order in which they are tried.
 LAYOUTS = (
     Layout("saved data sets", _find_saved, _read_saved, "train/ validation/ test/ saved by datasets"),
-    Layout("data files", _find_files, _read_file, f"the same folders with {' '.join(DATA_SUFFIXES)} files"),
+    Layout(
+        "data files",
+        _find_files,
+        _read_file,
+        f"the same folders, or files such as train-00000-of-00001.parquet, of {' '.join(DATA_SUFFIXES)}",
+    ),
     Layout("GLUE TSV folder", _find_glue, _read_glue, "GLUE's own files, such as train.tsv and dev.tsv"),
 )
 

@@ -46,6 +46,25 @@ def read_table(path: Path) -> Table:
     return reader(path)
 
 
+class BrokenRowsError(DataError):
+    """Rows have more or fewer columns than the file.
+
+    Args:
+        width: columns of the file.
+    """
+
+    def __init__(self, text: str, width: int):
+        super().__init__(text)
+        self.width = width
+
+
+def _raise_ragged(problems: Problems, width: int) -> None:
+    try:
+        problems.raise_any()
+    except DataError as error:
+        raise BrokenRowsError(str(error), width) from None
+
+
 def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -> None:
     if fields in ([], [""]):
         problems.add(place, "the line is empty")
@@ -106,7 +125,7 @@ def tsv_rows(
             continue
         for column, at in zip(columns, kept, strict=True):
             column.append(fields[at])
-    problems.raise_any()
+    _raise_ragged(problems, width)
     places = range(first_line, first_line + len(lines))
     return build_table(origin, [names[at] for at in kept], columns, places)
 
