@@ -158,7 +158,7 @@ def recipe_file(recipe: str, task_name: str | None) -> str:
 
 
 def without_effect_of(names: Iterable[str], chosen: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    """Settings of a recipe that what the user chose leaves no room for.
+    """Settings of a recipe that the user's own settings override.
 
     Args:
         names: that the recipe sets.

@@ -48,10 +48,10 @@ class TaskData:
 
     Args:
         task: the row of the table, or a row made for the user's own data; use this one from here on.
-        splits: the task's split names, and "<companion>:test" (such as "ax:test") -> rows.
+        splits: the task's split names, and "<other task>:test" (such as "ax:test") -> rows.
         source: one line for logs and results.
         is_sample: generated sentences, not GLUE.
-        warnings: lines for the user, such as a companion that is not there.
+        warnings: lines for the user, such as a missing test set.
     """
 
     task: GlueTask
@@ -185,7 +185,7 @@ def _from_folder(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
 def _roots_of_also_predicted(task: GlueTask, other: GlueTask, folder: Path) -> list[Path]:
     roots = data_folder.roots_of(other, folder)
     if data_folder.is_folder_of(task, folder.resolve()):
-        # --data_path GLUE/MNLI: its companion lies beside it
+        # --data_path GLUE/MNLI: the diagnostic lies beside it
         roots += data_folder.roots_of(other, folder.resolve().parent)
     return roots
 

@@ -198,7 +198,7 @@ def tokenize(
         threads: of the tokenizer; None for one a core. Counts for the first call of a process.
 
     Returns:
-        The table, memory-mapped where it comes from the cache, and how it was had: "cached", "made", or
+        The table, memory-mapped where it comes from the cache, and its origin: "cached", "made", or
         "made (not cached: reason)".
     """
     folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length)

@@ -197,7 +197,7 @@ def _shortened(text: str) -> str:
 
 
 def diagnostic(task: GlueTask, data_path: str | None, predictions: np.ndarray) -> dict[str, Any] | None:
-    """Matthews (R3) by category of a companion's predictions, where its labelled file lies in `data_path`.
+    """Matthews (R3) by category of the diagnostic's predictions, where its labelled file lies in `data_path`.
 
     Returns:
         {"all": [R3, rows], category: [R3, rows], ...}; None where there is no such file.

@@ -1,7 +1,7 @@
 """Attention over the sequences of a packed batch: one function a device, chosen by `attend`.
 
 Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, heads, dim]`. Either every
-token asks (`queries == tokens`), or only each sequence's first token does (`queries == sequences`): the
+token has a query (`queries == tokens`), or only the first token of each sequence (`queries == sequences`): the
 last layer of a classifier needs no more. A new device is one more function and its entry in
 `ATTENTION`.
 
@@ -59,7 +59,7 @@ def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tenso
 def padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """Any device: pad to the longest inside attention only, through torch's fused kernel.
 
-    Taken where no kernel knows sequence borders, or where that kernel has no dropout.
+    Taken where no kernel takes cumulative lengths, or where that kernel has no dropout.
     """
     PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
     device, longest = key.device, layout.longest
@@ -100,7 +100,7 @@ def _flash_attn_kernel(*given):
     return flash_attn_varlen_func(*given)
 
 
-# name -> (function of query, key, value, both borders `[sequences + 1]` int32, both longest, dropout; has dropout).
+# name -> (function of query, key, value, both cu_seqlens `[sequences + 1]` int32, both longest, dropout; has dropout).
 # In this order the first one that runs is taken; which is fastest was not measured on a GPU yet.
 CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "torch's varlen kernel": (_varlen_kernel, False),
@@ -136,7 +136,7 @@ def cuda_kernel(device: torch.device, dtype: torch.dtype, dim: int, drop: float)
 
 
 def varlen_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """CUDA: a kernel that knows borders, the first of `CUDA_KERNELS` that runs; they take half precision only."""
+    """CUDA: a kernel that takes cu_seqlens, the first of `CUDA_KERNELS` that runs; they take half precision only."""
     rate = drop if dropout_masks is not None else 0.0
     name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate)
     if name is None:
@@ -216,7 +216,7 @@ def attend(
         query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
         key, value: `[tokens, heads, dim]`.
         first_only: only first tokens ask.
-        drop: dropout of attention probabilities, in [0, 1], applied where `noise` is given.
+        drop: dropout of attention probabilities, in [0, 1], applied where `dropout_masks` is given.
         site: address of this dropout within the model.
 
     Returns:

@@ -153,8 +153,8 @@ class PackedClassifier(nn.Module):
 
         Args:
             input_ids, token_type_ids, position_ids: `[1, tokens]` integers on the model's device.
-            layout: borders of the sequences, on the host.
-            noise: dropout masks; None turns dropout off.
+            layout: cumulative lengths of the sequences, on the host.
+            dropout_masks: None turns dropout off.
 
         Returns:
             `[batch, labels]`.

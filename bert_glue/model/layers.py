@@ -194,7 +194,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 class Linear(nn.Linear):
     """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`, always with a bias.
 
-    With `low_rank` set, its term is added; `noise` and `site` are for that term's dropout.
+    With `low_rank` set, its term is added; `dropout_masks` and `mask_id` are for that term's dropout.
     """
 
     adds_into_grad = False  # set where gradients are flat views of the parameters' own dtype
@@ -306,11 +306,11 @@ class _CpuDropout(torch.autograd.Function):
 def dropout(
     x: torch.Tensor, drop: float, dropout_masks: DropoutMasks | None, mask_id: int, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`residual + dropout(x)`, any shape; the identity where `noise` is None or `drop` is 0.
+    """`residual + dropout(x)`, any shape; the identity where `dropout_masks` is None or `drop` is 0.
 
     Args:
         drop: probability in [0, 1].
-        noise: masks of this rank, None in evaluation.
+        dropout_masks: masks of this rank, None in evaluation.
         site: address of this dropout within the model.
     """
     if dropout_masks is None or drop == 0.0:
@@ -359,7 +359,7 @@ class LowRank(nn.Module):
         Args:
             y: `[tokens, out]`, output of the frozen product, or of some of its outputs.
             product: of `[rows, in]` and `[out, in]`.
-            noise: dropout masks; None turns dropout off.
+            dropout_masks: None turns dropout off.
             site: address of the dropout.
             rows: which outputs of the whole product `y` holds.
         """

@@ -43,7 +43,7 @@ class Source(Protocol):
 
 @dataclass
 class Slot:
-    """Room for one run at a time.
+    """A place for one run at a time.
 
     Args:
         device: as `--device` has it.

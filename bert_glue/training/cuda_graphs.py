@@ -27,7 +27,7 @@ from bert_glue.training.optim import runs_without_host
 
 
 class RecordedLayout:
-    """The borders of batches of one shape, in one place on the device, for work that is recorded and replayed.
+    """The cumulative lengths of batches of one shape, in one buffer on the device, for work that is recorded and replayed.
 
     Args:
         layout: of the first batch; others have as many tokens and sequences.
@@ -45,7 +45,7 @@ class RecordedLayout:
         return self._place
 
     def fill(self, layout: PackedLayout) -> None:
-        """Take the borders of another batch."""
+        """Take the cumulative lengths of another batch."""
         self._place.copy_(layout.cu_seqlens(self._place.device))
 
 
@@ -205,7 +205,7 @@ class RecordedStep:
 
 
 def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) -> None:
-    """That `--cuda_graph` can be had here.
+    """Check that `--cuda_graph` works here.
 
     Raises:
         MachineError: why not, and what to use.
