@@ -90,7 +90,7 @@ def _evaluate_splits(
 def predict_splits(
     args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator, analysis: dict
 ) -> dict:
-    """Write `predict_results_<task>.txt` of every test split, of tasks that share the model too; diagnostics go into `analysis`."""
+    """Write `predict_results_<task>.txt` of every test split; the diagnostic's scores go into `analysis`."""
     results = {}
     for task, name, suffix in _prediction_splits(data.task, splits):
         begin = time.perf_counter()
@@ -117,7 +117,7 @@ def check_predictable(task: GlueTask) -> None:
 
 
 def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis: dict) -> dict:
-    """Adds the diagnostic's scores by category to `analysis`, or the reason why not; a broken file must not cost the run."""
+    """Add the diagnostic's scores by category to `analysis`, or why there are none; a broken file costs a line."""
     try:
         found = diagnostic(task, args.data_path, predictions)
     except DataError as error:

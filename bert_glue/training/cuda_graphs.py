@@ -27,7 +27,7 @@ from bert_glue.training.optim import runs_without_host
 
 
 class RecordedLayout:
-    """The cumulative lengths of batches of one shape, in one buffer on the device, for work that is recorded and replayed.
+    """The cumulative lengths of batches of one shape, in one buffer on the device, for recorded work.
 
     Args:
         layout: of the first batch; others have as many tokens and sequences.
