@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="default: report.html in the folder; in . for several folders")
     args = parser.parse_args(argv)
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text in this locale
+
     def write() -> int:
         from bert_glue.report.suite_page import find_runs, suite_page
 

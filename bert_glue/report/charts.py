@@ -180,7 +180,7 @@ def curves(history: Sequence[Record], headline: str, majority: float | None) -> 
 
     def series(key: str, factor: float = 1.0) -> list[Point]:
         pairs = [(entry.number("step"), entry.number(key)) for entry in history if key in entry]
-        found = [(step, factor * value) for step, value in pairs if step is not None and value is not None]
+        found = [(step, factor * value) for step, value in pairs if value is not None and (step or -1) > 0]
         return found if len(found) > 1 else []
 
     rates, scales = series("learning_rate"), series("loss_scale")
@@ -191,14 +191,14 @@ def curves(history: Sequence[Record], headline: str, majority: float | None) -> 
         # A scale that never moves shows nothing.
         "loss_scale": [Line(thinned(scales))] if len({value for _, value in scales}) > 1 else [],
     }
-    last = max((line.points[-1][0] for found in lines.values() for line in found), default=0)
+    last = max((step for found in lines.values() for line in found for step, _ in line.points), default=0)
     return [_curve(word, found, _step_axis(last)) for word, found in lines.items() if found]
 
 
 def _step_axis(last: float) -> Axis:
     """Steps from 0 to the last one, with round ticks between."""
     round_axis = axis((0, last))
-    return Axis(0.0, round_axis.high if last <= 0 else last, tuple(tick for tick in round_axis.ticks if tick <= last))
+    return Axis(0.0, last, tuple(tick for tick in round_axis.ticks if tick <= last))
 
 
 def _curve(word: str, lines: list[Line], steps: Axis) -> Chart:

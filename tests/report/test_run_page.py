@@ -84,6 +84,12 @@ def test_values_of_any_type_make_a_page_without_markup(run, name):
         assert all(EVIL not in checked(page) for page in pages) and (pages or last in ("task_name", "headline_metric"))
 
 
+def test_a_step_that_is_none_draws_nothing(run):
+    entries = [{"step": step, "loss": 1.0} for step in (-3, 0, None, "x", float("inf"))]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert "<h2>" + str(both("curves")) not in run_page(run)
+
+
 def places(value, path=()):
     """Paths of everything in a JSON value, without the long history's."""
     entries = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
@@ -252,3 +258,5 @@ def test_the_command(tmp_path, run):
     (tmp_path / "empty").mkdir()
     assert command(tmp_path / "empty").returncode == 4
     assert command(run, "--output", tmp_path / "no" / "x.html").returncode == 6
+    odd = run.rename(run.with_name("a\udcff"))  # a name that is no UTF-8
+    assert command(odd).returncode == 0 and (odd / "report.html").is_file()
