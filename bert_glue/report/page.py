@@ -69,11 +69,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def last_part(name: str) -> str:
-    """The last part of a path or of a hub's name, for titles and tables."""
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-
-
 def shortened(text: str, length: int) -> str:
     """A text of at most `length` characters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"

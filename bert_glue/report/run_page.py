@@ -8,15 +8,14 @@ from pathlib import Path
 from bert_glue import result_keys as keys
 from bert_glue.errors import MachineError
 from bert_glue.report import charts, sections
-from bert_glue.report.page import last_part, render, shortened
+from bert_glue.report.page import render, shortened
 from bert_glue.report.words import METRICS
-from bert_glue.results.model_card import short_name
+from bert_glue.results.model_card import last_part, short_name, task_title
 from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import read_results
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
 _LONGEST_VALUE = 2000
-_DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "data_path")
 
 
 def run_page(folder: Path) -> str:
@@ -62,16 +61,7 @@ def title(task: GlueTask, results: Record, origin: Record) -> str:
     """Task, model and date; never a path."""
     started = origin.text("started")[:10]
     date = f", {started}" if re.fullmatch(r"\d{4}-\d\d-\d\d", started, re.ASCII) else ""
-    return f"{task_title(task, origin)}: {last_part(results.text('model_name_or_path', '?'))}{date}"
-
-
-def task_title(task: GlueTask, origin: Record) -> str:
-    """A GLUE task as its authors write it; for own data the name of the file or data set."""
-    if task.is_official:
-        return task.folder
-    arguments = origin.part("arguments")
-    given = next(filter(None, map(arguments.text, _DATA_FLAGS)), "")
-    return re.sub(r"\.\w{1,8}$", "", last_part(given)) or task.name
+    return f"{task_title(task, origin.part('arguments'))}: {last_part(results.text('model_name_or_path', '?'))}{date}"
 
 
 def _facts(results: Record) -> list[tuple[str, str]]:

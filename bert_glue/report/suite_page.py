@@ -12,10 +12,10 @@ from bert_glue.config.arguments import EvaluationArguments, ModelArguments, Prec
 from bert_glue.errors import MachineError
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.report.charts import SeedChart, SeedRow, number, seed_chart
-from bert_glue.report.page import last_part, render, shortened
-from bert_glue.report.run_page import task_of, task_title
+from bert_glue.report.page import render, shortened
+from bert_glue.report.run_page import task_of
 from bert_glue.report.words import Verdict
-from bert_glue.results.model_card import without_folders
+from bert_glue.results.model_card import last_part, task_title, without_folders
 from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import read_results
 from bert_glue.tasks import TASKS, GlueTask
@@ -288,7 +288,11 @@ def task_groups(runs: list[SuiteRun]) -> list[TaskGroup]:
     """Runs by task, model and setting, tasks in GLUE's order."""
     by_task: dict[tuple, list[SuiteRun]] = {}
     for run in sorted(runs, key=_order):
-        key = task_title(run.task, run.origin), run.results.flag("sample_data"), run.results.text("headline_metric")
+        key = (
+            task_title(run.task, run.origin.part("arguments")),
+            run.results.flag("sample_data"),
+            run.results.text("headline_metric"),
+        )
         by_task.setdefault(key, []).append(run)
     groups = []
     for (title, is_sample, metric), members in by_task.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.arguments import FLAGS
-from bert_glue.config.values import is_hub_name
+from bert_glue.config.values import is_hub_name, is_path
 from bert_glue.result_keys import SAMPLES, TRAIN_SAMPLES_PER_SECOND, evaluation_key, headline_keys, standard_error_key
+from bert_glue.results.records import Record
 from bert_glue.tasks import SAMPLE_NOTE, GlueTask
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _NOT_RECIPE = {
     "hub_model_id", "hub_token", "hub_private_repo", "do_train", "do_eval", "do_predict", "explain", "logging_steps",
     "logging_first_step", "log_level", "disable_tqdm", "save_strategy", "save_steps", "save_total_limit", "expect",
 }  # fmt: skip
+_DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "data_path")
 _GLUE = "nyu-mll/glue"
 # Our names of metrics where the hub has others.
 _HUB_METRICS = {"pearson": "pearsonr"}
@@ -38,9 +40,7 @@ _MARKUP = re.compile(r"""[&<>"'`*\[\]\\|~$@{}!]|(?<!\w)_|_(?!\w)|(?<=\w):(?=//)|
 
 def short_name(name: str) -> str:
     """A model's hub name as it is, of a path its last folder: a card may be published."""
-    parts = name.rstrip("/").split("/")
-    is_path = len(parts) > 2 or parts[0] in ("", ".", "..", "~")
-    return parts[-1] if is_path else name
+    return last_part(name) if is_path(name) else name
 
 
 def without_folders(text: str) -> str:
@@ -48,17 +48,34 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<!\S)[/~]\S*/(?=[^/\s])", "", text)
 
 
+def last_part(name: str) -> str:
+    """The last part of a path or of a hub's name, for titles and tables."""
+    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def task_title(task: GlueTask, arguments: Record) -> str:
+    """A GLUE task as its authors write it; for own data the name of the file or data set.
+
+    Args:
+        arguments: of run.json.
+    """
+    if task.is_official:
+        return task.folder
+    given = next(filter(None, map(arguments.text, _DATA_FLAGS)), "")
+    return re.sub(r"\.\w{1,8}$", "", last_part(given)) or task.name
+
+
 def plain(value: object) -> str:
     """A text on one line that Markdown shows as it is, whatever is in it."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(str(value).split()))
 
 
-def _code(value: object) -> Markup | str:
+def _code(value: object) -> Markup:
     """A text as Markdown's code, in which nothing can be escaped; as plain text where something has to be."""
     from markupsafe import Markup
 
     text = plain(value)
-    return Markup(f"`{text}`") if text == str(value) else text
+    return Markup(f"`{text}`" if text == str(value) else text)
 
 
 def model_card(data: TaskData, results: dict, origin: dict) -> str:
@@ -72,6 +89,7 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
     task, base = data.task, short_name(results["model_name_or_path"])
     body = _environment().get_template("model_card.md").render(
         task=task,
+        title=task_title(task, Record(origin["arguments"])),
         base=base,
         results=results,
         source=without_folders(data.source),
@@ -159,7 +177,8 @@ def _metadata(task: GlueTask, results: dict, arguments: dict[str, Any]) -> Model
     if task.is_official:
         inherited["language"] = "en"
     dataset = _GLUE if task.is_official else arguments.get("dataset_name") or ""
-    evaluated = _eval_results(task, results, dataset)
+    title = task_title(task, Record(arguments))
+    evaluated = _eval_results(task, title, results, dataset)
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -167,7 +186,7 @@ def _metadata(task: GlueTask, results: dict, arguments: dict[str, Any]) -> Model
         datasets=[dataset] if _is_hub_name(dataset) and not is_sample else None,
         tags=["text-classification", "bert_glue", _identifier(task.name), *(["sample-data"] if is_sample else [])],
         metrics=list(dict.fromkeys(result.metric_type for result in evaluated)) or None,
-        model_name=_identifier(f"{short_name(base).split('/')[-1]}-{task.name}"),
+        model_name=_identifier(f"{last_part(base)}-{title}"),
         eval_results=evaluated or None,
         **inherited,
     )
@@ -182,7 +201,7 @@ def _identifier(text: str) -> str:
     return re.sub(r"[^\w./-]+", "-", text).strip("-")[:100] or "model"
 
 
-def _eval_results(task: GlueTask, results: dict, dataset: str) -> list[EvalResult]:
+def _eval_results(task: GlueTask, title: str, results: dict, dataset: str) -> list[EvalResult]:
     """The scores, for the metadata's model-index."""
     from huggingface_hub import EvalResult
 
@@ -191,7 +210,7 @@ def _eval_results(task: GlueTask, results: dict, dataset: str) -> list[EvalResul
     elif task.is_official:
         where = {"dataset_type": _GLUE, "dataset_name": f"GLUE {task.folder}", "dataset_config": task.name}
     else:
-        name = _identifier(dataset or task.name)
+        name = _identifier(dataset or title)
         where = {"dataset_type": name, "dataset_name": name}
     figures = [
         (split.name, metric, results.get(evaluation_key(metric, split.key_suffix)))

@@ -313,6 +313,7 @@ def test_texts_of_the_card_are_no_markup(text):
     body = card.split("\n---\n", 2)[-1]
     assert text not in body or not re.search(r"[<>|`*\[\]$~@{}\\]|://|www\.", text)
     assert " ".join(text.split()) in html.unescape(body)
+    assert "&#38;#" not in card, "nothing is escaped twice"
     assert body.count("\n---") == 0 and re.findall(r"^# .*", body, re.M)[1:] == []
 
 
