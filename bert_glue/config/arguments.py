@@ -22,7 +22,8 @@ def flag(default: Any, text: str, range: str = "", choices: tuple[str, ...] = ()
         range: accepted numbers, e.g. "[0, 1)" or "-1 or [1, inf)"; shown in the help as it stands.
         choices: accepted texts, all of them.
         extra: `many=True` takes several values (of `choices`, if any), kept as one comma-separated text;
-            `pattern` is a regular expression for the text; `secret=True` is never printed; `runs_code=True` lets
+            `pattern` is a regular expression for the text; `verbatim=True` takes any text, a placeholder's
+            look included; `secret=True` is never printed; `runs_code=True` lets
             files of others run code, so it is taken from the command line alone, never from a file.
     """
     return field(default=default, metadata={"text": text, "range": range, "choices": choices, **extra})
@@ -280,7 +281,7 @@ class Flag:
         kind: name of the type of a value: str, int, float or bool.
         optional: True if None (not given) is a value.
         group: title in the help.
-        many, pattern, secret, runs_code: see `flag`.
+        many, pattern, verbatim, secret, runs_code: see `flag`.
     """
 
     name: str
@@ -293,6 +294,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     many: bool = False
     pattern: str = ""
+    verbatim: bool = False
     secret: bool = False
     runs_code: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import Flag
@@ -17,6 +18,11 @@ NONE_WORDS = ("none", "null")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _LARGEST_INT = 2**63 - 1
 _SHOWN_LENGTH = 80
+# A part of a path or name as templates have it: <model>, ${MODEL}, {{ model }}, %MODEL%, REPLACE_ME, YOUR_MODEL, ...
+_PLACEHOLDER = re.compile(
+    r"<[^<>]+>|\$\w+|\$?\{+[^{}]+\}+|%\w+%|(?i:(replace|change|fill|insert|edit|fix)[ _-]?(me|this|in))"
+    r"|(?i:your[ _-].+)|TO_?DO|TBD|\.{3}|\u2026"
+)
 
 
 def shown(text: str) -> str:
@@ -32,7 +38,17 @@ def flag_value(flag: Flag, text: str) -> Any:
     """
     if flag.optional and text.lower() in NONE_WORDS and text not in flag.choices:
         return None
+    if not flag.many and not flag.verbatim and is_placeholder(text):
+        value = "a value" if flag.secret else shown(text)
+        raise ValueError(f"{value} is a placeholder of a template; put in its place: {flag.text}")
     return _READERS[flag.kind](flag, text)
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a template's value was left as it is; what exists as a file or folder is none."""
+    parts = text.split("/")
+    is_example = ("path", "to") in zip(parts, parts[1:], strict=False)
+    return (is_example or any(map(_PLACEHOLDER.fullmatch, parts))) and not Path(text).exists()
 
 
 def read_bool(text: str) -> bool:
