@@ -15,7 +15,8 @@ BASE = {"model_name_or_path": "m", "task_name": "rte", "do_train": True, "output
     "text",
     [
         "<model>", "<your model here>", "REPLACE_ME", "replace-me", "CHANGEME", "FILL_IN", "YOUR_MODEL",
-        "your-name/bert", "/path/to/model", "path/to/glue", "$MODEL", "${MODEL}", "$HOME/bert", "{{ model }}", "{model}",
+        "your-name/bert", "/path/to/model", "path/to/glue", "$MODEL", "${MODEL}", "$HOME/bert", "{{ model }}",
+        "{model}",
         "%MODEL%",
         "...", ".../bert", "out/<run>", "/data/REPLACE_ME/mrpc",
     ],
