@@ -21,6 +21,7 @@ SAMPLES = "samples"
 RUNTIME = "runtime"
 SAMPLES_PER_SECOND = "samples_per_second"
 REAL_TOKENS_PER_SECOND = "real_tokens_per_second"
+CLASSES = "classes"
 
 TRAIN_LOSS = "train_loss"
 TRAIN_RUNTIME = "train_runtime"

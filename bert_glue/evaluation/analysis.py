@@ -20,7 +20,7 @@ from bert_glue.errors import DataError
 from bert_glue.evaluation.evaluator import Evaluator, predictions_of, row_losses, softmax
 from bert_glue.evaluation.metrics import METRICS_OF_COUNTS, compute_metrics, majority_baseline
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.result_keys import standard_error_key
+from bert_glue.result_keys import CLASSES, evaluation_key, standard_error_key
 from bert_glue.tasks import GlueTask
 
 HARDEST = 100
@@ -118,6 +118,26 @@ def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -
         {"label": label, "precision": p, "recall": r, "f1": f, "rows": int(rows)}
         for label, p, r, f, rows in zip(task.labels, precision, recall, f1, columns[3], strict=True)
     ]
+
+
+def class_results(splits: dict[str, dict]) -> dict[str, Any]:
+    """Precision, recall and F1 of each class, and their means over the classes, of each split's analysis.
+
+    Returns:
+        `eval_classes`: class -> its three shares (0..1, null where no row decides one) and labelled rows.
+        `eval_precision_macro`, `eval_recall_macro`, `eval_f1_macro`: an undefined share counts as 0.
+    """
+    found: dict[str, Any] = {}
+    for part in splits.values():
+        rows, suffix = part.get("classes"), part["suffix"]
+        if not rows:
+            continue
+        shares = {row["label"]: {name: value for name, value in row.items() if name != "label"} for row in rows}
+        found[evaluation_key(CLASSES, suffix)] = shares
+        for name in ("precision", "recall", "f1"):
+            mean = sum(row[name] or 0.0 for row in rows) / len(rows)
+            found[evaluation_key(f"{name}_macro", suffix)] = mean
+    return found
 
 
 def standard_errors(task: GlueTask, splits: dict[str, dict]) -> dict[str, float | None]:

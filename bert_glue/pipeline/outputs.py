@@ -106,7 +106,7 @@ def summary(results: dict) -> list[str]:
     """Last lines of a run's log."""
     lines = ["***** results *****" + (" (sample data, not GLUE)" if results["sample_data"] else "")]
     for name, value in results.items():
-        if keys.is_of_evaluation(name) or name in _SUMMARY:
+        if not isinstance(value, dict) and (keys.is_of_evaluation(name) or name in _SUMMARY):
             if isinstance(value, float):
                 value = f"{value:.4f}"
             if value not in ("", None) or name == keys.TRAIN_SAMPLES_PER_SECOND:

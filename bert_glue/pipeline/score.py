@@ -16,7 +16,7 @@ from bert_glue.data.batching import TokenSplit
 from bert_glue.data.sources import TaskData
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, Failures
-from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, diagnostic, standard_errors
+from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, class_results, diagnostic, standard_errors
 from bert_glue.evaluation.collapse import constant_loss, flat_loss
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator, evaluate, predictions_of
 from bert_glue.model.attention import PATHS_TAKEN
@@ -84,7 +84,7 @@ def _evaluate_splits(
         with failures.step("the analysis"):
             found = analyse_splits(data, model, splits, evaluator, kept, args.explain)
             scored.analysis["splits"] = found
-            scored.results |= standard_errors(data.task, found)
+            scored.results |= standard_errors(data.task, found) | class_results(found)
 
 
 def predict_splits(
