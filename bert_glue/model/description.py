@@ -14,7 +14,7 @@ from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError
 from bert_glue.storage.checkpoint import step_of
-from bert_glue.storage.files import file_hash
+from bert_glue.storage.files import file_hash, json_object
 
 if TYPE_CHECKING:
     from bert_glue.data.sources import TaskData
@@ -82,14 +82,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MachineError(
-            f"{path}: cannot be read as JSON ({error}); remove it, and give the flags it stands for"
-        ) from None
-    if not isinstance(content, dict):
-        raise MachineError(f"{path}: is not a JSON object; remove it, and give the flags it stands for")
-    return content
+        return json_object(path)
+    except (OSError, ValueError) as error:
+        raise MachineError(f"{path}: cannot be read ({error}); remove it, and give the flags it stands for") from None
 
 
 def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ What describes the weights (how they were trained, their hashes) is only ever re
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import UsageError
 from bert_glue.result_keys import EVAL, PREDICT
+from bert_glue.storage.files import json_object
 
 RESULTS, RECORD, ANALYSIS = "all_results.json", "run.json", "analysis.json"
 # Of a trained model these are results of scoring it; the others say how it was made.
@@ -74,7 +74,6 @@ def _is_same_model(folder: Path, record: dict[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """A results file; {} where it is missing or damaged, as nothing can be kept of it then."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_object(path)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
