@@ -27,7 +27,7 @@ from bert_glue.config.files import FOLDER as CONFIGS
 from bert_glue.errors import BaselineError, CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.results.perf import FORMAT, SETUP, TOLERANCE, setup_of
-from bert_glue.storage.files import json_object, read_results, write_json
+from bert_glue.storage.files import RESULTS_FILE, json_object, read_results, write_json
 from bert_glue.tasks import TASKS
 
 # Below its mean by more than two errors a score is called missed: one sound run in forty would be.
@@ -221,7 +221,7 @@ def group_runs(folders: list[Path]) -> list[Group]:
     Raises:
         MachineError: there is none, or one is not of this program.
     """
-    files = sorted({path.parent for folder in folders for path in folder.rglob("all_results.json")})
+    files = sorted({path.parent for folder in folders for path in folder.rglob(RESULTS_FILE)})
     if not files:
         raise MachineError(f"{', '.join(map(str, folders))}: no finished run (all_results.json)")
     groups: dict[str, Group] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, exit_code_of
-from bert_glue.storage.files import json_object, write_json
+from bert_glue.storage.files import RECORD_FILE, json_object, write_json
 
 # What of a config.json says nothing about the function.
 _NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -73,7 +73,7 @@ def _weights_hash(folder: Path) -> str:
 def _start(folder: Path) -> Any:
     """Hashes of the weights that a run started from; None where it does not say."""
     try:
-        return json_object(folder / "run.json").get("model_sha256")
+        return json_object(folder / RECORD_FILE).get("model_sha256")
     except (OSError, ValueError):
         return None
 

@@ -22,7 +22,7 @@ from bert_glue.data.readers import read_tsv
 from bert_glue.data.tables import Problems, Table
 from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of
 from bert_glue.result_keys import predicted_samples_key, predictions_file
-from bert_glue.storage.files import read_json_object, read_results, write_whole
+from bert_glue.storage.files import RECORD_FILE, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, also_predicted, get_task
 
 _HEADER = ["index", "prediction"]
@@ -102,7 +102,7 @@ def _results(run: Path, allow_sample: bool) -> dict:
         DataError: there is none, or it is of sample data, of one's own data, or of no GLUE task.
     """
     try:
-        results, provenance = read_results(run), read_json_object(run / "run.json")
+        results, provenance = read_results(run), read_json_object(run / RECORD_FILE)
     except MachineError as error:
         raise DataError(str(error)) from None
     if results.get("sample_data") and not allow_sample:

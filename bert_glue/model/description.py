@@ -14,7 +14,7 @@ from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError
 from bert_glue.storage.checkpoint import step_of
-from bert_glue.storage.files import file_hash, json_object
+from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, file_hash, json_object
 
 if TYPE_CHECKING:
     from bert_glue.data.sources import TaskData
@@ -65,13 +65,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         MachineError: the file is damaged.
     """
-    if (folder / "run.json").is_file():  # damaged, it says so of the whole folder, read or not
-        _read(folder / "run.json")
+    if (folder / RECORD_FILE).is_file():  # damaged, it says so of the whole folder, read or not
+        _read(folder / RECORD_FILE)
     if (folder / FILE).is_file():
         return _checked(folder / FILE, _read(folder / FILE))
     # Earlier versions wrote it into a run's results alone, where a checkpoint's are those of the folder above.
     for place in (folder, folder.parent) if step_of(folder) >= 0 else (folder,):
-        record, results = place / "run.json", place / "all_results.json"
+        record, results = place / RECORD_FILE, place / RESULTS_FILE
         if record.is_file() and results.is_file():
             arguments = _read(record).get("arguments")
             length = arguments.get("max_seq_length") if isinstance(arguments, dict) else None

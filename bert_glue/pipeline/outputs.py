@@ -15,7 +15,16 @@ from bert_glue.report.run_page import run_page
 from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import model_card, without_folders
 from bert_glue.results.records import Record
-from bert_glue.storage.files import one_line, write_json, write_whole, written_aside
+from bert_glue.storage.files import (
+    ANALYSIS_FILE,
+    RECORD_FILE,
+    RESULTS_FILE,
+    STATE_FILE,
+    one_line,
+    write_json,
+    write_whole,
+    written_aside,
+)
 from bert_glue.tasks import GlueTask
 
 if TYPE_CHECKING:
@@ -74,15 +83,15 @@ def write_results(
     if not args.do_train:
         whole, whole_record, analysis = merged(folder, results, record, analysis)
     if analysis:
-        write_json(folder / "analysis.json", analysis)
-    write_json(folder / "all_results.json", whole)
+        write_json(folder / ANALYSIS_FILE, analysis)
+    write_json(folder / RESULTS_FILE, whole)
     for phase in ("train", "eval", "predict"):
         own = {k: v for k, v in results.items() if k.startswith(phase) or k in ("epoch", "task_name", "sample_data")}
         if getattr(args, f"do_{phase}"):
             write_json(folder / f"{phase}_results.json", own)
-    write_json(folder / "run.json", whole_record)
+    write_json(folder / RECORD_FILE, whole_record)
     if args.do_train:
-        write_json(folder / "trainer_state.json", {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
+        write_json(folder / STATE_FILE, {"log_history": history, "global_step": results[keys.TRAIN_STEPS]})
         rows = [f"{e['step']}\t{e['loss']}\t{e['learning_rate']}" for e in history if "loss" in e]
         write_whole(folder / "train_loss.tsv", "\n".join(["step\tloss\tlearning_rate", *rows]) + "\n")
         with failures.step("drawing curves.png"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from bert_glue.errors import MachineError, exit_code_of
 from bert_glue.report.page import write_page
 from bert_glue.report.run_page import run_page
+from bert_glue.storage.files import RESULTS_FILE
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
         missing = [str(folder) for folder in args.folders if not folder.is_dir()]
         if missing:
             raise MachineError(f"{', '.join(missing)}: no such folder")
-        is_one_run = len(args.folders) == 1 and (args.folders[0] / "all_results.json").is_file()
+        is_one_run = len(args.folders) == 1 and (args.folders[0] / RESULTS_FILE).is_file()
         target = args.output or (args.folders[0] if len(args.folders) == 1 else Path()) / "report.html"
         text = run_page(args.folders[0]) if is_one_run else suite_page(find_runs(args.folders))
         write_page(target, text)

@@ -12,7 +12,7 @@ from bert_glue.report.page import render, shortened
 from bert_glue.report.words import METRICS
 from bert_glue.results.model_card import last_part, short_name, task_title
 from bert_glue.results.records import Record, as_text, read_record
-from bert_glue.storage.files import read_results
+from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, STATE_FILE, read_results
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
 _LONGEST_VALUE = 2000
@@ -24,15 +24,15 @@ def run_page(folder: Path) -> str:
     Raises:
         MachineError: there are no results, or a file is not what its name says.
     """
-    results = Record(read_results(folder), "all_results.json")
+    results = Record(read_results(folder), RESULTS_FILE)
     if not results.text("task_name"):
         raise MachineError(f"{folder / 'all_results.json'}: no results of a run (task_name is missing)")
     task = task_of(results)
     found = sections.scores(task, results, METRICS)
     # Files of an earlier run may lie there too: only what this run did is shown.
-    analysis = read_record(folder, "analysis.json") if found else Record({})
-    state = read_record(folder, "trainer_state.json") if keys.TRAIN_STEPS in results else Record({})
-    origin = read_record(folder, "run.json")
+    analysis = read_record(folder, ANALYSIS_FILE) if found else Record({})
+    state = read_record(folder, STATE_FILE) if keys.TRAIN_STEPS in results else Record({})
+    origin = read_record(folder, RECORD_FILE)
     splits = [sections.split_analysis(name, part) for name, part in analysis.part("splits").parts().items()]
     majority = found[0].majority if found else None
     values = {

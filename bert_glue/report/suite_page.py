@@ -17,7 +17,7 @@ from bert_glue.report.run_page import task_of
 from bert_glue.report.words import Verdict
 from bert_glue.results.model_card import last_part, task_title, without_folders
 from bert_glue.results.records import Record, as_text, read_record
-from bert_glue.storage.files import read_results
+from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, read_results
 from bert_glue.tasks import TASKS, GlueTask
 
 # Flags that say how a model is found and read, not what is trained.
@@ -92,7 +92,7 @@ def find_runs(folders: list[Path]) -> Found:
     Raises:
         MachineError: there is no finished run.
     """
-    finished = sorted({path.parent for folder in folders for path in folder.rglob("all_results.json")})
+    finished = sorted({path.parent for folder in folders for path in folder.rglob(RESULTS_FILE)})
     begun = {path.parent for folder in folders for path in folder.rglob(".lock")}
     unfinished = sorted(path for path in begun - set(finished) if not any(path in run.parents for run in finished))
     runs, unreadable = [], []
@@ -113,7 +113,7 @@ def _read(folder: Path) -> list[SuiteRun]:
     key = keys.headline_key_of(results.values)
     if key not in results or not results.text("task_name"):
         return []
-    origin = read_record(folder, "run.json")
+    origin = read_record(folder, RECORD_FILE)
     return [
         SuiteRun(
             folder, results, origin, results.number(key), results.number(keys.evaluation_key(keys.MAJORITY_BASELINE))

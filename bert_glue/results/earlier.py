@@ -10,12 +10,11 @@ from typing import Any
 
 from bert_glue.errors import UsageError
 from bert_glue.result_keys import EVAL, PREDICT
-from bert_glue.storage.files import json_object
+from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, json_object
 
-RESULTS, RECORD, ANALYSIS = "all_results.json", "run.json", "analysis.json"
 # Of a trained model these are results of scoring it; the others say how it was made.
 _SCORED = (EVAL, PREDICT, "diagnostic_", "expectations")
-_OF_SCORING = ("eval_results.json", "predict_results.json", ANALYSIS)
+_OF_SCORING = ("eval_results.json", "predict_results.json", ANALYSIS_FILE)
 
 
 def check_output_folder(folder: Path, record: dict[str, Any]) -> None:
@@ -45,12 +44,12 @@ def merged(
     """
     if not _is_same_model(folder, record):
         return results, record, analysis
-    earlier, told = _read(folder / RESULTS), _read(folder / RECORD)
+    earlier, told = _read(folder / RESULTS_FILE), _read(folder / RECORD_FILE)
     added = results
     if _is_trained(folder):
         added = {name: value for name, value in results.items() if name.startswith(_SCORED)}
     later = [*(told.get("later") or []), record]
-    return {**earlier, **added}, {**told, "later": later}, {**_read(folder / ANALYSIS), **analysis}
+    return {**earlier, **added}, {**told, "later": later}, {**_read(folder / ANALYSIS_FILE), **analysis}
 
 
 def remove_scores_of_other_weights(folder: Path) -> None:
@@ -60,12 +59,12 @@ def remove_scores_of_other_weights(folder: Path) -> None:
 
 
 def _is_trained(folder: Path) -> bool:
-    return bool(_read(folder / RECORD).get("weights_sha256")) and (folder / "model.safetensors").is_file()
+    return bool(_read(folder / RECORD_FILE).get("weights_sha256")) and (folder / "model.safetensors").is_file()
 
 
 def _is_same_model(folder: Path, record: dict[str, Any]) -> bool:
     """Whether the folder's results are those of the weights that `record` reads."""
-    told, own = _read(folder / RECORD), record["model_sha256"]
+    told, own = _read(folder / RECORD_FILE), record["model_sha256"]
     if _is_trained(folder):
         return told["weights_sha256"] in own.values()
     return bool(own) and told.get("model_sha256") == own

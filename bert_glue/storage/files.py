@@ -19,6 +19,12 @@ from typing import Any, BinaryIO
 
 from bert_glue.errors import CheckpointError, MachineError
 
+# Files of a run's output folder; users and harnesses know these names.
+RESULTS_FILE = "all_results.json"
+RECORD_FILE = "run.json"
+ANALYSIS_FILE = "analysis.json"
+STATE_FILE = "trainer_state.json"
+
 
 def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str:
     """The hash of a file's content, behind `header`, hexadecimal.
@@ -51,7 +57,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     Raises:
         MachineError: there is none, or it is not a JSON object.
     """
-    return read_json_object(output_dir / "all_results.json")
+    return read_json_object(output_dir / RESULTS_FILE)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from bert_glue.config.files import CONFIG_SUFFIXES, SAMPLE_RECIPE, read_config, 
 from bert_glue.config.parser import as_config, parse
 from bert_glue.errors import UsageError
 from bert_glue.result_keys import headline_keys
-from bert_glue.storage.files import json_object, write_json
+from bert_glue.storage.files import RESULTS_FILE, json_object, write_json
 from bert_glue.tasks import TASKS, TRAINABLE, GlueTask, base_epochs
 
 SETTINGS_FILE = "sweep_run.json"
-RESULTS_FILE = "all_results.json"
 # What may differ between the sittings of one run: where and how it is shown, not what is computed.
 _FREE = {
     "output_dir", "device", "use_cpu", "resume_from_checkpoint", "disable_tqdm", "log_level", "report_to", "run_name",

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from bert_glue.devices.rng import random_tensors
-from bert_glue.storage.files import json_object
+from bert_glue.storage.files import STATE_FILE, json_object
 from bert_glue.training.optim import state_shapes
 from bert_glue.training.state import TrainProgress, TrainState
 
@@ -72,7 +72,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it cannot be read, or a field is missing, of another type, or out of its range.
     """
-    state = json_object(folder / "trainer_state.json")
+    state = json_object(folder / STATE_FILE)
     for name, is_right in _FIELDS.items():
         if name not in state:
             raise ValueError(f"trainer_state.json has no {name!r}")

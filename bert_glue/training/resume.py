@@ -16,6 +16,7 @@ from bert_glue.config.arguments import FLAGS
 from bert_glue.devices.rng import random_tensors, set_random_tensors
 from bert_glue.errors import CheckpointError
 from bert_glue.storage import checkpoint, files
+from bert_glue.storage.files import STATE_FILE
 from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.training.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
 from bert_glue.training.state import Learner, TrainState
@@ -66,7 +67,7 @@ def save_checkpoint(state: TrainState) -> None:
         save_file(optimizer, into / "optimizer.safetensors")
         for rank, tensors in enumerate(randoms):
             save_file(tensors, into / f"random-{rank}.safetensors")
-        (into / "trainer_state.json").write_text(progress, encoding="utf-8")
+        (into / STATE_FILE).write_text(progress, encoding="utf-8")
 
     def job() -> None:
         size = sum(t.numel() * t.element_size() for t in (*weights.values(), *optimizer.values()))
