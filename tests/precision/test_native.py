@@ -480,13 +480,13 @@ def test_the_log_says_how_gradients_are_kept(tmp_path, monkeypatch):
 
     lines = []
     monkeypatch.setattr(pipeline.ConsoleLog, "line", lambda self, text: lines.append(text))
-    fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), recipe_parts_log())
+    fit(arguments(tmp_path, max_steps=1, bf16=True, fp16_opt_level="O2", use_combine_grad=True), prepared_log())
     (line,) = [line for line in lines if line.startswith("gradients: ")]
     assert "views of 2 flat buffers" in line and "x 2 bytes" in line
     assert "1 all-reduce(s) a step in bfloat16, fused clip" in line
 
 
-def recipe_parts_log():
+def prepared_log():
     from bert_glue.training.console import ConsoleLog
 
     return ConsoleLog(True, False)

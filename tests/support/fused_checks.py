@@ -13,7 +13,7 @@ from tiny_run import REPOSITORY
 
 def fused_semantics(**more: str) -> dict:
     """Report of tests/support/fused_semantics.py."""
-    script = REPOSITORY / "tests" / "fused_semantics.py"
+    script = REPOSITORY / "tests" / "support" / "fused_semantics.py"
     done = subprocess.run(
         [sys.executable, str(script)], env=environment(**more), capture_output=True, text=True, timeout=120
     )
