@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from sweep_stubs import Sweep, stub_repository, wait_until
 
+from bert_glue.config.arguments import without_login
 from bert_glue.errors import UsageError
-from bert_glue.sweep.search import _without_login, read_space
+from bert_glue.sweep.search import read_space
 
 SEARCH = ("--tasks", "mrpc", "--seeds", "1")
 
@@ -81,8 +82,8 @@ def test_ranges_are_stated_and_changed_by_name() -> None:
 
 
 def test_no_login_is_shown() -> None:
-    assert _without_login("mysql://me:" + "secret@host.example/study") == "mysql://host.example/study"
-    assert _without_login("sqlite:////tmp/study.db") == "sqlite:////tmp/study.db"
+    assert without_login("mysql://me:" + "secret@host.example/study") == "mysql://host.example/study"
+    assert without_login("sqlite:////tmp/study.db") == "sqlite:////tmp/study.db"
 
 
 # With Optuna
