@@ -6,7 +6,8 @@ Harnesses and users' scripts read these keys, so a name that is here once stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bert_glue.tasks import GlueTask
@@ -122,3 +123,62 @@ def predicted_samples_per_second_key(task: str, suffix: str = "") -> str:
 def diagnostic_reason_key(task: str) -> str:
     """Why a task without training data has no scores by category."""
     return reason_key(f"diagnostic_{task}")
+
+
+_TEXTS = (
+    "task_name", "headline_metric", "model_name_or_path", "data", "device", "device_name", "precision", "fallback",
+    "trained", "batches", "optimizer",
+)  # fmt: skip
+_NUMBERS = (
+    "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate",
+    "max_seq_length", "seed", "epoch", SECONDS_TO_FIRST_STEP,
+)  # fmt: skip
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_figure(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) < 1e300 and math.isfinite(value))
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_figure, value.values()))
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(bound, dict) for bound in value)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_TEXTS, (_is_text, "a text")),
+    **dict.fromkeys(_NUMBERS, (_is_figure, "a finite number")),
+    "seconds": (_is_seconds, "seconds by name"),
+    "text_columns": (_is_names, "a list of names"),
+    "attention": (_is_names, "a list of texts"),
+    "expectations": (_is_objects, "a list of bounds"),
+}
+
+
+def wrong_value(results: Mapping[str, Any]) -> str:
+    """The first value of another kind than its key has, "" where there is none; keys that are not known pass."""
+    for key, value in results.items():
+        if key in _KINDS:
+            is_right, kind = _KINDS[key]
+        elif COLLAPSED in key or key.endswith(reason_key("")):
+            is_right, kind = _is_text, "a text"
+        elif key.startswith(evaluation_key(CLASSES)):
+            is_right, kind = _is_objects, "a list of classes"
+        elif is_measured(key):
+            is_right, kind = _is_figure, "a finite number"
+        else:
+            continue
+        if not is_right(value):
+            return f"{key[:60]!r} is {str(value)[:40]!r}, not {kind}"
+    return ""

@@ -12,7 +12,7 @@ from bert_glue.report.page import render, shortened
 from bert_glue.report.words import METRICS
 from bert_glue.results.model_card import last_part, short_name, task_title
 from bert_glue.results.records import Record, as_text, read_record
-from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, STATE_FILE, read_results
+from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, STATE_FILE, read_json_object
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
 _LONGEST_VALUE = 2000
@@ -24,7 +24,7 @@ def run_page(folder: Path) -> str:
     Raises:
         MachineError: there are no results, or a file is not what its name says.
     """
-    results = Record(read_results(folder), RESULTS_FILE)
+    results = Record(read_json_object(folder / RESULTS_FILE), RESULTS_FILE)
     if not results.text("task_name"):
         raise MachineError(f"{folder / 'all_results.json'}: no results of a run (task_name is missing)")
     task = task_of(results)

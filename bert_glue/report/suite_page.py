@@ -17,7 +17,7 @@ from bert_glue.report.run_page import task_of
 from bert_glue.report.words import Verdict
 from bert_glue.results.model_card import last_part, task_title, without_folders
 from bert_glue.results.records import Record, as_text, read_record
-from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, read_results
+from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, read_json_object
 from bert_glue.tasks import TASKS, GlueTask
 
 # Flags that say how a model is found and read, not what is trained.
@@ -109,7 +109,7 @@ def find_runs(folders: list[Path]) -> Found:
 
 def _read(folder: Path) -> list[SuiteRun]:
     """The run, if it evaluated."""
-    results = Record(read_results(folder), f"{folder} all_results.json")
+    results = Record(read_json_object(folder / RESULTS_FILE), f"{folder} all_results.json")
     key = keys.headline_key_of(results.values)
     if key not in results or not results.text("task_name"):
         return []

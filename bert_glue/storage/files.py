@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bert_glue.errors import CheckpointError, MachineError
+from bert_glue.result_keys import wrong_value
 
 # Files of a run's output folder; users and harnesses know these names.
 RESULTS_FILE = "all_results.json"
@@ -55,9 +56,13 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     """`all_results.json` of a run.
 
     Raises:
-        MachineError: there is none, or it is not a JSON object.
+        MachineError: there is none, it is not a JSON object, or a value is of another kind than its key has.
     """
-    return read_json_object(output_dir / RESULTS_FILE)
+    results = read_json_object(output_dir / RESULTS_FILE)
+    wrong = wrong_value(results)
+    if wrong:
+        raise MachineError(f"{output_dir / RESULTS_FILE}: not written by this program: {wrong}")
+    return results
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
