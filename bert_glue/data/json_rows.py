@@ -11,6 +11,7 @@ from typing import Any
 from bert_glue.data.tables import Problems, Table, build_table, check_line_ends, read_text
 from bert_glue.errors import DataError
 
+_SPARSE = 200  # cells for one value
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -143,6 +144,23 @@ def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}:{getattr(error, 'lineno', line)}: {_json_problem(error)}") from None
 
 
+def _check_keys(origin: str, cells: int, values: int) -> None:
+    """Refuse objects that have hardly a key in common: their table would grow with the square of the file.
+
+    Args:
+        cells: of a table with a column a key.
+        values: that the objects have.
+
+    Raises:
+        DataError: nearly all cells would be empty.
+    """
+    if cells > _SPARSE * values + 1_000_000:
+        raise DataError(
+            f"{origin}: the objects have hardly a key in common ({cells} cells of a table for {values} values); keys "
+            'must be names of columns, such as {"text": ..., "label": ...}'
+        )
+
+
 def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
     table = Table(origin, {}, [place for place, _ in rows], unit)
     problems = Problems(origin)
@@ -151,5 +169,6 @@ def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
             problems.add(table.where(at), f"{repr(row)[:40]} is not an object")
     problems.raise_any()
     names = list(dict.fromkeys(name for _, row in rows for name in row))
+    _check_keys(origin, len(names) * len(rows), sum(len(row) for _, row in rows))
     columns = [[row.get(name) for _, row in rows] for name in names]
     return build_table(origin, names, columns, table.places, unit)

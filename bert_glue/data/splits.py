@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from bert_glue.data.tables import Problems, Table
+from bert_glue.data.tables import Problems, Table, pieces
 from bert_glue.errors import DataError
 from bert_glue.tasks import GlueTask, own_task
 
@@ -87,8 +87,8 @@ def join_splits(splits: list[Split]) -> Split:
 
 
 def _check_texts(table: Table, column: str, values: list, problems: Problems) -> None:
-    if all(type(value) is str for value in values) and _is_encodable("".join(values)):
-        return  # the fast path: one C loop over what are nearly always sound columns
+    if all(type(value) is str for value in values) and all(_is_encodable("".join(part)) for part in pieces(values)):
+        return  # the fast path: C loops over what are nearly always sound columns
     for row, value in enumerate(values):
         if value is None:
             problems.add(table.where(row), f"column {column!r} has no text (missing or null)")

@@ -56,16 +56,20 @@ def text_lines(file: BinaryIO, origin: str) -> Iterator[str]:
     Raises:
         DataError: not text in UTF-8; file:line.
     """
-    number, rest, is_start = 1, b"", True
+    number, parts, is_start = 1, [], True
     while block := file.read(_BLOCK):
-        raw = without_mark(origin, block) if is_start else rest + block
+        raw = without_mark(origin, block) if is_start else block
         is_start = False
         whole, newline, rest = raw.rpartition(b"\n")
-        text = decoded(origin, whole + newline, number)
+        if not newline:
+            parts.append(rest)  # joined once: a line of many blocks costs its length, not the square of it
+            continue
+        text = decoded(origin, b"".join((*parts, whole, newline)), number)
+        parts = [rest]
         number += text.count("\n")
         # Not splitlines(): it also splits at separators that occur inside texts.
         yield from (line + "\n" for line in text.split("\n")[:-1])
-    if rest:
+    if rest := b"".join(parts):
         text = decoded(origin, rest, number)
         if number == 1:
             check_line_ends(origin, text)

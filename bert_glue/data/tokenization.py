@@ -19,6 +19,7 @@ import numpy as np
 
 from bert_glue.data.chunked_encoding import encode_in_python, encode_rows, flat_arrays
 from bert_glue.data.sources import Split
+from bert_glue.data.tables import pieces
 from bert_glue.data.tokenizer_loading import library_errors, load_tokenizer
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.storage.files import cache_folder, file_hash, json_object, write_json
@@ -219,7 +220,8 @@ def _key(tokenizer: TextTokenizer, split: Split, max_length: int) -> str:
     for column in split.texts:
         # Lengths first: without them two columns could trade characters and keep the hash.
         digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
-        digest.update("".join(column).encode("utf-8", "surrogatepass"))
+        for part in pieces(column):
+            digest.update("".join(part).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:40]
 
 

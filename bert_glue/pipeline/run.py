@@ -27,8 +27,8 @@ from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
 from bert_glue.hub import upload
 from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.model.description import describe
-from bert_glue.model.loading import load_model
+from bert_glue.model.description import describe, read_description
+from bert_glue.model.loading import load_model, model_folder
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings
 from bert_glue.pipeline.score import Scored, check_predictable, facts, score_splits, train_results
@@ -102,7 +102,7 @@ def _steps(
 ) -> dict:  # fmt: skip
     phase = Phases()
     given = args
-    args = _with_sample_model(_settle_flags(args, ranks, log), ranks)
+    args = _at_trained_length(_with_sample_model(_settle_flags(args, ranks, log), ranks), log)
     data, model, record, splits = _read_inputs(args, given, ranks, log, phase)
     if args.do_train and ranks.is_first:
         model.description = describe(args, data, model.tokenizer, _length(args, model), record)
@@ -306,6 +306,17 @@ def _with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
             make_tiny_bert(folder)
     ranks.barrier()
     return replace(args, model_name_or_path=str(folder))
+
+
+def _at_trained_length(args: Arguments, log: ConsoleLog) -> Arguments:
+    """Without training and without `--max_seq_length`, rows are cut as in the model's training."""
+    if args.do_train or not args.is_default("max_seq_length"):
+        return args
+    length = read_description(model_folder(args.model_name_or_path, args)).get("max_seq_length")
+    if length in (None, args.max_seq_length):
+        return args
+    log.line(f"note: --max_seq_length {length}, as the model was trained (the default is {args.max_seq_length})")
+    return replace(args, max_seq_length=length)
 
 
 def _length(args: Arguments, model: LoadedModel) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments, without_secrets
+from bert_glue.data.tables import pieces
 from bert_glue.devices.npu_versions import installed_version
 from bert_glue.result_keys import is_of_evaluation
 from bert_glue.storage.files import file_hash
@@ -85,7 +86,9 @@ def _data_hashes(data: TaskData) -> dict[str, str]:
     for name, split in data.splits.items():
         digest = hashlib.sha256()
         for column in split.texts:
-            digest.update("\0".join(column).encode("utf-8", "surrogatepass"))
+            for number, part in enumerate(pieces(column)):
+                text = ("\0" if number else "") + "\0".join(part)
+                digest.update(text.encode("utf-8", "surrogatepass"))
         digest.update(repr(split.labels).encode())
         hashes[name] = digest.hexdigest()
     return hashes

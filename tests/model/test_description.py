@@ -178,3 +178,13 @@ def test_members_with_labels_in_another_order_are_averaged_by_name(run, tmp_path
     save_file(tensors, turned / "model.safetensors", {"format": "pt"})
     source = write(tmp_path / "in.csv", ["sentence1", "sentence2"], [[LONG, LONG], ["a dog sings", "a dog runs"]])
     assert label([Path(run.output_dir), turned], source) == label(Path(run.output_dir), source)
+
+
+@pytest.mark.parametrize(("given", "length"), [(frozenset(), 9), (frozenset({"max_seq_length"}), 32), (None, 32)])
+def test_scoring_alone_cuts_as_training_did(run, tmp_path, given, length):
+    from dataclasses import replace
+
+    out = str(tmp_path / "scores")
+    args = changed(run, do_train=False, output_dir=out, model_name_or_path=run.output_dir, max_seq_length=32)
+    assert pipeline.run(replace(args, given=given)) == 0
+    assert results_of(args)["max_seq_length"] == length
