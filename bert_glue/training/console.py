@@ -26,7 +26,10 @@ _SAME_SIGNAL_SECONDS = 2.0
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a request to stop, which the loop reads once a step.
+    """Signals as a request to stop, which the loop reads once a step.
+
+    SIGTERM and SIGINT; SIGHUP of a terminal that is gone, unless nohup ignores it; SIGQUIT; and SIGUSR1, by which
+    Slurm warns of the end of a job (`--signal`).
 
     Args:
         is_watching: False leaves the signals of the process alone.
@@ -36,15 +39,16 @@ class StopSignals:
         ends_at_once: True until training begins: before that there is nothing to save.
     """
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self, is_watching: bool = True):
         self.number: int | None = None
         self.ends_at_once = True
         self._is_watching = is_watching
         self._received = 0.0
+        self._numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._numbers.append(signal.SIGHUP)
         if is_watching:
-            for number in self._NUMBERS:
+            for number in self._numbers:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
@@ -63,7 +67,7 @@ class StopSignals:
     def ignore(self) -> None:
         """Nothing is left to stop: a launcher that clears up must not change the exit code."""
         if self._is_watching:
-            for number in self._NUMBERS:
+            for number in self._numbers:
                 # Not SIG_IGN, which a process started from here would inherit.
                 signal.signal(number, lambda *_: None)
 

@@ -108,6 +108,17 @@ def test_a_signal_in(server, tmp_path, data, report, phase, trials):
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_other_signals_save_as_well(server, tmp_path, number):
+    args = arguments(tmp_path, max_steps=400, num_train_epochs=99.0)
+    job = server.start(argv_of(args), tmp_path)
+    wait_for(job, "step=5 ")
+    job.kill(number)
+    assert job.wait() == 128 + number
+    newest, rejected = checkpoint.newest_sound(tmp_path / "out")
+    assert last_logged_step(job) - checkpoint.step_of(newest) <= 1 and rejected == []
+
+
 @pytest.mark.parametrize("ranks", [2])
 def test_a_signal_to_one_rank_stops_all_of_them(server, tmp_path, data, ranks):
     args = arguments(
