@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,14 @@ import numpy as np
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.errors import Failures
+from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.report import charts
-from bert_glue.report.run_page import run_page
+from bert_glue.report.page import duration, points, rate
+from bert_glue.report.run_page import run_page, task_of
+from bert_glue.report.sections import Score, scores
+from bert_glue.report.words import METRICS, WORDS
 from bert_glue.results.earlier import merged
-from bert_glue.results.model_card import model_card, without_folders
+from bert_glue.results.model_card import last_part, model_card, without_folders
 from bert_glue.results.records import Record
 from bert_glue.storage.files import (
     ANALYSIS_FILE,
@@ -25,7 +30,7 @@ from bert_glue.storage.files import (
     write_whole,
     written_aside,
 )
-from bert_glue.tasks import GlueTask
+from bert_glue.tasks import SAMPLE_NOTE, GlueTask
 
 if TYPE_CHECKING:
     from bert_glue.data.batching import TokenSplit
@@ -103,24 +108,52 @@ def write_results(
         write_whole(folder / "report.html", run_page(folder))
 
 
-_SUMMARY = frozenset((
-    "device_name", "precision", "fallback", "batches", "epoch", "device_gemm_tflops_per_second", keys.TRAIN_LOSS,
-    keys.TRAIN_SAMPLES_PER_SECOND, keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND), keys.TRAIN_REAL_TOKENS_PER_SECOND,
-    keys.TRAIN_COMPUTED_TOKENS_PER_SECOND, keys.TRAIN_PADDING_PERCENT, keys.TRAIN_MODEL_TFLOPS_PER_SECOND,
-    keys.TRAIN_SHARE_OF_GEMM, keys.reason_key(keys.TRAIN_SHARE_OF_GEMM), keys.E2E_RUNTIME,
-))  # fmt: skip
+def summary(results: dict, folder: Path) -> list[str]:
+    """The last lines of a run, for a person: score, training, speed, time, and where to go on.
+
+    Args:
+        folder: `--output_dir`.
+    """
+    record = Record(results)
+    found = scores(task_of(record), record, METRICS)
+    rows = [("score", _score_text(record.text("headline_metric"), score)) for score in found]
+    rows += [("warning", f"nothing was learned: {reason}") for reason in [collapse_reason(results)] if reason]
+    if keys.TRAIN_STEPS in record:
+        rows.append(("trained", _training_text(record)))
+    if keys.TRAIN_SAMPLES_PER_SECOND in record:
+        reason = record.text(keys.reason_key(keys.TRAIN_SAMPLES_PER_SECOND))
+        speed = record.number(keys.TRAIN_SAMPLES_PER_SECOND)
+        rows.append(("speed", f"{rate(speed)} samples/s" + (f" ({reason})" if reason else "")))
+    training = f", training {duration(record.number(keys.TRAIN_RUNTIME))}" if keys.TRAIN_RUNTIME in record else ""
+    rows.append(("time", f"{duration(record.number(keys.E2E_RUNTIME))}{training}"))
+    rows.append(("report", str(folder / "report.html")))
+    if keys.TRAIN_STEPS in record:
+        call = ["python", "-m", "bert_glue.predict", "--model", str(folder), "--input", "FILE", "--output", "FILE"]
+        rows.append(("next", shlex.join(call)))
+    note = f" ({SAMPLE_NOTE})" if results["sample_data"] else ""
+    return [f"***** results *****{note}", *(f"  {name:<9}{text}" for name, text in rows)]
 
 
-def summary(results: dict) -> list[str]:
-    """Last lines of a run's log."""
-    lines = ["***** results *****" + (" (sample data, not GLUE)" if results["sample_data"] else "")]
-    for name, value in results.items():
-        if not isinstance(value, dict) and (keys.is_of_evaluation(name) or name in _SUMMARY):
-            if isinstance(value, float):
-                value = f"{value:.4f}"
-            if value not in ("", None) or name == keys.TRAIN_SAMPLES_PER_SECOND:
-                lines.append(f"  {name} = {value}")
-    return lines
+def _score_text(metric: str, score: Score) -> str:
+    named = WORDS[metric][0] if metric in METRICS else metric
+    text = f"{named} {points(score.value)} on {score.rows or 0:,.0f} rows of {score.split}"
+    if score.standard_error is not None:
+        text += f", standard error {points(score.standard_error)}"
+    if score.majority is not None:
+        text += f"; always the most frequent class: {points(score.majority)}"
+    return text + (f" ({score.reason})" if score.reason else "")
+
+
+def _training_text(results: Record) -> str:
+    steps, samples = results.number(keys.TRAIN_STEPS), results.number(keys.TRAIN_SAMPLES) or 0
+    text = f"{last_part(results.text('model_name_or_path'))} on {results.text('task_name')}, {samples:,.0f} rows, "
+    text += f"{results.number('epoch') or 0:.3g} epochs ({steps:,.0f} steps), {results.text('precision')}"
+    return ", ".join(filter(None, [text, results.text("fallback"), results.text("device_name")]))
+
+
+def figures(results: dict) -> list[str]:
+    """Every figure of the results, for `--log_level debug`."""
+    return [f"  {name} = {value}" for name, value in results.items() if not isinstance(value, dict)]
 
 
 def curves(path: Path, history: list[dict], majority: float | None, data: TaskData) -> None:

@@ -76,7 +76,9 @@ def run(args: Arguments) -> int:
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
             results = _steps(args, ranks, log, trackers, signals, failures=failures)
-        for line in outputs.summary(results):
+        for line in outputs.figures(results) if args.log_level == "debug" else []:
+            log.line(line)
+        for line in outputs.summary(results, Path(args.output_dir)):
             log.line(line)
         # The first rank's count: it writes, and speeds differ a little between ranks.
         outcome = missed(results.get("expectations", [])), failures.lines, failures.exit_code

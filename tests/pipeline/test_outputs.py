@@ -330,3 +330,25 @@ def test_the_curves_are_those_of_the_report(own, monkeypatch):
     assert all(len(line.get_xdata()) > 1 for axes in drawn[0].axes for line in axes.lines)
     outputs.curves(own.folder / "x.png", history[:1], None, data)
     assert drawn[1].axes == [] and "too few steps" in drawn[1].get_suptitle()
+
+
+def test_a_run_ends_with_lines_for_a_person(own, sample):
+    results = results_of(sample.args)
+    lines = outputs.summary(results, Path("a folder"))
+    assert lines[0] == f"***** results ***** ({SAMPLE_LABEL})" and len(lines) <= 9
+    assert lines[1].startswith(
+        f"  score    Accuracy {100 * results['eval_accuracy']:.2f} on 20 rows of validation_matched, "
+    )
+    assert lines[-2:] == [
+        "  report   a folder/report.html",
+        "  next     python -m bert_glue.predict --model 'a folder' --input FILE --output FILE",
+    ]
+    assert all(line in sample.console for line in outputs.summary(results, sample.folder))
+    assert "eval_accuracy =" not in sample.console
+    assert f"  eval_accuracy = {results['eval_accuracy']}" in outputs.figures(results)
+    assert not outputs.summary({"sample_data": False, "task_name": "rte", "e2e_runtime": 2.0}, Path("x"))[1:-2]
+
+
+def test_a_run_that_learned_nothing_says_so(own):
+    results = results_of(own.args) | {"eval_collapsed": "all 13 predictions are no"}
+    assert "  warning  nothing was learned: all 13 predictions are no" in outputs.summary(results, own.folder)
