@@ -83,7 +83,7 @@ class GlueTask:
 
     Args:
         name: as given to `--task_name`.
-        columns: one or two text columns, named as in `nyu-mll/glue`.
+        columns: one or two text columns, named as in `nyu-mll/glue`; more with a `text_delimiter`.
         labels: label names in class order; empty for regression.
         metrics: keys of the result, `metrics[0]` of `headline` is what published tables show.
         evaluation: each labelled evaluation split.
@@ -94,6 +94,8 @@ class GlueTask:
         predicted_with: the task whose model labels this one (AX has no training data).
         leaderboard: split -> file name in the leaderboard archive.
         leaderboard_names: whether that file has label names; otherwise class numbers (WNLI's too).
+        label_column: name of the column with the labels.
+        text_delimiter: what joins all columns into one text; None: two columns are a pair.
     """
 
     name: str
@@ -112,6 +114,8 @@ class GlueTask:
     leaderboard_names: bool = False
     published: tuple[Published, ...] = ()
     is_official: bool = True
+    label_column: str = "label"
+    text_delimiter: str | None = None
 
     @property
     def is_regression(self) -> bool:

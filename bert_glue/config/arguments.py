@@ -71,6 +71,25 @@ class DataArguments:
     train_file: str | None = flag(None, "own training data: csv, tsv, json, jsonl or parquet")
     validation_file: str | None = flag(None, "own evaluation data, same formats")
     test_file: str | None = flag(None, "own data to predict, same formats")
+    text_column_names: str | None = flag(
+        None, "columns with the texts of own data: one, or two for a pair; default: where it is certain", many=True
+    )
+    label_column_name: str | None = flag(None, "column with the labels of own data; default: label")
+    text_column_delimiter: str | None = flag(None, "joins all --text_column_names into one text; default: a pair stays")
+    remove_columns: str | None = flag(None, "columns that are neither text nor label", many=True)
+    do_regression: bool | None = flag(None, "labels of own data are scores; default: if one has a fraction")
+    label_map: str | None = flag(None, "labels of own data and the classes they stand for: 0=neg,1=pos", many=True)
+    drop_rows: str | None = flag(
+        None, "rows of own data to leave out of training and evaluation: label=-,answer=reject; or nothing", many=True
+    )
+    validation_split_percentage: float | None = flag(
+        None, "share of own training data held out for evaluation, of each class, by the seed of the order", "(0, 100)"
+    )
+    shuffle_train_dataset: bool = flag(False, "draw the rows of --max_train_samples at random")
+    shuffle_seed: int = flag(42, "of --shuffle_train_dataset", "[0, 4294967295]")
+    train_split_name: str | None = flag(None, "split of --dataset_name to train on; default: train")
+    validation_split_name: str | None = flag(None, "split of --dataset_name to evaluate on; default: validation")
+    test_split_name: str | None = flag(None, "split of --dataset_name to predict; default: test")
     max_seq_length: int = flag(128, "tokens, with [CLS] and [SEP]; longer texts are cut", "[3, inf)")
     padding: str = flag(
         "auto",

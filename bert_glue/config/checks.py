@@ -14,6 +14,10 @@ from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.tasks import GlueTask, get_task, own_task
 
 STEPS_OR_SHARE = ("logging_steps", "eval_steps", "save_steps")
+_OWN_DATA = (
+    "text_column_names", "label_column_name", "text_column_delimiter", "do_regression", "label_map", "drop_rows",
+    "remove_columns",
+)  # fmt: skip
 _WORK = ("do_train", "do_eval", "do_predict")
 
 
@@ -58,6 +62,21 @@ def _data(args: Arguments) -> Iterator[Problem]:
     if args.dataset_config_name and not args.dataset_name:
         yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
     yield from _files(args, files)
+    yield from _own(args, files)
+
+
+def _own(args: Arguments, files: list[str]) -> Iterator[Problem]:
+    """Flags of own data where there is none."""
+    for name in (*_OWN_DATA, "validation_split_percentage"):
+        if getattr(args, name) is not None and not files and not args.dataset_name:
+            yield Problem(
+                (name,), f"--{name} {shown(str(getattr(args, name)))}: for own data, --train_file or --dataset_name"
+            )
+    if args.validation_split_percentage is not None and args.validation_file:
+        yield Problem(
+            ("validation_split_percentage", "validation_file"),
+            "--validation_split_percentage and --validation_file are two sets to evaluate on: give one",
+        )
 
 
 def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
@@ -66,7 +85,8 @@ def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
             known = ", ".join(DATA_SUFFIXES)
             yield Problem((name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}")
     for work, name in zip(_WORK, DATA_FILE_FLAGS, strict=True):
-        if files and getattr(args, work) and name not in files:
+        is_parted = name == "validation_file" and args.validation_split_percentage and "train_file" in files
+        if files and getattr(args, work) and name not in files and not is_parted:
             yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
 
 

@@ -74,8 +74,11 @@ _RENAMED = {
     "no_cuda": "use_cpu",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "label_column": "label_column_name",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "text_column": "text_column_names",
+    "text_column_name": "text_column_names",
 }
 
 _CHANGED = {
@@ -105,6 +108,8 @@ _WITHOUT_EFFECT = {
         "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor"
         " dataloader_multiprocessing_context dataloader_in_order dispatch_batches"
     ),
+    "every metric of the data is computed; --metric_for_best_model chooses one": "metric_name",
+    "only the splits that a run needs are read": "remove_splits",
     "columns follow from the task": "remove_unused_columns length_column_name label_names",
     "the tokenizer's own config decides": "do_lower_case",
     "the loss is the mean over all samples of a step, whatever the ranks": "average_tokens_across_devices",

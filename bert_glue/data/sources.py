@@ -3,10 +3,10 @@
 | flags | source |
 |---|---|
 | --sample | sentences made by `sample.py`; marked in every output |
-| --data_path FOLDER | saved data sets, data files or GLUE's TSV files: `data_folder.py` |
-| --train_file, --validation_file, --test_file | one's own files: `own_data.py` |
+| --data_path FOLDER | saved data sets, data files or GLUE's TSV files: `folder.py` |
+| --train_file, --validation_file, --test_file | one's own files: `OwnData` of `splits.py` |
 | --dataset_name | another data set of the hub, or a folder written ./NAME |
-| none of these | GLUE itself from the hub: `hub_data.py`, or with `--hub modelscope`: `modelscope_hub.py` |
+| none of these | GLUE itself from the hub: `hub_datasets.py` |
 
 A task name is never looked up as a local folder.
 """
@@ -14,7 +14,7 @@ A task name is never looked up as a local folder.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +61,12 @@ class TaskData:
     warnings: tuple[str, ...] = ()
 
 
-def load_task_data(args: Arguments, needed: frozenset[str]) -> TaskData:
+def load_task_data(args: Arguments, needed: frozenset[str], finished: GlueTask | None = None) -> TaskData:
     """Reads the splits a run needs from the one source its flags name.
 
     Args:
         needed: of "train", "evaluation", "test"; nothing else is read.
+        finished: what the model that is only evaluated or predicts was trained on: it says what a user's classes are.
 
     Raises:
         UsageError: several sources, none, or no task name where one is needed.
@@ -87,6 +88,8 @@ def load_task_data(args: Arguments, needed: frozenset[str]) -> TaskData:
     load = next(iter(named.values()), _from_hub)
     if task is None and load in (_from_sample, _from_folder, _from_hub):
         raise UsageError("--task_name is needed, or one's own data by --train_file or --dataset_name")
+    if load in (_from_files, _from_dataset):
+        return load(args, task, needed, finished)
     return load(args, task, needed)
 
 
@@ -190,7 +193,7 @@ def _roots_of_also_predicted(task: GlueTask, other: GlueTask, folder: Path) -> l
     return roots
 
 
-def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str]) -> TaskData:
+def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str], finished: GlueTask | None) -> TaskData:
     paths = {name.removesuffix("_file"): getattr(args, name) for name in DATA_FILE_FLAGS if getattr(args, name)}
 
     @cache  # the training file may be read twice: for its rows and for the list of labels
@@ -200,10 +203,12 @@ def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str]) 
             raise UsageError(f"{needs} needs {flag}")
         return read_table(Path(paths[part]))
 
-    return _own(task, "own", needed, set(paths), read, " ".join(map(str, paths.values())))
+    return _own(args, task, needed, finished, _Parts("own", set(paths), read, " ".join(map(str, paths.values()))))
 
 
-def _from_dataset(args: Arguments, task: GlueTask | None, needed: frozenset[str]) -> TaskData:
+def _from_dataset(
+    args: Arguments, task: GlueTask | None, needed: frozenset[str], finished: GlueTask | None
+) -> TaskData:
     from bert_glue.data.hub_datasets import open_folder, revision_of
 
     name, config = args.dataset_name, args.dataset_config_name
@@ -213,12 +218,14 @@ def _from_dataset(args: Arguments, task: GlueTask | None, needed: frozenset[str]
         data = _open(name, config, args)
         origin = "@".join(filter(None, (name, revision_of(next(iter(data.values()))))))
     origin = " ".join(filter(None, (origin, config)))
+    called = {part: getattr(args, f"{part}_split_name") or part for part in _NEEDED_BY}
+    available = (set(data) - set(called.values())) | {part for part, split in called.items() if split in data}
 
     @cache
     def read(part: str) -> Table:
-        return _hub_table(data, part, origin)
+        return _hub_table(data, called.get(part, part), origin)
 
-    return _own(task, name.rstrip("/").rsplit("/", 1)[-1], needed, set(data), read, origin)
+    return _own(args, task, needed, finished, _Parts(name.rstrip("/").rsplit("/", 1)[-1], available, read, origin))
 
 
 def _open(name: str, config: str | None, args: Arguments) -> Any:
@@ -229,29 +236,96 @@ def _open(name: str, config: str | None, args: Arguments) -> Any:
     return hub_datasets.open_hub(name, config, None, args)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a user's data.
+
+    Args:
+        name: of the task that they make.
+        available: "train", "validation", "test" as far as they are there.
+        read: part -> its table; raises where there is none.
+        source: one line for logs and results.
+    """
+
+    name: str
+    available: set[str]
+    read: Callable[[str], Table]
+    source: str
+
+
 def _own(
-    task: GlueTask | None,
-    name: str,
-    needed: frozenset[str],
-    available: set[str],
-    read: Callable[[str], Table],
-    source: str,
+    args: Arguments, task: GlueTask | None, needed: frozenset[str], finished: GlueTask | None, parts: _Parts
 ) -> TaskData:
-    """Own data as a GLUE task if one is named, else as the task its training part describes."""
-    warnings = []
+    """Own data as a GLUE task if one is named, as a finished model has it, or as the training part describes it."""
+    flags = data_splits.ColumnFlags.of(args)
+    delimiter = args.text_column_delimiter
+    own = data_splits.OwnData(parts.read, flags, data_splits.LabelFlags.of(args), delimiter and _unescaped(delimiter))
+    source, owner = parts.source, "the training data"
+    is_parted = args.validation_split_percentage is not None and "validation" not in parts.available
     if task is not None:
-        task, parts = data_splits.fit_splits(task, available)
+        task, part_of = data_splits.fit_splits(task, parts.available)
+        task = replace(task, columns=flags.texts or task.columns, label_column=flags.label or task.label_column)
+    elif finished is not None:
+        first = next(part for group, part in _PART_OF.items() if group in needed)
+        is_labelled = first != "test"
+        task = own.of_model(finished, "train" if is_parted and is_labelled else first, is_labelled, parts.name)
+        owner = "the model"
     else:
-        part = next((part for part in ("train", "validation") if part in available), None)
-        if part is None:
-            raise UsageError(f"{source}: the labels are not known; give --train_file too")
-        task = data_splits.describe(read(part), name)
-        parts = {split: split for split in task.splits}
-        if part != "train":
-            warnings.append(f"no training data: the labels are those of {part}")
+        task = _described(own, parts)
+    if not task.is_official:
+        part_of = {split: split for split in task.splits}
         source += f" (texts: {', '.join(task.columns)}; {_outputs(task)})"
-    splits = data_splits.read_splits(task, parts, read, _wanted(task, needed))
-    return TaskData(task, splits, source, warnings=tuple(warnings))
+    vocabulary = _vocabulary(task, finished, owner)
+    found = {}
+    unlabelled = {split.name for split in task.test}
+    for name in _wanted(task, needed):
+        part, is_labelled = part_of[name], name not in unlabelled
+        whole = own.split(task, name, "train" if is_parted and is_labelled else part, is_labelled, vocabulary)
+        if is_parted and is_labelled:
+            whole = whole.rows(_rows_of(args, whole, own.notes)[part != "train"])
+        found[name] = whole
+    return TaskData(task, found, source, warnings=tuple(dict.fromkeys(own.notes)))
+
+
+# What is needed -> the part that says which columns there are.
+_PART_OF = {"train": "train", "evaluation": "validation", "test": "test"}
+
+
+def _described(own: data_splits.OwnData, parts: _Parts) -> GlueTask:
+    part = next((part for part in ("train", "validation") if part in parts.available), None)
+    if part is None:
+        raise UsageError(
+            f"{parts.source}: the labels are not known; --model_name_or_path a fine-tuned model, or give --train_file"
+        )
+    if part != "train":
+        own.notes.append(f"no training data: the labels are those of {part}")
+    return own.describe(part, parts.name)
+
+
+def _vocabulary(task: GlueTask, finished: GlueTask | None, owner: str) -> data_splits.ClassVocabulary | None:
+    """Who says what the classes of `task` are; None where labels are scores, or GLUE's own."""
+    if task.is_regression or task.is_official:
+        return None
+    return data_splits.ClassVocabulary(task.labels, owner, has_numbers=finished is not None and finished.is_official)
+
+
+def _rows_of(args: Arguments, whole: Split, notes: list[str]) -> tuple[list[int], list[int]]:
+    """Rows for training and for validation where `--validation_split_percentage` parts the training data."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    train, validation = data_splits.parted(whole, args.validation_split_percentage, seed)
+    texts = list(zip(*whole.texts, strict=True))
+    known = {texts[row] for row in train}
+    doubled = sum(texts[row] in known for row in validation)
+    notes.append(
+        f"{len(validation)} of {len(whole)} training rows are held out for validation (seed {seed})"
+        + (f"; warning: {doubled} of them have a text that is in training too" if doubled else "")
+    )
+    return train, validation
+
+
+def _unescaped(delimiter: str) -> str:
+    r"""A delimiter as it is meant: a shell hands on the letters \n and \t."""
+    return delimiter.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _outputs(task: GlueTask) -> str:

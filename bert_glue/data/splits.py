@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from bert_glue.data.own.classes import (
+    ClassVocabulary,
+    LabelFlags,
+    as_number,
+    class_text,
+    classes_of,
+    labelled_rows,
+    translated,
+)
+from bert_glue.data.own.columns import ColumnFlags, choose_columns
 from bert_glue.data.tables import Problems, Table, pieces
 from bert_glue.errors import DataError
 from bert_glue.tasks import GlueTask, own_task
 
 LABEL = "label"
-_ABSENT = (None, "")
+_EMPTY = (None, "", [])
 _MINUS_ONE = (-1, "-1", "-1.0")
 
 
@@ -43,16 +55,21 @@ class Split:
 
     def take(self, n: int) -> Split:
         """The first `n` rows, or all if there are fewer."""
-        labels = None if self.labels is None else self.labels[:n]
-        return Split(self.name, tuple(column[:n] for column in self.texts), labels, self.origin)
+        return self.rows(range(min(n, len(self))))
+
+    def rows(self, rows: Iterable[int]) -> Split:
+        """The rows of these 0-based numbers, in their order."""
+        rows = list(rows)
+        labels: Any = None if self.labels is None else [self.labels[row] for row in rows]
+        return Split(self.name, tuple([column[row] for row in rows] for column in self.texts), labels, self.origin)
 
 
 def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Split:
     """Checks a table's columns and labels.
 
     Args:
-        table: has the columns `task.columns` and, where labelled, `label`.
-        is_labelled: every row must have a label; otherwise all or none must (-1 counts as none).
+        table: has the columns `task.columns` and, where labelled, `task.label_column`.
+        is_labelled: every row must have a label; otherwise labels are not looked at.
 
     Raises:
         DataError: a missing column, text that is not text, a wrong or missing label; first five rows.
@@ -62,11 +79,12 @@ def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Sp
     for column, values in zip(task.columns, texts, strict=True):
         _check_texts(table, column, values, problems)
     labels: Any = None
-    if is_labelled or LABEL in table.columns:
-        raw = table.column(LABEL)
-        if is_labelled or not all(_is_unlabelled(task, value) for value in raw):
-            labels = _scores(task, table, raw, problems) if task.is_regression else _classes(task, table, raw, problems)
+    if is_labelled:
+        raw = table.column(task.label_column)
+        labels = _scores(task, table, raw, problems) if task.is_regression else _classes(task, table, raw, problems)
     problems.raise_any()
+    if task.text_delimiter is not None:
+        texts = ([task.text_delimiter.join(row) for row in zip(*texts, strict=True)],)
     return Split(name, texts, labels, table.origin)
 
 
@@ -116,16 +134,7 @@ def _is_unlabelled(task: GlueTask, value: Any) -> bool:
     """No value, or -1 where that is no class of the task."""
     if isinstance(value, (list, dict)):
         return False
-    return value in _ABSENT or (value in _MINUS_ONE and "-1" not in task.labels)
-
-
-def class_text(value: Any) -> str | None:
-    """A label as text: "1" for 1, 1.0 and "1"; "true" for True; None where it cannot be a class."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, (str, int)) and value != "" else None
+    return value in _EMPTY or (value in _MINUS_ONE and "-1" not in task.labels)
 
 
 def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
@@ -135,17 +144,18 @@ def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
         # Numbers mean GLUE's own class order; a user's own classes are known by their text only.
         for at in range(len(task.labels)):
             by_name |= {at: at, str(at): at, f"{at}.0": at}
-    names = table.class_names.get(LABEL)
+    names = table.class_names.get(task.label_column)
     if names is None:
         return by_name
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
+    own = {name: at for at, name in enumerate(task.labels)}
+    folded = {name.casefold(): at for name, at in own.items()}
+    if any(name not in own and name.casefold() not in folded for name in names):
         raise DataError(
             f"{table.origin}: label names {', '.join(map(repr, names))} do not fit the task; "
             f"expected: {', '.join(task.labels)}"
         )
     # The data set numbers its classes itself: by name, never by number.
-    return {at: by_name[name] for at, name in enumerate(names)}
+    return {at: own.get(name, folded.get(name.casefold())) for at, name in enumerate(names)}
 
 
 def _classes(task: GlueTask, table: Table, raw: list, problems: Problems) -> list[int]:
@@ -155,7 +165,7 @@ def _classes(task: GlueTask, table: Table, raw: list, problems: Problems) -> lis
         expected = f"is not one of: {choices} or 0-{len(task.labels) - 1}"
     else:
         expected = f"is not one of the training labels: {choices}"
-    has_own_ids = task.is_official or LABEL in table.class_names
+    has_own_ids = task.is_official or task.label_column in table.class_names
     labels = []
     for row, value in enumerate(raw):
         key = value if has_own_ids else class_text(value)
@@ -182,35 +192,14 @@ def _scores(task: GlueTask, table: Table, raw: list, problems: Problems) -> list
     return labels
 
 
-def as_number(value: Any) -> float | None:
-    """A number, or a text that is one, as float; else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
 def _label_problem(task: GlueTask, value: Any, text: str) -> str:
-    if value in _ABSENT:
-        return "no label, but this split must be labelled"
+    way_out = "" if task.is_official else f'; --drop_rows "{task.label_column}={"" if value in _EMPTY else value}"'
+    way_out += " leaves such rows out" if way_out else ""
+    if value in _EMPTY:
+        return f"no label, but this split must be labelled{way_out}"
     if _is_unlabelled(task, value):
-        return f"label {value!r} means unlabelled, but this split must be labelled"
+        return f"label {value!r} means unlabelled, but this split must be labelled{way_out}"
     return f"label {_shown(value)} {text}" if not isinstance(value, str) else f"label {value[:40]!r} {text}"
-
-
-def sorted_labels(values: Collection[str]) -> tuple[str, ...]:
-    """Distinct label texts in class order: numbers by value (9 before 10), texts by letter."""
-    distinct = set(values)
-    if all(re.fullmatch(r"-?\d+", value) for value in distinct):
-        return tuple(sorted(distinct, key=int))
-    return tuple(sorted(distinct))
-
-
-_NOT_TEXTS = ("label", "labels", "idx", "index", "id", "")
-_PAIR = ("sentence1", "sentence2")
-_LOOKED_AT = 1000  # rows that decide whether a column is text
 
 
 def fit_splits(task: GlueTask, available: set[str]) -> tuple[GlueTask, dict[str, str]]:
@@ -229,62 +218,115 @@ def fit_splits(task: GlueTask, available: set[str]) -> tuple[GlueTask, dict[str,
     return replace(task, published=(), leaderboard=None), parts
 
 
-def describe(table: Table, name: str) -> GlueTask:
-    """The task row of a user's data, told from its training part.
+@dataclass
+class OwnData:
+    """A user's tables, held against one task.
 
-    Columns: sentence1 and sentence2 if both are there, else the first two (or the one) text columns.
-    Labels: floats make a regression, else the classes are the distinct labels in order.
+    Args:
+        read: part -> its table, or raises where there is none.
+        columns: what the command line says of columns.
+        labels: what it says of labels and rows.
+        notes: gets lines for the user.
+    """
+
+    read: Callable[[str], Table]
+    columns: ColumnFlags
+    labels: LabelFlags
+    delimiter: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def describe(self, part: str, name: str) -> GlueTask:
+        """The task of a user's data, told from its training part.
+
+        Raises:
+            DataError: columns that are not certain, no label column, or a single label.
+        """
+        table = self.read(part)
+        columns = choose_columns(table, self.columns, True)
+        self.notes += columns.lines(table)
+        kept, _ = labelled_rows(table, columns.label, self.labels)
+        classes, notes = classes_of(kept, columns.label, self.labels)
+        self.notes += notes
+        return self._task(_plain(name), columns.texts, columns.label, classes)
+
+    def of_model(self, finished: GlueTask, part: str, is_labelled: bool, name: str) -> GlueTask:
+        """The task of a user's data for a finished model, which says what the classes are.
+
+        Args:
+            finished: what the model was trained on; its columns are used where nothing else is said.
+            part: what is read first.
+            name: of the task.
+
+        Raises:
+            DataError: columns that are not certain, or not as many as the model reads.
+        """
+        table = self.read(part)
+        columns = choose_columns(table, self.columns, is_labelled, finished.columns)
+        self.notes += columns.lines(table)
+        delimiter = self.delimiter if self.delimiter is not None else finished.text_delimiter
+        if finished.columns and delimiter is None and len(columns.texts) != len(finished.columns):
+            raise DataError(
+                f"{table.origin}: the model reads {len(finished.columns)} a row ({', '.join(finished.columns)}), "
+                f"not {', '.join(columns.texts)}; --text_column_names says which"
+            )
+        task = self._task(_plain(name), columns.texts, columns.label, finished.labels)
+        return replace(task, text_delimiter=delimiter) if delimiter is not None else task
+
+    def _task(self, name: str, texts: tuple[str, ...], label: str | None, classes: tuple[str, ...]) -> GlueTask:
+        delimiter = self.delimiter
+        if len(texts) > 2 and delimiter is None:
+            delimiter = " "
+            self.notes.append(f"{len(texts)} text columns are joined by a space; --text_column_delimiter changes that")
+        task = own_task(name, texts, classes)
+        return replace(task, label_column=label or LABEL, text_delimiter=delimiter)
+
+    def split(self, task: GlueTask, name: str, part: str, is_labelled: bool, owner: ClassVocabulary | None) -> Split:
+        """One split; labels match the classes of `owner`, which is None for scores.
+
+        Raises:
+            DataError: as `make_split`, or labels that are no classes of `owner`.
+        """
+        table = self.read(part)
+        self.notes += table.notes
+        if not is_labelled:
+            return make_split(task, name, table, False)
+        table, notes = labelled_rows(table, task.label_column, self.labels)
+        names: dict[str, str] = {}
+        if owner is not None:
+            names, told = owner.match(table, task.label_column)
+            notes += told
+        self.notes += [note for note in notes if note not in self.notes]
+        return make_split(task, name, translated(table, task.label_column, names), True)
+
+
+def _plain(name: str) -> str:
+    """A name that may be part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def parted(split: Split, percentage: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows for training and for validation: that share of each class (of all rows, for scores), at random.
+
+    A class of one row stays in training.
+
+    Args:
+        percentage: of the rows that go to validation, in (0, 100).
 
     Raises:
-        DataError: no text column, no label column, or a single label.
+        DataError: one of the two would be empty.
     """
-    labels = _labels(table)
-    return own_task(re.sub(r"[^\w.-]", "_", name), text_columns(table), labels)
-
-
-def text_columns(table: Table) -> tuple[str, ...]:
-    """sentence1 and sentence2 if both are there, else the first two (or the one) columns of texts.
-
-    Raises:
-        DataError: there is none.
-    """
-    if all(name in table.columns for name in _PAIR):
-        return _PAIR
-    texts = [name for name, values in table.columns.items() if name.lower() not in _NOT_TEXTS and _is_text(values)]
-    if not texts:
-        raise DataError(f"{table.origin}: no column of texts; columns: {', '.join(table.columns)}")
-    return tuple(texts[:2])
-
-
-def _is_text(values: list) -> bool:
-    """Whether a column has texts that are not just numbers (in csv everything is a str)."""
-    return any(isinstance(value, str) and value and as_number(value) is None for value in values[:_LOOKED_AT])
-
-
-def _labels(table: Table) -> tuple[str, ...]:
-    values = table.column(LABEL)
-    if LABEL in table.class_names:
-        return table.class_names[LABEL]
-    # Most labels, not all: one typing error must not turn 5,000 scores into 5,000 classes.
-    numbers = sum(as_number(value) is not None for value in values)
-    if any(_is_decimal(value) for value in values) and 2 * numbers > len(values):
-        return ()
-    texts = {text for text in map(class_text, values) if text is not None}
-    if len(texts) < 2:
-        only = f"all labels are {texts.pop()!r}" if texts else "there are no labels"
-        raise DataError(f"{table.origin}: {only}; at least two different ones are needed")
-    return sorted_labels(texts)
-
-
-def _is_decimal(value: Any) -> bool:
-    if isinstance(value, str):
-        return as_number(value) is not None and re.fullmatch(r"\s*[+-]?\d+\s*", value) is None
-    return isinstance(value, float)
-
-
-def read_splits(
-    task: GlueTask, parts: dict[str, str], read: Callable[[str], Table], splits: tuple[str, ...]
-) -> dict[str, Split]:
-    """The splits asked for; `read(part)` gives a part's table or raises where there is none."""
-    unlabelled = {split for split, _ in task.test}
-    return {split: make_split(task, split, read(parts[split]), split not in unlabelled) for split in splits}
+    generator = np.random.default_rng(seed)
+    by_class: dict[Any, list[int]] = {}
+    for row, label in enumerate(split.labels or []):
+        by_class.setdefault(label if isinstance(label, int) else None, []).append(row)
+    chosen: list[int] = []
+    owed = 0.0  # what rounding has left over goes to the next class
+    for _, rows in sorted(by_class.items(), key=lambda item: (len(item[1]), str(item[0]))):
+        owed += len(rows) * percentage / 100
+        count = min(round(owed), len(rows) - 1)
+        owed -= count
+        chosen += generator.permutation(rows)[:count].tolist()
+    if not chosen:
+        raise DataError(f"{split.origin}: --validation_split_percentage {percentage:g} of {len(split)} rows is no row")
+    held_out = set(chosen)
+    return [row for row in range(len(split)) if row not in held_out], sorted(chosen)

@@ -55,6 +55,7 @@ class Table:
         places: 1-based line or row number of each row.
         unit: "line": places are lines of the file; "row": rows of a file without lines.
         class_names: column -> names of its integer classes, where the file itself has them.
+        notes: lines for the user about how the file was read.
     """
 
     origin: str
@@ -62,6 +63,7 @@ class Table:
     places: Sequence[int]
     unit: str = "line"
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -71,6 +73,21 @@ class Table:
         gap = ":" if self.unit == "line" else " row "
         return f"{self.origin}{gap}{self.places[row]}"
 
+    @property
+    def place(self) -> str:
+        """Where the names of the columns stand, for an error message."""
+        return f"{self.origin}:1" if self.unit == "line" else self.origin
+
+    @property
+    def names(self) -> str:
+        """The names of all columns, for an error message."""
+        return ", ".join(map(str, self.columns))
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """A table of some rows, by 0-based number."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return replace(self, columns=columns, places=[self.places[row] for row in rows])
+
     def column(self, name: str | int) -> list:
         """Values of one column.
 
@@ -78,8 +95,7 @@ class Table:
             DataError: there is no such column; the message has the choices.
         """
         if name not in self.columns:
-            place = f"{self.origin}:1" if self.unit == "line" else self.origin
-            raise DataError(f"{place}: no column {name!r}; columns: {', '.join(map(str, self.columns))}")
+            raise DataError(f"{self.place}: no column {name!r}; columns: {self.names}")
         return self.columns[name]
 
     def renamed(self, names: dict[Any, str]) -> Table:

@@ -40,6 +40,7 @@ def describe(
         "bert_glue": __version__,
         "task_name": data.task.name,
         "text_columns": list(data.task.columns),
+        "text_column_delimiter": data.task.text_delimiter,
         "max_seq_length": max_length,
         "tokenizer_sha256": tokenizer.fingerprint,
         "recipe": {name: getattr(args, name) for name in names if not FLAGS[name].secret},
@@ -91,7 +92,9 @@ def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     length, columns = found.get("max_seq_length"), found.get("text_columns")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 3):
         raise MachineError(f"{path}: max_seq_length is {str(length)[:40]!r}, not a number of tokens from 3 on")
-    is_list = isinstance(columns, list) and len(columns) <= 2 and all(isinstance(name, str) for name in columns)
-    if columns is not None and not is_list:
-        raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not one or two names")
+    is_list = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
+    if columns is not None and not (is_list and columns):
+        raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not a list of names")
+    if not isinstance(found.get("text_column_delimiter"), str | None):
+        raise MachineError(f"{path}: text_column_delimiter is {found['text_column_delimiter']!r}, not a text")
     return found

@@ -6,6 +6,7 @@ path the model was trained on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,25 @@ def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
     if known is not None and known.labels == (() if is_regression else labels):
         return known, settings
     return own_task(str(config.get("finetuning_task") or "own"), (), () if is_regression else labels), settings
+
+
+def finished_task(args: Arguments) -> GlueTask | None:
+    """What the classifier that `--model_name_or_path` names was trained on; None for an encoder without one.
+
+    `columns` are () where they are not known.
+
+    Raises:
+        MachineError: no such model, or it has no config.json.
+    """
+    folder = model_folder(args.config_name or args.model_name_or_path, args)
+    config = read_config(folder)
+    architectures = [str(name) for name in config.get("architectures") or ()]
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if not is_classifier and (architectures or "id2label" not in config):
+        return None
+    task, settings = task_of_model(folder)
+    columns, delimiter = settings.get("text_columns") or task.columns, settings.get("text_column_delimiter")
+    return replace(task, columns=tuple(columns), text_delimiter=delimiter)
 
 
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
@@ -158,7 +178,11 @@ def _packed(
         for name in ("head_output.weight", "head_output.bias"):
             tensors.pop(weight_names(family, shape)[name], None)
     fresh = load_packed(module, family, tensors, args.ignore_mismatched_sizes)
-    notes = [_fresh_note(fresh, earlier)] if fresh else _reorder_head(module.head_output, stored_labels, task)
+    notes = (
+        [_fresh_note(fresh, earlier)]
+        if fresh
+        else _reorder_head(module.head_output, stored_labels, task, args.do_train)
+    )
     if args.reinit_layers:
         notes.append(reinitialise(module, args.reinit_layers, deviation))
     return module, fresh, notes
@@ -179,7 +203,7 @@ def _stored_labels(config: dict) -> list[str]:
     """Label names a checkpoint brings, in class order; [] where they are only LABEL_n."""
     named = config.get("id2label") or {}
     labels = [str(named[key]) for key in sorted(named, key=int)]
-    return [] if any(label.startswith("LABEL_") for label in labels) else labels
+    return [] if labels == _unnamed(len(labels)) else labels
 
 
 def _with_labels(config: dict, task: GlueTask) -> dict:
@@ -193,17 +217,38 @@ def _with_labels(config: dict, task: GlueTask) -> dict:
 
 
 @torch.no_grad()
-def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask) -> list[str]:
-    """Permute a stored head's outputs to the task's label order, by name."""
-    wanted, have = list(task.labels), [label.lower() for label in stored]
-    if not stored or have == wanted or task.is_regression:
-        return []
-    if sorted(have) != sorted(wanted):
+def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask, is_trained: bool) -> list[str]:
+    """Permute a stored head's outputs to the task's label order, by name; returns lines for the log.
+
+    Raises:
+        MachineError: the names do not fit, and the head is not trained: its answers would be other classes'.
+    """
+    wanted = list(task.labels)
+    if not stored or stored == wanted or task.is_regression:
+        is_guess = (
+            not stored and not is_trained and not task.is_regression and set(wanted) != set(_unnamed(len(wanted)))
+        )
+        guess = f"the model has no names for its classes; that they are {wanted} in this order is a guess"
+        return [guess] if is_guess else []
+    have = stored if sorted(stored) == sorted(wanted) else [label.casefold() for label in stored]
+    names = wanted if have is stored else [label.casefold() for label in wanted]
+    if sorted(have) != sorted(names) or len(set(have)) < len(have):
+        if not is_trained:
+            raise MachineError(
+                f"the model's classes {stored} are not those of {task.name}, {wanted}: no score is right"
+            )
         return [f"the checkpoint's labels {stored} are not the task's {wanted}; used in their stored order"]
-    order = [have.index(label) for label in wanted]
+    order = [have.index(name) for name in names]
+    if order == sorted(order):
+        return []
     head.weight.copy_(head.weight[order])
     head.bias.copy_(head.bias[order])
     return [f"the checkpoint's labels {stored} were reordered by name to {wanted}"]
+
+
+def _unnamed(count: int) -> list[str]:
+    """The names that transformers gives to classes without names."""
+    return [f"LABEL_{number}" for number in range(count)]
 
 
 def _stock(
@@ -245,7 +290,7 @@ def _stock(
         fresh = [name for name, part in stock.named_modules() if part is heads[-1]]
     if fresh:
         return PaddedClassifier(stock), fresh, [_fresh_note(fresh, earlier)]
-    return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task) if heads else []
+    return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task, args.do_train) if heads else []
 
 
 def model_folder(name: str, args: Arguments) -> Path:

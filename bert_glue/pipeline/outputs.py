@@ -51,13 +51,16 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Con
 
 
 def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np.ndarray) -> None:
-    """`predict_results_<task>.txt`, header `index<TAB>prediction`, label names or scores to 3 decimals.
+    """`predict_results_<task>.txt`, header `index<TAB>prediction`: label names, or scores.
 
-    The format has no quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`.
+    GLUE's scores have 3 decimals, as the leaderboard wants them; a user's own keep their digits. The format has no
+    quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`.
     """
-    low, high = task.score_range or (-np.inf, np.inf)
-    if task.is_regression:
+    if task.is_regression and task.score_range is not None:
+        low, high = task.score_range
         values = [f"{min(max(float(p), low), high):.3f}" for p in predictions]
+    elif task.is_regression:
+        values = [str(np.float32(p)) for p in predictions]
     else:
         names = [one_line(label) for label in task.labels]
         values = [names[p] for p in predictions]

@@ -28,7 +28,7 @@ from bert_glue.hub import upload
 from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.description import describe, read_description
-from bert_glue.model.loading import load_model, model_folder
+from bert_glue.model.loading import finished_task, load_model, model_folder
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings
 from bert_glue.pipeline.score import Scored, check_predictable, facts, score_splits, train_results
@@ -276,6 +276,12 @@ def _save_unfinished(state: TrainState) -> None:
             save_checkpoint(state)
 
 
+def _finished(args: Arguments) -> GlueTask | None:
+    """What a model that is not trained here was trained on, where it says what the classes of own data are."""
+    has_own_data = args.dataset_name or args.train_file or args.validation_file or args.test_file
+    return finished_task(args) if has_own_data and not args.task_name and not args.do_train else None
+
+
 def _needed(args: Arguments) -> frozenset[str]:
     """Which data the flags ask for."""
     wanted = {
@@ -287,7 +293,7 @@ def _needed(args: Arguments) -> frozenset[str]:
 
 
 def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
-    data = load_task_data(args, _needed(args))
+    data = load_task_data(args, _needed(args), _finished(args))
     for line in (f"data: {data.source}", *data.warnings):
         log.line(line)
     check_metric_of_data(args, data.task)
@@ -340,6 +346,8 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleL
             rows = args.max_train_samples
         elif name in evaluations:
             rows = args.max_eval_samples
+        if name == "train" and args.shuffle_train_dataset and rows is not None:
+            split = split.rows(np.random.default_rng(args.shuffle_seed).permutation(len(split))[:rows].tolist())
         split = split if rows is None else split.take(rows)
         if not len(split):
             raise DataError(f"{split.origin}: no rows")

@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         UserError: usage, data (file:line), machine, diverged or disk, each with its exit code.
     """
     from bert_glue.config.arguments import Arguments
+    from bert_glue.data.own.columns import ColumnFlags
     from bert_glue.model.loading import model_folder, task_of_model
     from bert_glue.predict.labeller import build_labeller, columns_of
     from bert_glue.predict.output import ToFile, ToStandardOutput
@@ -74,10 +75,15 @@ def run(options: argparse.Namespace) -> int:
     chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
+    flags = ColumnFlags(tuple(options.text_column_names or ()), options.label_column_name)
+    print(*first.notes, sep="\n", end="\n" if first.notes else "", file=log)
     alone = []
     for name, (own_task, own) in zip(options.model, [(task, settings), *others], strict=True):
         length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
-        reads = replace(own_task, columns=columns_of(own_task, own, options.text_columns, first))
+        columns, lines = columns_of(own_task, own, flags, first)
+        print(*lines, sep="\n", end="\n" if lines else "", file=log)
+        delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
+        reads = replace(own_task, columns=columns, text_delimiter=delimiter)
         alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), reads))
     labeller = replace(alone[0], others=tuple(alone[1:]))
     output: ToFile | ToStandardOutput = (
@@ -161,6 +167,10 @@ def _kind(options: argparse.Namespace, part: str) -> str:
     return kind
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bert_glue.predict", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -170,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, help="likewise; - is standard output")
     add("--input_format", choices=STREAMED, help="default: by the extension, jsonl for -")
     add("--output_format", choices=STREAMED, help="default: by the extension, jsonl for -")
-    add("--text_columns", nargs="+", metavar="NAME", help="one or two; default: those the model was trained on")
+    add("--text_column_names", "--text_columns", nargs="+", action="extend", type=_names, metavar="NAME",
+        help="one or two; default: those the model was trained on")  # fmt: skip
+    add("--label_column_name", metavar="NAME", help="is no text; labels of the input are not used")
     add("--max_seq_length", type=int, help="tokens; default: as in training, else 128")
     add("--per_device_eval_batch_size", type=int, default=32, help="rows a forward pass, default 32")
     add("--device", default="auto", help="auto, an index, a name, or name:index")
@@ -187,8 +199,7 @@ def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 3 data, 4 model or device, 5 diverged, 6 disk."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.text_columns and len(options.text_columns) > 2:
-        parser.error(f"--text_columns {' '.join(options.text_columns)}: one or two names")
+    options.text_column_names = [name for names in options.text_column_names or () for name in names]
     for name, least in (("max_seq_length", 3), ("per_device_eval_batch_size", 1)):
         value = getattr(options, name)
         if value is not None and value < least:

@@ -9,7 +9,8 @@ import numpy as np
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
-from bert_glue.data.splits import make_split, text_columns
+from bert_glue.data.own.columns import ColumnFlags, choose_columns
+from bert_glue.data.splits import make_split
 from bert_glue.data.tables import Table
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, DivergedError, MachineError, UsageError
@@ -74,8 +75,9 @@ class Labeller:
 def _own_columns(task: GlueTask, answers: np.ndarray) -> Columns:
     """Predictions and probabilities of `[rows, labels]` probabilities, or of `[rows, 1]` scores."""
     if task.is_regression:
-        low, high = task.score_range or (-np.inf, np.inf)
-        return {"prediction": np.clip(answers[:, 0], low, high).round(6).tolist()}
+        if task.score_range is not None:
+            return {"prediction": np.clip(answers[:, 0], *task.score_range).round(6).tolist()}
+        return {"prediction": [float(f"{score:.9g}") for score in answers[:, 0]]}  # all digits of fp32
     shares = answers.round(6)
     labels = [task.labels[at] for at in answers.argmax(1)]
     return {
@@ -84,26 +86,31 @@ def _own_columns(task: GlueTask, answers: np.ndarray) -> Columns:
     }
 
 
-def columns_of(task: GlueTask, settings: dict[str, Any], asked: list[str] | None, first: Table) -> tuple[str, ...]:
-    """The text columns of the input: those asked for, else the model's own, else found as in training.
+def columns_of(
+    task: GlueTask, settings: dict[str, Any], flags: ColumnFlags, first: Table
+) -> tuple[tuple[str, ...], list[str]]:
+    """The text columns of the input: those named, else the model's own, else where it is certain; and log lines.
 
     Raises:
-        DataError: they are not in the file.
+        DataError: they are not in the file, or not certain.
         UsageError: one text is given where the model reads two, or the reverse.
     """
-    trained = tuple(settings.get("text_columns") or task.columns)
+    trained, asked = tuple(settings.get("text_columns") or task.columns), flags.texts
     if asked and trained and len(asked) != len(trained):
         raise UsageError(
-            f"--text_columns {' '.join(asked)}: the model reads {len(trained)} a row: {', '.join(trained)}"
+            f"--text_column_names {' '.join(asked)}: the model reads {len(trained)} a row: {', '.join(trained)}"
         )
-    columns = tuple(asked or trained or text_columns(first))
+    columns = asked or trained
+    if not columns:
+        found = choose_columns(first, flags, is_labelled=False)
+        return found.texts, list(found.lines(first))
     missing = [name for name in columns if name not in first.columns]
     if missing:
         raise DataError(
-            f"{first.origin}: no column {missing[0]!r}; columns: {', '.join(map(str, first.columns))}; "
-            "name those with the texts by --text_columns"
+            f"{first.origin}: no column {missing[0]!r}; columns: {first.names}; "
+            "name those with the texts by --text_column_names"
         )
-    return columns
+    return columns, []
 
 
 def build_labeller(args: Arguments, task: GlueTask) -> Labeller:

@@ -8,8 +8,9 @@ import pytest
 from glue_folder import make_glue, write
 
 from bert_glue.config.arguments import Arguments
+from bert_glue.data.own.classes import sorted_labels
 from bert_glue.data.sources import Split, load_task_data
-from bert_glue.data.splits import make_split, sorted_labels
+from bert_glue.data.splits import make_split
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, UsageError
 from bert_glue.tasks import TASKS, get_task
@@ -172,13 +173,6 @@ def test_several_files_are_joined_in_order(tmp_path):
     assert "has .csv and .json files for one split" in text
 
 
-def test_files_of_one_split_with_and_without_labels(tmp_path):
-    write_rows(tmp_path / "test" / "a.csv", [("a", "b", -1)])
-    write_rows(tmp_path / "test" / "b.csv", [("a", "b", 1)])
-    text = refusal(needed={"test"}, task_name="mrpc", data_path=str(tmp_path))
-    assert text.startswith(f"{tmp_path}/test/a.csv: has no labels, but other files")
-
-
 def test_nothing_there(tmp_path):
     text = refusal(task_name="mrpc", data_path=str(tmp_path))
     assert "no data of mrpc" in text and "GLUE TSV folder" in text and "saved data sets" in text
@@ -245,14 +239,10 @@ def test_scores_as_they_are_written():
     assert make_split(TASKS["stsb"], "train", table, True).labels == [5.0, 0.0, 0.0, 3.0]
 
 
-def test_test_labels_are_all_there_or_none():
-    def labels(*values):
-        table = table_of(sentence1=["a"] * 2, sentence2=["b"] * 2, label=list(values))
-        return make_split(TASKS["mrpc"], "test", table, False).labels
-
-    assert labels(-1, -1) is None and labels(None, "") is None and labels("1", "0") == [1, 0]
-    with pytest.raises(DataError, match="FILE:3: label -1 means unlabelled"):
-        labels(1, -1)
+@pytest.mark.parametrize("values", [[-1, -1], [None, ""], ["1", "0"], [1, -1], ["?", [3]]])
+def test_labels_of_what_is_only_predicted_are_not_looked_at(values):
+    table = table_of(sentence1=["a"] * 2, sentence2=["b"] * 2, label=values)
+    assert make_split(TASKS["mrpc"], "test", table, False).labels is None
 
 
 @pytest.mark.parametrize(
@@ -279,14 +269,15 @@ def test_take():
 # --- one's own files --------------------------------------------------------------------------------
 
 
-def own(tmp_path, train, **flags):
+def own(tmp_path, train, validation_file=None, test_file=None, **flags):
     """Loads lines of csv as the training file; other parts by name."""
-    parts = {"train_file": train} | flags
+    parts = {"train_file": train, "validation_file": validation_file, "test_file": test_file}
     paths = {}
     for name, lines in parts.items():
-        paths[name] = str(write(tmp_path / f"{name}.csv", *[line.split(",") for line in lines], gap=","))
+        if lines is not None:
+            paths[name] = str(write(tmp_path / f"{name}.csv", *[line.split(",") for line in lines], gap=","))
     needed = {"train_file": "train", "validation_file": "evaluation", "test_file": "test"}
-    return load({needed[name] for name in parts}, **paths)
+    return load({needed[name] for name in paths}, **paths, **flags)
 
 
 def test_own_classes_and_columns(tmp_path):
@@ -295,6 +286,7 @@ def test_own_classes_and_columns(tmp_path):
         ["id,title,body,label", "1,a b,c,sport", "2,d e,f,arts"],
         validation_file=["label,body,title,id", "arts,x,y,3"],
         test_file=["title,body", "p,q"],
+        text_column_names="title,body",
     )
     assert data.task.columns == ("title", "body") and data.task.labels == ("arts", "sport")
     assert data.splits["train"].labels == [1, 0]
@@ -320,7 +312,7 @@ def test_own_numbers_as_classes_and_as_scores(tmp_path):
     ("lines", "problem"),
     [
         (["t,label", "a,1.5", "b,2.5", "c,x"], ".csv:4: label 'x' is not a finite number"),
-        (["t,label", "a,1.5", "b,nan"], ".csv:3: label 'nan' is not a finite number"),
+        (["t,label", "a,1.5", "b,nan", "c,2"], ".csv:3: label 'nan' is not a finite number"),
         (["t,label", "a,x", "b,x"], "all labels are 'x'; at least two"),
         (["t,label", "a,", "b,"], "there are no labels"),
         (["t,label", "a,x", "b,y", "c,"], ".csv:4: no label"),
@@ -337,7 +329,8 @@ def test_own_training_files_that_do_not_work(tmp_path, lines, problem):
 def test_own_labels_only_in_the_validation_file(tmp_path):
     with pytest.raises(DataError) as caught:
         own(tmp_path, ["t,label", "a,x", "b,y"], validation_file=["t,label", "a,x", "b,z"])
-    assert "validation_file.csv:3: label 'z' is not one of the training labels: x, y" in str(caught.value)
+    assert "validation_file.csv:3: label 'z' is no class of the training data" in str(caught.value)
+    assert "classes of the training data: 'x', 'y'; labels of the file: 'x', 'z'" in str(caught.value)
 
 
 def test_own_files_of_every_format_agree(tmp_path):

@@ -151,7 +151,7 @@ FORMATS = {
 # Messages about a whole file or column: there is no line to name.
 WHOLE = re.compile(
     r"is empty|has no rows|cannot be read as parquet|cannot be read: |no column of texts|all labels are|no labels"
-    r"|column name more than once|no column |do not fit|class names|is not UTF-8"
+    r"|column name more than once|no column |do not fit|class names|is not UTF-8|the text may be|--drop_rows"
 )
 
 

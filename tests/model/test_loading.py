@@ -153,8 +153,15 @@ def test_a_stored_head_is_reordered_by_name(bert_of_three, tmp_path, names, padd
 def test_other_label_names_keep_their_order_with_a_note(bert_of_three, tmp_path, padding):
     plain = _logits(_load(bert_of_three, MNLI, padding=padding))
     named = _with_config(bert_of_three, tmp_path, id2label={"0": "no", "1": "maybe", "2": "yes"})
-    model = _load(named, MNLI, padding=padding)
+    model = _load(named, MNLI, padding=padding, do_train=True)
     assert "stored order" in model.notes[0] and torch.equal(_logits(model), plain)
+
+
+@pytest.mark.parametrize("names", [["no", "maybe", "yes"], ["entailment", "neutral", "other"], ["NEUTRAL"] * 3])
+def test_a_model_with_other_classes_is_not_scored(bert_of_three, tmp_path, names):
+    named = _with_config(bert_of_three, tmp_path, id2label=dict(zip("012", names, strict=True)))
+    with pytest.raises(MachineError, match=f"{names[0]}.*are not those of mnli.*contradiction"):
+        _load(named, MNLI)
 
 
 @pytest.mark.parametrize("padding", ["packed", "longest"])

@@ -270,7 +270,7 @@ def test_columns_by_name(run, tmp_path, capsys):
     source.write_text("x,y\na dog runs,a dog waits\n")
     assert label(run, source, tmp_path / "out.csv", "--text_columns", "x", "y") == 0
     assert label(run, source, tmp_path / "out.csv", "--overwrite", "--text_columns", "x") == 2
-    assert "--text_columns x: the model reads 2 a row: sentence1, sentence2" in capsys.readouterr().err
+    assert "--text_column_names x: the model reads 2 a row: sentence1, sentence2" in capsys.readouterr().err
 
 
 def test_what_a_kind_cannot_hold_is_refused(run, tmp_path, capsys):

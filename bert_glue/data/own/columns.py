@@ -1,0 +1,227 @@
+"""Which columns of a user's table are the texts and which is the label: as told, or where it is certain, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.data.tables import Table
+from bert_glue.errors import DataError
+
+_LABEL_NAMES = ("label", "labels")
+_TEXT_NAMES = ("text", "sentence")
+_PAIRS = (
+    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"),
+    ("text_1", "text_2"), ("text_a", "text_b"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"),
+)  # fmt: skip
+_IDENTIFIER = re.compile(
+    r"(.*[_\W])?(id|ids|idx|index|guid|uuid|key|hash|url|uri|link|file|filename|path|date|time|timestamp)"
+    r"|.*(Id|ID|Idx)|.*_at|unnamed.*|"
+)
+_LOOKED_AT = 1000  # rows that decide what a column holds
+_SHOWN_ROWS, _SHOWN_LETTERS = 3, 60
+# Scripts that put no spaces between words: four letters count as several words.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
+_NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?\s*%?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ColumnFlags:
+    """What the command line says of a table's columns; see the flags of the same names.
+
+    Args:
+        texts: () where they shall be found.
+        label: None where it shall be found.
+        removed: columns that are neither.
+    """
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    removed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, args: Arguments) -> ColumnFlags:
+        """The flags of a run."""
+        return cls(names_in(args.text_column_names), args.label_column_name, names_in(args.remove_columns))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read.
+
+    Args:
+        texts: at least one, in the order in which the model reads them.
+        label: None where none was looked for or found.
+        left_out: every other column -> why it is neither.
+    """
+
+    texts: tuple[str, ...]
+    label: str | None
+    left_out: dict[str, str]
+
+    def lines(self, table: Table) -> Iterator[str]:
+        """The choice and three rows, for the log."""
+        said = f"columns: text {', '.join(map(repr, self.texts))}"
+        said += f"; label {self.label!r}" if self.label is not None else ""
+        others = ", ".join(f"{name!r} ({why})" for name, why in self.left_out.items())
+        yield said + (f"; left out: {others}" if others else "")
+        shown = (*self.texts, *((self.label,) if self.label is not None else ()))
+        for row in range(min(_SHOWN_ROWS, len(table))):
+            yield "  " + " | ".join(_cut(table.columns[name][row]) for name in shown)
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names of a flag that takes several."""
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+
+
+def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: tuple[str, ...] = ()) -> Columns:
+    """The text columns and the label column of a table.
+
+    Args:
+        is_labelled: a label column must be there.
+        known: text columns that a finished model was trained on; () if they are not known.
+
+    Raises:
+        DataError: a column that a flag names is not there, or the choice is not certain; it says what was looked at.
+    """
+    label = _label(table, flags, is_labelled)
+    removed = (*flags.removed, *(() if label is None else (label,)))
+    texts = tuple(_named(table, name, "--text_column_names") for name in flags.texts)
+    why = {name: _why_not_text(table, name, label) for name in table.columns if name not in (*removed, *texts)}
+    if not texts and known and all(name in table.columns for name in known):
+        texts = known
+    texts = texts or _certain_texts(table, why)
+    if label in texts:
+        raise DataError(f"{table.origin}: column {label!r} is the label and a text; --label_column_name names another")
+    left_out = {name: reason or "not named" for name, reason in why.items() if name not in texts}
+    return Columns(texts, label, left_out)
+
+
+def _named(table: Table, name: str, flag: str) -> str:
+    if name in table.columns:
+        return name
+    alike = [column for column in table.columns if str(column).strip().lower() == name.strip().lower()]
+    hint = f"; did you mean {alike[0]!r}?" if len(alike) == 1 else ""
+    raise DataError(f"{table.place}: {flag} {name}: no column {name!r}; columns: {table.names}{hint}")
+
+
+def _label(table: Table, flags: ColumnFlags, is_labelled: bool) -> str | None:
+    if flags.label is not None and (is_labelled or flags.label in table.columns):
+        return _named(table, flags.label, "--label_column_name")
+    alike = [name for name in table.columns if str(name).strip().lower() in _LABEL_NAMES]
+    if "label" in alike or len(alike) == 1:
+        return "label" if "label" in alike else alike[0]
+    if not is_labelled:
+        return None
+    raise DataError(
+        f"{table.place}: no column 'label'; columns: {table.names}; "
+        f"name it by --label_column_name{_candidates(table)}{_without_header(table)}"
+    )
+
+
+def _candidates(table: Table) -> str:
+    """Columns whose values repeat as classes do."""
+    counts = {name: len({str(value) for value in values[:_LOOKED_AT]}) for name, values in table.columns.items()}
+    few = [f"{name!r} has {n} different values" for name, n in counts.items() if 1 < n <= 20 and 2 * n <= len(table)]
+    return f" ({', '.join(few)})" if few else ""
+
+
+def _without_header(table: Table) -> str:
+    """What to say where the names of the columns look like the values of a row."""
+    if table.unit == "line" and any(_NUMBER.fullmatch(str(n)) or len(str(n).split()) > 4 for n in table.columns):
+        return "; the first line looks like a row: the file needs a first line (header) with the names of its columns"
+    return ""
+
+
+def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
+    """The one column of texts, or the two of a well-known pair.
+
+    Args:
+        why: every column that may hold texts -> why it does not, None where it may.
+    """
+    if header := _without_header(table):
+        raise DataError(f"{table.place}: columns: {table.names}{header}, or name the text by --text_column_names")
+    lower = {str(name).strip().lower(): name for name in why}
+    texts = [name for name in why if _are_texts(table.columns[name])]
+    pairs = [tuple(lower[name] for name in pair) for pair in _PAIRS if all(name in lower for name in pair)]
+    pairs = [pair for pair in pairs if all(name in texts for name in pair)]
+    if pairs:
+        pair = pairs[0]
+        derived = tuple(f"{str(name).lower()}_" for name in pair)  # SNLI's sentence1_parse
+        others = [name for name, reason in why.items() if name not in pair and not reason]
+        rest = [name for name in others if not str(name).lower().startswith(derived)]
+        if not rest and len(pairs) == 1:
+            return pair
+        raise _undecided(table, why, [*dict.fromkeys(name for pair in pairs for name in pair), *rest])
+    found = [name for name in texts if not why[name] or str(name).strip().lower() in _TEXT_NAMES]
+    if not found:
+        # Single words and few different texts are a text where nothing else could be one.
+        found = [name for name in texts if why[name] in _WEAK]
+    if len(found) != 1:
+        raise _undecided(table, why, found)
+    return (found[0],)
+
+
+def _undecided(table: Table, why: dict[str, str | None], found: list[str]) -> DataError:
+    others = ", ".join(f"{name!r}: {reason}" for name, reason in why.items() if name not in found and reason)
+    said = f"the text may be {' or '.join(map(repr, found))}; one text or a pair" if found else "no column of texts"
+    return DataError(
+        f"{table.origin}: {said}; columns: {table.names}; name it by --text_column_names"
+        + (f" ({others})" if others else "")
+    )
+
+
+_WORDS, _FEW = "single words", "few different values"
+_WEAK = (_WORDS, _FEW)
+
+
+def _are_texts(values: list) -> bool:
+    return any(isinstance(value, str) and value.strip() for value in values[:_LOOKED_AT])
+
+
+def _why_not_text(table: Table, name: Any, label: str | None) -> str | None:
+    """Why a column is no text, None if it may be one."""
+    values = [value for value in table.columns[name][:_LOOKED_AT] if value not in (None, "", [], {})]
+    texts = [value for value in values if isinstance(value, str)]
+    if not values:
+        return "empty"
+    if not texts:
+        return "lists or objects" if isinstance(values[0], (list, dict)) else "numbers"
+    if all(_NUMBER.fullmatch(value) for value in texts):
+        return "numbers"
+    if label is not None and _spells(table, name, label):
+        return "one value for each label"
+    is_prose = 2 * sum(map(_is_prose, texts)) > len(texts)
+    distinct = len(set(texts))
+    if not is_prose and (_IDENTIFIER.fullmatch(str(name)) or _are_identifiers(texts, distinct)):
+        return "identifiers"
+    if not is_prose:
+        return _WORDS
+    return _FEW if len(texts) >= 5 * distinct or distinct == 1 < len(texts) else None
+
+
+def _is_prose(text: str) -> bool:
+    return len(re.findall(r"[^\W\d_]+", text)) > 1 and " " in text.strip() or _UNSPACED.search(text) is not None
+
+
+def _are_identifiers(texts: list[str], distinct: int) -> bool:
+    """Values that tell rows apart: all different, in one piece, and with digits."""
+    return distinct == len(texts) > 1 and all(re.search(r"\d", text) and " " not in text for text in texts)
+
+
+def _spells(table: Table, name: Any, label: str) -> bool:
+    """Whether a column has one value for each label, and another for each."""
+    pairs = list(zip(table.columns[name][:_LOOKED_AT], map(str, table.columns[label][:_LOOKED_AT]), strict=True))
+    there = {(str(value), own) for value, own in pairs}
+    values, labels = {value for value, _ in there}, {own for _, own in there}
+    return len(there) == len(values) == len(labels) > 1 and len(pairs) >= 2 * len(there)
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
