@@ -109,7 +109,10 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_program_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    ours = {f"bert_glue/{path.name}" for path in (REPOSITORY / "bert_glue").glob("*.py")}
+    files = [
+        path for path in (REPOSITORY / "bert_glue").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    ours = {path.relative_to(REPOSITORY).as_posix() for path in files}  # modules and templates
     recipes = {f"bert_glue/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").glob("*/*.json")}
     assert {*ours, *recipes, "run_glue.py"} <= names and len(recipes) == 3 * 9 + 2  # baselines of cpu and npu
     assert all(name.startswith("bert_glue/") or name == "run_glue.py" for name in names)
