@@ -1,10 +1,10 @@
 """One rank of a launcher, and the launcher's verdict on all ranks of this host. Imports nothing heavy.
 
-    python launch_ranks.py below command...               becomes the command, which ends when its parent does
-    python launch_ranks.py meet NOTES SECONDS command...  the same, and ends it where no rank has started by then
-    python launch_ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
-    python launch_ranks.py verdict NOTES LOGS --launcher_log FILE --status S --signal N
-    python launch_ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
+    python ranks.py below command...               becomes the command, which ends when its parent does
+    python ranks.py meet NOTES SECONDS command...  the same, and ends it where no rank has started by then
+    python ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
+    python ranks.py verdict NOTES LOGS --launcher_log FILE --status S --signal N
+    python ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
 
 torch's launcher ends all ranks when one fails, but waits 30 s for each that does not listen, tells the
 user's signal and its own clearing up apart no more than the ranks can, and leaves grandchildren behind.

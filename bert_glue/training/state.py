@@ -1,7 +1,7 @@
 """All that one training run holds, grouped by who may change it, and where it is.
 
 Nothing here is replaced while a run trains: each group is frozen, and what changes does so inside of the object
-that owns it. The loop (training.py) advances `progress` and steps the learner; training_state.py alone restores both
+that owns it. The loop (`loop.py`) advances `progress` and steps the learner; `resume.py` alone restores both
 and keeps `checkpoints`; observers look on and change nothing.
 """
 
@@ -70,7 +70,7 @@ class TrainProgress:
 
 
 class OptimizerStep(Protocol):
-    """The parts of a step that run on the device: eagerly (training.py), or replayed from recordings (graphs.py)."""
+    """The parts of a step that run on the device: eager (`loop.py`) or replayed (`cuda_graphs.py`)."""
 
     def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
         """A batch forward and backward, in a step of `samples` samples on all ranks; returns the loss to show, 0-d."""
@@ -165,7 +165,7 @@ class Observers:
 
 @dataclass(kw_only=True)
 class Checkpoints:
-    """Checkpoints of this run; training_state.py alone changes this.
+    """Checkpoints of this run; `resume.py` alone changes this.
 
     Args:
         saver: the thread that writes them.
@@ -178,7 +178,7 @@ class Checkpoints:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """One training run, built by training_setup.py.
+    """One training run, built by `setup.py`.
 
     Args:
         step: the device's part of an optimizer step.

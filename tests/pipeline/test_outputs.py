@@ -294,7 +294,7 @@ def test_a_base_model_passes_its_licence_and_language_on(tmp_path):
 
 
 MARKUP = [
-    "<script>alert(1)</script>", "a\n---\nlicense: evil", "| x | y |", "`code`", "[here](http://localhost)", "*bold* _it_",
+    "<script>alert(1)</script>", "a\n---\nlicense: evil", "| x | y |", "`code`", "[x](http://localhost)", "*bold* _it_",
     "![p](x.png)", "www.a.b", "a@b.c", "$x$", "~~no~~", "{{ 7 * 7 }}", "{% if %}", "&amp;", "# head", "\\*",
 ]  # fmt: skip
 

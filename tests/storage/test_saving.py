@@ -271,7 +271,7 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, mon
     }  # fmt: skip
     whole = fit(arguments(tmp_path, output_dir=str(tmp_path / "whole"), **settings))
     args = arguments(tmp_path, **settings)
-    # recipe.py hands the signals' question to the evaluator; here it is asked for the same way.
+    # pipeline/run.py hands the signals' question to the evaluator; here it is asked for the same way.
     signals = Stopping(after)
     evaluator = evaluation_evaluator.Evaluator
     monkeypatch.setattr(
