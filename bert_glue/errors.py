@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -144,6 +145,9 @@ def first_line(error: BaseException) -> str:
 
 def exit_code_of(action: Callable[[], int]) -> int:
     """Runs a command; a user's mistake becomes its lines on stderr and its exit code, without traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without UTF-8 must not end a run in its log
+            stream.reconfigure(errors="backslashreplace")
     try:
         return action()
     except UserError as error:

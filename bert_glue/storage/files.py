@@ -132,11 +132,13 @@ def written_aside(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `path` as `written_aside` does.
 
+    What is no text, such as the bytes of a path that the locale cannot decode, is escaped as JSON has it.
+
     Raises:
         OSError: it cannot be written; nothing is left aside.
     """
     with written_aside(path) as aside:
-        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        aside.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 # What `written_aside` leaves behind when it is killed: a dot, the name of a results file, a dot, a process id.

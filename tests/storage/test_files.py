@@ -74,3 +74,9 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     (tmp_path / f".run.json.{gone}").symlink_to(tmp_path / ".lock")
     files.remove_abandoned(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, f".run.json.{gone}"])
+
+
+def test_a_path_that_is_no_text_is_escaped(tmp_path):
+    path = os.fsdecode(b"caf\xe9")
+    files.write_json(tmp_path / "run.json", {"output_dir": path})
+    assert files.json_object(tmp_path / "run.json") == {"output_dir": path}
