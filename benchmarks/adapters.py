@@ -39,14 +39,14 @@ class Step:
         from bert_glue.config.arguments import Arguments
         from bert_glue.data.packing import PackedLayout
         from bert_glue.model.loading import load_model
-        from bert_glue.precision.native import Precision
+        from bert_glue.precision.native import NativePrecision
         from bert_glue.precision.plan import PrecisionPlan
         from bert_glue.tasks import get_task
         from bert_glue.training.optim import build_optimizer
 
         args = Arguments(model_name_or_path=str(folder), do_train=True, **changes)
         self.model = load_model(args, get_task("mrpc"))
-        self.precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), self.model.module)
+        self.precision = NativePrecision(PrecisionPlan("O0", torch.float32, 1.0), self.model.module)
         self.optimizer, _ = build_optimizer(args, self.precision.optimizer_groups(False))
         layout = PackedLayout(tuple(lengths))
         positions = torch.from_numpy(layout.positions)[None]

@@ -45,7 +45,7 @@ class Way:
         from bert_glue.config.arguments import Arguments
         from bert_glue.data.batching import Collator
         from bert_glue.model.loading import load_model
-        from bert_glue.precision.native import Precision
+        from bert_glue.precision.native import NativePrecision
         from bert_glue.precision.plan import PrecisionPlan
         from bert_glue.tasks import get_task
         from bert_glue.training import compile, cuda_graphs
@@ -59,7 +59,7 @@ class Way:
         )  # fmt: skip
         self.module = load_model(flags, get_task("mrpc")).module.to(place).train()
         plan = PrecisionPlan("O2", torch.bfloat16, 1.0) if args.bf16 else PrecisionPlan("O0", torch.float32, 1.0)
-        self.precision = Precision(plan, self.module)
+        self.precision = NativePrecision(plan, self.module)
         self.optimizer, _ = build_optimizer(flags, self.precision.optimizer_groups(False))
         collate = Collator("packed", _LONGEST, 0, True, place, is_rounded=how != "eager")
         rows = np.split(np.arange(len(split)), args.batches)

@@ -207,8 +207,10 @@ def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
             f"--metric_for_best_model {args.metric_for_best_model}: the labels of this data are {kind}; "
             f"choices: {', '.join(known)}"
         )
+    if not args.expect:
+        return
     try:
-        read_expectations(args.expect, args.task_name, known) if args.expect else None
+        read_expectations(args.expect, args.task_name, known)
     except ValueError as error:
         raise UsageError(f"--expect: the labels of this data are {kind}: {error}") from None
 

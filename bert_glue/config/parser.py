@@ -335,7 +335,8 @@ def _usage(flag: Flag) -> str:
 
 def _description(flag: Flag) -> str:
     parts = [" | ".join(flag.choices)] if flag.choices else []
-    parts += [flag.range] if flag.range else []
+    if flag.range:
+        parts.append(flag.range)
     if flag.default is not None:
         shown = str(flag.default).lower() if flag.kind == "bool" else flag.default
         parts.append(f"default {shown}")

@@ -27,7 +27,15 @@ def read_run(path: str) -> dict[str, Any]:
         record = json_object(Path(path))
         arguments, changes = record["arguments"], record["changes"]
         is_done = record["weights_sha256"] is not None or not arguments["do_train"]
-        arguments["output_dir"], record["working_directory"], record["scores"], record["data"]["sha256"]
+        needed = (
+            (arguments, "output_dir"),
+            (record, "working_directory"),
+            (record, "scores"),
+            (record["data"], "sha256"),
+        )
+        missing = [key for part, key in needed if key not in part]
+        if missing:
+            raise KeyError(missing[0])
     except OSError as error:
         raise UsageError(f"--repeat {path}: {error.strerror}") from None
     except ValueError as error:

@@ -63,6 +63,7 @@ class PackedLayout:
 
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
         """`cu_seq_lens` on a device, `[sequences + 1]` int32; copied once a batch."""
+        # From pageable memory, so the driver stages the few bytes at once: the host may go on and reuse them.
         if device not in self._borders:
             host = torch.tensor(self.cu_seq_lens, dtype=torch.int32)
             self._borders[device] = host.to(device, non_blocking=True)
@@ -106,6 +107,7 @@ class PackedLayout:
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:
         """Sequences by similar length, longest first."""
+        # Fewer groups are fewer launches, of 2 products each forward and 4 backward; shorter blocks are less padding.
         order = sorted(range(len(self.all_lengths)), key=lambda i: -self.all_lengths[i])
         groups, begin = [], 0
         for end in range(1, len(order) + 1):
@@ -120,6 +122,7 @@ class PackedLayout:
         starts = np.array([self.cu_seq_lens[i] for i in members])[:, None]
         columns = np.arange(lengths.max())[None, :]
         is_padding = columns >= lengths
+        # Every cell must name a token that exists, since it is gathered; its result is masked or never read.
         index = starts + np.where(is_padding, 0, columns)
         padding = torch.from_numpy(is_padding) if is_padding.any() else None
         return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
@@ -130,6 +133,7 @@ class PackedLayout:
         Args:
             first_only: of the queries of each sequence's first token alone.
         """
+        # All layers have the same heads: each index is computed once and read by every layer, forward and backward.
         if (heads, first_only) not in self._places:
             self._places[heads, first_only] = HeadRows(self, heads, first_only)
         return self._places[heads, first_only]
@@ -146,7 +150,10 @@ class HeadRows:
     """
 
     def __init__(self, layout: PackedLayout, heads: int, first_only: bool):
-        self.heads, self.rows, self.bounds, begin = heads, [], [], 0
+        self.heads = heads
+        self.rows: list[torch.Tensor] = []
+        self.bounds: list[tuple[int, int]] = []
+        begin = 0
         self._index: dict[int, list[torch.Tensor]] = {}
         self.of_row = torch.empty(len(layout.all_lengths) if first_only else layout.tokens, heads, dtype=torch.int64)
         for group in layout.groups:
@@ -155,6 +162,7 @@ class HeadRows:
             self.rows.append(rows)
             self.bounds.append((begin, begin + math.prod(shape)))
             cells = torch.arange(*self.bounds[-1]).view(shape).transpose(1, 2)
+            # Only real cells are written: padded rows of a block are left behind when rows go back to token order.
             is_real = slice(None) if first_only or group.padding is None else ~group.padding
             self.of_row[rows[is_real]] = cells[is_real]
             begin = self.bounds[-1][1]

@@ -15,7 +15,7 @@ from bert_glue.devices.device import Device
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DivergedError
 from bert_glue.evaluation.collapse import collapsed_predictions
-from bert_glue.precision.native import InferencePrecision, Precision
+from bert_glue.precision.native import InferencePrecision, NativePrecision
 from bert_glue.tasks import GlueTask
 
 
@@ -38,7 +38,7 @@ class Evaluator:
     collate: Collator
     batch_size: int
     ranks: DistributedContext
-    precision: Precision | InferencePrecision
+    precision: NativePrecision | InferencePrecision
     stop_requested: Callable[[], bool] = lambda: False
 
     @torch.no_grad()

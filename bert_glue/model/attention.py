@@ -31,11 +31,13 @@ def grouped_attention(query, key, value, layout, first_only, drop, dropout_masks
     """CPU: sequences of similar length share one batched product."""
     PATHS_TAKEN.add("packed: products grouped by length")
     dtype, kind = query.dtype, query.device.type
+    # Gradients and our dropout masks need the probabilities in memory; evaluation takes the kernel that writes none.
     drops = dropout_masks is not None and drop > 0.0
     attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     with torch.autocast(kind, enabled=False):
+        # Three copies of `[tokens, hidden]` in fp32: less than what torch's own 16-bit loops cost on such a CPU.
         query, key, value = query.float(), key.float(), value.float()
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id).to(dtype)
 
@@ -63,6 +65,8 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
     """
     PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
     device, longest = key.device, layout.longest
+    # Built on the host, from host numbers, and sent without a wait: asking the device for lengths would stop it here,
+    # in every layer. Padding repeats a sequence's first token, so that every index is valid; the mask hides it.
     starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
     lengths = torch.tensor(layout.all_lengths)[:, None]
     columns = torch.arange(longest)[None, :]
@@ -80,6 +84,7 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
     )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if dropout_masks else 0.0)
     out = out.transpose(1, 2)
+    # `nonzero` of a host mask: of a device mask its size would have to be waited for.
     return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
 
 
@@ -215,9 +220,9 @@ def attend(
     Args:
         query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
         key, value: `[tokens, heads, dim]`.
-        first_only: only first tokens ask.
+        first_only: whether queries are of first tokens only.
         drop: dropout of attention probabilities, in [0, 1], applied where `dropout_masks` is given.
-        site: address of this dropout within the model.
+        mask_id: of this dropout within the model.
 
     Returns:
         The shape of `query`.
@@ -234,11 +239,17 @@ class GroupedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, first_only, drop, dropout_masks, mask_id):
         heads, dim = query.shape[1:]
-        scale, drop = 1.0 / math.sqrt(dim), drop if dropout_masks is not None else 0.0
-        q_rows, k_rows, saved = layout.head_rows(heads, first_only), layout.head_rows(heads, False), []
+        scale = 1.0 / math.sqrt(dim)
+        drop = drop if dropout_masks is not None else 0.0
+        q_rows = layout.head_rows(heads, first_only)
+        k_rows = layout.head_rows(heads, False)
+        saved = []
+        # All groups write into one buffer, which one `index_select` then puts back into token order.
         out = query.new_empty(q_rows.bounds[-1][1], dim)
         for number, group in enumerate(layout.groups):
-            q, k, v = _block(query, q_rows, number), _block(key, k_rows, number), _block(value, k_rows, number)
+            q = _block(query, q_rows, number)
+            k = _block(key, k_rows, number)
+            v = _block(value, k_rows, number)
             probabilities = _softmax_block(q, k, group, scale)
             keep, dropped = None, probabilities
             if drop > 0.0:
@@ -248,9 +259,13 @@ class GroupedAttention(torch.autograd.Function):
                 keep = keep.flatten(0, 1)
                 dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
             torch.bmm(dropped, v, out=_part(out, q_rows, number, q))
+            # The mask is kept as bytes, a quarter of the dropped probabilities in fp32, which backward makes anew.
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(*saved)
-        ctx.layout, ctx.first_only, ctx.scale, ctx.drop = layout, first_only, scale, drop
+        ctx.layout = layout
+        ctx.first_only = first_only
+        ctx.scale = scale
+        ctx.drop = drop
         return out.index_select(0, q_rows.of_row).view(query.shape)
 
     @staticmethod
@@ -264,13 +279,15 @@ class GroupedAttention(torch.autograd.Function):
         for number, group in enumerate(layout.groups):
             q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
             g = _block(grad, q_rows, number)
+            # Padded query rows repeat a real token's gradient: left in, it would be counted once a cell.
             if group.padding is not None and not first_only:
                 g.view(len(group.sequences), heads, -1, dim).transpose(1, 2)[group.padding] = 0.0
             dp = torch.bmm(g, v.transpose(1, 2))
             dropped = probabilities
             if keep is not None:
                 kept = as_numbers(keep, q.dtype).mul_(1 / (1 - ctx.drop))
-                dropped, dp = probabilities * kept, dp.mul_(kept)
+                dropped = probabilities * kept
+                dp.mul_(kept)
             torch.bmm(dropped.transpose(1, 2), g, out=_part(dv, k_rows, number, k))
             ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype)
             _scaled_product(_part(dq, q_rows, number, q), ds, k, scale)
@@ -307,5 +324,6 @@ def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: 
     scores = _scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
     if group.padding is not None:
         by_sequence = scores.view(len(group.sequences), -1, *scores.shape[1:])
+        # In place: scores of `[sequences * heads, length, length]` are the largest tensor of a layer.
         by_sequence.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1)

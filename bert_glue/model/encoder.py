@@ -88,10 +88,10 @@ class PackedLayer(nn.Module):
         mask_id: int,
         cls_positions=None,
     ) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`, or `[sequences, hidden]` where `firsts` is given.
+        """`[tokens, hidden] -> [tokens, hidden]`, or `[sequences, hidden]` where `cls_positions` is given.
 
         Args:
-            firsts: positions of each sequence's first token, `[sequences]`, in the last layer.
+            cls_positions: of each sequence's first token, `[sequences]`, in the last layer; None in the others.
         """
         drop = self.shape.attention_dropout
         query, key, value = self._projections(x, cls_positions, dropout_masks, mask_id)
@@ -103,7 +103,9 @@ class PackedLayer(nn.Module):
     ) -> torch.Tensor:
         """`[rows, hidden]` twice -> `[rows, hidden]`; what `--torch_compile` compiles."""
         shape = self.shape
+        # No step here knows where sequences begin: all work row by row, so a compiled graph serves every packing.
         attended = self.attention_output(context, dropout_masks, mask_id)
+        # On a CPU dropout adds the residual in its own pass: a read and a write of `[rows, hidden]` less.
         x = self.attention_norm(dropout(attended, shape.hidden_dropout, dropout_masks, mask_id + 1, residual))
         inner = ACTIVATIONS[shape.activation](self.feed_forward(x, dropout_masks, mask_id + 1))
         outer = self.feed_forward_output(inner, dropout_masks, mask_id + 2)
@@ -111,9 +113,13 @@ class PackedLayer(nn.Module):
 
     def _projections(self, x, cls_positions, dropout_masks, mask_id) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, heads = self.shape.hidden, self.shape.heads
+        # One product of three times the width reads `x` once and not three times, and is one launch and not three.
+        # Query, key and value are views of its output.
         if cls_positions is None:
             return self.qkv(x, dropout_masks, mask_id + 3).view(len(x), 3, heads, -1).unbind(1)
-        # The site of the query's mask is one that the last layer, the only one here, leaves to the next.
+        # The head reads first tokens alone, so the last layer needs queries of those alone: of n tokens a sequence, 1/n
+        # of the query, output and feed-forward products is left. Keys and values are needed of all tokens.
+        # The query's mask id is the first of a next layer, which does not exist.
         query = self.qkv.rows(x[cls_positions], slice(0, hidden), dropout_masks, mask_id + 4)
         key_value = self.qkv.rows(x, slice(hidden, None), dropout_masks, mask_id + 3).view(len(x), 2, heads, -1)
         return query.view(len(cls_positions), heads, -1), *key_value.unbind(1)
@@ -161,15 +167,19 @@ class PackedClassifier(nn.Module):
         """
         shape = self.shape
         x = self._embed(input_ids[0], token_type_ids[0], position_ids[0], dropout_masks)
+        # Copied to the device once a batch, and without a wait; every layer reads the same tensor.
         all_cls_positions = layout.cu_seqlens(x.device)[:-1].long()
         for number in range(shape.layers):
             cls_positions = all_cls_positions if number == shape.layers - 1 else None
             layer = self.layers[0 if shape.shared_layers else number]
             mask_id = _MASKS_PER_LAYER * (number + 1)
+            # Keeps one `[tokens, hidden]` a layer instead of every intermediate result, for a second forward pass: a
+            # third more work. That pass draws the same dropout masks, since they follow from their ids.
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, layout, dropout_masks, mask_id, cls_positions, use_reentrant=False)
             else:
                 x = layer(x, layout, dropout_masks, mask_id, cls_positions)
+        # Filler that rounds up the token count is one more sequence at the end; it gets no logits.
         return self._head(x[: len(layout.lengths)], dropout_masks)
 
     def _embed(self, input_ids, token_type_ids, position_ids, dropout_masks) -> torch.Tensor:

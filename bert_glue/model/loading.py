@@ -102,7 +102,8 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     can_pack = why_not_packed(config) is None
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
-    notes, files = guessed_type(config_folder) + tokenizer.notes, weight_files(folder, args.allow_pickle_weights)
+    notes = guessed_type(config_folder) + tokenizer.notes
+    files = weight_files(folder, args.allow_pickle_weights)
     check_size(config, files, config_folder / "config.json")
     packed: PackedClassifier | None = None
     if can_pack:

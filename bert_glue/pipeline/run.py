@@ -136,7 +136,8 @@ def _steps(
     with phase("save"):
         if state is not None:
             _save_unfinished(state)
-    results |= compiled.summary(evaluator.collate.shapes, log) if compiled else {}
+    if compiled:
+        results |= compiled.summary(evaluator.collate.shapes, log)
     results["peak_memory_bytes"] = max(ranks.all_gather_object(ranks.device.peak_memory()))
     results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
     results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)

@@ -2,7 +2,7 @@
 
 `amp.initialize(model, optimizer, opt_level, loss_scale, combine_grad)`, then `with amp.scale_loss(loss,
 optimizer)` around each backward. Ascend's apex has `combine_grad` and fused optimizers, NVIDIA's had amp
-until 2025-05. The same interface as `Precision`; what is ours on top: gradients that are not finite under
+until 2025-05. The same interface as `NativePrecision`; what is ours on top: gradients that are not finite under
 a static scale end the run, masters and scale go into checkpoints.
 """
 
@@ -29,7 +29,7 @@ from bert_glue.precision.plan import (
 
 
 class ApexPrecision:
-    """A module under apex's amp: the interface of `Precision`.
+    """A module under apex's amp; a `TrainingPrecision`.
 
     Args:
         plan: its backend is apex.
@@ -125,13 +125,15 @@ class ApexPrecision:
             next(p.grad for p in self._parameters() if p.grad is not None).view(-1)[0] += 0.0 * loss.detach()
             if is_last and not alone:
                 self._sum_over_ranks()
-        self._overflowed |= self.scale < before
+        self._overflowed |= self.scale < before  # amp tells nobody that it skips a step; its scale shows it
 
     def _sum_over_ranks(self) -> None:
         gradients: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in self._parameters():
             if parameter.grad is not None:
                 gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        # apex keeps gradients where it likes: they are copied into one buffer a dtype and back, so that ranks pay the
+        # latency of one collective and not of one a parameter.
         for same in gradients.values():
             flat = torch.cat([gradient.flatten() for gradient in same])
             self.ranks.all_reduce([flat])
@@ -143,7 +145,7 @@ class ApexPrecision:
         return l2_norm([p.grad.float() for p in self.masters if p.grad is not None])
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
-        """Clip and update, unless amp skips for overflow; as `Precision.step`.
+        """Clip and update, unless amp skips for overflow; as `NativePrecision.step`.
 
         Raises:
             DivergedError: gradients are not finite under a static scale, or overflow persists.

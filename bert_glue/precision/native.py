@@ -55,11 +55,11 @@ class InferencePrecision:
         return _autocast(self.plan, self.device)
 
 
-class Precision:
+class NativePrecision:
     """A module's parameters at one O-level, its gradients, and the loss scale.
 
-    At O3 the masters are no more than room for the update, which is computed in fp32 and rounded: 16-bit
-    Adam moments underflow, and a weight would become infinite in the first step.
+    At O3 the masters only serve the update, which is computed in fp32 and rounded: 16-bit Adam moments underflow, and
+    a weight would become infinite in the first step.
 
     Args:
         plan: what to do.
@@ -115,10 +115,10 @@ class Precision:
             pieces = [(master, gradient)]
             if per_parameter:
                 pieces = list(zip(group.views(master).values(), group.views(gradient).values(), strict=True))
-            parameter_groups = [nn.Parameter(value) for value, _ in pieces]
-            for leaf, (_, grad) in zip(parameter_groups, pieces, strict=True):
-                leaf.grad = grad
-            found.append((parameter_groups, group.is_decayed))
+            parameters = [nn.Parameter(value) for value, _ in pieces]
+            for parameter, (_, grad) in zip(parameters, pieces, strict=True):
+                parameter.grad = grad
+            found.append((parameters, group.is_decayed))
         return found
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
@@ -156,7 +156,8 @@ class Precision:
         """
         if loss is not None:
             (loss * self._scale).backward()
-            # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+            # A loss that is not finite stops the update on all ranks; the gradients may be finite still. Written into
+            # a gradient it needs no collective and no wait of its own.
             self.groups[0].grad[0] += 0.0 * loss.detach()
             if self._adds_passes:
                 self._add_pass()
@@ -171,10 +172,14 @@ class Precision:
 
     def gather_gradients(self) -> torch.Tensor:
         """Bring gradients to where the optimizer looks; returns `norm`, their L2 norm without the scale, 0-d fp32."""
+        # At O2 and O3 the ranks added 16-bit gradients, half the bytes; the optimizer wants fp32. One launch a group, 6
+        # bytes a parameter.
         if not self._adds_passes:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
+        # Of scaled gradients, divided as one number: unscaling them all first would be another pass over memory. A NaN
+        # or Inf anywhere makes the norm one, so no pass looks for them.
         self.norm.copy_(l2_norm(self.gradients) / self._scale)
         if self._register is not None:  # the sum over ranks may have left the range where no rank alone did
             self.summed.overflow.add_(self._register.read())
@@ -220,10 +225,11 @@ class Precision:
         """
         if not self.is_dynamic:
             self.has_diverged.copy_(torch.maximum(self.has_diverged, self._is_bad))
+        # Unscaling and clipping are one division by one number of the device.
         divisor = self._scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, self.has_diverged
-        elif self.has_diverged.item():
+        elif self.has_diverged.item():  # the host waits here, once a step: only fused optimizers take `found_inf`
             return
         else:
             for gradient in self.gradients:
@@ -234,6 +240,7 @@ class Precision:
     @torch.no_grad()
     def _copy_masters(self) -> None:
         """Round masters into the model; at O3 nothing of them is kept that the model does not have."""
+        # One launch a group, 6 bytes a parameter; at O0 and O1 masters are the model's own memory and nothing moves.
         for group, master in zip(self.groups, self.masters, strict=True):
             if master is not group.data:
                 group.data.copy_(master)
@@ -246,7 +253,8 @@ class Precision:
             self.overflows_in_a_row = 0
             self.clean_steps += 1
             if self.clean_steps == _GROWTH_STEPS:
-                self.scale, self.clean_steps = min(self.scale * 2.0, _LARGEST_SCALE), 0
+                self.scale = min(self.scale * 2.0, _LARGEST_SCALE)
+                self.clean_steps = 0
             return False
         self.skipped_steps += 1
         self.overflows_in_a_row += 1

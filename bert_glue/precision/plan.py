@@ -71,7 +71,7 @@ class ModelPrecision(Protocol):
 
 
 class TrainingPrecision(ModelPrecision, Protocol):
-    """Parameters, gradients and the loss scale of a training run: `Precision` and `ApexPrecision`.
+    """Parameters, gradients and the loss scale of a training run: `NativePrecision` and `ApexPrecision`.
 
     One optimizer step is `zero_gradients`, `backward` for each pass, the all_reduce of `summed`, `gather_gradients`
     and `step`, in this order.
@@ -140,7 +140,8 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
         MachineError: the device cannot train so and `--fallback_precision` is none; or apex is asked
             for and cannot do it.
     """
-    level, fp32 = args.fp16_opt_level, torch.float32
+    level = args.fp16_opt_level
+    fp32 = torch.float32
     if not (args.fp16 or args.bf16):
         return PrecisionPlan("O0", fp32, 1.0)
     dtype = torch.float16 if args.fp16 else torch.bfloat16
@@ -154,11 +155,13 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
             f"--{short}: this device has no native support for it ({device.name}); "
             f"choose {other}, or --fallback_precision fp32"
         )
+    # Loaded here to be refused here, with the flag that asks for it, and not in the first step.
     if args.amp_backend == "apex":
         load_amp(args.use_combine_grad)
     backend = "apex" if args.amp_backend == "apex" else "native"
     if level == "O0":
         return PrecisionPlan("O0", fp32, 1.0, backend=backend)
+    # bf16 has the exponents of fp32: nothing underflows that a scale would save.
     return PrecisionPlan(level, dtype, 1.0 if args.bf16 else _scale(args), backend=backend)
 
 
@@ -178,6 +181,7 @@ def load_amp(needs_combine_grad: bool) -> ModuleType:
     Raises:
         MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad; with the fix.
     """
+    # Looked for before it is imported: an import of a broken apex and the absence of one need different advice.
     if find_spec("apex") is None:
         raise MachineError(f"--amp_backend apex: apex is not installed; install Ascend's apex, or {USE_NATIVE}")
     try:

@@ -67,8 +67,9 @@ def run(options: argparse.Namespace) -> int:
         per_device_eval_batch_size=options.per_device_eval_batch_size, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     folders = [model_folder(name, args) for name in options.model]
-    (task, settings), *others = (task_of_model(folder) for folder in folders)
-    for name, (other, _) in zip(options.model[1:], others, strict=True):
+    tasks = [task_of_model(folder) for folder in folders]
+    task, settings = tasks[0]
+    for name, (other, _) in zip(options.model[1:], tasks[1:], strict=True):
         if sorted(other.labels) != sorted(task.labels):
             answers = [", ".join(t.labels) or "a score" for t in (other, task)]
             raise UsageError(f"--model {name} answers {answers[0]}, --model {options.model[0]} {answers[1]}")
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     flags = ColumnFlags(tuple(options.text_column_names or ()), options.label_column_name)
     print(*first.notes, sep="\n", end="\n" if first.notes else "", file=log)
     alone = []
-    for name, (own_task, own) in zip(options.model, [(task, settings), *others], strict=True):
+    for name, (own_task, own) in zip(options.model, tasks, strict=True):
         length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
         columns, lines = columns_of(own_task, own, flags, first)
         print(*lines, sep="\n", end="\n" if lines else "", file=log)

@@ -230,7 +230,8 @@ def _is_own(folder: Path) -> bool:
 
 def _free_name(folder: Path, why: str) -> Path:
     """`checkpoint-5.kept-1` or the next that is free: a name no checkpoint has, so that nothing deletes it."""
-    return next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{why}-{n}")).exists())
+    names = (folder.with_name(f"{folder.name}.{why}-{n}") for n in count(1))
+    return next(path for path in names if not path.exists())
 
 
 def remove(folder: Path) -> None:

@@ -55,9 +55,10 @@ class Listed:
 
 def main(argv: list[str]) -> int:
     """Run a sweep; returns its exit code."""
-    own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    args = _parser().parse_args(own)
-    return exit_code_of(lambda: _sweep(args, tuple(extra)))
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = _parser().parse_args(argv[:end])
+    extra = tuple(argv[end + 1 :])
+    return exit_code_of(lambda: _sweep(args, extra))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,7 +185,8 @@ def _suite(args: argparse.Namespace, extra: tuple[str, ...]) -> Suite:
     if args.sample and args.data_path:
         raise UsageError("--sample and --data_path are two sources of data: give one")
     source = ["--sample"] if args.sample else []
-    source += [f"--data_path={args.data_path}"] if args.data_path else []
+    if args.data_path:
+        source.append(f"--data_path={args.data_path}")
     local = Path(__file__).resolve().parents[2] / "bert-large-cased"
     default = None if args.sample else str(local) if local.is_dir() else "google-bert/bert-large-cased"
     return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, args.recipe)

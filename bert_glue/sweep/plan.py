@@ -184,7 +184,8 @@ class Suite:
             raise UsageError(f"--{clash[0]} cannot go behind --: the sweep has it, or sets it itself")
         folder = self._folder(task, seed, chosen, trial)
         # --bf16 behind -- replaces the recipe's fp16.
-        given |= {"fp16"} if "bf16" in given else set()
+        if "bf16" in given:
+            given.add("fp16")
         flags = [*config, *(f"--{name}={value}" for name, value in recipe.items() if name not in given)]
         flags += [*self.source, f"--output_dir={folder}", *self.extra[len(config) :]]
         settings = {name: value for name, value in as_config(parse(flags)).items() if name not in _FREE}

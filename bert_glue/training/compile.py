@@ -98,7 +98,8 @@ def compile_model(
         reason = f"{type(error).__name__}: {first_line(error)[:300]}"
         raise MachineError(f"--torch_compile: {backend} cannot compile this model here ({reason})") from error
     set_random_tensors(state, evaluator.ranks.device)
-    compiled, seconds = Compiled(backend, graphs_made()), time.perf_counter() - began
+    compiled = Compiled(backend, graphs_made())
+    seconds = time.perf_counter() - began
     log.line(
         f"torch_compile: {backend} made {compiled.graphs} graph(s) in {seconds:.1f} s, which are in no rate; "
         "token counts are rounded up to buckets, 16 from one power of two to the next"

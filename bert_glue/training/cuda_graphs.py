@@ -21,7 +21,7 @@ from bert_glue.devices.device import Device
 from bert_glue.errors import MachineError
 from bert_glue.model.attention import cuda_kernel
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.precision.native import Precision
+from bert_glue.precision.native import NativePrecision
 from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.training.optim import runs_without_host
 
@@ -150,7 +150,7 @@ class RecordedStep:
         run_pass: Pass,
         *,
         longest: int,
-        precision: Precision,
+        precision: NativePrecision,
         optimizer: torch.optim.Optimizer,
         max_norm: float,
     ):
@@ -176,11 +176,11 @@ class RecordedStep:
         return work()
 
     def gather_gradients(self) -> torch.Tensor:
-        """As of `Precision`."""
+        """As of `NativePrecision`."""
         return self.after[0]() if self.after else self.precision.gather_gradients()
 
     def finish(self, norm: torch.Tensor) -> bool:
-        """As `Precision.step`."""
+        """As `NativePrecision.step`."""
         if self.after is None:
             return self.precision.step(self.optimizer, norm, self.max_norm)
         if self.precision.should_skip(norm):

@@ -43,7 +43,9 @@ class Objective:
     """
 
     def __init__(self, args: Arguments, task: GlueTask, module: nn.Module, rank: int):
-        self.args, self.task, self.module = args, task, module
+        self.args = args
+        self.task = task
+        self.module = module
         self.dropout_masks, self.second = DropoutMasks(args.seed, rank), DropoutMasks(args.seed, rank, branch=1)
         self.shift = EmbeddingShift(module, args.fgm_epsilon) if args.fgm_epsilon else None
 
@@ -68,6 +70,7 @@ class Objective:
             samples: of the optimizer step, on all ranks together.
             autocast: gives the context of a forward pass.
         """
+        # R-Drop's loss needs the logits of both passes: two graphs live at once, which takes twice the activations.
         with autocast():
             logits = self.module(**batch.inputs, dropout_masks=self.dropout_masks)
             again = self.module(**batch.inputs, dropout_masks=self.second) if self.args.rdrop_alpha else None
@@ -77,6 +80,7 @@ class Objective:
             shown = 0.5 * (loss + self._mean(again, batch, samples))
             loss = shown + self.args.rdrop_alpha * apart
         yield loss, shown.detach()
+        # The caller has run the first backward by now, whose gradient by the embeddings says where to move them.
         if self.shift is not None:
             with self.shift.against(batch), autocast():
                 logits = self.module(**batch.inputs, dropout_masks=self.second)

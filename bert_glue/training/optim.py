@@ -98,7 +98,7 @@ def build_optimizer(
     """The optimizer of `--optim`, or the nearest one that this machine has.
 
     Args:
-        leaves: (parameters, whether they are decayed) a group, as of `Precision.optimizer_groups`.
+        leaves: (parameters, whether they are decayed) a group, as of `NativePrecision.optimizer_groups`.
 
     Returns:
         The optimizer, and its name with the reason if it is not the one asked for.

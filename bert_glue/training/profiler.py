@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,13 @@ class StepTrace(NoTrace):
         self.first, self.last = read_steps(steps)
         if self.first > total or self.last <= done:
             raise UsageError(f"--profile_steps {steps}: this run goes from step {done + 1} to {total}")
-        self.device, self.meter, self.log, self.path = device, meter, log, path
-        self._profiler, self._mark, self._traced = None, None, []
+        self.device = device
+        self.meter = meter
+        self.log = log
+        self.path = path
+        self._profiler: Any = None
+        self._mark: Any = None
+        self._traced: list[int] = []
 
     def begin(self, step: int) -> None:
         """The optimizer step with this number begins."""

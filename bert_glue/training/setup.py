@@ -22,7 +22,7 @@ from bert_glue.evaluation.collapse import CollapseWatch, constant_loss
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
 from bert_glue.model.attention import PATHS_TAKEN
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.precision.native import InferencePrecision, Precision
+from bert_glue.precision.native import InferencePrecision, NativePrecision
 from bert_glue.precision.plan import ModelPrecision, PrecisionPlan, TrainingPrecision
 from bert_glue.storage import checkpoint
 from bert_glue.tasks import GlueTask
@@ -74,7 +74,7 @@ def make_precision(
     is_shared = getattr(getattr(module, "shape", None), "shared_layers", False)
     rates = rate_factors((name for name, _ in module.named_parameters()), args.layerwise_lr_decay, is_shared)
     passes = args.gradient_accumulation_steps * (2 if args.fgm_epsilon else 1)
-    return Precision(plan, module, passes, is_joint, rates)
+    return NativePrecision(plan, module, passes, is_joint, rates)
 
 
 def fine_tune(

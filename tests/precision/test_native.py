@@ -16,7 +16,7 @@ from bert_glue.devices import device
 from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.precision import flat_buffers, native
-from bert_glue.precision.native import Precision
+from bert_glue.precision.native import NativePrecision
 from bert_glue.precision.plan import PrecisionPlan, plan_precision
 from bert_glue.training import throughput
 from bert_glue.training.optim import build_optimizer, is_elementwise
@@ -42,7 +42,7 @@ def net(dtype=FP32) -> nn.Module:
 
 def build(plan: PrecisionPlan, optim: str = "adamw_torch_fused", rate: float = 0.01):
     module = net()
-    state = Precision(plan, module)
+    state = NativePrecision(plan, module)
     args = Arguments(optim=optim, learning_rate=rate)
     optimizer, _ = build_optimizer(args, state.optimizer_groups(not is_elementwise(optim)))
     return module, state, optimizer
@@ -111,7 +111,7 @@ def test_fallback_trains_fp32_and_says_so(without_fp16, tmp_path):
     assert losses(plain) == [e["loss"] for e in results_of(args, "trainer_state.json")["log_history"]]
 
 
-def set_gradients(state: Precision, value: float) -> torch.Tensor:
+def set_gradients(state: NativePrecision, value: float) -> torch.Tensor:
     for group in state.groups:
         group.grad.fill_(value)
     return state.gather_gradients()
@@ -287,7 +287,7 @@ class WithBatchNorm(nn.Module):
 class TestTable:
     def test_model_dtype(self, level, dtype):
         module = WithBatchNorm()
-        Precision(plan_of(level, dtype), module)
+        NativePrecision(plan_of(level, dtype), module)
         expected = dtype if level in ("O2", "O3") else FP32
         assert module.dense.weight.dtype == module.dense.bias.dtype == expected
         assert module.LayerNorm.weight.dtype == expected  # facts: LayerNorm goes fp16
@@ -295,7 +295,7 @@ class TestTable:
     def test_batch_norm(self, level, dtype):
         """fp32 at O2 alone of the converted ones, statistics too, and it trains."""
         module = WithBatchNorm()
-        state = Precision(plan_of(level, dtype), module)
+        state = NativePrecision(plan_of(level, dtype), module)
         expected = dtype if level == "O3" else FP32
         assert module.batch_norm.weight.dtype == module.batch_norm.running_mean.dtype == expected
         assert module.batch_norm.num_batches_tracked.dtype == torch.int64
@@ -311,7 +311,7 @@ class TestTable:
     def test_masters(self, level, dtype):
         """O2 keeps what rounding loses: many updates below the dtype's resolution add up, at O3 they vanish."""
         module = net()
-        state = Precision(plan_of(level, dtype), module)
+        state = NativePrecision(plan_of(level, dtype), module)
         optimizer, _ = build_optimizer(Arguments(learning_rate=1e-5), state.optimizer_groups(per_parameter=False))
         start = module[1].weight.detach().clone()
         assert torch.equal(start.float(), torch.ones(4))
@@ -330,7 +330,7 @@ class TestTable:
     def test_masters_start_exact(self, level, dtype):
         """From the weights as stored, though the model has them rounded."""
         exact = {name: p.detach().clone() for name, p in net().named_parameters()}
-        state = Precision(plan_of(level, dtype), net())
+        state = NativePrecision(plan_of(level, dtype), net())
         kept = {}
         for group, master in zip(state.groups, state.masters, strict=True):
             kept |= group.views(master)
@@ -352,7 +352,7 @@ class TestTable:
     def test_casts(self, level, dtype):
         """O1 alone casts around functions; what comes out feeds an fp32 loss at every level."""
         module = net()
-        state = Precision(plan_of(level, dtype), module)
+        state = NativePrecision(plan_of(level, dtype), module)
         low = module[0].weight.dtype
         with state.autocast():
             inner = module[0](torch.ones(2, 4, dtype=low))
@@ -365,7 +365,7 @@ class TestTable:
 
     def test_clip_acts_on_unscaled_fp32_gradients(self, level, dtype):
         """Scaled by 1024 a gradient of norm 0.9 is not clipped to 1; one of norm 30 is, to 0.5 %."""
-        state = Precision(plan_of(level, dtype, 1024.0), net())
+        state = NativePrecision(plan_of(level, dtype, 1024.0), net())
         count = sum(g.grad.numel() for g in state.groups)
         for norm, expected in ((0.9, 0.9), (30.0, 1.0)):
             for group in state.groups:
@@ -393,7 +393,7 @@ def test_o3_survives_what_16_bit_moments_do_not(optim):
 def test_passes_of_one_step_add_up_in_fp32():
     """512 passes of 1: bf16 stays at 256. The sum over ranks is of those fp32 sums then."""
     module = net()
-    state = Precision(PrecisionPlan("O2", BF16, 1.0), module, passes=512)
+    state = NativePrecision(PrecisionPlan("O2", BF16, 1.0), module, passes=512)
     state.zero_gradients()
     for _ in range(512):
         state.backward(module[2].bias.float().sum())
@@ -540,7 +540,7 @@ def test_a_norm_keeps_what_one_long_sum_loses():
 def test_norm_and_clip_of_many_elements(level, dtype):
     """12 M elements, of which `Tensor.norm` loses 4e-4; clip and logged norm are those of float64."""
     module = nn.Linear(4096, 3072, bias=False)
-    state = Precision(PrecisionPlan(level, dtype, 1.0), module)
+    state = NativePrecision(PrecisionPlan(level, dtype, 1.0), module)
     for group in state.groups:
         group.grad.copy_(torch.randn(group.grad.shape, generator=torch.Generator().manual_seed(3)))
     expected = exact_norm([group.grad for group in state.groups])

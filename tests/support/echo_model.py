@@ -9,7 +9,7 @@ from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.tokenization import TokenTable
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.evaluation.evaluator import Evaluator
-from bert_glue.precision.native import Precision
+from bert_glue.precision.native import NativePrecision
 from bert_glue.precision.plan import PrecisionPlan
 
 
@@ -37,7 +37,7 @@ def split_of(size: int) -> TokenSplit:
 def echo_evaluator(batch_size: int = 8) -> Evaluator:
     module = Echo()
     collate = Collator("packed", 16, 0, True, torch.device("cpu"))
-    precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), module)
+    precision = NativePrecision(PrecisionPlan("O0", torch.float32, 1.0), module)
     return Evaluator(module, collate, batch_size, DistributedContext(arguments_of_cpu()), precision)
 
 

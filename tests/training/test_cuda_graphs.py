@@ -92,7 +92,7 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
 def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
     """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
     monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
-    overflow = native.Precision.should_skip
+    overflow = native.NativePrecision.should_skip
 
     def should_skip(self, norm):
         seen.append(self.scale)
@@ -100,7 +100,7 @@ def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_
             self._is_bad.fill_(1.0)
         return overflow(self, norm)
 
-    monkeypatch.setattr(native.Precision, "should_skip", should_skip)
+    monkeypatch.setattr(native.NativePrecision, "should_skip", should_skip)
     # As fp16 has it, which few CPUs compute in.
     monkeypatch.setattr(tiny_run, "plan_precision", lambda *_: PrecisionPlan("O2", torch.bfloat16, None))
     found = []

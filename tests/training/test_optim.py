@@ -13,7 +13,7 @@ from torch import nn
 from bert_glue.config.arguments import Arguments
 from bert_glue.errors import MachineError
 from bert_glue.precision.flat_buffers import flatten
-from bert_glue.precision.native import Precision
+from bert_glue.precision.native import NativePrecision
 from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.training.optim import build_optimizer, is_elementwise, schedule
 
@@ -44,7 +44,7 @@ def batches():
 
 def ours(optim: str, max_norm: float) -> dict[str, torch.Tensor]:
     module = Net()
-    precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), module)
+    precision = NativePrecision(PrecisionPlan("O0", torch.float32, 1.0), module)
     args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY)
     optimizer, _ = build_optimizer(args, precision.optimizer_groups(not is_elementwise(optim)))
     for x, y in batches():
@@ -202,7 +202,7 @@ ON_A_BARE_CPU = {
 
 
 def built(optim: str, **changes):
-    precision = Precision(PrecisionPlan("O0", torch.float32, 1.0), Net())
+    precision = NativePrecision(PrecisionPlan("O0", torch.float32, 1.0), Net())
     args = Arguments(optim=optim, learning_rate=0.01, weight_decay=DECAY, **changes)
     return build_optimizer(args, precision.optimizer_groups(not is_elementwise(optim)))
 
@@ -273,7 +273,9 @@ def test_scale_and_clip_reach_every_optimizer(name, level, max_norm):
     """A scale of 2**20 around small gradients: the same masters as with no scale at all, to fp32 rounding."""
     results = []
     for scale in (1.0, 2.0**20):
-        precision = Precision(PrecisionPlan(level, torch.bfloat16 if level != "O0" else torch.float32, scale), Net())
+        precision = NativePrecision(
+            PrecisionPlan(level, torch.bfloat16 if level != "O0" else torch.float32, scale), Net()
+        )
         args = Arguments(optim=name, learning_rate=0.01, weight_decay=DECAY)
         optimizer, _ = build_optimizer(args, precision.optimizer_groups(not is_elementwise(name)))
         generator = torch.Generator().manual_seed(1)
