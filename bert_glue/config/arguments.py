@@ -75,7 +75,9 @@ class DataArguments:
         None, "columns with the texts of own data: one, or two for a pair; default: where it is certain", many=True
     )
     label_column_name: str | None = flag(None, "column with the labels of own data; default: label")
-    text_column_delimiter: str | None = flag(None, "joins all --text_column_names into one text; default: a pair stays")
+    text_column_delimiter: str | None = flag(
+        None, "joins all --text_column_names into one text; default: a pair stays", verbatim=True
+    )
     remove_columns: str | None = flag(None, "columns that are neither text nor label", many=True)
     do_regression: bool | None = flag(None, "labels of own data are scores; default: if one has a fraction")
     label_map: str | None = flag(None, "labels of own data and the classes they stand for: 0=neg,1=pos", many=True)

@@ -39,6 +39,11 @@ _MEANINGS = {
     "validation_file": "eval_file dev_file val_file valid_file eval_data dev_data val_data validation_data dev_set"
     " eval_data_file validation_path",
     "test_file": "test_data test_path test_csv test_set test_data_file predict_file prediction_file predict_data",
+    "text_column_names": "text_columns text_col text_cols text_field text_key sentence_column input_column",
+    "label_column_name": "label_col label_field label_key target target_column target_col",
+    "validation_split_percentage": "validation_split val_split dev_split valid_split eval_split_percentage val_ratio"
+    " validation_size val_size dev_size dev_ratio",
+    "label_map": "label2id id2label label_mapping",
     "max_seq_length": "max_len max_length max_seq_len seq_len seq_length sequence_length max_sequence_length max_tokens"
     " max_token_length model_max_length",
     "max_train_samples": "num_train_samples train_samples max_train_examples limit_train n_train",

@@ -23,13 +23,13 @@ class Layout:
     Args:
         name: as shown to the user.
         find: (task, root, split) -> its files or folders, in order; [] where there is none.
-        read: (task, split, path) -> its rows, in the task's own column names.
+        read: (task, split, path, drop_broken) -> its rows, in the task's own column names; see `read_table`.
         looks_like: what it expects, for the error where nothing was found.
     """
 
     name: str
     find: Callable[[GlueTask, Path, str], list[Path]]
-    read: Callable[[GlueTask, str, Path], Table]
+    read: Callable[[GlueTask, str, Path, bool], Table]
     looks_like: str
 
 
@@ -44,7 +44,7 @@ def _find_saved(task: GlueTask, root: Path, split: str) -> list[Path]:
     return [folder for folder in folders if (folder / "state.json").is_file()][:1]
 
 
-def _read_saved(task: GlueTask, split: str, path: Path) -> Table:
+def _read_saved(task: GlueTask, split: str, path: Path, drop_broken: bool) -> Table:
     from bert_glue.data.hub_datasets import load_saved
 
     return load_saved(path)
@@ -96,8 +96,8 @@ def _shards(folder: Path, name: str) -> list[Path]:
     return list(files)
 
 
-def _read_file(task: GlueTask, split: str, path: Path) -> Table:
-    return read_table(path)
+def _read_file(task: GlueTask, split: str, path: Path, drop_broken: bool) -> Table:
+    return read_table(path, drop_broken)
 
 
 def _is_glue_file(task: GlueTask, split: str, path: Path) -> bool:
@@ -119,25 +119,22 @@ def _find_glue(task: GlueTask, root: Path, split: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _read_glue(task: GlueTask, split: str, path: Path) -> Table:
+def _read_glue(task: GlueTask, split: str, path: Path, drop_broken: bool) -> Table:
     tsv = task.tsv[split]
     names = dict(zip(tsv.texts, task.columns, strict=True))
     if tsv.label is not None:
         names[tsv.label] = LABEL
     try:
-        table = read_tsv(path, header=tsv.has_header, only=_tsv_columns(tsv))
+        table = read_tsv(path, tsv.has_header, _tsv_columns(tsv), drop_broken)
     except BrokenRowsError as error:
-        raise DataError(f"{error}\n{_without_broken_rows(path, error.width)}") from None
+        raise DataError(f"{error}\n{path}: {_BROKEN_IN_GLUE}") from None
     return table.renamed(names)
 
 
-def _without_broken_rows(path: Path, width: int) -> str:
-    """How to leave out rows that are broken in GLUE's own archives, which the hub's copy does not have."""
-    return (
-        f"{path}: rows broken by a line end inside a text are known from GLUE's first archive of QQP; `datasets` and "
-        f"nyu-mll/glue leave them out, and so does awk -F'\\t' 'NF == {width}' {path} >NEW.tsv; or take GLUE's newer "
-        "archive (QQP-clean)"
-    )
+_BROKEN_IN_GLUE = (
+    "rows broken by a line end inside a text are known from GLUE's first archive of QQP; `datasets` and nyu-mll/glue "
+    "leave them out, and so does --drop_broken_rows, but for test data; or take GLUE's newer archive (QQP-clean)"
+)
 
 
 # In the order in which they are tried.
@@ -183,8 +180,13 @@ def detect(task: GlueTask, roots: list[Path]) -> tuple[Layout, Path] | None:
     return None
 
 
-def read_folder(task: GlueTask, layout: Layout, root: Path, splits: Iterable[str]) -> dict[str, Split]:
-    """Reads splits of a detected layout.
+def read_folder(
+    task: GlueTask, layout: Layout, root: Path, splits: Iterable[str], drop_broken: bool = False
+) -> tuple[dict[str, Split], list[str]]:
+    """Splits of a detected layout, and notes on rows that were left out.
+
+    Args:
+        drop_broken: see `read_table`; test data is never shortened, as its predictions are known by their number.
 
     Raises:
         DataError: a split is not there, or a file is broken.
@@ -195,12 +197,15 @@ def read_folder(task: GlueTask, layout: Layout, root: Path, splits: Iterable[str
         there = [split for split in task.splits if layout.find(task, root, split)]
         raise DataError(f"{root} ({layout.name}): no {', '.join(missing)}; splits there: {', '.join(there)}")
     labelled = {"train", *(split for split, _, _ in task.evaluation)}
-    return {
-        split: join_splits(
-            [make_split(task, split, layout.read(task, split, path), split in labelled) for path in paths]
-        )
+    tables = {
+        split: [layout.read(task, split, path, drop_broken and split in labelled) for path in paths]
         for split, paths in found.items()
     }
+    notes = [note for parts in tables.values() for table in parts for note in table.notes]
+    return {
+        split: join_splits([make_split(task, split, table, split in labelled) for table in parts])
+        for split, parts in tables.items()
+    }, notes
 
 
 def expected() -> str:

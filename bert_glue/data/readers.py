@@ -34,8 +34,11 @@ from bert_glue.errors import DataError
 from bert_glue.storage.files import is_lfs_pointer
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, drop_broken: bool = False) -> Table:
     """Reads a data file by its suffix; every value is a str in csv and tsv.
+
+    Args:
+        drop_broken: leave out rows of csv and tsv with too many or too few columns; a note of the table counts them.
 
     Raises:
         DataError: unknown suffix, unreadable, or broken anywhere; names file:line.
@@ -43,7 +46,7 @@ def read_table(path: Path) -> Table:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown kind of file; choices: {', '.join(_READERS)}")
-    return reader(path)
+    return reader(path, drop_broken=drop_broken) if reader in (read_csv, read_tsv) else reader(path)
 
 
 class BrokenRowsError(DataError):
@@ -58,11 +61,19 @@ class BrokenRowsError(DataError):
         self.width = width
 
 
-def _raise_ragged(problems: Problems, width: int) -> None:
+def _left_out(ragged: Problems, width: int, drop_broken: bool) -> tuple[str, ...]:
+    """A note on the broken rows that are left out.
+
+    Raises:
+        BrokenRowsError: there are some, and they are not to be left out.
+    """
+    if drop_broken and ragged.count:
+        return (f"{ragged.origin}: {ragged.count} broken rows are left out; the first is {ragged.lines[0]}",)
     try:
-        problems.raise_any()
+        ragged.raise_any()
     except DataError as error:
         raise BrokenRowsError(str(error), width) from None
+    return ()
 
 
 def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -> None:
@@ -76,7 +87,9 @@ def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -
         )
 
 
-def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None = None) -> Table:
+def read_tsv(
+    path: Path, header: bool = True, only: Collection[str | int] | None = None, drop_broken: bool = False
+) -> Table:
     """Reads tab-separated lines as GLUE has them: no quoting at all, a quote is a character.
 
     Lines end at LF or CRLF, never at other Unicode line separators, which occur inside texts. Texts
@@ -85,6 +98,7 @@ def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None
     Args:
         header: the first line has names; otherwise columns are 0-based positions.
         only: columns to keep (GLUE files carry parse trees of ten times the text); default: all.
+        drop_broken: see `read_table`.
 
     Raises:
         DataError: not a text file, a line with another number of columns, no rows, a doubled name.
@@ -99,17 +113,23 @@ def read_tsv(path: Path, header: bool = True, only: Collection[str | int] | None
         check_separated(str(path), first, "\t")
     if only is not None and not set(only) <= set(names):
         only = None  # a column is missing: the error that follows shall list those that are there
-    return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only)
+    return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only, drop_broken=drop_broken)
 
 
 def tsv_rows(
-    origin: str, names: Sequence, lines: list[str], first_line: int, only: Collection[str | int] | None = None
+    origin: str,
+    names: Sequence,
+    lines: list[str],
+    first_line: int,
+    only: Collection[str | int] | None = None,
+    drop_broken: bool = False,
 ) -> Table:
     """Lines of a tsv file, without their ends, as a table.
 
     Args:
         names: of all columns.
         first_line: number of the first of the lines.
+        drop_broken: see `read_table`.
 
     Raises:
         DataError: as `read_tsv`.
@@ -117,17 +137,18 @@ def tsv_rows(
     width = len(names)
     kept = [at for at, name in enumerate(names) if only is None or name in only]
     columns: list[list[str]] = [[] for _ in kept]
-    problems = Problems(origin)
+    places: list[int] = []
+    ragged = Problems(origin)
     for number, line in enumerate(lines, first_line):
         fields = line.split("\t")
         if len(fields) != width:
-            _add_ragged(problems, f"{origin}:{number}", fields, width)
+            _add_ragged(ragged, f"{origin}:{number}", fields, width)
             continue
+        places.append(number)
         for column, at in zip(columns, kept, strict=True):
             column.append(fields[at])
-    _raise_ragged(problems, width)
-    places = range(first_line, first_line + len(lines))
-    return build_table(origin, [names[at] for at in kept], columns, places)
+    notes = _left_out(ragged, width, drop_broken)
+    return replace(build_table(origin, [names[at] for at in kept], columns, places), notes=notes)
 
 
 def header_of(path: Path) -> list[str]:
@@ -167,8 +188,11 @@ def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterat
         problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {reason}")
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path, drop_broken: bool = False) -> Table:
     """Reads comma-separated rows with RFC 4180 quoting; the first row has the names.
+
+    Args:
+        drop_broken: see `read_table`.
 
     Raises:
         DataError: not a text file, broken quoting, a ragged row, no rows, a doubled name.
@@ -181,25 +205,37 @@ def read_csv(path: Path) -> Table:
     names = next(records, (1, []))[1]
     problems.raise_any()
     check_separated(str(path), names, ",")
-    return csv_rows(str(path), names, records, problems)
+    return csv_rows(str(path), names, records, problems, drop_broken)
 
 
-def csv_rows(origin: str, names: list[str], records: Iterable[tuple[int, list[str]]], problems: Problems) -> Table:
+def csv_rows(
+    origin: str,
+    names: list[str],
+    records: Iterable[tuple[int, list[str]]],
+    problems: Problems,
+    drop_broken: bool = False,
+) -> Table:
     """Records of a csv file as a table.
+
+    Args:
+        problems: what `csv_records` could not read.
+        drop_broken: see `read_table`.
 
     Raises:
         DataError: as `read_csv`.
     """
     rows: list[list[str]] = []
     places: list[int] = []
+    ragged = Problems(origin)
     for line, fields in records:
         if len(fields) != len(names):
-            _add_ragged(problems, f"{origin}:{line}", fields, len(names))
+            _add_ragged(ragged, f"{origin}:{line}", fields, len(names))
         else:
             rows.append(fields)
             places.append(line)
     problems.raise_any()
-    return build_table(origin, names, [list(column) for column in zip(*rows, strict=True)], places)
+    notes = _left_out(ragged, len(names), drop_broken)
+    return replace(build_table(origin, names, [list(c) for c in zip(*rows, strict=True)], places), notes=notes)
 
 
 def read_parquet(path: Path) -> Table:

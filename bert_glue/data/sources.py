@@ -174,14 +174,13 @@ def _from_folder(args: Arguments, task: GlueTask, needed: frozenset[str]) -> Tas
             f"looked for {data_folder.expected()}"
         )
     layout, root = found
-    splits = data_folder.read_folder(task, layout, root, _wanted(task, needed))
-    warnings = []
+    splits, warnings = data_folder.read_folder(task, layout, root, _wanted(task, needed), args.drop_broken_rows)
     for other, split, key in _also_predicted(task, needed):
         beside = data_folder.detect(other, _roots_of_also_predicted(task, other, folder))
         if beside is None:
             warnings.append(f"{other.name} is not predicted: {folder} has no folder {other.folder}")
         else:
-            splits[key] = data_folder.read_folder(other, *beside, (split,))[split]
+            splits[key] = data_folder.read_folder(other, *beside, (split,))[0][split]
     return TaskData(task, splits, f"{layout.name} {root}", warnings=tuple(warnings))
 
 
@@ -201,7 +200,8 @@ def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str], 
         if part not in paths:
             needs, flag = _NEEDED_BY[part]
             raise UsageError(f"{needs} needs {flag}")
-        return read_table(Path(paths[part]))
+        # Predictions are known by the number of their row, so that none of a test file is left out.
+        return read_table(Path(paths[part]), args.drop_broken_rows and part != "test")
 
     return _own(args, task, needed, finished, _Parts("own", set(paths), read, " ".join(map(str, paths.values()))))
 

@@ -182,3 +182,42 @@ def test_the_slow_tokenizer_is_refused_not_ignored():
     with pytest.raises(UsageError, match="use_fast_tokenizer False: transformers 5 has one tokenizer"):
         parse([*words.split(), "False"])
     assert parse([*words.split(), "True"]).use_fast_tokenizer
+
+
+# run_classification.py of transformers' text-classification example: its README's lines and every field of its classes.
+CLASSIFICATION = (
+    "--model_name_or_path google-bert/bert-base-uncased --dataset_name amazon_reviews_multi --dataset_config_name en "
+    "--shuffle_train_dataset --metric_name accuracy --text_column_name review_title,review_body,product_category "
+    "--text_column_delimiter \\n --label_column_name stars --do_train --do_eval --max_seq_length 512 "
+    "--per_device_train_batch_size 32 --learning_rate 2e-5 --num_train_epochs 1 --output_dir /tmp/reviews"
+)
+MULTI_LABEL = (
+    "--model_name_or_path google-bert/bert-base-uncased --dataset_name reuters21578 --dataset_config_name ModApte "
+    "--shuffle_train_dataset --remove_splits unused --metric_name f1 --text_column_name text "
+    "--label_column_name topics --do_train --do_eval --max_seq_length 512 --per_device_train_batch_size 32 "
+    "--learning_rate 2e-5 --num_train_epochs 15 --output_dir /tmp/reuters"
+)
+CLASSIFICATION_FIELDS = """
+dataset_name dataset_config_name do_regression text_column_names text_column_delimiter train_split_name
+validation_split_name test_split_name remove_splits remove_columns label_column_name max_seq_length overwrite_cache
+pad_to_max_length shuffle_train_dataset shuffle_seed max_train_samples max_eval_samples max_predict_samples metric_name
+train_file validation_file test_file
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "columns"),
+    [
+        (CLASSIFICATION, ("review_title,review_body,product_category", "stars")),
+        (MULTI_LABEL, ("text", "topics")),
+        (f"{MULTI_LABEL} --text_column_names body --train_split_name all --remove_columns date", ("body", "topics")),
+    ],
+)
+def test_the_lines_of_run_classification_are_accepted(line, columns):
+    args = parse(line.split())
+    assert (args.text_column_names, args.label_column_name) == columns and args.shuffle_train_dataset
+    assert any(notice.startswith("--metric_name has no effect: every metric") for notice in args.notices)
+
+
+def test_every_field_of_run_classification_has_an_answer():
+    assert [name for name in CLASSIFICATION_FIELDS.split() if answer(name) in ("none", "refused")] == []

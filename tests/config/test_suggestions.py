@@ -28,6 +28,8 @@ from bert_glue.errors import UsageError
         ("max_grad_norm", "clip grad_clip gradient_clip_val"),
         ("do_predict", "test predict do_test do_perdict"),
         ("overwrite_output_dir", "overwrite_output overwrite_output_dri"),
+        ("text_column_names", "text_col text_columns text_colum_names"),
+        ("validation_split_percentage", "val_split validation_split_percent"),
         ("help", "hlep"),
     ],
 )

@@ -63,3 +63,8 @@ def test_command_lines_and_files_with_placeholders(tmp_path, name, value, says):
             parse(argv)
         (problem,) = str(caught.value).splitlines()
         assert f"{name}: {says}" in problem
+
+
+def test_a_delimiter_is_taken_as_it_is():
+    line = "--model_name_or_path m --do_train --output_dir o --train_file a.csv --text_column_delimiter <sep>"
+    assert parse(line.split()).text_column_delimiter == "<sep>"

@@ -269,3 +269,25 @@ def test_the_command_that_mends_a_separator_does(tmp_path):
     command = refusal(read_table, path).split("commas: ")[1].removeprefix("python").replace("FILE", str(path))
     subprocess.run(f"{sys.executable}{command}", shell=True, check=True, cwd=tmp_path)
     assert read_table(tmp_path / "NEW.csv").columns == {"text": ['a; "b"', "c, d"], "label": ["1", "0"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "first"),
+    [
+        ("a.csv", "a,b\n1,2\n3\n4,5,6\n7,8\n", {"a": ["1", "7"], "b": ["2", "8"]}, "FILE:3: 1 columns"),
+        ("a.csv", 'a,b\n"x\ny",2\n\n7,8\n', {"a": ["x\ny", "7"], "b": ["2", "8"]}, "FILE:4: the line is empty"),
+        ("a.tsv", "a\tb\n1\t2\n3\n4\t5\n", {"a": ["1", "4"], "b": ["2", "5"]}, "FILE:3: 1 columns"),
+    ],
+)
+def test_broken_rows_are_left_out_when_asked_and_counted(tmp_path, name, content, columns, first):
+    path = write(tmp_path, name, content)
+    table = read_table(path, drop_broken=True)
+    assert table.columns == columns and table.where(1) == f"{path}:{content.count(chr(10))}"
+    assert f"left out; the first is {first}" in table.notes[0].replace(str(path), "FILE")
+    assert refusal(read_table, path).startswith(first)
+
+
+def test_broken_quoting_is_refused_all_the_same(tmp_path):
+    path = write(tmp_path, "a.csv", 'a,b\n1\n"x,2\n')
+    with pytest.raises(DataError, match="broken csv in the row that starts here"):
+        read_table(path, drop_broken=True)
