@@ -84,6 +84,9 @@ class DataArguments:
     drop_rows: str | None = flag(
         None, "rows of own data to leave out of training and evaluation: label=-,answer=reject; or nothing", many=True
     )
+    drop_broken_rows: bool = flag(
+        False, "leave out rows of csv and tsv with too many or too few columns; never of test data"
+    )
     validation_split_percentage: float | None = flag(
         None, "share of own training data held out for evaluation, of each class, by the seed of the order", "(0, 100)"
     )
