@@ -64,7 +64,17 @@ def test_the_speeds_in_the_readmes_are_those_of_the_reports():
 
 
 def test_the_docs_are_complete():
-    pages = {"scaling", "architecture", "results", "benchmarks", "reliability", "faq", "migration", "recipes"}
+    pages = {
+        "scaling",
+        "architecture",
+        "results",
+        "benchmarks",
+        "reliability",
+        "faq",
+        "migration",
+        "recipes",
+        "own-data",
+    }
     assert pages <= {page.stem for page in PAGES}
     faq = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").lower()
     for subject in ("eight devices", "libgomp", "wnli", "hf_hub_offline", "mirror", "modelscope"):
