@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from bert_glue.data.auto_tokenizer import library_errors, load_tokenizer
 from bert_glue.data.chunked_encoding import encode_in_python, encode_rows, flat_arrays
 from bert_glue.data.sources import Split
 from bert_glue.data.tables import pieces
-from bert_glue.data.tokenizer_loading import library_errors, load_tokenizer
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.storage.files import cache_folder, file_hash, json_object, write_json
 

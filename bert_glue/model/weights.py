@@ -1,4 +1,4 @@
-"""Weights between files and modules: safetensors in and out, no pickle unless a flag allows it."""
+"""Weights between files and modules: safetensors in and out, pickles by torch's restricted reader."""
 
 from __future__ import annotations
 
@@ -104,8 +104,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
                 tensors.update(_checked(torch.load(file, map_location="cpu", weights_only=True)))
         except Exception as error:
             raise MachineError(f"{file} cannot be read as weights: {first_line(error)}") from error
-    if tensors and all(name.startswith(_WRAPPED) for name in tensors):
-        tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
+    tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         # The extremes are NaN if any number is: one pass, no copy.
         if tensor.dtype in _CHECKED and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):

@@ -86,6 +86,8 @@ def run(options: argparse.Namespace) -> int:
         delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
         reads = replace(own_task, columns=columns, text_delimiter=delimiter)
         alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), reads))
+        for note in alone[-1].model.notes:
+            print(f"note: {note}", file=log)
     labeller = replace(alone[0], others=tuple(alone[1:]))
     output: ToFile | ToStandardOutput = (
         ToStandardOutput(output_kind, options.keep_formulas)

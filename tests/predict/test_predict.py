@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,16 @@ def test_a_model_without_classifier_is_refused(run, tmp_path, capsys):
     source = write_input(tmp_path / "in.csv", 3)
     assert label(model, source, tmp_path / "out.csv") == 4
     assert "has no classifier; fine-tune it first" in capsys.readouterr().err
+
+
+def test_what_a_folder_leaves_open_is_told(run, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert label(folder, write_input(tmp_path / "in.csv", 3), tmp_path / "out.csv") == 0
+    assert "note: config.json has no model_type" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
