@@ -24,7 +24,7 @@ from bert_glue.data.own.classes import (
     labelled_rows,
     translated,
 )
-from bert_glue.data.own.columns import ColumnFlags, choose_columns
+from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.tables import Problems, Table, pieces
 from bert_glue.errors import DataError
 from bert_glue.tasks import GlueTask, own_task
@@ -288,6 +288,7 @@ class OwnData:
         """
         table = self.read(part)
         self.notes += table.notes
+        check_quoting(table, task.columns)
         if not is_labelled:
             return make_split(task, name, table, False)
         table, notes = labelled_rows(table, task.label_column, self.labels)

@@ -9,7 +9,7 @@ import numpy as np
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
-from bert_glue.data.own.columns import ColumnFlags, choose_columns
+from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.splits import make_split
 from bert_glue.data.tables import Table
 from bert_glue.devices.distributed import DistributedContext
@@ -47,6 +47,7 @@ class Labeller:
             DataError: a text is missing or is no text (file:line).
             DivergedError: the model's outputs are not finite.
         """
+        check_quoting(table, self.task.columns)
         texts = table.renamed({name: name for name in self.task.columns})
         tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit)
         logits = self.evaluator.logits(TokenSplit("input", tokens, None))

@@ -11,7 +11,7 @@ import pytest
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.parser import parse
 from bert_glue.data.own.classes import ClassVocabulary, LabelFlags, classes_of, labelled_rows
-from bert_glue.data.own.columns import ColumnFlags, choose_columns
+from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.sources import load_task_data
 from bert_glue.data.splits import Split, parted
 from bert_glue.data.tables import Table
@@ -176,6 +176,15 @@ def test_held_out_rows_are_a_share_of_each_class():
     assert sorted(train + held_out) == list(range(20 * N)) and len(held_out) == 2 * N
     assert sum(split.labels[row] for row in held_out) == round(0.2 * N)
     assert parted(split, 10, seed=3) == (train, held_out) != parted(split, 10, seed=4)
+
+
+@pytest.mark.parametrize("text", ['"he said ""bad"""', '"""a"" is it"', '"a ""b"", c"'])
+def test_a_tsv_with_the_quoting_of_csv_is_refused(text):
+    quoted = Table("a.tsv", {"text": ['"plain" or not', '"whole"', text]}, range(2, 5))
+    with pytest.raises(DataError, match="a.tsv:4: column 'text' is quoted as in csv"):
+        check_quoting(quoted, ("text",))
+    check_quoting(Table("a.csv", quoted.columns, quoted.places), ("text",))
+    check_quoting(Table("a.tsv", {"text": ['"a" ""', '"a" and "b"', '""', "a"]}, range(2, 6)), ("text",))
 
 
 def test_three_texts_are_joined(tmp_path):

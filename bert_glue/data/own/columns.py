@@ -26,6 +26,7 @@ _LOOKED_AT = 1000  # rows that decide what a column holds
 _SHOWN_ROWS, _SHOWN_LETTERS = 3, 60
 # Scripts that put no spaces between words: four letters count as several words.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
+_QUOTED = re.compile(r'"[^"]*""(?:[^"]|"")*"')
 _NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?\s*%?\s*", re.IGNORECASE)
 
 
@@ -100,6 +101,23 @@ def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: t
         raise DataError(f"{table.origin}: column {label!r} is the label and a text; --label_column_name names another")
     left_out = {name: reason or "not named" for name, reason in why.items() if name not in texts}
     return Columns(texts, label, left_out)
+
+
+def check_quoting(table: Table, columns: tuple[str, ...]) -> None:
+    """Refuses a tsv file that was written with the quoting of csv, which would leave the quotes in its texts.
+
+    Raises:
+        DataError: a text stands in quotes and has its own quotes doubled; file:line.
+    """
+    if not table.origin.lower().endswith(".tsv"):
+        return
+    for name in columns:
+        for row, value in enumerate(table.columns.get(name, ())):
+            if isinstance(value, str) and _QUOTED.fullmatch(value):
+                raise DataError(
+                    f"{table.where(row)}: column {name!r} is quoted as in csv ({_cut(value)}), and a tsv file has no "
+                    "quoting: write it as csv or jsonl (pandas: to_csv without sep), or with quoting=csv.QUOTE_NONE"
+                )
 
 
 def _named(table: Table, name: str, flag: str) -> str:
