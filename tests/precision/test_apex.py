@@ -260,7 +260,8 @@ def test_evaluation_alone_and_after_training(amp, tmp_path, level):
 
 START = """
 import sys
-from bert_glue import device, throughput
+from bert_glue.devices import device
+from bert_glue.training import throughput
 device._cpu_flags = lambda: frozenset({"avx512_fp16"})
 throughput.gemm_rate = lambda *_: 1.0
 import run_glue
