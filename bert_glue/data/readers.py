@@ -30,7 +30,7 @@ from bert_glue.data.tables import (
     cr_note,
     read_text,
 )
-from bert_glue.errors import DataError
+from bert_glue.errors import DataError, first_line
 from bert_glue.storage.files import is_lfs_pointer
 
 
@@ -285,7 +285,7 @@ def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:
     built = build_table(origin, names, columns, range(first_row, first_row + table.num_rows), "row")
     try:
         return replace(built, class_names=_class_names(table.schema.metadata or {}))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{origin}: the class names in its metadata cannot be read: {error}") from None
 
 
@@ -295,6 +295,8 @@ def _arrow_values(column: Any, name: str, origin: str, first_row: int) -> list:
     except UnicodeDecodeError:
         row = next(at for at, value in enumerate(column, first_row) if not _is_readable(value))
         raise DataError(f"{origin} row {row}: column {name!r} is not UTF-8") from None
+    except (OverflowError, ValueError) as error:  # dates out of python's range, time zones that nobody knows
+        raise DataError(f"{origin}: column {name!r} cannot be read: {first_line(error)}") from None
 
 
 def _is_readable(value: Any) -> bool:

@@ -277,6 +277,9 @@ class OwnData:
         if len(texts) > 2 and delimiter is None:
             delimiter = " "
             self.notes.append(f"{len(texts)} text columns are joined by a space; --text_column_delimiter changes that")
+        broken = [label for label in classes if not _is_encodable(label)]
+        if broken:
+            raise DataError(f"the class name {broken[0]!r} has half a surrogate pair, which is no text")
         task = own_task(name, texts, classes)
         return replace(task, label_column=label or LABEL, text_delimiter=delimiter)
 
