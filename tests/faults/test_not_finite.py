@@ -91,9 +91,9 @@ def test_the_update_is_not_made_even_where_nobody_looks_for_long(tmp_path, monke
         passes[0] += 1
         return original(*parts) * (float("nan") if passes[0] == BAD_STEP else 1.0)
 
-    def keep(run) -> None:
+    def keep(run, *rest) -> None:
         held["run"] = run
-        train(run)
+        train(run, *rest)
 
     monkeypatch.setattr(losses, "sample_losses", poisoned)
     monkeypatch.setattr("bert_glue.training.setup.train", keep)
