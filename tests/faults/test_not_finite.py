@@ -99,7 +99,7 @@ def test_the_update_is_not_made_even_where_nobody_looks_for_long(tmp_path, monke
     monkeypatch.setattr("bert_glue.training.setup.train", keep)
     with pytest.raises(DivergedError):
         fit(changed(args, lr_scheduler_type="constant"))
-    for ours, theirs in zip(held["run"].precision.masters, good.precision.masters, strict=True):
+    for ours, theirs in zip(held["run"].learner.precision.masters, good.learner.precision.masters, strict=True):
         assert torch.equal(ours, theirs)
 
 
