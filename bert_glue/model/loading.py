@@ -36,9 +36,14 @@ def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
     """What a saved classifier was trained on, and what lies beside its weights (see `description`).
 
     Raises:
-        MachineError: it has no config.json, or what lies beside it is damaged.
+        MachineError: it has no config.json, what lies beside it is damaged, or it is a multi-label classifier.
     """
     config = read_config(folder)
+    if config.get("problem_type") == "multi_label_classification":  # softmax over its outputs would be a wrong answer
+        raise MachineError(
+            f"{folder / 'config.json'}: problem_type is multi_label_classification (several labels a row), "
+            "which is not supported; single_label_classification and regression are"
+        )
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     is_regression = config.get("problem_type") == "regression" or len(labels) == 1

@@ -20,7 +20,7 @@ from bert_glue.data.splits import Split
 from bert_glue.errors import MachineError
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.families import FAMILIES
-from bert_glue.model.loading import load_model, model_folder, read_config
+from bert_glue.model.loading import load_model, model_folder, read_config, task_of_model
 from bert_glue.tasks import get_task
 
 MRPC, MNLI, STSB = get_task("mrpc"), get_task("mnli"), get_task("stsb")
@@ -375,3 +375,10 @@ def test_a_fresh_head_is_the_same_packed_and_padded(bert):
         heads.append(tensors["classifier.weight"])
     assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
     assert heads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("labels", [2, 3, 28])
+def test_a_multi_label_classifier_is_refused_not_scored_by_softmax(tmp_path, labels):
+    write_model(tmp_path, labels=labels, problem_type="multi_label_classification")
+    with pytest.raises(MachineError, match="multi_label_classification"):
+        task_of_model(tmp_path)
