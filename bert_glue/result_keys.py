@@ -152,6 +152,11 @@ def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
+def _is_classes(value: Any) -> bool:
+    shares = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(figures, dict) and all(map(_is_figure, figures.values())) for figures in shares)
+
+
 def _is_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(bound, dict) for bound in value)
 
@@ -174,7 +179,7 @@ def wrong_value(results: Mapping[str, Any]) -> str:
         elif COLLAPSED in key or key.endswith(reason_key("")):
             is_right, kind = _is_text, "a text"
         elif key.startswith(evaluation_key(CLASSES)):
-            is_right, kind = _is_objects, "a list of classes"
+            is_right, kind = _is_classes, "figures by class"
         elif is_measured(key):
             is_right, kind = _is_figure, "a finite number"
         else:

@@ -51,3 +51,15 @@ def test_what_a_key_is_of() -> None:
     assert keys.is_loss("eval_loss_mm") and not keys.is_loss("eval_f1")
     assert keys.is_of_evaluation("eval_loss") and keys.is_of_training("train_loss")
     assert keys.is_measured("peak_memory_bytes") and not keys.is_measured("task_name")
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"no": {"precision": None, "recall": 0.0, "rows": 6}}, {"a": {}, "b": {"f1": 1}}]
+)
+def test_figures_by_class_are_read_as_they_are_written(value) -> None:
+    assert not keys.wrong_value({"eval_classes": value, "eval_classes_mm": value})
+
+
+@pytest.mark.parametrize("value", [[], "no", None, {"no": 0.5}, {"no": {"f1": "high"}}, {"no": {"f1": float("nan")}}])
+def test_figures_by_class_of_another_kind_are_named(value) -> None:
+    assert "eval_classes" in keys.wrong_value({"eval_classes": value})

@@ -7,7 +7,7 @@ ARG BASE
 FROM ${BASE}
 WORKDIR /opt/bert-glue
 COPY requirements.txt ./
-COPY requirements/ requirements/
+COPY requirements/npu.txt requirements/npu.txt
 RUN pip install --no-cache-dir -r requirements/npu.txt
 COPY pyproject.toml README.md LICENSE run_glue.py config.json bert_base_cased_config.json ./
 COPY bert_glue/ bert_glue/

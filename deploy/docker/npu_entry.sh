@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bert-glue with CANN's environment: what the launchers do on a machine, done in a container.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=test/env_npu.sh
 source "$ROOT/test/env_npu.sh"
 npu_environment

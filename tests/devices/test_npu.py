@@ -118,6 +118,7 @@ def test_the_recipe_equals_the_hosts(runs: dict[str, dict], folder: Path) -> Non
     assert losses(folder, "O0 fp32") == pytest.approx(losses(folder, "host"), abs=2e-5)
     npu, host = results(folder, "O0 fp32"), results(folder, "host")
     keys = [key for key in host if key.startswith("eval_") and "second" not in key and "runtime" not in key]
+    keys.remove("eval_classes")  # nested, and made of the same predictions as the macro means
     assert len(keys) > 2 and {key: npu[key] for key in keys} == pytest.approx(
         {key: host[key] for key in keys}, abs=1e-4
     )

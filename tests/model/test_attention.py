@@ -89,7 +89,7 @@ def test_equals_the_naive_loop(function, layout, first_only):
 
 @both_queries
 @every_layout
-@pytest.mark.parametrize("noise", [None, DropoutMasks(3)])
+@pytest.mark.parametrize("dropout_masks", [None, DropoutMasks(3)])
 def test_without_gradients_it_is_the_same_up_to_dropout(layout, first_only, dropout_masks):
     inputs, drop = _inputs(layout, first_only), 0.4
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_dropout_preserves_the_expectation():
     torch.testing.assert_close(mean, _naive(*inputs, one, False), atol=0.08, rtol=0)
 
 
-def test_padded_attention_drops_only_where_there_is_noise():
+def test_padded_attention_drops_only_where_there_are_masks():
     layout = PackedLayout((6, 5))
     inputs = [x.detach() for x in _inputs(layout, False)]
     plain = padded_attention(*inputs, layout, False, 0.0, None, SITE)
@@ -213,7 +213,7 @@ def test_npu_fusion_attention(fusion_calls, layout, first_only):
     assert len(fusion_calls) == 1 and fusion_calls[0]["keep_prob"] == 1.0
 
 
-def test_npu_fusion_attention_drops_with_noise(fusion_calls):
+def test_npu_fusion_attention_drops_with_masks(fusion_calls):
     layout = LAYOUTS["equal"]
     fusion_attention(*_inputs(layout, False), layout, False, 0.3, DropoutMasks(0), SITE)
     assert fusion_calls[0]["keep_prob"] == pytest.approx(0.7)

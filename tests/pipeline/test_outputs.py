@@ -335,16 +335,21 @@ def test_the_curves_are_those_of_the_report(own, monkeypatch):
 def test_a_run_ends_with_lines_for_a_person(own, sample):
     results = results_of(sample.args)
     lines = outputs.summary(results, Path("a folder"))
-    assert lines[0] == f"***** results ***** ({SAMPLE_LABEL})" and len(lines) <= 9
+    assert lines[0] == f"***** results ***** ({SAMPLE_LABEL})" and len(lines) <= 12
     assert lines[1].startswith(
         f"  score    Accuracy {100 * results['eval_accuracy']:.2f} on 20 rows of validation_matched, "
     )
-    assert lines[-2:] == [
+    assert lines[-4:] == [
         "  report   a folder/report.html",
         "  next     python -m bert_glue.predict --model 'a folder' --input FILE --output FILE",
+        f"  eval_accuracy_mm = {results['eval_accuracy_mm']:.4f}",
+        f"  eval_accuracy = {results['eval_accuracy']:.4f}",
     ]
+    # What a harness of ModelZoo does: grep "eval_accuracy" LOG | awk 'END{print $3}'
+    found = [line for line in sample.console.splitlines() if "eval_accuracy" in line]
+    assert found[-1].split()[2] == f"{results['eval_accuracy']:.4f}"
     assert all(line in sample.console for line in outputs.summary(results, sample.folder))
-    assert "eval_accuracy =" not in sample.console
+    assert "eval_loss =" not in sample.console
     assert f"  eval_accuracy = {results['eval_accuracy']}" in outputs.figures(results)
     assert not outputs.summary({"sample_data": False, "task_name": "rte", "e2e_runtime": 2.0}, Path("x"))[1:-2]
 
