@@ -20,15 +20,19 @@ def summary(file: Path) -> str:
 
 
 def tree() -> str:
-    """The tree as a fenced block, folders first."""
-    package, lines = ROOT / "bert_glue", ["```text", "bert_glue/"]
-    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
-        lines.append(f"  {folder.name}/")
-        files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
-        lines += [f"    {file.name:<20}{summary(file)}" for file in files]
-    files = sorted(file for file in package.glob("*.py") if file.name != "__init__.py")
-    lines += [f"  {file.name:<22}{summary(file)}" for file in files]
-    return "\n".join([*lines, "```", ""])
+    """The tree as a fenced block, folders before files."""
+    return "\n".join(["```text", *_lines(ROOT / "bert_glue", 0), "```", ""])
+
+
+def _lines(folder: Path, depth: int) -> list[str]:
+    """A package's name, its packages, then its modules with what they are for."""
+    lines = [f"{'  ' * depth}{folder.name}/"]
+    for package in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        lines += _lines(package, depth + 1)
+    for file in sorted(folder.glob("*.py")):
+        if file.name != "__init__.py":
+            lines.append(f"{'  ' * depth}  {file.name:<{24 - 2 * depth}}{summary(file)}")
+    return lines
 
 
 def page(text: str) -> str:
