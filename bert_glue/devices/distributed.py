@@ -86,13 +86,16 @@ class DistributedContext:
         if world > 1:
             self.rank, self.world_size = place.rank, world
             os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate asks for it
+            # Imported before the timer runs, which a slow disk would use up. The functions have the group that there is
+            # at their import as a default argument. Held by them, gloo's threads outlive `close`, and one that frees a
+            # tensor while the interpreter ends aborts the process [ran].
+            import accelerate.state  # noqa: F401
+            import torch.distributed.nn.functional  # noqa: F401
+
             with self._ends_in_time():
                 self._together("meeting them", self._meet, args)
 
     def _meet(self, args: Arguments) -> None:
-        # Its functions have the group that there is at their import as a default argument. Held by them, gloo's
-        # threads outlive `close`, and one that frees a tensor while the interpreter ends aborts the process [ran].
-        import torch.distributed.nn.functional  # noqa: F401
         from accelerate.state import PartialState
 
         PartialState(
