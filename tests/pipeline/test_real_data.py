@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_data import DATA, MODEL, ROOT
+from real_data import DATA, MODEL, NEEDS_REAL_DATA, ROOT
 
 from benchmarks import common, quality
+
+pytestmark = NEEDS_REAL_DATA
 
 # task -> metric; steps, rate and evaluated rows are those of benchmarks/quality.py, whose measured rows give the bound.
 TASKS = {

