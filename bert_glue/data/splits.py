@@ -89,18 +89,11 @@ def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Sp
 
 
 def join_splits(splits: list[Split]) -> Split:
-    """One split of several files, in the order given.
-
-    Raises:
-        DataError: some files are labelled and others are not.
-    """
+    """One split of several files, in the order given: all of them labelled, or none."""
     if len(splits) == 1:
         return splits[0]
-    unlabelled = [split.origin for split in splits if split.labels is None]
-    if unlabelled and len(unlabelled) < len(splits):
-        raise DataError(f"{unlabelled[0]}: has no labels, but other files of this split have")
     texts = tuple(list(chain(*columns)) for columns in zip(*(split.texts for split in splits), strict=True))
-    labels = None if unlabelled else list(chain(*(split.labels for split in splits)))
+    labels = None if splits[0].labels is None else list(chain(*(split.labels for split in splits)))
     return Split(splits[0].name, texts, labels, f"{splits[0].origin} and {len(splits) - 1} more")
 
 
