@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,37 @@ def read_run(path: str) -> dict[str, Any]:
     """
     try:
         record = json_object(Path(path))
-        arguments, changes = record["arguments"], record["changes"]
-        is_done = record["weights_sha256"] is not None or not arguments["do_train"]
-        needed = (
-            (arguments, "output_dir"),
-            (record, "working_directory"),
-            (record, "scores"),
-            (record["data"], "sha256"),
-        )
-        missing = [key for part, key in needed if key not in part]
-        if missing:
-            raise KeyError(missing[0])
+        arguments, data = _field(record, "arguments", dict), _field(record, "data", dict)
+        for part, name, kind in (
+            (record, "working_directory", str),
+            (record, "scores", dict),
+            (record, "weights_sha256", str | None),
+            (data, "sha256", dict),
+            (arguments, "output_dir", str),
+            (arguments, "do_train", bool),
+        ):
+            _field(part, name, kind)
+        changes = [str(change) for change in _field(record, "changes", list)]
+        for name in ("packages", "model_sha256"):  # an earlier version may have left them out
+            _field({name: {}, **record}, name, dict)
     except OSError as error:
         raise UsageError(f"--repeat {path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"--repeat {path}: not the run.json of a run: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"--repeat {path}: not the run.json of a run ({type(error).__name__}: {error})") from None
-    if not is_done:
+    if record["weights_sha256"] is None and arguments["do_train"]:
         raise UsageError(f"--repeat {path}: that run did not come to its end")
     if changes:
         raise UsageError(f"--repeat {path}: that run was resumed with other settings, {'; '.join(changes)}")
     return record
+
+
+def _field(part: dict[str, Any], name: str, kind: Any) -> Any:
+    """A field of somebody else's file; ValueError where it is missing or of another kind."""
+    if name not in part:
+        raise ValueError(f"it has no {name!r}")
+    if not isinstance(part[name], kind):
+        raise ValueError(f"its {name!r} is {str(part[name])[:40]!r}")
+    return part[name]
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +66,8 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
     for name, value in record["arguments"].items():
         if name in _NOT_REPEATED:
             continue
-        if has_moved and name in _PATHS and isinstance(value, str) and (started_in / value).exists():
+        # os.path: False, where pathlib raises, for a name that no file can have.
+        if has_moved and name in _PATHS and isinstance(value, str) and os.path.exists(started_in / value):
             value = str(started_in / value)
         settings[name] = f"{value}-repeat" if name == "output_dir" else value
     return settings

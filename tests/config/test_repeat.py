@@ -142,10 +142,11 @@ def test_a_sample_run_is_repeated_with_its_recipe(tmp_path, capsys):
 
 
 NOT_RECORDS = {
-    "{}": "KeyError",
+    "{}": "it has no 'arguments'",
     "[]": "it is not a JSON object",
     "{": "it is not JSON",
-    '{"arguments": {"do_train": true}}': "KeyError",
+    '{"arguments": {"do_train": true}}': "it has no 'data'",
+    '{"arguments": [], "data": {}}': "its 'arguments' is '\\[\\]'",
 }
 
 
@@ -168,3 +169,26 @@ def test_a_config_and_a_record_are_two_sets_of_settings(first, tmp_path):
         parse([str(tmp_path / "config.json"), "--repeat", str(record)])
     args = parse(["--repeat", str(record), "--seed", "9"])
     assert args.seed == 9 and args.max_steps == 3 and args.output_dir.endswith("out-repeat")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("changes", True), ("changes", "none"), ("working_directory", None), ("working_directory", 7), ("scores", []),
+     ("weights_sha256", 1), ("packages", None), ("model_sha256", "0"), ("data", {"sha256": None})],
+)  # fmt: skip
+def test_a_field_of_another_kind_is_named(tmp_path, name, value):
+    arguments = {"do_train": False, "output_dir": "out", "task_name": "mrpc"}
+    record = {"arguments": arguments, "working_directory": str(tmp_path), "scores": {}, "weights_sha256": None}
+    record |= {"data": {"sha256": {}}, "changes": [], name: value}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=f"not the run.json of a run: its '{'sha256' if name == 'data' else name}'"):
+        parse(["--repeat", str(tmp_path / "run.json")])
+
+
+@pytest.mark.parametrize("value", ["a" * 5000, "nul\0byte", "half \ud800"])
+def test_a_path_that_no_file_can_have_is_no_traceback(tmp_path, value):
+    arguments = {"do_train": False, "output_dir": "out", "task_name": "mrpc", "data_path": value}
+    record = {"arguments": arguments, "working_directory": str(tmp_path), "scores": {}, "weights_sha256": None}
+    (tmp_path / "run.json").write_text(json.dumps({**record, "data": {"sha256": {}}, "changes": []}))
+    with pytest.raises(UsageError):
+        parse(["--repeat", str(tmp_path / "run.json")])
