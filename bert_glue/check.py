@@ -227,6 +227,9 @@ def group_runs(folders: list[Path]) -> list[Group]:
     groups: dict[str, Group] = {}
     for folder in files:
         results = read_results(folder)
+        unnamed = [name for name in ("headline_metric", "device_name") if not isinstance(results.get(name), str)]
+        if unnamed:
+            raise MachineError(f"{folder}: all_results.json is not of a run of this program ({unnamed[0]!r})")
         try:
             setup = setup_of(results)
             setup |= {name: results.get(name) for name in DECIDES_SCORES if name not in setup}

@@ -168,3 +168,16 @@ def test_a_published_run_is_held_against_its_entry(tmp_path: Path) -> None:
     (group,) = group_runs([run_folder(tmp_path / "run", eval_f1=0.86)])
     rows = check(group, read_entries(FOLDER / "npu.json"))
     assert [(row.figure, row.verdict) for row in rows] == [("f1", Verdict.MISSED), ("samples/s", Verdict.OK)]
+
+
+@pytest.mark.parametrize("name", ["headline_metric", "device_name", "task_name", "device"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_results_without_a_name_are_one_line(tmp_path: Path, capsys, name: str, is_gone: bool) -> None:
+    folder = run_folder(tmp_path / "run")
+    results = json.loads((folder / "all_results.json").read_text()) | {name: None}
+    if is_gone:
+        del results[name]
+    (folder / "all_results.json").write_text(json.dumps(results))
+    code = main(["check", "--write", str(tmp_path / "b.json"), str(folder)])
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and (code == 4 and said.count("\n") == 1 if name != "task_name" else code in (0, 4))
