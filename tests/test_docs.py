@@ -51,7 +51,7 @@ def test_the_scores_in_the_readmes_are_those_of_the_rows():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert not [line for line in quality.table(rows).splitlines()[2:] if line not in text]
     count, higher, lower = quality.pairs(rows)
-    assert f"of {count} pairs ours is higher in {higher}, lower in {lower}" in (ROOT / "README.md").read_text()
+    assert f"of {count} pairs, ours is higher in {higher} and lower in {lower}" in (ROOT / "README.md").read_text()
 
 
 def test_the_speeds_in_the_readmes_are_those_of_the_reports():
