@@ -9,6 +9,7 @@ after a checkpoint was saved.
 import sys
 
 from bert_glue.errors import exit_code_of
+from bert_glue.launch.requirements import refuse_unusable
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
         args = main_parse(argv)
         if args is None:  # --help, --version or --print_config was answered
             return 0
+        refuse_unusable()
         from bert_glue.pipeline.run import run
 
         return run(args)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def main(argv: list[str]) -> int:
     path = Path(args.onnx or Path(args.run) / "model.onnx")
 
     def write() -> int:
+        refuse_unusable()
         print("\n".join(export(args.run, path, args.batch)))
         return 0
 

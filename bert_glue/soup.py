@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.errors import MachineError, UsageError, exit_code_of
+from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import RECORD_FILE, json_object, write_json
 
 # What of a config.json says nothing about the function.
@@ -142,6 +143,7 @@ def main(argv: list[str]) -> int:
         parser.error("give two runs or more")
 
     def answer() -> int:
+        refuse_unusable()
         average_runs(options.runs, options.output_dir)
         return 0
 

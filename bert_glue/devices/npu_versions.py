@@ -73,13 +73,29 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def torch_verdict(torch_npu: str, torch: str | None) -> str:
+    """Whether an installed torch is the one that torch_npu was built for."""
+    wanted = ".".join(_release(torch_npu)[:2])
+    if torch and _release(torch)[:2] == wanted.split("."):
+        return f"goes with torch {torch}"
+    return f"does not go with torch {torch or '(not installed)'}: it was built for torch {wanted}"
+
+
+def cann_verdict(torch_npu: str, cann: str | None) -> str:
+    """Whether a CANN is the one that torch_npu was tested with, as far as `PAIRS` knows."""
+    wanted = next((tested for versions, tested in PAIRS if torch_npu in versions.split(", ")), None)
+    if wanted is None:
+        return f"torch_npu {torch_npu} is not in our table: see TorchNPU's COMPATIBILITY.md"
+    if cann and cann.startswith(wanted):
+        return f"tested with torch_npu {torch_npu}"
+    return f"torch_npu {torch_npu} was tested with CANN {wanted}"
+
+
 def _release(version: str) -> list[str]:
     return re.findall(r"\d+", version.partition("+")[0].partition(".post")[0])
 
 
 def _cann() -> str:
-    pass
-
     home = os.environ.get("ASCEND_HOME_PATH")
     where = f"ASCEND_HOME_PATH={home}" if home else "ASCEND_HOME_PATH is not set: no set_env.sh was sourced"
     return f"CANN {cann_version() or 'not found'} ({where})"

@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, versions
+from bert_glue.devices.npu_versions import installed_version
+from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.launch.ranks import kill_group
 
@@ -55,7 +56,7 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
         time_limit: seconds the device may take.
 
     Returns:
-        versions, devices, auto, chosen, recipe, training, apex, hub, memory, disk, ports, problems
+        versions, stack, devices, auto, chosen, recipe, training, apex, hub, memory, disk, ports, problems
         (what, fix), can_train and exit_code. A part that could not be examined is None, with a problem.
     """
     problems: list[Problem] = []
@@ -71,6 +72,7 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
         "ports": _guarded("ports", problems, lambda: ports(problems)),
     }
     is_unknown = any(fact.get("exit_code") == UsageError.exit_code for fact in facts.get("chosen", []))
+    report["stack"] = stack(report["versions"]) if report["versions"] else []
     report["can_train"] = _can_train(report)
     report["exit_code"] = 0 if report["can_train"] else 2 if is_unknown else 4
     report["problems"] = [problem._asdict() for problem in dict.fromkeys(problems)]
@@ -89,7 +91,7 @@ def _guarded(name: str, problems: list[Problem], check: Callable[[], Any]) -> An
         return check()
     except Exception as error:
         what = f"{name}: {type(error).__name__}: {_first_line(str(error))}"
-        fix = "python -m pip install -r requirements.txt" if isinstance(error, ImportError) else "see the message"
+        fix = _reinstall() if isinstance(error, ImportError) else "see the message"
         problems.append(Problem(what, fix))
         return None
 
@@ -103,9 +105,15 @@ def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[st
     facts = _run_probe(requested, time_limit, problems)
     failed = facts.get("torch", [{}])[0].get("problem")
     if failed:
-        fix = f"{sys.executable} -m pip install -r requirements.txt"
-        problems.append(Problem(f"torch or a module beside it cannot be imported: {failed}", fix))
+        problems.append(Problem(f"torch or a module beside it cannot be imported: {failed}", _reinstall()))
     return facts
+
+
+def _reinstall() -> str:
+    """How to mend a package that is recorded as installed and cannot be imported. Another torch is never named."""
+    torch = installed_version("torch")
+    wanted = f"--force-reinstall --no-deps torch=={torch}" if torch else "-r requirements.txt"
+    return f"{sys.executable} -m pip install {wanted}"
 
 
 def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
@@ -191,7 +199,8 @@ def _row(name: str, text: str) -> str:
 
 def _versions(report: dict[str, Any]) -> list[str]:
     known = report["versions"] or {}
-    rows = [_row(name, version) for name, version in known.items() if version]
+    verdicts = {row["name"]: f" ({row['verdict']})" for row in report["stack"]}
+    rows = [_row(name, version + verdicts.get(name, "")) for name, version in known.items() if version]
     absent = [name for name, version in known.items() if not version]
     return rows + ([_row("not installed", ", ".join(absent))] if absent else [])
 

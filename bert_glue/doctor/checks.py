@@ -9,14 +9,15 @@ import os
 import platform
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_glue.config.arguments import without_login
-from bert_glue.devices.npu_versions import cann_version, installed_version
+from bert_glue.devices.npu_versions import cann_verdict, cann_version, installed_version, torch_verdict
+from bert_glue.errors import MachineError
+from bert_glue.launch import requirements
 from bert_glue.storage.files import cache_folder
 
 PACKAGES = (
@@ -43,18 +44,44 @@ def versions(problems: list[Problem]) -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version(), "CANN": cann_version()}
     for name in PACKAGES:
         found[name] = installed_version(name)
-    problems.extend(_requirements(found["torch_npu"] is not None))
+    problems.extend(_requirements())
     return found
 
 
-def _requirements(has_npu: bool) -> list[Problem]:
-    from bert_glue.doctor.requirements import lacking
-
-    pins = REPOSITORY / ("requirements/npu.txt" if has_npu else "requirements.txt")
+def _requirements() -> list[Problem]:
+    pins = REPOSITORY / "requirements.txt"
     if not pins.is_file():  # installed as a package, without the files
         return []
-    fix = f"{sys.executable} -m pip install -r {pins}"
-    return [Problem(f"python lacks {text}", fix) for text in lacking([pins])]
+    try:
+        fix = requirements.command([pins])
+    except MachineError as error:
+        fix = str(error)
+    untested = [
+        Problem(line, f"none is needed while it works; {requirements.SEE}") for line in requirements.stack_warnings()
+    ]
+    return [Problem(f"python lacks {found}", fix) for found in requirements.gaps([pins])] + untested
+
+
+def stack(found: dict[str, str | None]) -> list[dict[str, str]]:
+    """Whether the parts that have to go together do: name, version and verdict of each that is here.
+
+    Args:
+        found: as from `versions`.
+    """
+    ranges = {"python": requirements.PYTHON} | requirements.RANGES
+    rows = [
+        (
+            name,
+            version,
+            f"{'within' if requirements.is_tested(version, known) else 'outside'} the tested range, {known}",
+        )
+        for name, known in ranges.items()
+        if (version := found.get(name))
+    ]
+    if torch_npu := found["torch_npu"]:
+        rows += [("torch_npu", torch_npu, torch_verdict(torch_npu, found["torch"]))]
+        rows += [("CANN", found["CANN"] or "not found", cann_verdict(torch_npu, found["CANN"]))]
+    return [dict(zip(("name", "version", "verdict"), row, strict=True)) for row in rows]
 
 
 def memory(problems: list[Problem]) -> dict[str, int | None]:

@@ -111,7 +111,7 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            process_group=0,
+            start_new_session=True,  # a process group of its own; process_group=0 needs Python 3.11
             preexec_fn=signalled_with_parent(signal.SIGKILL),
         )
 

@@ -278,7 +278,7 @@ def _stock(
             output_loading_info=True,
             config=settings,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes or bool(earlier),
-            dtype=torch.float32,
+            **{"dtype" if hasattr(settings, "dtype") else "torch_dtype": torch.float32},  # renamed in transformers 4.56
             **({"trust_remote_code": True} if has_own_code else {"state_dict": tensors}),
         )
     except Exception as error:

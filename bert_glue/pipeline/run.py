@@ -25,6 +25,7 @@ from bert_glue.devices.rng import seed_generators
 from bert_glue.errors import DataError, ExpectationError, Failures, FollowUpError
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
 from bert_glue.hub import upload
+from bert_glue.launch.requirements import stack_warnings
 from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.description import describe, read_description
@@ -72,7 +73,7 @@ def run(args: Arguments) -> int:
             if ranks.is_first:
                 with files.plain_errors(lock.folder):
                     checkpoint.finish_interrupted(lock.folder)
-            for note in filter(None, (lock.note, *trackers.notes)):
+            for note in filter(None, (lock.note, *trackers.notes, *stack_warnings())):
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
             results = _steps(args, ranks, log, trackers, signals, failures=failures)

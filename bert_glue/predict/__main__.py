@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
 from bert_glue.errors import DataError, UsageError, exit_code_of
+from bert_glue.launch.requirements import refuse_unusable
 
 if TYPE_CHECKING:
     from bert_glue.config.arguments import Arguments
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: usage, data (file:line), machine, diverged or disk, each with its exit code.
     """
+    refuse_unusable()
     from bert_glue.config.arguments import Arguments
     from bert_glue.data.own.columns import ColumnFlags
     from bert_glue.model.loading import model_folder, task_of_model

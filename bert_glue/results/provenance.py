@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Distr
         args: as given, without what was made on the spot.
     """
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "bert_glue": __version__,
         "python": sys.version.split()[0],
         "packages": package_versions(),

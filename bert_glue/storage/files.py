@@ -25,6 +25,7 @@ RESULTS_FILE = "all_results.json"
 RECORD_FILE = "run.json"
 ANALYSIS_FILE = "analysis.json"
 STATE_FILE = "trainer_state.json"
+_HASHED_BYTES = 1 << 20  # read and hashed at a time
 
 
 def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str:
@@ -33,8 +34,11 @@ def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str
     Args:
         algorithm: of hashlib.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, header)).hexdigest()
+    digest = hashlib.new(algorithm, header)
+    with path.open("rb") as file:  # hashlib.file_digest needs Python 3.11
+        while block := file.read(_HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_equals_transformers(name, split, max_length, request):
 
 
 def test_a_bare_uncased_vocabulary(tmp_path):
-    from transformers import BertTokenizer
+    from transformers import BertTokenizerFast as BertTokenizer
 
     folder = _write_bert(tmp_path)
     theirs = BertTokenizer.from_pretrained(folder, do_lower_case=True)
@@ -101,7 +101,7 @@ def test_a_bare_uncased_vocabulary(tmp_path):
 
 
 def test_a_bare_cased_vocabulary_is_not_lower_cased(tmp_path):
-    from transformers import BertTokenizer
+    from transformers import BertTokenizerFast as BertTokenizer
 
     folder = _write_bert(tmp_path)
     with (folder / "vocab.txt").open("a", encoding="utf-8") as file:
@@ -182,7 +182,7 @@ def test_nothing_to_tokenize_with(tmp_path):
 
 def _with(folder: Path, settings: dict, **files: dict) -> Path:
     """A BERT folder with both vocab.txt and a tokenizer.json that lower-cases, `settings` and more JSON files."""
-    from transformers import BertTokenizer
+    from transformers import BertTokenizerFast as BertTokenizer
 
     _write_bert(folder)
     whole = BertTokenizer.from_pretrained(folder).backend_tokenizer

@@ -397,7 +397,7 @@ def python_for_tests(repo: Path, status_of_ruff: int = 0) -> tuple[dict[str, str
     script = [
         "#!/bin/bash",
         'case "$*" in',
-        '  *doctor.requirements* | "-m venv"*) ;;',
+        '  *launch.requirements* | "-m venv"*) ;;',
         f'  "-m tools.requirements_audit"*) echo "$*" >>"{calls}" ;;',
         f'  "-m ruff"*) echo "$*" >>"{calls}"; exit {status_of_ruff} ;;',
         f'  "-m pytest"*) echo "$*" >>"{calls}" ;;',

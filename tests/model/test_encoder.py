@@ -338,7 +338,7 @@ def test_minilm_equals_the_padded_run():
     folder = Path(package.__file__).parent / "model"
     config = AutoConfig.from_pretrained(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     torch.manual_seed(0)
-    stock = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    stock = AutoModelForSequenceClassification.from_pretrained(folder, config=config).float().eval()
     family = FAMILIES["bert"]
     module = PackedClassifier(family.shape(config.to_dict(), 2)).eval()
     fresh = load_packed(module, family, read_tensors(weight_files(folder, False)), resize_head=False)

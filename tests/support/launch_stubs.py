@@ -77,8 +77,11 @@ if rank in (None, "0"):
 # A python without the requirements. Everything but these two calls is the real one's business.
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
-  *doctor.requirements*) echo "torch, datasets"; exit "${FAKE_LACKS:-1}" ;;
+  *launch.requirements\ --command*) echo "pip install X"; exit ;;
+  *launch.requirements*) echo "torch, datasets"; exit "${FAKE_LACKS:-1}" ;;
+  *"sys.exit(sys.prefix == sys.base_prefix)"*) [[ -n ${FAKE_VIRTUAL:-} ]]; exit ;;
   *"-m venv --clear"*)
+    echo "$*" >>"${PIP_CALLS%pip_calls}venv_calls"
     rm -rf "${@: -1}"
     mkdir -p "${@: -1}/bin" && cp "$(dirname "$0")/venv_python" "${@: -1}/bin/python" && exit ;;
 esac
@@ -87,7 +90,8 @@ exec REAL "$@"
 FAKE_VENV_PYTHON = """#!/bin/bash
 venv=$(dirname "$0")/..
 case "$*" in
-  *doctor.requirements*) [[ -e $venv/installed ]] && exit; echo torch; exit 1 ;;
+  *launch.requirements\ --specs*) printf '%s\n' 'datasets>=3.0' torch==2.7.1; exit ;;
+  *launch.requirements*) [[ -e $venv/installed ]] && exit; echo torch; exit 1 ;;
   "-m pip --version" | "-m ensurepip") exit ;;
   *"-m pip install"*)
     echo "$*" >>"$PIP_CALLS"

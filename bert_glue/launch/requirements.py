@@ -1,0 +1,207 @@
+"""Which packages the python that runs this lacks, and which are outside the tested ranges; nothing is imported.
+
+    python -m bert_glue.launch.requirements requirements.txt           -> what is missing or cannot work
+    python -m bert_glue.launch.requirements --specs requirements.txt   -> what pip has to install, one a line
+    python -m bert_glue.launch.requirements --command requirements.txt -> the same as one command
+
+The first form exits with 0 (nothing), 1 (something) or 3 (something, and this python has torch: it must stay).
+
+`requirements.txt` is the set that the tests run with. Ascend images, conda environments and clusters bring a
+set of their own, and their torch belongs to their driver. So any version in `RANGES` is enough, one outside is
+used with a warning, and only a version that cannot work is refused. docs/stacks.md has what was measured.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bert_glue.devices.npu_versions import installed_version
+from bert_glue.errors import MachineError
+
+
+class Range(NamedTuple):
+    """The versions of one package that were tested, from `oldest` to `newest`, both included.
+
+    A newest of one number stands for the whole series: (5,) is every 5.x. `works_from` is the oldest version
+    that can work at all, None where none is known to fail, and `reason` says what older ones lack.
+    """
+
+    oldest: tuple[int, ...]
+    newest: tuple[int, ...]
+    works_from: tuple[int, ...] | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        series = ".x" if len(self.newest) == 1 else ""
+        return f"{_text(self.oldest)} to {_text(self.newest)}{series}"
+
+
+# pyproject.toml states the lower ends for pip; a test holds the two together.
+RANGES = {
+    "torch": Range((2, 6), (2, 14), (2, 4), "older ones lack torch.library.custom_op"),
+    "transformers": Range((4, 44), (5,)),
+    "datasets": Range((3, 0), (5,)),
+    "accelerate": Range((1, 0), (1,)),
+    "huggingface_hub": Range((0, 26), (1,)),
+}
+PYTHON = Range((3, 10), (3, 13), (3, 10), "its syntax is used")
+TESTED_SET_FROM = (3, 11)  # Python; requirements.txt has no versions for 3.10
+SEE = "docs/stacks.md lists what runs"
+# Built for one driver or for one torch: never exchanged by us.
+_KEPT = ("torch", "torch_npu")
+
+
+class Gap(NamedTuple):
+    """A package that is missing, or whose version cannot work."""
+
+    name: str
+    installed: str | None
+    needs: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.installed} (needs {self.needs})" if self.installed else self.name
+
+
+def pins(file: Path) -> Iterator[tuple[str, str]]:
+    """(name, version) of each `name==version` line; `-r other.txt` is followed, other lines are optional."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            yield from pins(file.parent / line[3:].strip())
+        elif match := re.match(r"([\w.-]+)==([\w.+]+)", line):
+            yield match[1], match[2]
+
+
+def gap(name: str) -> Gap | None:
+    """What is wrong with the installed version of a package; None if it can work."""
+    installed, known = installed_version(name), RANGES.get(name)
+    if installed is None:
+        return Gap(name, None, "")
+    if known and known.works_from and _numbers(installed)[:2] < known.works_from:
+        return Gap(name, installed, f"{_text(known.works_from)}: {known.reason}")
+    return None
+
+
+def gaps(files: list[Path]) -> list[Gap]:
+    """Every package of `files` that this python lacks or that cannot work, python itself included."""
+    found = [gap(name) for file in files for name, _ in pins(file)]
+    return [*filter(None, [_python_gap(), *found])]
+
+
+def _python_gap() -> Gap | None:
+    if sys.version_info[:2] >= PYTHON.works_from:
+        return None
+    return Gap("python", _text(sys.version_info[:2]), f"{_text(PYTHON.works_from)}: {PYTHON.reason}")
+
+
+def refuse_unusable() -> None:
+    """Called before anything heavy is imported: a package that is too old fails anywhere, with a traceback.
+
+    Raises:
+        MachineError: an installed version cannot work.
+    """
+    for found in filter(None, (_python_gap(), *map(gap, RANGES))):
+        if found.installed:
+            raise MachineError(
+                f"{found.name} {found.installed} cannot run this: it needs {found.needs}; see docs/stacks.md"
+            )
+
+
+def stack_warnings() -> list[str]:
+    """One line for each installed version outside its tested range. The run goes on."""
+    versions = {"python": _text(sys.version_info[:2])} | {name: installed_version(name) for name in RANGES}
+    ranges = {"python": PYTHON} | RANGES
+    return [
+        f"{name} {version} is outside the tested range, {ranges[name]}; the run goes on"
+        for name, version in versions.items()
+        if version and not is_tested(version, ranges[name])
+    ]
+
+
+def is_tested(version: str, known: Range) -> bool:
+    """Whether a version lies in the tested range."""
+    numbers = _numbers(version)
+    return known.oldest <= numbers[:2] and numbers[: len(known.newest)] <= known.newest
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def specs(files: list[Path]) -> list[str]:
+    """What pip has to install so that nothing is missing; [] if nothing is.
+
+    Only what is missing, in any version of its range. An installed torch is named with its version, so that pip
+    cannot exchange it for the one that a new package would like better.
+
+    Raises:
+        MachineError: the torch that is here is too old, and exchanging it is not ours to do.
+    """
+    missing = gaps(files)
+    kept = _kept()
+    for found in missing:
+        if found.name in kept or found.name == "python":
+            raise MachineError(f"{found}: use an environment with a newer one", SEE)
+    return [_spec(found.name) for found in missing] + [f"{name}=={kept[name]}" for name in kept if missing]
+
+
+def _kept() -> dict[str, str]:
+    """Versions of the installed packages that are never exchanged."""
+    return {name: version for name in _KEPT if (version := installed_version(name))}
+
+
+def _spec(name: str) -> str:
+    return f"{name}>={_text(RANGES[name].oldest)}" if name in RANGES else name
+
+
+def command(files: list[Path]) -> str:
+    """One command that installs what is missing, for a message: the tested set where there is no torch yet.
+
+    Raises:
+        MachineError: as `specs`.
+    """
+    wanted = specs(files)
+    if not _kept() and sys.version_info >= TESTED_SET_FROM:
+        wanted = [word for file in files for word in ("-r", str(file))]
+    return shlex.join([sys.executable, "-m", "pip", "install", *wanted])
+
+
+def main(argv: list[str]) -> int:
+    """Print what this python lacks, or what to install.
+
+    Args:
+        argv: `--specs` or `--command` or neither, and requirements files.
+
+    Returns:
+        0 if nothing is missing or the remedy was printed, 1 if something is missing, 3 if something is missing
+        beside a torch that must stay, 4 if there is no remedy.
+    """
+    files = [Path(name) for name in argv if not name.startswith("--")]
+    try:
+        if "--specs" in argv:
+            print(*specs(files), sep="\n")
+            return 0
+        if "--command" in argv:
+            print(command(files))
+            return 0
+    except MachineError as error:
+        print(error)
+        return error.exit_code
+    missing = gaps(files)
+    if not missing:
+        return 0
+    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    print(", ".join(map(str, missing[:4])) + more)
+    return 3 if _kept() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
