@@ -177,19 +177,19 @@ def page(found: dict) -> str:
     }
     one, _, two_ranks = middle.values()
     lines = [
-        f"| measured here, medians of {len(alone)} rounds | ms a step | against 1 rank, 1 thread |",
+        f"| measured here, medians of {len(alone)} rounds | ms per step | speed vs 1 rank, 1 thread |",
         "|---|---|---|",
         *(f"| {name} | {time:.0f} | {faster[name]:.2f}x |" for name, time in middle.items()),
         "",
-        f"All-reduce alone of the {found['gradient_bytes'] / 1e6:.0f} MB of gradients between the two ranks: "
-        f"{found['all_reduce_ms']:.0f} ms. The model gives half the step plus the all-reduce, "
-        f"{one / 2 + found['all_reduce_ms']:.0f} ms; measured {two_ranks:.0f} ms.",
+        f"The all_reduce of the {found['gradient_bytes'] / 1e6:.0f} MB of gradients between the two ranks takes "
+        f"{found['all_reduce_ms']:.0f} ms by itself. The model predicts half a step plus the all_reduce, "
+        f"{one / 2 + found['all_reduce_ms']:.0f} ms. We measured {two_ranks:.0f} ms.",
         "",
-        "| devices, predicted | samples/s | of linear |",
+        "| devices, predicted | samples/s | share of linear scaling |",
         "|---|---|---|",
         *(f"| {count} | {predicted(count)[0]:,.0f} | {predicted(count)[1]:.0%} |" for count in (8, 64, 512)),
         "",
-        "| task | rows x epochs | largest batch of a step | steps at 256 (8 devices) | devices of use at 32 each |",
+        "| task | rows x epochs | largest batch per step | steps at 256 (8 devices) | useful devices at 32 each |",
         "|---|---|---|---|---|",
     ]
     for name in TRAINABLE:

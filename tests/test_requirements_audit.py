@@ -25,8 +25,8 @@ BAD = {
     [
         ([SOUND, SOUND], 0, "audit: no known vulnerability in 2 packages"),
         ([SOUND, SKIPPED], 0, "audit: no known vulnerability in 1 packages; 1 could not be audited"),
-        ([SKIPPED, SKIPPED], 0, "audit: skipped, the service here knows none of the 2 packages"),
-        ([], 0, "audit: skipped, the service here knows none of the 0 packages"),
+        ([SKIPPED, SKIPPED], 0, "audit: skipped, because the service knows none of the 2 packages"),
+        ([], 0, "audit: skipped, because the service knows none of the 0 packages"),
         ([SOUND, BAD], 1, "audit: x 1.0: CVE-1, fixed in 1.1\naudit: x 1.0: CVE-2, fixed in none"),
     ],
 )
@@ -54,7 +54,7 @@ def test_no_network_is_said_and_fails_nothing(tmp_path):
     path = tool(tmp_path, "sys.exit('ConnectionError: failed to resolve the service')")
     assert audit(path, str(tmp_path)) == (
         0,
-        "audit: skipped, the service is not reachable: ConnectionError: failed to resolve the service",
+        "audit: skipped, because the service cannot be reached: ConnectionError: failed to resolve the service",
     )
 
 
@@ -67,6 +67,6 @@ def test_an_answer_that_is_none_is_no_all_clear(tmp_path, body):
 def test_without_the_tool_it_says_how_to_get_it(tmp_path):
     assert audit("", str(tmp_path)) == (
         0,
-        "audit: skipped, pip-audit is not installed (bash test/run_tests.sh --audit installs it)",
+        "audit: skipped, because pip-audit is not installed (bash test/run_tests.sh --audit installs it)",
     )
     assert audit(str(tmp_path / "absent"), str(tmp_path))[1].startswith("audit: skipped")

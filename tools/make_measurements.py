@@ -1,4 +1,4 @@
-"""Writes docs/results.md and docs/benchmarks.md from benchmarks/results/ and the task table; a test holds them to it.
+"""Writes docs/results.md and docs/benchmarks.md from benchmarks/results/ and the task table; a test checks both pages.
 
 python tools/make_measurements.py
 """
@@ -35,25 +35,25 @@ def results_page() -> str:
     pairs, higher, lower = quality.pairs(rows)
     return f"""# Results
 
-Made by `tools/make_measurements.py` from `benchmarks/results/quality.jsonl` and `bert_glue/tasks.py`.
+`tools/make_measurements.py` generates this page from `benchmarks/results/quality.jsonl` and `bert_glue/tasks.py`.
 
 ## Measured here
 
-MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU cores, fp32, batch 32, against the stock
-Hugging Face Trainer with dynamic padding, by `benchmarks/quality.py`; scores x100, mean and deviation over seeds.
-The two draw their batches and dropout apart, so a pair of one seed shares its name only and the interval is wide: of
-{pairs} pairs ours is higher in {higher}, lower in {lower}. bf16 O2 (on a CPU that multiplies bf16) sees the batches and
-masks of fp32. qnli and mnli: the first 1,000 dev rows.
+`benchmarks/quality.py` trained MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU cores in fp32
+with batch 32. It compares ours with the stock Hugging Face Trainer, which uses dynamic padding. Scores are x100, as mean
+and deviation over seeds. The two draw their batches and dropout independently, so a pair has only the seed's number in
+common, and the interval is wide: of {pairs} pairs, ours is higher in {higher} and lower in {lower}. bf16 O2 (on a CPU with
+bf16 products) uses the same batches and dropout masks as fp32. qnli and mnli use the first 1,000 dev rows.
 
 {quality.table(rows)}
 
-Given the same order of samples and no dropout the losses of both are equal step by step:
-`tests/training/test_stock_trainer.py`.
+With the same order of samples and no dropout, the losses of both are equal step by step
+(`tests/training/test_stock_trainer.py`).
 
 ## Published
 
-What others report and every run prints beside its own score; not reproduced here, as no machine for it was at hand.
-"Competitor A" is another vendor's accelerator. One seed each.
+These are scores that others report. Every run prints them beside its own score. We have not reproduced them, because we had
+no machine for it. "Competitor A" is another vendor's accelerator. Each score is from one seed.
 
 {_published()}
 """
@@ -74,43 +74,47 @@ def benchmarks_page() -> str:
             )
     return f"""# Benchmarks
 
-Made by `tools/make_measurements.py` from `benchmarks/results/`. Machines are noisy: a ratio is formed inside one
-round, in which all runs take their turn on the same rows, model, threads and precision; the median is shown.
+`tools/make_measurements.py` generates this page from `benchmarks/results/`. The speed of a shared machine varies, so each
+ratio is taken within one round, in which all runs take turns on the same rows, model, threads and precision. The tables
+show the median over rounds.
 
-`benchmarks/throughput.py` measures ours against the stock Hugging Face Trainer. HF default pads to 128 tokens, HF best
-pads to each batch's longest and keeps similar lengths together. Share of GEMM: operations on real tokens, in
-the rate of a plain matrix product on the same machine. Nothing was measured on an NPU or a GPU: none was at hand. On
-a GPU, flags after `--` go to ours: `-- --bf16 --fp16_opt_level O2 --cuda_graph`, and `--bf16` to the stock Trainer too.
+`benchmarks/throughput.py` compares ours with the stock Hugging Face Trainer. "HF default" pads to 128 tokens. "HF best" pads
+to the longest sequence of each batch and groups similar lengths. "Share of GEMM" is the rate of operations on real tokens,
+relative to the rate of a plain matrix product on the same machine. We had no NPU or GPU to measure on. On a GPU, flags
+after `--` go to ours, such as `-- --bf16 --fp16_opt_level O2 --cuda_graph`; `--bf16` goes to the stock Trainer too.
 
 {"".join(f"{part}" + chr(10) for part in parts).rstrip()}
 
 ## Where the speed comes from
 
-Padding first: at 128 tokens HF default computes 11 times what cola holds and 2.4 times what mrpc holds. Then
-products. A stock model multiplies by what torch calls, MKL, which on AMD processors leaves half of AVX-512 unused:
-110 GFLOP/s a core of this machine, whatever the shape. Ours calls oneDNN where a product is large enough: 170 to 240,
-which a plain product reaches there too, so that the share of GEMM is of the faster of both. One thread on mrpc-like
-batches, MiniLM: 1.80 times as fast as the version before with MKL's products; held to AVX2, where both libraries give
-about 110, 1.02 times. So on a CPU without AVX-512, or one that MKL serves in full, expect the ratios of that version,
-measured on an AVX2 machine: MiniLM 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default, evaluation of mrpc 2.75x.
+The first source is padding. At 128 tokens, HF default computes 11 times the real tokens of cola and 2.4 times those of mrpc.
 
-Of the aims one is missed, by a fifth of a point: 65 % of GEMM for the bert-base shape on mrpc; it is 64.8. Three
-quarters of its step are products, at 200 GFLOP/s of 240, since a weight gradient needs one factor transposed, a copy on
-one thread; 8 % are attention, 5 % GELU, 2 % AdamW. Evaluation attends to neighbours of equal length as they lie,
-without a copy (1.05x to 1.11x); 12 % of it are attention, 79 % products.
+The second source is the matrix product. A stock model uses the library that torch calls, MKL. On AMD processors MKL leaves
+half of AVX-512 unused and reaches 110 GFLOP/s per core on this machine, whatever the shape. Ours calls oneDNN if a product
+is large enough, and reaches 170 to 240 GFLOP/s. A plain product also reaches this with oneDNN, so the share of GEMM refers
+to the faster of the two libraries. With one thread on mrpc-like batches, MiniLM runs 1.80 times as fast as in the version
+before, which used MKL's products. Limited to AVX2, where both libraries reach about 110 GFLOP/s, it runs 1.02 times as
+fast. So on a CPU without AVX-512, or one that MKL uses fully, expect the ratios of that version. On an AVX2 machine they
+were 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default for MiniLM, and 2.75x for the evaluation of mrpc.
+
+One aim is missed by a fifth of a point: the bert-base shape on mrpc was to reach 65 % of GEMM and reaches 64.8 %. Products
+take three quarters of its step. They run at 200 of 240 GFLOP/s, because a weight gradient needs one factor transposed, which
+is a copy on one thread. Attention takes 8 %, GELU 5 % and AdamW 2 %. Evaluation computes attention over neighbouring
+sequences of equal length without a copy (1.05x to 1.11x). Attention takes 12 % of it and products take 79 %.
 
 ## LoRA and the frozen encoder
 
-One training step against one of all weights, fp32, dropout 0.1, packed, one thread (`benchmarks/adapters.py`).
+`benchmarks/adapters.py` compares one training step with a step that trains all weights: fp32, dropout 0.1, packed, one
+thread.
 
 {_adapters()}
 
-## Compiled, recorded, and attention kernels
+## Compiled steps, recorded steps, and attention kernels
 
-One training step in several ways, in turn, over the same batches (`benchmarks/steps.py`). On a CPU compiling gains
-nothing: products are most of the work, and it costs the filler of the buckets and a pass more over the gradients. On a
-GPU, where it and `--cuda_graph` belong, and where the script times each attention kernel too, nothing ran yet:
-`python benchmarks/steps.py --shape bert-base --bf16 --json out.json` is all it takes.
+`benchmarks/steps.py` runs one training step in several ways, in turn, over the same batches. On a CPU, compiling gains
+nothing: products are most of the work, and compiling adds the filler of the buckets and one more pass over the gradients.
+Compiling and `--cuda_graph` are meant for GPUs, where the script also times each attention kernel. Nothing has run on a GPU
+yet. To measure there, run `python benchmarks/steps.py --shape bert-base --bf16 --json out.json`.
 
 {_steps()}
 """
@@ -122,8 +126,8 @@ def _steps() -> str:
     lines = [
         f"{settings['model']}, fp32, {settings['batches']} batches of {settings['rows']} rows of "
         f"{settings['lengths'].replace(':', ' to ')} tokens, {settings['rounds']} rounds, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}.\n",
-        "| way | real tokens/s vs eager | by CPU seconds | filler | seconds before the first timed step |",
+        f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}, torch {machine['torch']}.\n",
+        "| step | real tokens/s vs eager | by CPU seconds | filler | seconds before the first timed step |",
         "|---|---|---|---|---|",
     ]
     for way, found in content["ways"].items():

@@ -1,4 +1,4 @@
-"""Writes docs/migration.md from the tables that answer old flags; a test holds the file to them.
+"""Writes docs/migration.md from the tables of old flags; a test checks that the page is up to date.
 
 python tools/make_migration.py
 """
@@ -10,27 +10,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Flags of the reference's launchers and script that are no flags of Hugging Face's, and what they are here.
+# Flags of the reference's launchers and script that Hugging Face does not have, and their equivalents here.
 REFERENCE = {
     "--device, --device_id": "`--device`: `0`, `npu`, `npu:3`, `cuda:1`, `cpu`, `auto`",
-    "--fp16_opt_level": "the same; O0 to O3 are done natively",
+    "--fp16_opt_level": "the same; O0 to O3 are implemented natively",
     "--loss_scale": "the same; also `dynamic`",
     "--use_combine_grad": "the same; gradients are always views of flat buffers here",
     "--skip_steps": "the same; the device is synchronised before the clock is read",
-    "--optim adamw_apex_fused_npu": "the same; where it is not there, the nearest is used and named in the log",
+    "--optim adamw_apex_fused_npu": "the same; if it is not available, the nearest optimizer is used and the log names it",
     "--distributed_process_group_timeout": "`--ddp_timeout`, seconds",
-    "--data_path": "the same, and it is read: any layout of README, “Where rows come from”",
+    "--data_path": "the same, and it is really read; README, “Where rows come from”, lists the layouts",
     "--half_precision_backend": "`--amp_backend`: `auto`, `native`, `apex`",
-    "--overwrite_output_dir": "accepted; the folder is never deleted, files are replaced one by one",
-    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the variables are read; the eight-device launchers set them",
-    "train_full_1p.sh --TASK= --train_epochs=": "the same; `--help` lists what else there is",
+    "--overwrite_output_dir": "accepted; the folder is never deleted, only single files are replaced",
+    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the environment variables are read; the eight-device launchers set them",
+    "train_full_1p.sh --TASK= --train_epochs=": "the same; `--help` lists the other flags",
 }
 START = """\
-# From the reference, or from Hugging Face's run_glue.py, to this
+# Migrating from the reference or from Hugging Face's run_glue.py
 
-Command lines of both run here unchanged. A renamed flag costs a one-line note, a flag without effect here is
-accepted with the reason, and one that would change what is computed is refused with the reason and exit
-code 2. This page is written by `python tools/make_migration.py` from the tables that the program uses.
+Command lines of both run here unchanged. A renamed flag causes a one-line note. A flag without effect here is accepted,
+and a note gives the reason. A flag that would change what is computed is refused with the reason and exit code 2.
+`python tools/make_migration.py` generates this page from the tables that the program uses.
 
 ## The reference: Ascend ModelZoo, "Bert_text_classification for PyTorch"
 

@@ -1,4 +1,4 @@
-"""Writes the tree of bert_glue/ into docs/architecture.md: one line a file, its docstring's first sentence.
+"""Writes the tree of bert_glue/ into docs/architecture.md: one line per file, from its docstring's first line.
 
 python tools/make_tree.py
 """
@@ -25,7 +25,7 @@ def tree() -> str:
 
 
 def _lines(folder: Path, depth: int) -> list[str]:
-    """A package's name, its packages, then its modules with what they are for."""
+    """A package's name, its packages, then its modules with their purposes."""
     lines = [f"{'  ' * depth}{folder.name}/"]
     for package in sorted(path.parent for path in folder.glob("*/__init__.py")):
         lines += _lines(package, depth + 1)
@@ -36,7 +36,7 @@ def _lines(folder: Path, depth: int) -> list[str]:
 
 
 def page(text: str) -> str:
-    """The page with its tree made anew."""
+    """The page with its tree replaced by a new one."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}{tree()}{END}{rest.split(END)[1]}"
 

@@ -1,7 +1,7 @@
-"""Keeps public_address_statement.md true to the tree: `python -m tools.public_addresses [--check]`.
+"""Keeps public_address_statement.md up to date: `python -m tools.public_addresses [--check]`.
 
-Run it in the root of a checkout. Rows are made from the files themselves; what an address is for is
-taken from the rows there were, so a new one needs its purpose written in by hand, once.
+Run it in the root of a checkout. The rows come from the files themselves. The purpose of an address comes from the
+existing rows, so you must write the purpose of a new address by hand, once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RULE = "|---|---|---|---|---|"
 _ADDRESS = re.compile(r"(?:https?|ftp|git|ssh)://[^\s\"'`<>|)\]}\\]+|[\w.+-]+@[\w-]+\.(?:com|org|net|io|cn)\b")
 # Loopback, names reserved by RFC 2606, and addresses filled in at run time.
 _NOT_PUBLIC = re.compile(r"//(localhost|127\.|0\.0\.0\.0|\[::1\]|[\w.-]*\.(example|invalid|test|local)\b|[{$%])")
-# Not searched: the statement, and the two files that hold the pattern and its trials.
+# Not searched: the statement, and the two files that hold the pattern and its tests.
 _NOT_SEARCHED = (STATEMENT, "tools/public_addresses.py", "tests/test_public_addresses.py")
 
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def tree(root: Path) -> list[Path]:
-    """Files that are or will be committed; without git, all but hidden folders and results."""
+    """Files that are or will be committed. Without git: all files except those of `.venv` and `output`."""
     if shutil.which("git") and (root / ".git").exists():
         command = ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard", "-z"]
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -63,7 +63,7 @@ def found(root: Path) -> set[tuple[str, str]]:
             try:
                 pairs |= {(name, address) for address in addresses_in(file.read_text(encoding="utf-8"))}
             except UnicodeDecodeError:
-                continue  # no text
+                continue  # not a text file
     return pairs
 
 
@@ -71,7 +71,7 @@ def rows_of(statement: str) -> list[Row]:
     """The table of a statement.
 
     Raises:
-        DataError: a row has not five columns.
+        DataError: a row does not have five columns.
     """
     rows = []
     for number, line in enumerate(statement.splitlines(), 1):
@@ -84,13 +84,13 @@ def rows_of(statement: str) -> list[Row]:
 
 
 def updated(rows: Iterable[Row], pairs: set[tuple[str, str]]) -> list[Row]:
-    """Rows for exactly `pairs`; a new one takes type, source and purpose from a row of its address or host.
+    """Rows for exactly `pairs`. A new row takes type, source and purpose from a row with the same address or host.
 
     Raises:
-        DataError: nothing is known of an address; the message has the row to complete.
+        DataError: no row has the address or its host; the message has the row to complete.
     """
     known = {(row.file, row.address): row for row in rows}
-    # Reversed: the first row counts where several have the address or host.
+    # Reversed, so that the first of several rows with one address or host counts.
     by_address = {row.address: row for row in reversed(known.values())}
     by_host = {urlsplit(row.address).netloc: row for row in reversed(known.values())}
     result, unknown = [], []
@@ -120,26 +120,26 @@ def _lines(statement: str, rows: Iterable[Row]) -> Iterator[str]:
 
 
 def refresh(root: Path, check: bool) -> list[str]:
-    """Brings the statement up to date, or only looks.
+    """Brings the statement up to date, or only checks it.
 
     Returns:
-        Lines on what was changed.
+        Lines about the changes.
 
     Raises:
-        DataError: `check` and it is not up to date; or an address whose purpose is not known.
+        DataError: `check` is set and the statement is not up to date, or the purpose of an address is not known.
     """
     path = root / STATEMENT
     try:
         statement = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; run this in the root of a checkout") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run this in the root of a checkout") from None
     before = rows_of(statement)
     after = updated(before, found(root))
     changes = [f"gone: {row.file} {row.address}" for row in before if row not in after]
     changes += [f"new: {row.file} {row.address}" for row in after if row not in before]
     text = with_rows(statement, after)
     if text != statement and check:
-        raise DataError("\n".join([*changes, f"{STATEMENT} is not up to date: python -m tools.public_addresses"]))
+        raise DataError("\n".join([*changes, f"{STATEMENT} is not up to date; run python -m tools.public_addresses"]))
     if text != statement:
         path.write_text(text, encoding="utf-8")
     return [*changes, f"{STATEMENT}: {len(after)} addresses"]
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
         prog="python -m tools.public_addresses", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 3 if something would change")
-    parser.add_argument("--root", type=Path, default=Path(), help="of the checkout; default: the current folder")
+    parser.add_argument("--root", type=Path, default=Path(), help="root of the checkout; default: the current folder")
     args = parser.parse_args(argv)
 
     def answer() -> int:

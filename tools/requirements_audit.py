@@ -1,9 +1,9 @@
-"""Known vulnerabilities of the installed packages, by pip-audit; the standard library is enough for this file.
+"""Reports known vulnerabilities of the installed packages, found by pip-audit. Needs only the standard library.
 
     python -m tools.requirements_audit <pip-audit> <site-packages>
 
-pip-audit ends with 0 and "no known vulnerabilities" also where the service knows none of the packages, as behind
-a proxy that answers 404. So its JSON is read, and what was not audited is never called sound.
+pip-audit also ends with 0 and "no known vulnerabilities" if the service knows none of the packages, for example behind
+a proxy that answers 404. So this script reads its JSON and never calls a package sound that was not audited.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SECONDS = 300
 
 
 def judge(report: dict) -> tuple[int, str]:
-    """Exit code and lines for one JSON report of pip-audit: 1 where a package has a known vulnerability."""
+    """Exit code and lines for one JSON report of pip-audit. The code is 1 if a package has a known vulnerability."""
     packages = report["dependencies"]
     audited = [package for package in packages if "vulns" in package]
     bad = [
@@ -29,7 +29,7 @@ def judge(report: dict) -> tuple[int, str]:
     if bad:
         return 1, "\n".join(f"audit: {line}" for line in bad)
     if not audited:
-        return 0, f"audit: skipped, the service here knows none of the {len(packages)} packages"
+        return 0, f"audit: skipped, because the service knows none of the {len(packages)} packages"
     rest = len(packages) - len(audited)
     more = f"; {rest} could not be audited" if rest else ""
     return 0, f"audit: no known vulnerability in {len(audited)} packages{more}"
@@ -40,13 +40,13 @@ def audit(tool: str, packages: str) -> tuple[int, str]:
 
     Args:
         tool: pip-audit's path; "" if it is not installed.
-        packages: folder that holds the installed packages.
+        packages: folder of the installed packages.
 
     Returns:
-        Exit code and lines; 0 and why where nothing could be audited.
+        Exit code and lines; 0 and the reason if nothing could be audited.
     """
     if not tool:
-        return 0, "audit: skipped, pip-audit is not installed (bash test/run_tests.sh --audit installs it)"
+        return 0, "audit: skipped, because pip-audit is not installed (bash test/run_tests.sh --audit installs it)"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "audit.json"
         command = [tool, "--path", packages, "--format", "json", "--output", str(output), "--progress-spinner", "off"]
@@ -57,7 +57,7 @@ def audit(tool: str, packages: str) -> tuple[int, str]:
             reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-    return 0, f"audit: skipped, the service is not reachable: {reason[:200]}"
+    return 0, f"audit: skipped, because the service cannot be reached: {reason[:200]}"
 
 
 if __name__ == "__main__":

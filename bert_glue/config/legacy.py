@@ -1,6 +1,6 @@
-"""Every flag of the reference and of Hugging Face 4.18 to 5.x that is not, or not so, a flag here.
+"""Flags of the reference and of Hugging Face 4.18 to 5.x that do not exist here, or have another meaning here.
 
-Each row answers: renamed (and how the value changes), accepted without effect, or refused with the reason.
+Each row is renamed (and says how the value changes), accepted without effect, or refused with a reason.
 Sources: the reference's run_glue.py, transformers' TrainingArguments of 4.18 and of each release with a
 new field up to 5.23, and the argument classes of its text-classification example.
 """
@@ -16,15 +16,15 @@ from bert_glue.errors import did_you_mean
 
 @dataclass(frozen=True)
 class Legacy:
-    """One answer.
+    """How one old flag is handled.
 
     Args:
-        reason: one line for the user; empty where the new name says all.
-        flag: the flag that takes the value now; None: no effect, or refused.
-        value: text of the old value -> text for `flag`, or None where it asks for nothing.
+        reason: one line for the user; empty if the new name says everything.
+        flag: the flag that takes the value now. None: the old flag has no effect or is refused.
+        value: converts the text of the old value to the text for `flag`, or to None if it requests nothing.
             Raises ValueError with the reason.
         refused: the run stops, unless the value switches the feature off.
-        most_words: values after the flag at most.
+        most_words: the largest number of values after the flag.
     """
 
     reason: str
@@ -35,19 +35,19 @@ class Legacy:
 
 
 def switches_off(text: str) -> bool:
-    """True if the value of a refused flag asks for what happens here anyway."""
+    """Whether the value of a refused flag requests what happens here anyway."""
     return text.lower() in ("", "-1", "0.0", *FALSE_WORDS, *NONE_WORDS)
 
 
 def _when_true(value: str) -> Callable[[str], str | None]:
-    """For an old switch that is one value of a newer flag."""
+    """Converter for an old switch that is one value of a newer flag."""
     return lambda text: value if read_bool(text) else None
 
 
 def _warmup_share(text: str) -> str | None:
     share = read_number(text)
     if not 0 <= share < 1:
-        raise ValueError(f"{text} is not a share of all steps; accepted: [0, 1)")
+        raise ValueError(f"{text} is not a fraction of all steps; accepted: [0, 1)")
     return text if share else None
 
 
@@ -59,7 +59,7 @@ def _amp_backend(text: str) -> str:
 
 
 def _token(text: str) -> str | None:
-    # In 4.x a bare --use_auth_token meant "the saved login", which is used here without being asked.
+    # In 4.x a bare --use_auth_token meant "the saved login", which is always used here.
     return None if text.lower() in ("true", *FALSE_WORDS, *NONE_WORDS) else text
 
 
@@ -88,20 +88,20 @@ _CHANGED = {
     "group_by_length": Legacy("", "train_sampling_strategy", _when_true("group_by_length")),
     "half_precision_backend": Legacy("", "amp_backend", _amp_backend),
     "use_auth_token": Legacy("the saved login is used anyway", "token", _token),
-    "warmup_ratio": Legacy("a value below 1 is a share of all steps", "warmup_steps", _warmup_share),
+    "warmup_ratio": Legacy("a value below 1 is a fraction of all steps", "warmup_steps", _warmup_share),
 }
 
 # Accepted without effect: reason -> flags. Nothing here may change what a run computes.
 _WITHOUT_EFFECT = {
-    "files are replaced one by one, the output folder is never deleted": "overwrite_output_dir",
+    "the output folder is never deleted, only single files are replaced": "overwrite_output_dir",
     "the environment variables RANK, LOCAL_RANK and WORLD_SIZE decide": "local_rank",
     "logs are written to --output_dir": "logging_dir",
-    "log lines come every --logging_steps": "logging_strategy",
+    "a log line is printed every --logging_steps": "logging_strategy",
     "NaN and infinity are never hidden": "logging_nan_inf_filter",
-    "rank 0 logs, other ranks warn": "log_on_each_node log_level_replica",
+    "rank 0 logs; other ranks print only warnings": "log_on_each_node log_level_replica",
     "real tokens are always counted": "include_num_input_tokens_seen include_tokens_per_second",
     "memory is always reported": "skip_memory_metrics",
-    "only for --report_to trackio, which uses its defaults": (
+    "it is only for --report_to trackio, which uses its defaults": (
         "project trackio_space_id trackio_bucket_id trackio_static_space_id"
     ),
     "batches are assembled in this process": (
@@ -110,57 +110,57 @@ _WITHOUT_EFFECT = {
     ),
     "every metric of the data is computed; --metric_for_best_model chooses one": "metric_name",
     "only the splits that a run needs are read": "remove_splits",
-    "columns follow from the task": "remove_unused_columns length_column_name label_names",
+    "the task determines the columns": "remove_unused_columns length_column_name label_names",
     "the tokenizer's own config decides": "do_lower_case",
-    "the loss is the mean over all samples of a step, whatever the ranks": "average_tokens_across_devices",
-    "gradients are reduced in one way here": (
+    "the loss is the mean over all samples of a step, for any number of ranks": "average_tokens_across_devices",
+    "there is only one way to reduce gradients here": (
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph"
     ),
     "recomputation has no variants here": "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
     "this model has fused layers of its own": "use_liger_kernel liger_kernel_config",
     "encoders have no generation cache": "use_cache",
-    "memory is reused, not returned, between steps": "torch_empty_cache_steps",
-    "evaluation is exact, in one pass, in the precision of training": (
+    "memory is reused between steps and not returned": "torch_empty_cache_steps",
+    "evaluation is exact and runs in one pass, in the precision of training": (
         "bf16_full_eval fp16_full_eval eval_accumulation_steps eval_do_concat_batches"
         " eval_use_gather_object batch_eval_metrics"
     ),
-    "metrics see predictions and labels": "include_inputs_for_metrics include_for_metrics",
-    "checkpoints are complete, safetensors, and written by rank 0": (
+    "metrics use predictions and labels": "include_inputs_for_metrics include_for_metrics",
+    "rank 0 writes complete checkpoints as safetensors": (
         "save_only_model save_safetensors save_on_each_node"
     ),
     "SIGTERM always saves a checkpoint first": "enable_jit_checkpoint",
     "resume continues exactly where the checkpoint was": ("ignore_data_skip restore_callback_states_from_checkpoint"),
-    "--push_to_hub sends once, at the end": "hub_always_push hub_strategy",
-    "only for Ray": "ray_scope",
+    "--push_to_hub uploads once, at the end": "hub_always_push hub_strategy",
+    "it is only for Ray": "ray_scope",
 }
 
-# Refused: reason -> flags. What they ask for would change the run and is not done here.
+# Refused: reason -> flags. These flags would change the run, and their features are not implemented here.
 _REFUSED = {
-    "sharded training is not offered: BERT fits one device": (
+    "sharded training is not supported, because BERT fits on one device": (
         "sharded_ddp deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"
         " parallelism_config"
     ),
     "accelerate is set up by this program": "accelerator_config split_batches",
     "TPUs are not supported": "tpu_num_cores tpu_metrics_debug",
-    "XPUs are not supported; see --ddp_backend": "xpu_backend",
-    "not for BERT encoders": "past_index",
+    "XPUs are not supported; use --ddp_backend": "xpu_backend",
+    "it does not apply to BERT encoders": "past_index",
     "SageMaker model parallelism is not supported": "mp_parameters",
     "there is one training loop": "use_legacy_prediction_loop",
-    "--push_to_hub sends to the main branch": "hub_revision",
-    "the owner stands before the name: --hub_model_id OWNER/NAME": "push_to_hub_organization",
-    "gone from PyTorch": "torchdynamo",
-    "not supported; see --device": "use_mps_device",
-    "gone from transformers; see --torch_compile": "use_ipex jit_mode_eval",
-    "noise on embeddings is not offered": "neftune_noise_alpha",
-    "only the schedules of --lr_scheduler_type, without options": "lr_scheduler_kwargs",
+    "--push_to_hub uploads to the main branch": "hub_revision",
+    "put the owner before the name: --hub_model_id OWNER/NAME": "push_to_hub_organization",
+    "it was removed from PyTorch": "torchdynamo",
+    "MPS is not supported; use --device": "use_mps_device",
+    "it was removed from transformers; use --torch_compile": "use_ipex jit_mode_eval",
+    "noise on embeddings is not supported": "neftune_noise_alpha",
+    "the schedules of --lr_scheduler_type have no options": "lr_scheduler_kwargs",
     "optimizers are set by --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay": "optim_args",
     "all parameters are trained": "optim_target_modules",
-    "a batch size that changes by itself changes the recipe; set it": "auto_find_batch_size",
+    "a batch size that changes by itself changes the recipe; set --per_device_train_batch_size": "auto_find_batch_size",
     "evaluation follows --eval_strategy from the start": "eval_delay",
-    "run once with --do_eval alone": "eval_on_start",
-    "evaluation always has metrics": "prediction_loss_only",
-    "NaN and overflow are watched in every run": "debug",
-    "some kernels have no deterministic form; --seed fixes the rest": "full_determinism",
+    "run once with --do_eval alone instead": "eval_on_start",
+    "evaluation always computes metrics": "prediction_loss_only",
+    "every run checks for NaN and overflow": "debug",
+    "some kernels have no deterministic form; --seed fixes everything else": "full_determinism",
 }
 
 _LISTS = ("label_names", "include_for_metrics")
@@ -168,7 +168,7 @@ _ANY_NUMBER = 1000
 
 
 def _rows(table: dict[str, str], refused: bool) -> dict[str, Legacy]:
-    # A refused flag takes all words that follow it: one problem is enough to say so.
+    # A refused flag takes all words that follow it, so that it causes only one error.
     return {
         name: Legacy(reason, refused=refused, most_words=_ANY_NUMBER if refused or name in _LISTS else 1)
         for reason, names in table.items()
@@ -183,7 +183,7 @@ LEGACY_FLAGS: dict[str, Legacy] = {
     **_rows(_REFUSED, refused=True),
 }
 
-# Values of today's flags that were spelt otherwise: (flag, old value) -> value.
+# Values of current flags that had another spelling: (flag, old value) -> value.
 LEGACY_VALUES: dict[tuple[str, str], str] = {
     ("log_level", "passive"): "info",
     ("log_level", "detail"): "debug",

@@ -165,7 +165,7 @@ def test_refusals_give_one_line_with_the_reason(words):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--warmup_ratio 1.5", "--warmup_ratio: 1.5 is not a share of all steps; accepted: [0, 1)"),
+        ("--warmup_ratio 1.5", "--warmup_ratio: 1.5 is not a fraction of all steps; accepted: [0, 1)"),
         ("--fp16_backend amq", "--fp16_backend: unknown value 'amq'. Did you mean amp?"),
         ("--evaluation_strategy", "--evaluation_strategy needs a value"),
         ("--evaluation_strategy often", "--evaluation_strategy: unknown value 'often'"),
