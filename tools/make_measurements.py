@@ -39,11 +39,12 @@ def results_page() -> str:
 
 ## Measured here
 
-`benchmarks/quality.py` trained MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU cores in fp32
-with batch 32. It compares ours with the stock Hugging Face Trainer, which uses dynamic padding. Scores are x100, as mean
-and deviation over seeds. The two draw their batches and dropout independently, so a pair has only the seed's number in
-common, and the interval is wide: of {pairs} pairs, ours is higher in {higher} and lower in {lower}. bf16 O2 (on a CPU with
-bf16 products) uses the same batches and dropout masks as fp32. qnli and mnli use the first 1,000 dev rows.
+`benchmarks/quality.py` trained MiniLM (6 layers, a pretrained BERT tuned for sentence similarity) on 2 CPU cores in
+fp32 with batch 32. It compares ours with the stock Hugging Face Trainer, which uses dynamic padding. Scores are x100,
+as mean and deviation over seeds. The two draw their batches and dropout independently, so a pair has only the seed's
+number in common, and the interval is wide: of {pairs} pairs, ours is higher in {higher} and lower in {lower}. bf16 O2
+(on a CPU with bf16 products) uses the same batches and dropout masks as fp32. qnli and mnli use the first 1,000 dev
+rows.
 
 {quality.table(rows)}
 
@@ -52,8 +53,8 @@ With the same order of samples and no dropout, the losses of both are equal step
 
 ## Published
 
-These are scores that others report. Every run prints them beside its own score. We have not reproduced them, because we had
-no machine for it. "Competitor A" is another vendor's accelerator. Each score is from one seed.
+These are scores that others report. Every run prints them beside its own score. We have not reproduced them, because
+we had no machine for it. "Competitor A" is another vendor's accelerator. Each score is from one seed.
 
 {_published()}
 """
@@ -74,33 +75,37 @@ def benchmarks_page() -> str:
             )
     return f"""# Benchmarks
 
-`tools/make_measurements.py` generates this page from `benchmarks/results/`. The speed of a shared machine varies, so each
-ratio is taken within one round, in which all runs take turns on the same rows, model, threads and precision. The tables
-show the median over rounds.
+`tools/make_measurements.py` generates this page from `benchmarks/results/`. The speed of a shared machine varies, so
+each ratio is taken within one round, in which all runs take turns on the same rows, model, threads and precision. The
+tables show the median over rounds.
 
-`benchmarks/throughput.py` compares ours with the stock Hugging Face Trainer. "HF default" pads to 128 tokens. "HF best" pads
-to the longest sequence of each batch and groups similar lengths. "Share of GEMM" is the rate of operations on real tokens,
-relative to the rate of a plain matrix product on the same machine. We had no NPU or GPU to measure on. On a GPU, flags
-after `--` go to ours, such as `-- --bf16 --fp16_opt_level O2 --cuda_graph`; `--bf16` goes to the stock Trainer too.
+`benchmarks/throughput.py` compares ours with the stock Hugging Face Trainer. "HF default" pads to 128 tokens. "HF
+best" pads to the longest sequence of each batch and groups similar lengths. "Share of GEMM" is the rate of operations
+on real tokens, relative to the rate of a plain matrix product on the same machine. We had no NPU or GPU to measure
+on. On a GPU, flags after `--` go to ours, such as `-- --bf16 --fp16_opt_level O2 --cuda_graph`; `--bf16` goes to the
+stock Trainer too.
 
 {"".join(f"{part}" + chr(10) for part in parts).rstrip()}
 
 ## Where the speed comes from
 
-The first source is padding. At 128 tokens, HF default computes 11 times the real tokens of cola and 2.4 times those of mrpc.
+The first source is padding. At 128 tokens, HF default computes 11 times the real tokens of cola and 2.4 times those
+of mrpc.
 
-The second source is the matrix product. A stock model uses the library that torch calls, MKL. On AMD processors MKL leaves
-half of AVX-512 unused and reaches 110 GFLOP/s per core on this machine, whatever the shape. Ours calls oneDNN if a product
-is large enough, and reaches 170 to 240 GFLOP/s. A plain product also reaches this with oneDNN, so the share of GEMM refers
-to the faster of the two libraries. With one thread on mrpc-like batches, MiniLM runs 1.80 times as fast as in the version
-before, which used MKL's products. Limited to AVX2, where both libraries reach about 110 GFLOP/s, it runs 1.02 times as
-fast. So on a CPU without AVX-512, or one that MKL uses fully, expect the ratios of that version. On an AVX2 machine they
-were 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default for MiniLM, and 2.75x for the evaluation of mrpc.
+The second source is the matrix product. A stock model uses the library that torch calls, MKL. On AMD processors MKL
+leaves half of AVX-512 unused and reaches 110 GFLOP/s per core on this machine, whatever the shape. Ours calls oneDNN
+if a product is large enough, and reaches 170 to 240 GFLOP/s. A plain product also reaches this with oneDNN, so the
+share of GEMM refers to the faster of the two libraries. With one thread on mrpc-like batches, MiniLM runs 1.80 times
+as fast as in the version before, which used MKL's products. Limited to AVX2, where both libraries reach about 110
+GFLOP/s, it runs 1.02 times as fast. So on a CPU without AVX-512, or one that MKL uses fully, expect the ratios of
+that version. On an AVX2 machine they were 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default for MiniLM, and 2.75x for the
+evaluation of mrpc.
 
-One aim is missed by a fifth of a point: the bert-base shape on mrpc was to reach 65 % of GEMM and reaches 64.8 %. Products
-take three quarters of its step. They run at 200 of 240 GFLOP/s, because a weight gradient needs one factor transposed, which
-is a copy on one thread. Attention takes 8 %, GELU 5 % and AdamW 2 %. Evaluation computes attention over neighbouring
-sequences of equal length without a copy (1.05x to 1.11x). Attention takes 12 % of it and products take 79 %.
+One aim is missed by a fifth of a point: the bert-base shape on mrpc was to reach 65 % of GEMM and reaches 64.8 %.
+Products take three quarters of its step. They run at 200 of 240 GFLOP/s, because a weight gradient needs one factor
+transposed, which is a copy on one thread. Attention takes 8 %, GELU 5 % and AdamW 2 %. Evaluation computes attention
+over neighbouring sequences of equal length without a copy (1.05x to 1.11x). Attention takes 12 % of it and products
+take 79 %.
 
 ## LoRA and the frozen encoder
 
@@ -111,10 +116,10 @@ thread.
 
 ## Compiled steps, recorded steps, and attention kernels
 
-`benchmarks/steps.py` runs one training step in several ways, in turn, over the same batches. On a CPU, compiling gains
-nothing: products are most of the work, and compiling adds the filler of the buckets and one more pass over the gradients.
-Compiling and `--cuda_graph` are meant for GPUs, where the script also times each attention kernel. Nothing has run on a GPU
-yet. To measure there, run `python benchmarks/steps.py --shape bert-base --bf16 --json out.json`.
+`benchmarks/steps.py` runs one training step in several ways, in turn, over the same batches. On a CPU, compiling
+gains nothing: products are most of the work, and compiling adds the filler of the buckets and one more pass over the
+gradients. Compiling and `--cuda_graph` are meant for GPUs, where the script also times each attention kernel. Nothing
+has run on a GPU yet. To measure there, run `python benchmarks/steps.py --shape bert-base --bf16 --json out.json`.
 
 {_steps()}
 """

@@ -125,9 +125,7 @@ _WITHOUT_EFFECT = {
         " eval_use_gather_object batch_eval_metrics"
     ),
     "metrics use predictions and labels": "include_inputs_for_metrics include_for_metrics",
-    "rank 0 writes complete checkpoints as safetensors": (
-        "save_only_model save_safetensors save_on_each_node"
-    ),
+    "rank 0 writes complete checkpoints as safetensors": ("save_only_model save_safetensors save_on_each_node"),
     "SIGTERM always saves a checkpoint first": "enable_jit_checkpoint",
     "resume continues exactly where the checkpoint was": ("ignore_data_skip restore_callback_states_from_checkpoint"),
     "--push_to_hub uploads once, at the end": "hub_always_push hub_strategy",
