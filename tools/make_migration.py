@@ -22,7 +22,7 @@ REFERENCE = {
     "--data_path": "the same, and it is really read; layouts: README, “Where rows come from”",
     "--half_precision_backend": "`--amp_backend`: `auto`, `native`, `apex`",
     "--overwrite_output_dir": "accepted; the folder is never deleted, only single files are replaced",
-    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "the environment variables are read; the eight-device launchers set them",
+    "--local_rank, RANK, WORLD_SIZE, MASTER_*": "read from the environment; the eight-device launchers set them",
     "train_full_1p.sh --TASK= --train_epochs=": "the same; `--help` lists the other flags",
 }
 START = """\
