@@ -43,6 +43,7 @@ TRAIN_SHARE_OF_GEMM = "train_share_of_gemm"
 E2E_RUNTIME = "e2e_runtime"
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 SECONDS_TO_FIRST_STEP = "seconds_to_first_step"
+CLASS_WEIGHTS = "class_weights"
 
 
 def evaluation_key(figure: str, suffix: str = "") -> str:
@@ -144,7 +145,7 @@ def _is_figure(value: Any) -> bool:
     return value is None or (is_number and abs(value) < 1e300 and math.isfinite(value))
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_figures(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_figure, value.values()))
 
 
@@ -164,7 +165,8 @@ def _is_objects(value: Any) -> bool:
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_TEXTS, (_is_text, "a text")),
     **dict.fromkeys(_NUMBERS, (_is_figure, "a finite number")),
-    "seconds": (_is_seconds, "seconds by name"),
+    "seconds": (_is_figures, "seconds by name"),
+    CLASS_WEIGHTS: (_is_figures, "weights by class"),
     "text_columns": (_is_names, "a list of names"),
     "attention": (_is_names, "a list of texts"),
     "expectations": (_is_objects, "a list of bounds"),

@@ -183,6 +183,9 @@ class TrainingArguments:
     )
     warmup_steps: float = flag(0.0, "optimizer steps; below 1, a fraction of all steps", "[0, inf)")
     label_smoothing_factor: float = flag(0.0, "probability spread over the other classes", "[0, 1)")
+    class_weights: str | None = flag(
+        None, "of the classes in the loss: balanced (by their training rows), or a json file of {class: weight}"
+    )
     layerwise_lr_decay: float = flag(1.0, "factor of the learning rate from each layer to the one below", "(0, 1]")
     reinit_layers: int = flag(0, "number of top layers to initialise again, with BERT's pooler", "[0, inf)")
     ema_decay: float = flag(0.0, "decay of the average of weights that is evaluated and saved; 0: off", "[0, 1)")

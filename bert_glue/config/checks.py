@@ -25,7 +25,7 @@ def find_problems(args: Arguments) -> list[Problem]:
     """Everything wrong between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
-    checks += (tokenizer_problems, trained_problems, upload_problems)
+    checks += (tokenizer_problems, trained_problems, weight_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -350,6 +350,16 @@ def trained_problems(args: Arguments) -> Iterator[Problem]:
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
         if args.lora_rank is None and getattr(args, name):
             yield Problem((name, "lora_rank"), f"--{name} needs --lora_rank")
+
+
+def weight_problems(args: Arguments) -> Iterator[Problem]:
+    """Weights of the classes where there are none; of own data it is known once it is read."""
+    task = _task_of(args)
+    if args.class_weights and (args.do_regression or (task and task.is_regression)):
+        yield Problem(
+            ("class_weights", "do_regression", "task_name"),
+            f"--class_weights {shown(args.class_weights)}: a regression has no classes; leave the flag out",
+        )
 
 
 def upload_problems(args: Arguments) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from bert_glue.storage.files import json_object
 # Flags whose value may be a path relative to where the run was started.
 _PATHS = (
     "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_path", "train_file", "validation_file",
-    "test_file", "dataset_name", "output_dir",
+    "test_file", "class_weights", "dataset_name", "output_dir",
 )  # fmt: skip
 # A resumed run equals one that was left alone; nothing is sent in the name of whoever repeats a run.
 _NOT_REPEATED = ("repeat", "resume_from_checkpoint", "push_to_hub")
@@ -83,7 +83,7 @@ def check_inputs(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
         Lines on what may make a difference.
 
     Raises:
-        DataError: other rows.
+        DataError: other rows, or other weights of the classes.
         MachineError: other weights to start from.
     """
     then = record["data"]["sha256"]
@@ -92,6 +92,8 @@ def check_inputs(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
         raise DataError(
             f"--repeat: the rows of {', '.join(other)} are not those of the first run ({record_source(now)})"
         )
+    if record.get("class_weights") != now.get("class_weights"):
+        raise DataError("--repeat: --class_weights gives other weights than in the first run")
     if record.get("model_sha256") != now["model_sha256"]:
         files = ", ".join(now["model_sha256"])
         raise MachineError(f"--repeat: the model's files are not those that the first run started from: {files}")

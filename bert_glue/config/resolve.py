@@ -52,8 +52,9 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
 def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
     """Precision flags that this run does not use, one line each."""
     yield from techniques_without_effect(args)
-    if args.cuda_graph and not args.do_train:
-        yield "--cuda_graph has no effect without --do_train"
+    for name in ("cuda_graph", "class_weights"):
+        if getattr(args, name) and not args.do_train:
+            yield f"--{name} has no effect without --do_train"
     is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
     if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
         yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16: fp32 is trained"

@@ -56,12 +56,15 @@ class Batch:
         labels: `[samples]` on the module's device, None where unlabelled.
         lengths: tokens of each sample, on the host.
         computed_tokens: tokens the model runs, padding and filler included.
+        step_weight: 0-d on the device, the sum of the class weights of all rows of the optimizer step, on all ranks;
+            None without `--class_weights`.
     """
 
     inputs: dict
     labels: torch.Tensor | None
     lengths: tuple[int, ...]
     computed_tokens: int
+    step_weight: torch.Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -108,7 +111,7 @@ class Collator:
         table = split.table
         begins, ends = table.offsets[rows], table.offsets[rows + 1]
         tokens = [slice(*border) for border in zip(begins.tolist(), ends.tolist(), strict=True)]
-        labels = None if split.labels is None else self._move(torch.from_numpy(split.labels[rows]))
+        labels = None if split.labels is None else self.move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
         inputs, computed = build([table.ids[one] for one in tokens], [table.types[one] for one in tokens])
         self.shapes.add(computed)
@@ -126,7 +129,7 @@ class Collator:
             "token_type_ids": np.concatenate([*types, np.zeros(layout.tail, np.int8)]).astype(np.int64),
             "position_ids": layout.positions,
         }
-        inputs = {name: self._move(torch.from_numpy(array)[None]) for name, array in tensors.items()}
+        inputs = {name: self.move(torch.from_numpy(array)[None]) for name, array in tensors.items()}
         return {**inputs, "layout": layout}, layout.tokens
 
     def _padded(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
@@ -142,9 +145,10 @@ class Collator:
         if self.gives_types:
             arrays["token_type_ids"] = np.zeros_like(block)
             arrays["token_type_ids"][mask] = np.concatenate(types)
-        return {name: self._move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
+        return {name: self.move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
 
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+    def move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the batch's device."""
         return tensor.to(self.device, non_blocking=True)
 
 

@@ -42,20 +42,26 @@ def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: n
     return None
 
 
-def constant_loss(task: GlueTask, labels: np.ndarray, smoothing: float = 0.0) -> float:
+def constant_loss(
+    task: GlueTask, labels: np.ndarray, smoothing: float = 0.0, weights: np.ndarray | None = None
+) -> float:
     """Training loss of the best constant prediction: the entropy of the classes, or the variance of scores.
 
     Args:
         labels: of the training rows, `[rows]`.
         smoothing: `--label_smoothing_factor`.
+        weights: of the classes, `[labels]`, where `--class_weights` gives some.
     """
     if task.is_regression:
         return float(labels.var())
     import numpy as np  # here: `check` and `sweep` read verdicts and import no numpy
 
-    shares = np.bincount(labels, minlength=task.num_labels) / len(labels)
-    shares = (1 - smoothing) * shares + smoothing / task.num_labels
-    return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
+    weights = np.ones(task.num_labels) if weights is None else weights
+    rows = np.bincount(labels, minlength=task.num_labels)
+    # torch smooths towards the weights, not towards 1 / classes: the shares need not sum to 1.
+    shares = ((1 - smoothing) * rows + smoothing * len(labels) / task.num_labels) * weights / (rows @ weights)
+    found = shares[shares > 0]
+    return float(-(found * np.log(found / found.sum())).sum())
 
 
 def flat_loss(history: list[dict], constant: float) -> str | None:

@@ -43,7 +43,10 @@ def describe(
         "text_column_delimiter": data.task.text_delimiter,
         "max_seq_length": max_length,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "recipe": {name: getattr(args, name) for name in names if not FLAGS[name].secret},
+        "recipe": {
+            **{name: getattr(args, name) for name in names if not FLAGS[name].secret},
+            "class_weights": record.get("class_weights"),  # the numbers: the flag may name a file
+        },
         "data_sha256": record["data"]["sha256"],
         "model_sha256": record["model_sha256"],
     }

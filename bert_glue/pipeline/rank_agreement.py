@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 # the paths is compared by its content.
 _OWN_OF_A_HOST = frozenset((
     "device", "device_id", "output_dir", "cache_dir", "model_name_or_path", "config_name", "tokenizer_name",
-    "data_path", "train_file", "validation_file", "test_file", "preprocessing_num_workers", "overwrite_cache", "hub",
-    "log_level", "disable_tqdm", "report_to", "run_name", "ddp_timeout", "repeat", "resume_from_checkpoint",
-    "push_to_hub", "hub_model_id",
+    "data_path", "train_file", "validation_file", "test_file", "class_weights", "preprocessing_num_workers",
+    "overwrite_cache", "hub", "log_level", "disable_tqdm", "report_to", "run_name", "ddp_timeout", "repeat",
+    "resume_from_checkpoint", "push_to_hub", "hub_model_id",
 ))  # fmt: skip
 
 
@@ -47,9 +47,16 @@ def compare_settings(ranks: DistributedContext, args: Arguments) -> None:
 
 
 def compare_inputs(
-    ranks: DistributedContext, task: GlueTask, splits: dict[str, TokenSplit], model: LoadedModel
+    ranks: DistributedContext,
+    task: GlueTask,
+    splits: dict[str, TokenSplit],
+    model: LoadedModel,
+    weights: dict[str, float] | None = None,
 ) -> None:
     """Compare data, by rows and order, and starting weights over all ranks, in one collective.
+
+    Args:
+        weights: of `--class_weights`, by class name.
 
     Costs a SHA-256 of both: about a second for bert-base.
 
@@ -60,6 +67,7 @@ def compare_inputs(
         return
     data = {f"data of {name}": _split_hash(split) for name, split in splits.items()}
     own = {"class names": json.dumps(task.labels), **data, "starting weights": _weights_hash(model)}
+    own["--class_weights"] = json.dumps(weights)
     _refuse(ranks, ranks.all_gather_object(own), RankError)
 
 

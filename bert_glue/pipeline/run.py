@@ -18,7 +18,7 @@ from bert_glue.config.expectations import missed, read_expectations
 from bert_glue.config.repeat import check_inputs, check_outcome, read_run
 from bert_glue.config.resolve import for_ranks
 from bert_glue.data.batching import TokenSplit
-from bert_glue.data.sources import TaskData, load_task_data
+from bert_glue.data.sources import Split, TaskData, load_task_data
 from bert_glue.data.tokenization import tokenize
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
@@ -40,6 +40,7 @@ from bert_glue.storage import checkpoint, files
 from bert_glue.storage.files import make_own_folder
 from bert_glue.storage.lock import FolderLock
 from bert_glue.tasks import GlueTask
+from bert_glue.training.class_weights import class_weights, named
 from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
 from bert_glue.training.resume import save_checkpoint, say_if_gone, whole_weights
@@ -106,7 +107,7 @@ def _steps(
     phase = Phases()
     given = args
     args = _at_trained_length(_with_sample_model(_settle_flags(args, ranks, log), ranks), log)
-    data, model, record, splits = _read_inputs(args, given, ranks, log, phase)
+    data, model, record, splits, weights = _read_inputs(args, given, ranks, log, phase)
     if args.do_train and ranks.is_first:
         model.description = describe(args, data, model.tokenizer, _length(args, model), record)
     plan = plan_precision(args, ranks.device)
@@ -121,7 +122,7 @@ def _steps(
     with phase("train"):
         if args.do_train:
             state = fine_tune(args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
-                              trackers=trackers, signals=signals, phases=phase)  # fmt: skip
+                              trackers=trackers, signals=signals, phases=phase, class_weights=weights)  # fmt: skip
             results |= train_results(state, plan)
     is_stopped = _is_stopped(ranks, signals)
     scored = Scored()
@@ -165,19 +166,25 @@ def _settle_flags(args: Arguments, ranks: DistributedContext, log: ConsoleLog) -
 
 def _read_inputs(
     args: Arguments, given: Arguments, ranks: DistributedContext, log: ConsoleLog, phase: Phases
-) -> tuple[TaskData, LoadedModel, dict, dict[str, TokenSplit]]:
-    """Data, model, the beginning of run.json, and the tokenized splits; `given` are the flags as the user gave them."""
+) -> tuple[TaskData, LoadedModel, dict, dict[str, TokenSplit], np.ndarray | None]:
+    """Data, model, the beginning of run.json, the tokenized splits and the weights of the classes.
+
+    Args:
+        given: the flags as the user gave them.
+    """
     with phase("data"):
         data = _read_data(args, log)
+        weights = _class_weights(args, data)
+        by_name = named(data.task, weights)
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
     with phase("provenance"):
-        record = _provenance(given, data, model, ranks, log)
+        record = _provenance(given, data, model, ranks, log, by_name)
     with phase("tokenize"):
         splits = _tokenize(args, data, model, log)
-        compare_inputs(ranks, data.task, splits, model)
-    return data, model, record, splits
+        compare_inputs(ranks, data.task, splits, model, by_name)
+    return data, model, record, splits, weights
 
 
 def _on_device(
@@ -220,13 +227,25 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
     return {"expectations": [bound.judge(results) for bound in bounds]}
 
 
+def _class_weights(args: Arguments, data: TaskData) -> np.ndarray | None:
+    """What `--class_weights` gives each class, from the rows that are trained on."""
+    if not args.do_train or args.class_weights is None:
+        return None
+    return class_weights(args.class_weights, data.task, _chosen_rows(args, data, "train").labels)
+
+
 def _provenance(
-    args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext, log: ConsoleLog
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    ranks: DistributedContext,
+    log: ConsoleLog,
+    weights: dict[str, float] | None,
 ) -> dict:
     """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
     if not ranks.is_first:
         return {}
-    record = provenance(args, data, model, ranks)
+    record = provenance(args, data, model, ranks, weights)
     if not args.do_train:
         check_output_folder(Path(args.output_dir), record)
     if args.repeat:
@@ -340,25 +359,34 @@ def _tokenize(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleL
     if limit < args.max_seq_length:
         log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
     dtype = np.float32 if data.task.is_regression else np.int64
-    evaluations = {name for name, _, _ in data.task.evaluation}
     splits = {}
-    for name, split in data.splits.items():
-        rows = args.max_predict_samples
-        if name == "train":
-            rows = args.max_train_samples
-        elif name in evaluations:
-            rows = args.max_eval_samples
-        if name == "train" and args.shuffle_train_dataset and rows is not None:
-            split = split.rows(np.random.default_rng(args.shuffle_seed).permutation(len(split))[:rows].tolist())
-        split = split if rows is None else split.take(rows)
-        if not len(split):
-            raise DataError(f"{split.origin}: no rows")
+    for name in data.splits:
+        split = _chosen_rows(args, data, name)
         table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
         labels = None if split.labels is None else np.asarray(split.labels, dtype)
         splits[name] = TokenSplit(name, table, labels)
         mean = float(table.offsets[-1]) / len(table)
         log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
     return splits
+
+
+def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
+    """The rows of a split that `--max_*_samples` and `--shuffle_train_dataset` leave.
+
+    Raises:
+        DataError: there are none.
+    """
+    split, rows = data.splits[name], args.max_predict_samples
+    if name == "train":
+        rows = args.max_train_samples
+    elif name in {evaluated for evaluated, _, _ in data.task.evaluation}:
+        rows = args.max_eval_samples
+    if name == "train" and args.shuffle_train_dataset and rows is not None:
+        split = split.rows(np.random.default_rng(args.shuffle_seed).permutation(len(split))[:rows].tolist())
+    split = split if rows is None else split.take(rows)
+    if not len(split):
+        raise DataError(f"{split.origin}: no rows")
+    return split
 
 
 def _log_choices(args: Arguments, model: LoadedModel, plan, log: ConsoleLog) -> None:

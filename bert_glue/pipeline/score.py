@@ -24,6 +24,7 @@ from bert_glue.model.classifier import LoadedModel
 from bert_glue.pipeline import outputs
 from bert_glue.storage import files
 from bert_glue.tasks import GlueTask, also_predicted
+from bert_glue.training.class_weights import named
 from bert_glue.training.state import TrainState
 from bert_glue.training.throughput import Phases
 
@@ -165,7 +166,8 @@ def train_results(state: TrainState, plan) -> dict:
     """`train_*` results of all ranks together."""
     meter, ranks, progress = state.observers.meter, state.ranks, state.progress
     summed = state.learner.precision.summed
-    constant = constant_loss(state.task, state.data.split.labels, state.args.label_smoothing_factor)
+    weights = state.data.class_weights
+    constant = constant_loss(state.task, state.data.split.labels, state.args.label_smoothing_factor, weights)
     counts = ranks.all_gather_object([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
     names = ("samples", "real_tokens", "computed_tokens", "flops")
     totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
@@ -179,6 +181,7 @@ def train_results(state: TrainState, plan) -> dict:
         keys.TRAIN_SKIPPED_UPDATES: state.learner.precision.skipped_steps,
         keys.TRAIN_SAMPLES_CONSUMED: progress.samples,
         keys.TRAIN_SAMPLES: state.data.sampler.rows,
+        **({} if weights is None else {keys.CLASS_WEIGHTS: named(state.task, weights)}),
         "epoch": state.epoch,
         # Of one step and rank; null with apex, which adds them up itself.
         keys.TRAIN_GRADIENT_BYTES: summed.bytes if summed.gradients else None,

@@ -16,6 +16,7 @@ from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, ST
 from bert_glue.tasks import TASKS, GlueTask, own_task
 
 _LONGEST_VALUE = 2000
+_LONGEST_FACT = 300
 
 
 def run_page(folder: Path) -> str:
@@ -76,9 +77,16 @@ def _facts(results: Record) -> list[tuple[str, str]]:
         ("batches", results.text("batches")),
         ("seed", _count(results.number("seed"))),
         ("trained", "" if trained == "all" else trained),
+        ("class_weights", _weights(results.part(keys.CLASS_WEIGHTS))),
         ("fallback", results.text("fallback")),
     ]
     return [(word, value) for word, value in facts if value]
+
+
+def _weights(weights: Record) -> str:
+    found = [(name, weights.number(name)) for name in weights.values]
+    text = ", ".join(f"{name} {weight:.4g}" for name, weight in found if weight is not None)
+    return shortened(text, _LONGEST_FACT)
 
 
 def _count(value: float | None) -> str:

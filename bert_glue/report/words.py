@@ -19,6 +19,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "seed": ("Seed", "随机种子"),
     "batches": ("Batches", "批次"),
     "trained": ("Trained", "训练的部分"),
+    "class_weights": ("Weights of the classes in the loss", "损失中各类别的权重"),
     "fallback": ("Fallback", "精度降级"),
     "accuracy": ("Accuracy", "准确率"),
     "f1": ("F1", "F1"),

@@ -35,11 +35,18 @@ _PACKAGES = (
 _NOT_SCORES = ("runtime", "per_second")
 
 
-def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: DistributedContext) -> dict[str, Any]:
+def provenance(
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    ranks: DistributedContext,
+    weights: dict[str, float] | None = None,
+) -> dict[str, Any]:
     """run.json as far as it is known before training; no secret is in it.
 
     Args:
         args: as given, without what was made on the spot.
+        weights: of `--class_weights`, by class name.
     """
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -50,6 +57,7 @@ def provenance(args: Arguments, data: TaskData, model: LoadedModel, ranks: Distr
         "working_directory": os.getcwd(),
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
         "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
+        **({} if weights is None else {"class_weights": weights}),
         "model_sha256": {path.name: file_hash(path) for path in model.files},
         "device_name": ranks.device.name,
         "world_size": ranks.world_size,

@@ -122,7 +122,8 @@ class _Place:
     def __init__(self, batch: Batch, longest: int):
         inputs = {name: value.clone() for name, value in batch.inputs.items() if name != "layout"}
         inputs["layout"] = RecordedLayout(batch.inputs["layout"], batch.labels.device, longest)
-        self.batch = replace(batch, inputs=inputs, labels=batch.labels.clone())
+        total = None if batch.step_weight is None else batch.step_weight.clone()
+        self.batch = replace(batch, inputs=inputs, labels=batch.labels.clone(), step_weight=total)
 
     def fill(self, batch: Batch) -> None:
         """Copy another batch of the same shape there."""
@@ -132,6 +133,8 @@ class _Place:
             else:
                 place.copy_(batch.inputs[name])
         self.batch.labels.copy_(batch.labels)
+        if batch.step_weight is not None:
+            self.batch.step_weight.copy_(batch.step_weight)
 
 
 class RecordedStep:

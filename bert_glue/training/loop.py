@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from bert_glue.data.batching import Batch, prefetch, rank_share
@@ -13,6 +15,7 @@ from bert_glue.errors import DivergedError
 from bert_glue.evaluation.evaluator import EvaluationStopped
 from bert_glue.precision.flat_buffers import GradientBuffers
 from bert_glue.result_keys import is_loss
+from bert_glue.training.class_weights import step_weight
 from bert_glue.training.optim import schedule, set_rate
 from bert_glue.training.profiler import NoTrace
 from bert_glue.training.resume import save_checkpoint
@@ -33,6 +36,10 @@ def training_batches(state: TrainState) -> Iterator[tuple[list[Batch | None], in
         passes = sampler.step(permutation, step % sampler.steps_per_epoch)
         shares = [rank_share(rows, ranks.rank, ranks.world_size) for rows in passes]
         batches = [data.collate(data.split, rows) if len(rows) else None for rows in shares]
+        if data.class_weights is not None:
+            total = step_weight(data.class_weights, data.split.labels[np.concatenate(passes)])
+            on_device = data.collate.move(torch.tensor(total))
+            batches = [batch and replace(batch, step_weight=on_device) for batch in batches]
         yield batches, sum(len(rows) for rows in passes)
 
 
@@ -160,8 +167,8 @@ def train(state: TrainState, trace: NoTrace | None = None) -> None:
 def _run_passes(state: TrainState, micro_batches: list[Batch | None], samples: int) -> torch.Tensor:
     """All forward and backward passes of a step on this rank; returns its share of the loss, 0-d on the device.
 
-    Each loss is divided by the step's `samples` on all ranks, so that plain sums, over passes and over ranks, make the
-    mean over all samples, whatever their split: nothing is scaled afterwards.
+    Each loss is divided by the step's `samples` on all ranks (or by their weights), so that plain sums, over passes and
+    over ranks, make the mean over all samples, whatever their split: nothing is scaled afterwards.
     """
     objective, progress = state.learner.objective, state.progress
     step_loss = torch.zeros((), device=state.ranks.device.torch_device)

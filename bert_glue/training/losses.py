@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,12 +15,22 @@ from bert_glue.model.layers import DropoutMasks
 from bert_glue.tasks import GlueTask
 
 
-def sample_losses(task: GlueTask, logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Sum over `[samples]` of squared errors or (smoothed) cross-entropies, in fp32, 0-d."""
+def sample_losses(
+    task: GlueTask,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    smoothing: float,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over `[samples]` of squared errors or (smoothed, weighted) cross-entropies, in fp32, 0-d.
+
+    Args:
+        weights: `[labels]` fp32, of `--class_weights`.
+    """
     logits = logits.float()
     if task.is_regression:
         return F.mse_loss(logits[:, 0], labels, reduction="sum")
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=smoothing)
 
 
 def disagreement(task: GlueTask, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -40,10 +51,15 @@ class Objective:
     Args:
         module: called with a batch's inputs.
         rank: of this process; ranks draw different dropout masks.
+        weights: of the classes, `[labels]`, where `--class_weights` gives some.
     """
 
-    def __init__(self, args: Arguments, task: GlueTask, module: nn.Module, rank: int):
+    def __init__(
+        self, args: Arguments, task: GlueTask, module: nn.Module, rank: int, weights: np.ndarray | None = None
+    ):
         self.args = args
+        device = next(module.parameters()).device
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
         self.task = task
         self.module = module
         self.dropout_masks, self.second = DropoutMasks(args.seed, rank), DropoutMasks(args.seed, rank, branch=1)
@@ -87,7 +103,10 @@ class Objective:
             yield self._mean(logits, batch, samples), torch.zeros_like(shown)
 
     def _mean(self, logits: torch.Tensor, batch: Batch, samples: int) -> torch.Tensor:
-        return sample_losses(self.task, logits, batch.labels, self.args.label_smoothing_factor) / samples
+        # torch's mean of weighted losses divides by the weights' sum. That of the whole step is the same for all of its
+        # passes and ranks, so that plain sums over them make the mean of one process with the same global batch.
+        total = samples if batch.step_weight is None else batch.step_weight
+        return sample_losses(self.task, logits, batch.labels, self.args.label_smoothing_factor, self.weights) / total
 
     def close(self) -> None:
         """Take the hook off the word embedding."""

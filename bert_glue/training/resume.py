@@ -19,6 +19,7 @@ from bert_glue.storage import checkpoint, files
 from bert_glue.storage.files import STATE_FILE
 from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 from bert_glue.training.checkpoint_contents import check_scale, read_randoms, read_state, read_tensors
+from bert_glue.training.class_weights import named
 from bert_glue.training.state import Learner, TrainState
 
 
@@ -182,8 +183,12 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_LONGEST_SETTING = 100  # characters
+
+
 _MAY_CHANGE = (
     *flag_facts(_SETTINGS),
+    Fact("class_weights", "--class_weights"),
     Fact("total_steps", "steps in all"),
     Fact("world_size", "ranks"),
     Fact("precision", "precision"),
@@ -195,6 +200,7 @@ def _may_change(state: TrainState) -> dict[str, object]:
     """The values of `_MAY_CHANGE`: where one differs, a resumed run gives another result than one left alone."""
     return {
         **{name: getattr(state.args, name) for name in _SETTINGS},
+        "class_weights": named(state.task, state.data.class_weights),
         "total_steps": state.data.total_steps,
         "world_size": state.ranks.world_size,
         "precision": state.learner.precision.plan.name,
@@ -254,7 +260,7 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
         raise CheckpointError(f"--resume_from_checkpoint {folder}: it was made with another {other}")
     other_data = _check_data(state, folder, stored["same"])
     # A flag that came after the checkpoint had its default.
-    defaults = {name: FLAGS[name].default for name in _SETTINGS}
+    defaults = {name: FLAGS[name].default for name in (*_SETTINGS, "class_weights")}
     then = defaults | with_current_keys(_MAY_CHANGE, stored["settings"])
     now = _may_change(state)
     learner = state.learner
@@ -278,7 +284,9 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
     randoms = folder / f"random-{state.ranks.rank}.safetensors"
     if randoms.is_file():
         set_random_tensors(read_randoms(state, randoms), state.ranks.device)
-    changes = [f"{f.label} {now[f.key]} (was {then[f.key]})" for f in _MAY_CHANGE if then[f.key] != now[f.key]]
+    changes = [
+        f"{f.label} {_cut(now[f.key])} (was {_cut(then[f.key])})" for f in _MAY_CHANGE if then[f.key] != now[f.key]
+    ]
     if other_data:
         state.progress.changes.append(f"after step {state.progress.step}: {other_data}")
     if not changes:
@@ -286,6 +294,12 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
     state.progress.changes.append(f"after step {state.progress.step}: {', '.join(changes)}")
     told = f"resumed with other settings, so not bit for bit: {', '.join(changes)}"
     return [told, other_data] if other_data else [told]
+
+
+def _cut(value: object) -> str:
+    """A setting for a line: the weights of a thousand classes are not read."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_SETTING else f"{text[:_LONGEST_SETTING]}..."
 
 
 @torch.no_grad()

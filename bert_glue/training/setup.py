@@ -6,6 +6,7 @@ import math
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -27,6 +28,7 @@ from bert_glue.precision.plan import ModelPrecision, PrecisionPlan, TrainingPrec
 from bert_glue.storage import checkpoint
 from bert_glue.tasks import GlueTask
 from bert_glue.training.checkpoint_contents import read_state, read_tensors
+from bert_glue.training.class_weights import named
 from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.ema import WeightAverage
 from bert_glue.training.embedding_rows import NarrowedEmbedding
@@ -89,6 +91,7 @@ def fine_tune(
     trackers: Trackers,
     signals: StopSignals,
     phases: Phases | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> TrainState:
     """Build the run, resume it if asked, train, and end with the best weights if asked."""
     split, ranks = splits["train"], evaluator.ranks
@@ -96,10 +99,10 @@ def fine_tune(
     steps = max(1, math.ceil(args.num_train_epochs * sampler.steps_per_epoch))
     data = TrainData(
         split=split, sampler=sampler, collate=evaluator.collate,
-        total_steps=args.max_steps if args.max_steps > 0 else steps,
+        total_steps=args.max_steps if args.max_steps > 0 else steps, class_weights=class_weights,
     )  # fmt: skip
     args = with_step_counts(args, data.total_steps)
-    learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks)
+    learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks, class_weights)
     metric = keys.without_eval(args.metric_for_best_model or task.headline)
     state = TrainState(
         args=args, task=task, ranks=ranks, data=data, learner=learner, step=build_step(args, learner, data, ranks),
@@ -109,7 +112,9 @@ def fine_tune(
         observers=Observers(
             log=log,
             trackers=trackers,
-            watch=CollapseWatch(constant_loss(task, split.labels, args.label_smoothing_factor), data.total_steps),
+            watch=CollapseWatch(
+                constant_loss(task, split.labels, args.label_smoothing_factor, class_weights), data.total_steps
+            ),
             meter=Meter(ranks.device, args.skip_steps, model.shape, model.passes, model.is_packed),
             phases=phases or Phases(),
         ),
@@ -138,6 +143,7 @@ def build_learner(
     precision: TrainingPrecision,
     narrowed: NarrowedEmbedding | None,
     ranks: DistributedContext,
+    class_weights: np.ndarray | None = None,
 ) -> Learner:
     """The model with its optimizer and what `--ema_decay`, `--rdrop_alpha` and `--fgm_epsilon` ask for."""
     optimizer, name = build_optimizer(args, precision.optimizer_groups(not is_elementwise(args.optim)))
@@ -147,7 +153,7 @@ def build_learner(
         precision=precision,
         optimizer=precision.attach(optimizer),
         optimizer_name=name,
-        objective=Objective(args, task, model.module, ranks.rank),
+        objective=Objective(args, task, model.module, ranks.rank, class_weights),
         narrowed=narrowed,
         average=WeightAverage(precision, narrowed, args.ema_decay) if args.ema_decay else None,
     )
@@ -212,6 +218,9 @@ def _tell_setup(state: TrainState) -> None:
     log.line(f"gradients: {learner.precision.describe()}")
     if has_slow_products(state.ranks.device.kind, learner.precision.plan.dtype):
         log.line("note: this device has no 16-bit matrix products: they are computed in fp32 and rounded")
+    if state.data.class_weights is not None:
+        weights = named(state.task, state.data.class_weights)
+        log.line(f"class weights: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")
     if args.layerwise_lr_decay != 1.0:
         lowest = min(group.rate for group in learner.precision.groups)
         log.line(f"learning rates: head and top layer {args.learning_rate:g}, lowest {args.learning_rate * lowest:g}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from bert_glue.config.arguments import Arguments
@@ -117,12 +118,14 @@ class TrainData:
         sampler: which rows each step takes.
         collate: rows -> a batch on this rank's device.
         total_steps: optimizer steps of the whole run.
+        class_weights: `[labels]`, where `--class_weights` gives some.
     """
 
     split: TokenSplit
     sampler: TrainingSampler
     collate: Collator
     total_steps: int
+    class_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,11 @@ def lora(folder: Path) -> dict[str, Any]:
     return same_run(folder, lora_rank=3)
 
 
+def weighted(folder: Path) -> dict[str, Any]:
+    """`same_run` with weights of the classes."""
+    return same_run(folder, class_weights=str(folder.parent / "weights.json"), label_smoothing_factor=0.1)
+
+
 def frozen(folder: Path) -> dict[str, Any]:
     """`same_run` of the head alone."""
     return same_run(folder, freeze_encoder=True)

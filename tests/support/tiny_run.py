@@ -145,7 +145,7 @@ def fit(args: Arguments, log: ConsoleLog | None = None, signals: StopSignals | N
     pipeline._compile(args, model, evaluator, splits, log)
     return fine_tune(
         args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
-        trackers=Trackers(args, is_first=False), signals=signals,
+        trackers=Trackers(args, is_first=False), signals=signals, class_weights=pipeline._class_weights(args, data),
     )  # fmt: skip
 
 

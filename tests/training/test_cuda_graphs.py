@@ -72,6 +72,7 @@ def update_replays(run) -> int:
     [
         {},
         {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "weight_decay": 0.1},
+        {"class_weights": "balanced", "per_device_train_batch_size": 4},
         {"bf16": True, "fp16_opt_level": "O2", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"bf16": True, "fp16_opt_level": "O1", "max_grad_norm": 0.0},
         {"bf16": True, "fp16_opt_level": "O3", "ema_decay": 0.9},

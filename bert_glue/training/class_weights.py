@@ -1,0 +1,113 @@
+"""`--class_weights`: what each class counts in the training loss, balanced by its rows or from a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_glue.config.values import shown
+from bert_glue.errors import DataError, UsageError, did_you_mean
+from bert_glue.tasks import GlueTask
+
+BALANCED = "balanced"
+_SHOWN_NAMES = 5
+
+
+def class_weights(choice: str | None, task: GlueTask, labels: list[int]) -> np.ndarray | None:
+    """The weight of each class, `[labels]` float64 from 0 on; None without the flag.
+
+    Args:
+        choice: the flag's value: `balanced` (rows / (classes * rows of the class), as scikit-learn has it), or the path
+            of a json file of {class: weight}.
+        labels: class ids of the rows that are trained on, `[rows]`.
+
+    Raises:
+        UsageError: the task is a regression.
+        DataError: the file does not give each class a weight, a class has no rows to be balanced by, or no row counts.
+    """
+    if choice is None:
+        return None
+    if task.is_regression:
+        raise UsageError(
+            f"--class_weights {shown(choice)}: the labels of this data are scores, and a regression has no classes; "
+            "leave the flag out"
+        )
+    rows = np.bincount(np.asarray(labels, np.int64), minlength=task.num_labels)
+    weights = _balanced(task, rows) if choice == BALANCED else _from_file(Path(choice), task)
+    if not (weights * rows).any():
+        raise DataError(f"--class_weights {choice}: every class with training rows has weight 0: nothing is learned")
+    return weights
+
+
+def named(task: GlueTask, weights: np.ndarray | None) -> dict[str, float] | None:
+    """The weights by class name, as run.json and the results hold them."""
+    return None if weights is None else dict(zip(task.labels, weights.tolist(), strict=True))
+
+
+def step_weight(weights: np.ndarray, labels: np.ndarray) -> float:
+    """What a step's loss is divided by: the sum of the weights of its rows on all ranks.
+
+    Args:
+        labels: class ids of those rows.
+    """
+    # Rows of weight 0 alone have no mean (torch: nan). Their loss is 0, and so is their gradient.
+    return float(weights[labels].sum()) or 1.0
+
+
+def _balanced(task: GlueTask, rows: np.ndarray) -> np.ndarray:
+    absent = [task.labels[at] for at in np.flatnonzero(rows == 0)]
+    if absent:
+        raise DataError(
+            f"--class_weights {BALANCED}: no training row has class {_listed(absent)}, and a weight follows from the "
+            "rows of its class; give a json file of weights instead"
+        )
+    return rows.sum() / (task.num_labels * rows)
+
+
+def _from_file(path: Path, task: GlueTask) -> np.ndarray:
+    place = f"--class_weights {path}"
+    pairs = _read(path)
+    given = dict(pairs)
+    names = [name for name, _ in pairs]
+    for name in names:
+        if name not in task.labels:
+            raise DataError(f"{place}: {did_you_mean('class', name, list(task.labels))}")
+        if names.count(name) > 1:
+            raise DataError(f"{place}: class {name!r} stands there twice")
+    if absent := [name for name in task.labels if name not in given]:
+        raise DataError(f"{place}: no weight for class {_listed(absent)}; every class of the data needs one")
+    for name, value in given.items():
+        if not _is_weight(value):
+            raise DataError(f"{place}: class {name!r} has weight {str(value)[:40]}, not a finite number from 0 on")
+    return np.array([float(given[name]) for name in task.labels])
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < 1e30 and math.isfinite(value)
+
+
+def _read(path: Path) -> list[tuple[str, Any]]:
+    """The pairs of the file's JSON object, in its order: a dict would lose the first value of a name given twice."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+    except FileNotFoundError:
+        raise DataError(
+            f"--class_weights {path}: no such file; give {BALANCED}, or a json file of {{class: weight}}"
+        ) from None
+    except OSError as error:
+        raise DataError(f"--class_weights {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--class_weights {path}: it is not JSON ({error})") from None
+    if not isinstance(content, tuple):
+        raise DataError(f"--class_weights {path}: it is not a JSON object of {{class: weight}}")
+    return list(content)
+
+
+def _listed(names: list[str]) -> str:
+    shown_names = ", ".join(map(repr, names[:_SHOWN_NAMES]))
+    return shown_names + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")
