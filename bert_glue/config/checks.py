@@ -1,4 +1,4 @@
-"""What one flag alone cannot know: which flags go together, with every problem in one error."""
+"""Checks of combinations of flags, with every problem in one error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WORK = ("do_train", "do_eval", "do_predict")
 
 
 def find_problems(args: Arguments) -> list[Problem]:
-    """Everything wrong between flags, in the order of the help. Reads no file."""
+    """All conflicts between flags, in the order of the help. Reads no file."""
     checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
     checks += (tokenizer_problems, trained_problems, weight_problems, upload_problems)
@@ -33,10 +33,10 @@ def _required(args: Arguments) -> Iterator[Problem]:
     if not args.model_name_or_path and not args.sample:
         yield Problem(
             ("model_name_or_path", "sample"),
-            "--model_name_or_path is required: a folder or a hub name (only --sample makes its own model)",
+            "--model_name_or_path is required: give a folder or a hub name (only --sample makes its own model)",
         )
     if not args.output_dir:
-        yield Problem(("output_dir",), "--output_dir is required: the folder for model and results")
+        yield Problem(("output_dir",), "--output_dir is required: give the folder for model and results")
     if not any(getattr(args, work) for work in _WORK):
         yield Problem(_WORK, "nothing to do: give one or more of --do_train, --do_eval, --do_predict")
 
@@ -47,18 +47,18 @@ def _data(args: Arguments) -> Iterator[Problem]:
     everything = ("task_name", "data_path", "sample", "dataset_name", *DATA_FILE_FLAGS)
     if len(origins) > 1:
         given = " and ".join(f"--{name}" for name in origins)
-        yield Problem(tuple(origins), f"{given} are two sources of data: give one")
+        yield Problem(tuple(origins), f"{given} are {len(origins)} sources of data; give only one")
     elif not origins and not args.task_name:
         yield Problem(
             everything,
-            "no data: give --task_name, alone (hub) or with --data_path or --sample,"
+            "no data: give --task_name (alone for the hub, or with --data_path or --sample),"
             " or --dataset_name, or --train_file, --validation_file and --test_file",
         )
     for name in ("data_path", "sample"):
         if getattr(args, name) and not args.task_name:
-            yield Problem((name, "task_name"), f"--{name} needs --task_name: which task is it")
+            yield Problem((name, "task_name"), f"--{name} needs --task_name, the task to train")
     if args.dataset_name and args.task_name and args.hub == "huggingface":
-        yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets: give one")
+        yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets; give only one")
     if args.dataset_config_name and not args.dataset_name:
         yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
     yield from _files(args, files)
@@ -66,16 +66,18 @@ def _data(args: Arguments) -> Iterator[Problem]:
 
 
 def _own(args: Arguments, files: list[str]) -> Iterator[Problem]:
-    """Flags of own data where there is none."""
+    """Flags that only apply to own data, in a run without own data."""
     for name in (*_OWN_DATA, "validation_split_percentage"):
         if getattr(args, name) is not None and not files and not args.dataset_name:
             yield Problem(
-                (name,), f"--{name} {shown(str(getattr(args, name)))}: for own data, --train_file or --dataset_name"
+                (name,),
+                f"--{name} {shown(str(getattr(args, name)))}: "
+                "only for own data; add --train_file or --dataset_name, or leave it out",
             )
     if args.validation_split_percentage is not None and args.validation_file:
         yield Problem(
             ("validation_split_percentage", "validation_file"),
-            "--validation_split_percentage and --validation_file are two sets to evaluate on: give one",
+            "--validation_split_percentage and --validation_file are two evaluation sets; give only one",
         )
 
 
@@ -87,11 +89,11 @@ def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
     for work, name in zip(_WORK, DATA_FILE_FLAGS, strict=True):
         is_parted = name == "validation_file" and args.validation_split_percentage and "train_file" in files
         if files and getattr(args, work) and name not in files and not is_parted:
-            yield Problem((work, name), f"--{work} needs --{name}, as other files are given")
+            yield Problem((work, name), f"--{work} needs --{name}, because the data comes from files")
 
 
 def _task_of(args: Arguments) -> GlueTask | None:
-    """The row of `--task_name`; None for own data and for a name that is no task."""
+    """The row of `--task_name`; None for own data and for an unknown task."""
     try:
         return get_task(args.task_name) if args.task_name else None
     except UsageError:
@@ -117,7 +119,7 @@ def _padding(args: Arguments) -> Iterator[Problem]:
     if args.pad_to_max_length and args.padding not in ("auto", "max_length"):
         yield Problem(
             ("pad_to_max_length", "padding"),
-            f"--pad_to_max_length contradicts --padding {args.padding}: give one",
+            f"--pad_to_max_length contradicts --padding {args.padding}; give only one",
         )
 
 
@@ -125,8 +127,8 @@ def _batch(args: Arguments) -> Iterator[Problem]:
     if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
         yield Problem(
             ("global_batch_size", "gradient_accumulation_steps"),
-            f"--global_batch_size {args.global_batch_size} sets the accumulation itself:"
-            f" leave --gradient_accumulation_steps {args.gradient_accumulation_steps} out",
+            f"--global_batch_size {args.global_batch_size} sets the accumulation itself;"
+            f" leave out --gradient_accumulation_steps {args.gradient_accumulation_steps}",
         )
 
 
@@ -134,16 +136,20 @@ def _schedule(args: Arguments) -> Iterator[Problem]:
     for name in STEPS_OR_SHARE:
         value = getattr(args, name)
         if value is not None and value > 1 and not float(value).is_integer():
-            yield Problem((name,), f"--{name} {value}: whole from 1 on; below 1 it is a share of all steps")
+            yield Problem(
+                (name,),
+                f"--{name} {value}: a value above 1 must be a whole number; below 1 it is a fraction of all steps",
+            )
     if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
         yield Problem(
             ("warmup_steps",),
-            f"--warmup_steps {args.warmup_steps}: whole from 1 on; below 1 it is a share of all steps",
+            f"--warmup_steps {args.warmup_steps}: a value above 1 must be a whole number;"
+            " below 1 it is a fraction of all steps",
         )
 
 
 def _is_multiple(whole: float, part: float) -> bool:
-    """Whether `whole` steps are a multiple of `part` steps, both as numbers or both as shares."""
+    """Whether `whole` steps are a multiple of `part` steps, both as numbers or both as fractions."""
     times = whole / part
     return (whole < 1) == (part < 1) and abs(times - round(times)) < 1e-6 * times and round(times) > 0
 
@@ -160,7 +166,7 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
     if args.eval_strategy == "no" or args.eval_strategy != args.save_strategy:
         yield Problem(
             ("load_best_model_at_end", "eval_strategy", "save_strategy"),
-            f"--load_best_model_at_end needs both strategies to be steps, or both epoch; here {strategies}",
+            f"--load_best_model_at_end needs both strategies to be steps or both to be epoch, not {strategies}",
         )
     elif args.eval_strategy == "steps" and not _is_multiple(args.save_steps, args.eval_steps or args.logging_steps):
         # The best model must have been evaluated when it was saved.
@@ -172,7 +178,7 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
 
 
 def metric_names(task: GlueTask | None) -> list[str]:
-    """Names for `--metric_for_best_model`; None stands for own data, whose kind is not known yet."""
+    """Names for `--metric_for_best_model`. A task of None is own data, which may be classes or scores."""
     rows = [task] if task else [own_task("own", (), ("0", "1")), own_task("own", (), ())]
     names = [keys.LOSS]
     for row in rows:
@@ -195,10 +201,10 @@ def _metric(args: Arguments) -> Iterator[Problem]:
 
 
 def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
-    """Hold metrics that flags name against those that the data has: classes or scores are known once it is read.
+    """Compare the metrics that flags name with those of the data, once it is known whether it has classes or scores.
 
     Raises:
-        UsageError: `--metric_for_best_model` or `--expect` names another one.
+        UsageError: `--metric_for_best_model` or `--expect` names a metric that the data does not have.
     """
     known = metric_names(task)
     kind = "scores, a regression" if task.is_regression else f"{task.num_labels} classes"
@@ -234,9 +240,12 @@ def _expect(args: Arguments) -> Iterator[Problem]:
 
 def _precision(args: Arguments) -> Iterator[Problem]:
     if args.fp16 and args.bf16:
-        yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions: give one")
+        yield Problem(("fp16", "bf16"), "--fp16 and --bf16 are two precisions; give only one")
     if args.bf16 and args.amp_backend == "apex":
-        yield Problem(("bf16", "amp_backend"), "--amp_backend apex knows no bf16: give --fp16, or leave apex out")
+        yield Problem(
+            ("bf16", "amp_backend"),
+            "--amp_backend apex does not support --bf16; give --fp16, or leave out --amp_backend apex",
+        )
     if args.loss_scale not in (None, "dynamic") and not _is_positive(args.loss_scale):
         yield Problem(("loss_scale",), f"--loss_scale {shown(args.loss_scale)} is not a positive number or dynamic")
 
@@ -257,95 +266,103 @@ def _profile(args: Arguments) -> Iterator[Problem]:
         yield Problem(("profile_steps",), f"--profile_steps {error}")
         return
     if not args.do_train:
-        yield Problem(("profile_steps", "do_train"), "--profile_steps needs --do_train: training steps are traced")
+        yield Problem(
+            ("profile_steps", "do_train"), "--profile_steps needs --do_train, because it traces training steps"
+        )
     elif 0 < args.max_steps < first:
         yield Problem(
             ("profile_steps", "max_steps"),
-            f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends before",
+            f"--profile_steps {args.profile_steps}: --max_steps {args.max_steps} ends the run before that",
         )
 
 
 def _trackers(args: Arguments) -> Iterator[Problem]:
     chosen = re.split(",", args.report_to or "")
     if "none" in chosen and len(chosen) > 1:
-        yield Problem(("report_to",), f"--report_to {args.report_to}: none goes alone")
+        yield Problem(("report_to",), f"--report_to {args.report_to}: none cannot be combined with a tracker")
 
 
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def compiled_problems(args: Arguments) -> Iterator[Problem]:
-    """What `--torch_compile` does not go with."""
+    """Flags that cannot be combined with `--torch_compile`."""
     if args.torch_compile_mode and args.torch_compile_backend not in (None, "inductor"):
-        text = f"--torch_compile_mode {args.torch_compile_mode} is inductor's, not {args.torch_compile_backend}'s"
-        yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}: give one")
+        text = (
+            f"--torch_compile_mode {args.torch_compile_mode} belongs to inductor, not to {args.torch_compile_backend}"
+        )
+        yield Problem(("torch_compile_mode", "torch_compile_backend"), f"{text}; give only one")
     if args.amp_backend == "apex":
         for name in _COMPILE:
             if getattr(args, name):
-                yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
+                yield Problem((name, "amp_backend"), f"--{name} works only with --amp_backend native")
 
 
 def recorded_problems(args: Arguments) -> Iterator[Problem]:
-    """What `--cuda_graph` does not go with."""
+    """Flags that cannot be combined with `--cuda_graph`."""
     if not args.cuda_graph:
         return
     reasons = {
-        **dict.fromkeys(_COMPILE, "a compiled graph was never recorded"),
-        "gradient_checkpointing": "it asks the host for the generator's state within a pass",
-        "fgm_epsilon": "it needs lengths on the host within a pass",
+        **dict.fromkeys(_COMPILE, "recording a compiled graph has not been tested"),
+        "gradient_checkpointing": "it reads the generator's state on the host during a pass",
+        "fgm_epsilon": "it needs lengths on the host during a pass",
     }
     for name, reason in reasons.items():
         if getattr(args, name):
-            yield Problem((name, "cuda_graph"), f"--cuda_graph with --{name}: {reason}; give one")
+            yield Problem((name, "cuda_graph"), f"--cuda_graph with --{name}: {reason}; give only one")
     if args.amp_backend == "apex":
-        yield Problem(("cuda_graph", "amp_backend"), "--cuda_graph goes with --amp_backend native only")
+        yield Problem(("cuda_graph", "amp_backend"), "--cuda_graph works only with --amp_backend native")
 
 
-# name -> what each changes; off at its default.
+# Each is off at its default.
 _TECHNIQUES = ("layerwise_lr_decay", "reinit_layers", "ema_decay", "rdrop_alpha", "fgm_epsilon")
 
 
-def asked(args: Arguments) -> list[str]:
-    """Techniques that are not off."""
+def techniques_in_use(args: Arguments) -> list[str]:
+    """The techniques that are switched on."""
     return [name for name in _TECHNIQUES if getattr(args, name) != FLAGS[name].default]
 
 
 def technique_problems(args: Arguments) -> Iterator[Problem]:
-    """Combinations that make no sense."""
-    names = asked(args)
+    """Techniques that cannot be combined."""
+    names = techniques_in_use(args)
     if {"rdrop_alpha", "fgm_epsilon"} <= set(names):
-        text = "--rdrop_alpha and --fgm_epsilon both run each batch twice: give one"
+        text = "--rdrop_alpha and --fgm_epsilon both run each batch twice; give only one"
         yield Problem(("rdrop_alpha", "fgm_epsilon"), text)
     partly = "lora_rank" if args.lora_rank is not None else "freeze_encoder" if args.freeze_encoder else None
     for name in names:
         if partly and name in ("reinit_layers", "fgm_epsilon", "layerwise_lr_decay"):
-            text = f"--{name} is for training the whole model, --{partly} trains a part: give one"
+            text = f"--{name} is for training the whole model, but --{partly} trains a part of it; give only one"
             yield Problem((name, partly), text)
         if args.amp_backend == "apex" and name in ("layerwise_lr_decay", "ema_decay", "fgm_epsilon"):
-            yield Problem((name, "amp_backend"), f"--{name} goes with --amp_backend native only")
+            yield Problem((name, "amp_backend"), f"--{name} works only with --amp_backend native")
         if name == "reinit_layers" and not args.do_train:
-            yield Problem(("reinit_layers", "do_train"), "--reinit_layers needs --do_train: new layers know nothing")
+            yield Problem(
+                ("reinit_layers", "do_train"), "--reinit_layers needs --do_train, because new layers must be trained"
+            )
 
 
 def tokenizer_problems(args: Arguments) -> Iterator[Problem]:
-    """The choice between two tokenizers of one model, which transformers 5 no longer has."""
+    """`--use_fast_tokenizer`: transformers 5 no longer has two tokenizers for one model."""
     if not args.use_fast_tokenizer:
         yield Problem(
             ("use_fast_tokenizer",),
-            "--use_fast_tokenizer False: transformers 5 has one tokenizer for each model, and it runs whether it is "
-            "written in Rust or in Python; leave the flag out",
+            "--use_fast_tokenizer False: transformers 5 has only one tokenizer for each model, in Rust or in Python, "
+            "and it is used here; leave the flag out",
         )
 
 
 def trained_problems(args: Arguments) -> Iterator[Problem]:
-    """Which weights are trained."""
+    """Flags that choose the weights to train."""
     for name in ("lora_rank", "freeze_encoder"):
         if getattr(args, name) and not args.do_train:
-            yield Problem((name, "do_train"), f"--{name} needs --do_train: a saved model has its adapters merged")
+            yield Problem(
+                (name, "do_train"), f"--{name} needs --do_train; in a saved model the adapters are already merged"
+            )
     if args.lora_rank is not None and args.freeze_encoder:
         yield Problem(
             ("lora_rank", "freeze_encoder"),
-            "--freeze_encoder trains the head alone, --lora_rank adapters too: give one",
+            "--freeze_encoder trains only the head, but --lora_rank also trains adapters; give only one",
         )
     for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
         if args.lora_rank is None and getattr(args, name):
@@ -363,10 +380,12 @@ def weight_problems(args: Arguments) -> Iterator[Problem]:
 
 
 def upload_problems(args: Arguments) -> Iterator[Problem]:
-    """Of --push_to_hub and its place."""
+    """Flags of an upload to the hub."""
     if args.push_to_hub and not args.do_train:
-        yield Problem(("push_to_hub", "do_train"), "--push_to_hub needs --do_train: a trained model is sent")
+        yield Problem(
+            ("push_to_hub", "do_train"), "--push_to_hub needs --do_train, because it uploads the trained model"
+        )
     if args.push_to_hub and args.hub != "huggingface":
-        yield Problem(("push_to_hub", "hub"), f"--push_to_hub sends to Hugging Face's hub, not to --hub {args.hub}")
+        yield Problem(("push_to_hub", "hub"), f"--push_to_hub uploads to Hugging Face's hub, not to --hub {args.hub}")
     if args.hub_model_id and not is_hub_name(args.hub_model_id):
         yield Problem(("hub_model_id",), f"--hub_model_id {shown(args.hub_model_id)} is not NAME or OWNER/NAME")

@@ -1,4 +1,4 @@
-"""Flags from files: a .json or .yaml configuration, and the recipes of `--recipe`."""
+"""Flags from files: .json and .yaml config files, and the recipes of `--recipe`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bert_glue.tasks import TASKS, get_task
 
 # One setting for all nine tasks, at batch 32 with linear decay. Worst of seeds 1-3 on validation: mrpc F1 0.90,
 # stsb Spearman 0.91, rte accuracy 0.86, cola Matthews 0.95, qqp F1 0.96, others >= 0.99; 8-31 s of CPU each.
-# At 1e-3 an mrpc of 4000 rows stayed at the majority class (one seed of three).
+# At 1e-3, mrpc with 4000 rows stayed at the majority class for one of three seeds.
 SAMPLE_RECIPE = {"learning_rate": 5e-4, "num_train_epochs": 10.0}
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -30,10 +30,10 @@ class Entry:
 
 
 def read_config(path: str) -> list[Entry]:
-    """All keys of a config file, in order, doubled ones too.
+    """All keys of a config file, in order, including repeated ones.
 
     Raises:
-        UsageError: the file cannot be read or is not one object of flags.
+        UsageError: the file cannot be read, or it is not an object of flags.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -47,10 +47,10 @@ def read_config(path: str) -> list[Entry]:
 
 
 def value_text(entry: Entry) -> str | None:
-    """The value as one would type it after the flag; None for null.
+    """The value as it would be typed after the flag; None for null.
 
     Raises:
-        ValueError: a value of the wrong type for the flag, e.g. text where a number is asked for.
+        ValueError: the value has the wrong type for the flag, e.g. a text instead of a number.
     """
     value, flag = entry.value, FLAGS.get(entry.key)
     if value is None:
@@ -81,11 +81,11 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 class _Object(list):
-    """The pairs of a JSON object: in a dict, a key given twice would silently lose its first value."""
+    """The pairs of a JSON object. A dict would silently lose the first value of a key that is given twice."""
 
 
 class YamlText(str):
-    """A scalar as it stands in the file; YAML itself reads `no` as false and 2e-5 as a text."""
+    """A scalar as written in the file; YAML itself would read `no` as false and 2e-5 as a text."""
 
 
 def _read_json(path: str, text: str) -> list[Entry]:
@@ -96,10 +96,10 @@ def _read_json(path: str, text: str) -> list[Entry]:
 
 
 def _read_yaml(path: str, text: str) -> list[Entry]:
-    import yaml  # comes with transformers; 60 ms, so only for YAML files
+    import yaml  # comes with transformers; its import takes 60 ms, so only for YAML files
 
     try:
-        # Composed, never constructed: no tag of the file can make an object.
+        # The file is composed but never constructed, so no tag in it can create an object.
         document = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(error) from None
@@ -114,7 +114,7 @@ def _read_yaml(path: str, text: str) -> list[Entry]:
 
 def _yaml_value(node: Any) -> Any:
     if isinstance(node.value, list):
-        # One level only: anchors within anchors would grow without end.
+        # One level only: nested anchors could grow without limit.
         return [YamlText(item.value) if _is_scalar(item) else None for item in node.value]
     is_null = node.tag == "tag:yaml.org,2002:null"
     return None if is_null else YamlText(node.value)
@@ -125,48 +125,48 @@ def _is_scalar(item: Any) -> bool:
 
 
 _HERE = Path(__file__).resolve().parents[1]
-# In a checkout beside the package, installed within it.
+# In a checkout they are beside the package; once installed, inside it.
 FOLDER = next((f for f in (_HERE.parent / "configs", _HERE / "configs") if (f / "stable").is_dir()), _HERE / "configs")
 
 
 def recipe_names() -> list[str]:
-    """Recipes that come with the program."""
+    """The recipes that come with the program."""
     return sorted(path.name for path in FOLDER.glob("*") if any(file.stem in TASKS for file in path.glob("*.json")))
 
 
 def recipe_file(recipe: str, task_name: str | None) -> str:
-    """The config file that `--recipe` means.
+    """The config file to which `--recipe` refers.
 
     Args:
         recipe: a name of `recipe_names`, or the path of a config file.
-        task_name: whose settings are asked for.
+        task_name: the task for which settings are needed.
 
     Raises:
-        UsageError: no such recipe or task, or a named recipe without a task.
+        UsageError: the recipe or task does not exist, or a named recipe was given without a task.
     """
     if recipe.lower().endswith(CONFIG_SUFFIXES):
         return recipe
     if recipe not in recipe_names():
         raise UsageError(f"--recipe: {did_you_mean('recipe', recipe, recipe_names())}, or a .json or .yaml file")
     if task_name is None:
-        raise UsageError(f"--recipe {recipe} needs --task_name: settings differ by task")
+        raise UsageError(f"--recipe {recipe} needs --task_name, because settings differ by task")
     task = get_task(task_name).name
     known = sorted(path.stem for path in (FOLDER / recipe).glob("*.json"))
     if task not in known:
-        raise UsageError(f"--recipe {recipe}: there is none for task {task}. Tasks: {', '.join(known)}")
+        raise UsageError(f"--recipe {recipe} has no settings for task {task}. Tasks: {', '.join(known)}")
     return str(FOLDER / recipe / f"{task}.json")
 
 
 def without_effect_of(names: Iterable[str], chosen: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    """Settings of a recipe that the user's own settings override.
+    """Settings of a recipe that the user's other settings override.
 
     Args:
-        names: that the recipe sets.
-        chosen: what the user set, `recipe` among it.
+        names: flags that the recipe sets.
+        chosen: flags that the user set, including `recipe`.
 
     Returns:
-        Those to leave out: fp16 beside `--bf16`; with `--sample` the rate and epochs of a named recipe, which
-        are for GLUE and teach generated rows nothing. And lines about them.
+        The settings to leave out, and lines about them: fp16 if `--bf16` is given, and with `--sample` the learning
+        rate and epochs of a named recipe, which suit GLUE and not the generated rows.
     """
     pass
 
@@ -174,5 +174,7 @@ def without_effect_of(names: Iterable[str], chosen: Mapping[str, Any]) -> tuple[
     for_glue: set[str] = set()
     if chosen.get("sample") and chosen["recipe"] in recipe_names():
         for_glue = SAMPLE_RECIPE.keys() & set(names) - chosen.keys()
-    lines = [f"--recipe {chosen['recipe']}: its {' and '.join(sorted(for_glue))} are for GLUE, not for --sample"]
+    lines = [
+        f"--recipe {chosen['recipe']}: its {' and '.join(sorted(for_glue))} are for GLUE and not used with --sample"
+    ]
     return unused | for_glue, lines if for_glue else []

@@ -1,6 +1,6 @@
-"""argv -> `Arguments`, with every problem in one error, and the text of --help. Imports no torch.
+"""Turns argv into `Arguments`, with every problem in one error, and prints --help. Imports no torch.
 
-Not argparse, which stops at the first problem, nor transformers.HfArgumentParser, whose import takes
+It does not use argparse, which stops at the first problem, or transformers.HfArgumentParser, whose import takes
 a second. Grammar: [config.json|config.yaml] (--flag [value] | --flag=value | --no_flag)...
 """
 
@@ -27,13 +27,13 @@ from bert_glue.tasks import TASKS
 
 
 def parse(argv: list[str]) -> Arguments:
-    """The settings of a command line, `sys.argv[1:]`. Reads no file but the config and the recipe.
+    """The settings of a command line, `sys.argv[1:]`. Reads only the config file and the recipe.
 
     Returns:
-        Resolved settings; `notices` are lines to show about renamed and ineffective flags.
+        Resolved settings. `notices` are lines to print about renamed flags and flags without effect.
 
     Raises:
-        UsageError: every problem found, one a line, each with flag, value and what is accepted.
+        UsageError: all problems, one per line, each with the flag, its value and the accepted values.
     """
     settings = _Settings()
     leading, flags = _split(argv)
@@ -46,7 +46,8 @@ def parse(argv: list[str]) -> Arguments:
     if settings.values.get("recipe"):
         settings.read_recipe()
     settings.notices += [
-        f"{origin} is not taken from a file, as it lets a model run code; to trust this model give --{name} yourself"
+        f"{origin} is ignored in a file, because it lets a model run code; "
+        f"to trust this model, give --{name} on the command line"
         for name, origin in settings.untrusted.items()
         if not settings.values.get(name)
     ]
@@ -60,10 +61,10 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def main_parse(argv: list[str]) -> Arguments | None:
-    """`parse`, or None after printing what --help, --version or --print_config ask for.
+    """`parse`, or None after printing the output of --help, --version or --print_config.
 
     Raises:
-        UsageError: as `parse`.
+        UsageError: see `parse`.
     """
     asked = {_flag_name(word) for word in argv if word.startswith("--")}
     if "-h" in argv or "help" in asked:
@@ -81,7 +82,7 @@ def main_parse(argv: list[str]) -> Arguments | None:
 
 
 def as_config(args: Arguments) -> dict[str, Any]:
-    """Every flag and its value, to be written as a config file; secrets are null."""
+    """Every flag and its value, for a config file; secrets are null."""
     return {name: None if flag.secret else getattr(args, name) for name, flag in FLAGS.items()}
 
 
@@ -90,7 +91,7 @@ def _flag_name(word: str) -> str:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The words before the first flag, and each flag as written with the words after it."""
+    """The words before the first flag, and each flag as written, with the words after it."""
     before: list[str] = []
     flags: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -103,7 +104,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 
 def _find(name: str) -> tuple[Flag | Legacy | None, str, bool]:
-    """The flag of a name, its name without `no_`, and whether that was there."""
+    """The flag of a name, the name without `no_`, and whether it had `no_`."""
     known: dict[str, Flag | Legacy] = {**LEGACY_FLAGS, **FLAGS}
     if name in known:
         return known[name], name, False
@@ -114,7 +115,7 @@ def _find(name: str) -> tuple[Flag | Legacy | None, str, bool]:
 
 
 def _word_limits(found: Flag | Legacy, is_negated: bool) -> tuple[int, int]:
-    """Least and most words that `found` takes."""
+    """The smallest and the largest number of words that `found` takes."""
     if is_negated:
         return 0, 0
     if isinstance(found, Legacy):
@@ -124,7 +125,7 @@ def _word_limits(found: Flag | Legacy, is_negated: bool) -> tuple[int, int]:
 
 
 def _unknown(origin: str, name: str) -> tuple[str, str]:
-    """The problem of an unknown flag, and the flag that was probably meant ("" if none)."""
+    """The problem for an unknown flag, and the flag that was probably meant ("" if none)."""
     meant = suggested_flag(name)
     hint = f"Did you mean --{meant}?" if meant else "--help lists all flags."
     return f"{origin}: unknown flag. {hint}", meant
@@ -132,17 +133,17 @@ def _unknown(origin: str, name: str) -> tuple[str, str]:
 
 def _stray(word: str, origin: str = "") -> str:
     if word.lower().endswith(CONFIG_SUFFIXES):
-        return f"unexpected {shown(word)}: one config file, before all flags"
+        return f"unexpected {shown(word)}: only one config file is accepted, before all flags"
     after = f" after {origin}" if origin else ""
     return f"unexpected {shown(word)}{after}: flags begin with --"
 
 
 @dataclass
 class _Settings:
-    """What was read so far.
+    """What has been read so far.
 
-    `given` are flags of the source being read, `reported` those with a problem, `untrusted` flags that a file sets
-    and that only the command line may set, with their place.
+    `given` are the flags of the source being read. `reported` are the flags with a problem. `untrusted` are flags that
+    a file sets although only the command line may set them, with their place.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class _Settings:
     in_config: bool = False
 
     def read_leading_words(self, words: list[str]) -> None:
-        """Takes what stands before the first flag: at most one config file, which flags override."""
+        """Takes what is before the first flag: at most one config file, which flags override."""
         is_config = words[0].lower().endswith(CONFIG_SUFFIXES)
         self.problems += [_stray(word) for word in words[int(is_config) :]]
         if not is_config:
@@ -163,19 +164,19 @@ class _Settings:
             entries = read_config(words[0])
         except UsageError as error:
             self.problems.append(str(error))
-            self.reported.update(FLAGS)  # what the file holds is unknown: call nothing missing
+            self.reported.update(FLAGS)  # the content of the file is unknown, so report no flag as missing
             return
         self._read_entries(entries)
 
     def read_run(self, words: list[str], leading: list[str]) -> None:
-        """Takes the settings of the run whose run.json follows --repeat; flags override them."""
+        """Takes the settings of the run whose run.json is given by --repeat; flags override them."""
         from bert_glue.config.repeat import read_run, settings_of
 
         if leading:
-            self.problems.append(f"{shown(leading[0])} and --repeat are two sets of settings: give one")
+            self.problems.append(f"{shown(leading[0])} and --repeat are two sets of settings; give only one")
             return
         if not words:
-            return  # read_flag says that a value is missing
+            return  # read_flag reports the missing value
         try:
             settings = settings_of(read_run(words[0]))
         except UsageError as error:
@@ -199,7 +200,7 @@ class _Settings:
                 recipe._read_entry(entry)
         except UsageError as error:
             self._report(str(error), "recipe")
-            self.reported.add("task_name")  # an unknown task is this same error
+            self.reported.add("task_name")  # an unknown task is reported as the same error
         unused, notice = without_effect_of(recipe.values.keys(), chosen)
         self.values = {**{name: value for name, value in recipe.values.items() if name not in unused}, **chosen}
         self.problems += recipe.problems
@@ -208,7 +209,7 @@ class _Settings:
 
     def _read_entry(self, entry: Entry) -> None:
         key = entry.key if entry.key.isidentifier() and entry.key.isprintable() else shown(entry.key)
-        # Escaped as in repr but whole: a shortened path would lose the line number.
+        # Escaped as in repr but not shortened, because a shortened path would lose the line number.
         origin = f"{repr(entry.where)[1:-1]}: {key}"
         try:
             text = value_text(entry)
@@ -219,14 +220,14 @@ class _Settings:
             self._apply(origin, entry.key, text)
         elif entry.key in FLAGS:
             self._set(origin, entry.key, None)
-        elif entry.key not in LEGACY_FLAGS:  # an old flag left open asks for nothing
+        elif entry.key not in LEGACY_FLAGS:  # an old flag without a value requests nothing
             self._report_unknown(origin, entry.key)
 
     def read_flag(self, written: str, words: list[str]) -> None:
         """Takes one flag and the words up to the next flag."""
         found, name, is_negated = _find(_flag_name(written))
         if found is None:
-            # Its words may be its values: naming them too would be noise.
+            # Its words may be its values, so they are not reported as well.
             self._report_unknown(shown(written)[1:-1], name)
             return
         least, most = _word_limits(found, is_negated)
@@ -242,7 +243,7 @@ class _Settings:
         self._apply(written, name, text)
 
     def _apply(self, origin: str, name: str, text: str) -> None:
-        """Converts the text of a flag of any age and keeps the value."""
+        """Converts the text of a current or old flag and keeps the value."""
         if name in LEGACY_FLAGS:
             self._apply_legacy(origin, LEGACY_FLAGS[name], text)
         elif name in FLAGS:
@@ -258,7 +259,7 @@ class _Settings:
             self._report(f"{origin}: refused: {legacy.reason}")
             return
         if legacy.flag is None:
-            reason = "this is off here anyway" if legacy.refused else legacy.reason
+            reason = "this is always off here" if legacy.refused else legacy.reason
             self.notices.append(f"{origin} has no effect: {reason}")
             return
         try:
@@ -282,7 +283,7 @@ class _Settings:
         if name in self.given and self.in_config:
             self._report(f"{origin}: --{name} is given twice", name)
         elif name in self.given:
-            self.notices.append(f"{origin}: --{name} is given twice, the last one counts")
+            self.notices.append(f"{origin}: --{name} is given twice; the last value counts")
         self.given.add(name)
         self.values[name] = value
 
@@ -297,23 +298,23 @@ class _Settings:
 
 
 _KIND_NAMES = {"int": "INT", "float": "NUMBER", "str": "TEXT"}
-_LEFT = 34  # columns; a longer flag gets a line of its own
+_LEFT = 34  # columns; a longer flag gets its own line
 _INTRODUCTION = """\
 Fine-tune, evaluate and predict GLUE tasks with BERT-family encoders.
 
 usage: python run_glue.py [settings.json|settings.yaml] [--flag value | --flag=value | --no_flag] ...
 
-A config file holds flags as keys; flags after it override it. `none` leaves a flag open.
+A config file has flags as keys. Flags after it override it. The value `none` leaves a flag unset.
 """
 _OWN = {
-    "--help, -h": "this text",
+    "--help, -h": "print this text",
     "--version": "print the version",
-    "--print_config": "print all settings as a config file, run nothing",
+    "--print_config": "print all settings as a config file and run nothing",
 }
 
 
 def help_text(columns: int) -> str:
-    """All of --help, at most `columns` wide (but 48 at least, for the longest flag)."""
+    """The text of --help, at most `columns` wide (at least 48, for the longest flag)."""
     width = max(48, min(columns, 120))
     lines = [textwrap.fill(part, width) for part in _INTRODUCTION.splitlines()]
     lines += [line for name, text in _OWN.items() for line in _entry(name, text, width)]
@@ -348,7 +349,7 @@ def _wrapped(text: str, indent: str, width: int) -> list[str]:
 
 
 def _entry(usage: str, text: str, width: int) -> list[str]:
-    """One flag: beside its description where the terminal is wide enough, else above it."""
+    """One flag, beside its description if the terminal is wide enough, else above it."""
     if width < 80:
         return [f"  {usage}", *_wrapped(text, " " * 6, width)]
     described = _wrapped(text, " " * _LEFT, width)

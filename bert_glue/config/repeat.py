@@ -1,4 +1,4 @@
-"""`--repeat run.json`: the same run once more, in a folder of its own, and whether it came out the same."""
+"""`--repeat run.json`: repeats a run in another folder and compares the results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from bert_glue.errors import DataError, MachineError, UsageError
 from bert_glue.storage.files import json_object
 
-# Flags whose value may be a path relative to where the run was started.
+# Flags whose value may be a path relative to the folder in which the run was started.
 _PATHS = (
     "model_name_or_path", "config_name", "tokenizer_name", "cache_dir", "data_path", "train_file", "validation_file",
     "test_file", "class_weights", "dataset_name", "output_dir",
 )  # fmt: skip
-# A resumed run equals one that was left alone; nothing is sent in the name of whoever repeats a run.
+# A resumed run equals an undisturbed one. A repeated run uploads nothing for its user.
 _NOT_REPEATED = ("repeat", "resume_from_checkpoint", "push_to_hub")
 
 
@@ -22,7 +22,7 @@ def read_run(path: str) -> dict[str, Any]:
     """run.json of a finished run.
 
     Raises:
-        UsageError: not one, of a run that did not end, or of one whose settings were changed by a resume.
+        UsageError: the file is not a run.json, or its run did not finish or was resumed with other settings.
     """
     try:
         record = json_object(Path(path))
@@ -37,21 +37,21 @@ def read_run(path: str) -> dict[str, Any]:
         ):
             _field(part, name, kind)
         changes = [str(change) for change in _field(record, "changes", list)]
-        for name in ("packages", "model_sha256"):  # an earlier version may have left them out
+        for name in ("packages", "model_sha256"):  # earlier versions may lack them
             _field({name: {}, **record}, name, dict)
     except OSError as error:
         raise UsageError(f"--repeat {path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"--repeat {path}: not the run.json of a run: {error}") from None
     if record["weights_sha256"] is None and arguments["do_train"]:
-        raise UsageError(f"--repeat {path}: that run did not come to its end")
+        raise UsageError(f"--repeat {path}: that run did not finish")
     if changes:
         raise UsageError(f"--repeat {path}: that run was resumed with other settings, {'; '.join(changes)}")
     return record
 
 
 def _field(part: dict[str, Any], name: str, kind: Any) -> Any:
-    """A field of somebody else's file; ValueError where it is missing or of another kind."""
+    """A field of a file from others; ValueError if it is missing or has another type."""
     if name not in part:
         raise ValueError(f"it has no {name!r}")
     if not isinstance(part[name], kind):
@@ -60,13 +60,13 @@ def _field(part: dict[str, Any], name: str, kind: Any) -> Any:
 
 
 def settings_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Flags of the repeated run: those of the first, with an output folder beside the first one's."""
+    """Flags of the repeated run: those of the first run, with an output folder beside the first one's."""
     started_in, settings = Path(record["working_directory"]), {}
     has_moved = started_in != Path.cwd()
     for name, value in record["arguments"].items():
         if name in _NOT_REPEATED:
             continue
-        # os.path: False, where pathlib raises, for a name that no file can have.
+        # os.path returns False for a name that no file can have; pathlib raises.
         if has_moved and name in _PATHS and isinstance(value, str) and os.path.exists(started_in / value):
             value = str(started_in / value)
         settings[name] = f"{value}-repeat" if name == "output_dir" else value
@@ -74,17 +74,17 @@ def settings_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_inputs(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is not as it was.
+    """What differs from the first run.
 
     Args:
-        now: what run.json of the repeated run will say, as far as it is known before training.
+        now: run.json of the repeated run, as far as it is known before training.
 
     Returns:
-        Lines on what may make a difference.
+        Lines about what may change the result.
 
     Raises:
-        DataError: other rows, or other weights of the classes.
-        MachineError: other weights to start from.
+        DataError: the rows or the weights of the classes differ.
+        MachineError: the starting weights differ.
     """
     then = record["data"]["sha256"]
     other = [name for name, value in now["data"]["sha256"].items() if then.get(name) != value]
@@ -99,14 +99,14 @@ def check_inputs(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
         raise MachineError(f"--repeat: the model's files are not those that the first run started from: {files}")
     facts = {**_facts(record), **{name: None for name in _facts(now) if name not in _facts(record)}}
     return [
-        f"repeated with {name} {value} (was {facts[name]}): the result may differ"
+        f"repeated with {name} {value} instead of {facts[name]}: the result may differ"
         for name, value in _facts(now).items()
         if facts[name] != value
     ]
 
 
 def record_source(record: dict[str, Any]) -> str:
-    """Where the rows of a run came from."""
+    """The source of a run's rows."""
     return str(record["data"]["source"])
 
 
@@ -116,19 +116,19 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_outcome(record: dict[str, Any], now: dict[str, Any]) -> str:
-    """A line saying that both runs came out alike.
+    """A line that says that both runs have the same result.
 
     Raises:
-        MachineError: they did not, which is due to what differs between the machines.
+        MachineError: the results differ, because the machines differ.
     """
     if record["weights_sha256"] != now["weights_sha256"]:
         raise MachineError(
-            f"--repeat: other weights than the first run (sha256 {now['weights_sha256']}, "
-            f"was {record['weights_sha256']}); see the notes on what differs here"
+            f"--repeat: the weights differ from the first run's (sha256 {now['weights_sha256']}, "
+            f"was {record['weights_sha256']}); the notes above name the differences"
         )
     other = [f"{name} {value} (was {record['scores'].get(name)})" for name, value in now["scores"].items()
              if record["scores"].get(name) != value]  # fmt: skip
     if other:
-        raise MachineError(f"--repeat: other scores than the first run: {', '.join(other)}")
+        raise MachineError(f"--repeat: the scores differ from the first run's: {', '.join(other)}")
     weights = f"weights with sha256 {now['weights_sha256']}" if now["weights_sha256"] else "scores"
     return f"repeat: the same {weights}"

@@ -1,4 +1,4 @@
-"""Values that follow from other flags or from the number of ranks, and the notices about flags without effect."""
+"""Derives values from other flags and from the number of ranks, and makes notices about flags without effect."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import replace
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import STEPS_OR_SHARE, asked
+from bert_glue.config.checks import STEPS_OR_SHARE, techniques_in_use
 from bert_glue.errors import UsageError
 from bert_glue.tasks import get_task
 
 
 def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
-    """`args` with the values that follow from others; expects `find_problems` to be empty.
+    """`args` with the values that are derived from others; expects `find_problems` to be empty.
 
     Args:
-        given: flags set by the user: with `--sample` the tiny BERT's recipe fills in the others.
+        given: flags that the user set. With `--sample`, the tiny BERT's recipe sets the others.
 
     The task's name is its row's, `--pad_to_max_length` becomes `padding`, `--eval_strategy` implies
     `--do_eval`, a backend or mode of torch.compile implies `--torch_compile`, `eval_steps` follows
@@ -50,29 +50,31 @@ def resolve(args: Arguments, given: frozenset[str]) -> Arguments:
 
 
 def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
-    """Precision flags that this run does not use, one line each."""
+    """One line for each precision flag that this run does not use."""
     yield from techniques_without_effect(args)
     for name in ("cuda_graph", "class_weights"):
         if getattr(args, name) and not args.do_train:
             yield f"--{name} has no effect without --do_train"
     is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
     if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
-        yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16: fp32 is trained"
+        yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16; the run trains in fp32"
     if args.loss_scale is not None and not (is_low and args.fp16):
         why = "bf16 has the range of fp32" if is_low else "fp32 needs none"
         yield f"--loss_scale {args.loss_scale} has no effect: {why}"
     if args.amp_backend == "apex" and not (args.fp16 or args.bf16):
-        yield "--amp_backend apex has no effect without --fp16: fp32 is trained natively"
+        yield "--amp_backend apex has no effect without --fp16; the run trains in fp32 natively"
 
 
 def techniques_without_effect(args: Arguments) -> Iterator[str]:
-    """A line on each technique that a run without training does not use."""
+    """One line for each technique that a run without training does not use."""
     if not args.do_train:
-        yield from (f"--{name} has no effect without --do_train" for name in asked(args) if name != "reinit_layers")
+        yield from (
+            f"--{name} has no effect without --do_train" for name in techniques_in_use(args) if name != "reinit_layers"
+        )
 
 
 def upload_notices(args: Arguments) -> Iterator[str]:
-    """Flags of an upload that is not asked for: accepted, as Hugging Face's scripts do."""
+    """One line for each upload flag without an upload. They are accepted, as in Hugging Face's scripts."""
     for name in ("hub_model_id", "hub_token", "hub_private_repo"):
         if getattr(args, name) and not args.push_to_hub:
             yield f"--{name} has no effect without --push_to_hub"
@@ -82,9 +84,9 @@ _LEAST_LOG_LINES = 20
 
 
 def with_step_counts(args: Arguments, total: int) -> Arguments:
-    """Shares of `--logging_steps`, `--eval_steps` and `--save_steps` as numbers of steps of a run of `total`.
+    """Converts `--logging_steps`, `--eval_steps` and `--save_steps` below 1 to numbers of steps of a run of `total`.
 
-    Without `--logging_steps` a short run logs its loss 20 times too.
+    Without `--logging_steps`, a short run also logs its loss 20 times.
 
     Raises:
         UsageError: `--load_best_model_at_end` or early stopping would never see an evaluation.
@@ -99,25 +101,25 @@ def with_step_counts(args: Arguments, total: int) -> Arguments:
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(args, name):
                 raise UsageError(
-                    f"--{name} needs an evaluation, and --eval_steps {every} is beyond the {total} steps of this run: "
+                    f"--{name} needs an evaluation, but --eval_steps {every} is larger than the run's {total} steps; "
                     "lower it, or give --eval_strategy epoch"
                 )
     return args
 
 
-# Factor of the learning rate when a step has `share` times the samples it was meant for. Linear: Goyal et al.
+# Factor of the learning rate if a step has `share` times the samples for which it is meant. Linear: Goyal et al.
 # 2017 (arXiv 1706.02677); square root: Krizhevsky 2014 (arXiv 1404.5997), You et al. 2020 for LAMB.
 _FACTORS = {"none": lambda share: 1.0, "linear": lambda share: share, "sqrt": math.sqrt}
 
 
 def for_ranks(args: Arguments, world_size: int) -> tuple[Arguments, list[str]]:
-    """Settings of a run on `world_size` ranks, and lines that say what was derived.
+    """Settings of a run on `world_size` ranks, and lines that report the derived values.
 
     `--global_batch_size` becomes a batch size per device and forward passes per step; `--lr_scaling` becomes
     the learning rate itself.
 
     Raises:
-        UsageError: the global batch cannot be dealt out evenly.
+        UsageError: the global batch cannot be divided evenly.
     """
     lines = []
     if args.global_batch_size is not None:
@@ -131,7 +133,7 @@ def for_ranks(args: Arguments, world_size: int) -> tuple[Arguments, list[str]]:
         rate = args.learning_rate * _FACTORS[args.lr_scaling](share)
         lines.append(
             f"learning rate: {rate:.6g} = {args.learning_rate:g} scaled by --lr_scaling {args.lr_scaling} "
-            f"from --lr_base_batch_size {args.lr_base_batch_size} to {samples} samples a step"
+            f"from --lr_base_batch_size {args.lr_base_batch_size} to {samples} samples per step"
         )
         args = replace(args, learning_rate=rate)
     return args, lines
@@ -146,7 +148,7 @@ def _dealt_out(total: int, world_size: int, most: int) -> tuple[int, int]:
     """Samples per device and forward pass (`most` at most), and forward passes per step."""
     share, rest = divmod(total, world_size)
     if rest:
-        raise UsageError(f"--global_batch_size {total} does not divide over {world_size} ranks")
+        raise UsageError(f"--global_batch_size {total} cannot be divided evenly over {world_size} ranks")
     if share <= most:
         return share, 1
     if share % most:

@@ -1,6 +1,6 @@
-"""The flag that an unknown name means: by a table of other tools' names, by its beginning, or by a slip of the keys.
+"""Finds the flag that an unknown name means: by a table of other tools' names, by its beginning, or as a typing error.
 
-A suggestion means what was typed, or there is none: likeness of letters alone proposed `--save_only_model` for
+A flag is suggested only if it means the same. Similar letters alone would suggest `--save_only_model` for
 `--use_lazy_mode`.
 """
 
@@ -15,7 +15,7 @@ from bert_glue.config.legacy import LEGACY_FLAGS
 
 OWN_SWITCHES = ("help", "print_config", "version")
 
-# Flag here -> what other tools and older scripts call the same thing.
+# Flag here -> names for the same thing in other tools and older scripts.
 _MEANINGS = {
     "model_name_or_path": "model model_name model_path model_id model_dir base_model bert_model pretrained_model"
     " pretrained_model_name pretrained_model_path pretrained_model_name_or_path init_checkpoint encoder",
@@ -121,17 +121,17 @@ def _letters(name: str) -> str:
 
 
 _FLAG_OF_MEANING = {_letters(word): flag for flag, words in _MEANINGS.items() for word in words.split()}
-# Close to a flag in letters, and another thing: a loss function, a width, a share held out.
+# Similar to a flag in letters, but with another meaning: a loss function, a width, a held-out fraction.
 _OTHER_THINGS = frozenset(map(_letters, ("loss", "loss_type", "loss_fn", "weight", "hidden", "simple", "test_size")))
 _SHORTEST_BEGINNING = 5
 _LEAST_SHARE_OF_NAME = 3 / 8
 
 
 def suggested_flag(name: str) -> str:
-    """The one flag that an unknown `name` means, "" if none is certain.
+    """The one flag that an unknown `name` means; "" if none is certain.
 
     Args:
-        name: as typed, without dashes at its beginning.
+        name: the name as typed, without the leading dashes.
     """
     letters = _letters(name[:80])
     if not letters or letters in _OTHER_THINGS:
@@ -152,7 +152,7 @@ def _begun(name: str) -> str:
 
 
 def _mistyped(name: str, names: Collection[str]) -> str:
-    """The flag of which `name` is a slip of the keys; two flags that are as close cancel each other."""
+    """The flag that `name` is a misspelling of; "" if two flags are equally close."""
     long_words = {w: flag for flag, words in _MEANINGS.items() for w in words.split() if len(w) > _SHORTEST_BEGINNING}
     flag_of = {**long_words, **{known: known for known in names}}
     vocabulary = {"text", *(word for known in (*flag_of, *LEGACY_FLAGS) for word in known.split("_"))}
@@ -162,10 +162,11 @@ def _mistyped(name: str, names: Collection[str]) -> str:
 
 
 def _slips(typed: str, known: str, vocabulary: Collection[str]) -> int:
-    """How many keys went wrong, 0 where these are two names rather than one mistyped.
+    """The number of typing errors; 0 if these are two different names.
 
-    A word of a flag is never a slip of another word (text, test), but for a plural. Digits are no slips: bf16 is not
-    fp16. One slip in a word, two in a word of eight letters or more, two in all, none in a word of two letters.
+    A word of a flag is never a misspelling of another word (text, test), except for a plural. Digits are never errors:
+    bf16 is not fp16. A word may have one error, or two if it has eight letters or more. A name may
+    have two errors. A word of two letters may have none.
     """
     if re.findall(r"\d+", typed) != re.findall(r"\d+", known) or len(known) < 4:
         return 0
@@ -182,7 +183,7 @@ def _slips(typed: str, known: str, vocabulary: Collection[str]) -> int:
 
 
 def _distance(one: str, other: str) -> int:
-    """Letters to add, leave out, replace, or swap with the next one (optimal string alignment)."""
+    """The number of letters to add, remove, replace, or swap with the next one (optimal string alignment)."""
     above, row = [], list(range(len(other) + 1))
     for i, letter in enumerate(one):
         two_above, above, row = above, row, [i + 1]

@@ -1,4 +1,4 @@
-"""From the text of one value to a checked Python value. Errors say what is wrong and what is accepted."""
+"""Converts the text of one value to a checked Python value. Errors name the problem and the accepted values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bert_glue.errors import did_you_mean
 TRUE_WORDS = ("true", "yes", "1", "on", "t", "y")
 FALSE_WORDS = ("false", "no", "0", "off", "f", "n")
 NONE_WORDS = ("none", "null")
-# Python's own float() and int() also take 1_000, other scripts' digits, nan and inf.
+# Python's own float() and int() also accept 1_000, digits of other scripts, nan and inf.
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _LARGEST_INT = 2**63 - 1
 _SHOWN_LENGTH = 80
-# A part of a path or name as templates have it: <model>, ${MODEL}, {{ model }}, %MODEL%, REPLACE_ME, YOUR_MODEL, ...
+# A placeholder of a template in a path or name: <model>, ${MODEL}, {{ model }}, %MODEL%, REPLACE_ME, YOUR_MODEL, ...
 _PLACEHOLDER = re.compile(
     r"<[^<>]+>|\$\w+|\$?\{+[^{}]+\}+|%\w+%|(?i:(replace|change|fill|insert|edit|fix)[ _-]?(me|this|in))"
     r"|(?i:your[ _-].+)|TO_?DO|TBD|\.{3}|\u2026"
@@ -26,36 +26,36 @@ _PLACEHOLDER = re.compile(
 
 
 def shown(text: str) -> str:
-    """`text` quoted on one line, cut where it is very long."""
+    """`text` in quotes on one line, shortened if it is very long."""
     return repr(text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "...")
 
 
 def flag_value(flag: Flag, text: str) -> Any:
-    """The value that `text` means for `flag`; None for "none" where the flag may be left open.
+    """The value that `text` means for `flag`; None for "none" if the flag may be unset.
 
     Raises:
-        ValueError: `text` is no value of this flag; the message is one line and goes after the flag's name.
+        ValueError: `text` is not a value of this flag. The message is one line to print after the flag's name.
     """
     if flag.optional and text.lower() in NONE_WORDS and text not in flag.choices:
         return None
     if not flag.many and not flag.verbatim and is_placeholder(text):
         value = "a value" if flag.secret else shown(text)
-        raise ValueError(f"{value} is a placeholder of a template; put in its place: {flag.text}")
+        raise ValueError(f"{value} is a placeholder of a template; replace it by: {flag.text}")
     return _READERS[flag.kind](flag, text)
 
 
 def is_placeholder(text: str) -> bool:
-    """Whether a template's value was left as it is; what exists as a file or folder is none."""
+    """Whether the value is an unfilled placeholder. A name that exists as a file or folder is not one."""
     parts = text.split("/")
     is_example = ("path", "to") in zip(parts, parts[1:], strict=False)
     return (is_example or any(map(_PLACEHOLDER.fullmatch, parts))) and not Path(text).exists()
 
 
 def read_bool(text: str) -> bool:
-    """True or false in any usual spelling.
+    """True or False, in any usual spelling.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     if text.lower() in TRUE_WORDS:
         return True
@@ -85,10 +85,10 @@ def _read_choices(flag: Flag, text: str) -> str:
 
 
 def read_number(text: str, kind: str = "float") -> float | int:
-    """A finite decimal number; `kind` "int" takes 1e3 and 1000.0 too, but no fraction.
+    """A finite decimal number. `kind` "int" also accepts 1e3 and 1000.0, but no fraction.
 
     Raises:
-        ValueError: no number, too large, or a fraction where a whole number is asked for.
+        ValueError: not a number, too large, or a fraction instead of a whole number.
     """
     article = "a whole number" if kind == "int" else "a number"
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
@@ -100,7 +100,7 @@ def read_number(text: str, kind: str = "float") -> float | int:
         raise ValueError(f"{shown(text)} is not {article}")
     if abs(value) > _LARGEST_INT:
         raise ValueError(f"{shown(text)} is too large")
-    # Digits alone are read exactly: a float would round seeds above 2**53.
+    # Plain digits are read exactly; a float would round seeds above 2**53.
     return int(text) if text.lstrip("+-").isdigit() else int(value)
 
 
@@ -116,7 +116,7 @@ def _read_ranged(flag: Flag, text: str) -> float | int:
 
 
 def in_range(value: float, accepted: str) -> bool:
-    """True if `value` lies in one part of a range such as "-1 or [1, inf)"; always for an empty range."""
+    """Whether `value` lies in one part of a range such as "-1 or [1, inf)". True for an empty range."""
     return not accepted or any(_in_part(value, part) for part in accepted.split(" or "))
 
 
@@ -138,22 +138,22 @@ _READERS: dict[str, Callable[[Flag, str], Any]] = {
 
 
 def read_steps(text: str) -> tuple[int, int]:
-    """First and last optimizer step of a range, both meant, counted from 1.
+    """First and last optimizer step of a range, both included, counted from 1.
 
     Raises:
-        ValueError: not `first:last`, or no step at all.
+        ValueError: not `first:last`, or an empty range.
     """
     found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"{shown(text)} is not first:last, such as 10:15; steps count from 1, both are meant")
+        raise ValueError(f"{shown(text)} is not first:last, such as 10:15; steps count from 1, and both are included")
     return int(found[1]), int(found[2])
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a hub may have a repository of this name: `name` or `owner/name`, in ASCII."""
+    """Whether the name is valid for a repository of the hub: `name` or `owner/name`, in ASCII."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII) is not None
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only mean a folder of this machine: `./x`, `/x`, `~/x`, or more than one slash."""
+    """Whether a name can only mean a local folder: `./x`, `/x`, `~/x`, or more than one slash."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -94,7 +94,7 @@ def test_large_seed_is_exact_and_none_leaves_open():
 def test_repeated_flag_last_wins_with_notice():
     args = parse([*BASE, "--seed", "1", "--seed", "2"])
     assert args.seed == 2
-    assert args.notices == ("--seed: --seed is given twice, the last one counts",)
+    assert args.notices == ("--seed: --seed is given twice; the last value counts",)
 
 
 def test_all_problems_at_once():
@@ -104,7 +104,7 @@ def test_all_problems_at_once():
     assert found[1] == "--seed: 'x' is not a whole number; accepted: [0, 4294967295]"
     assert "Did you mean adamw_torch?" in found[2] and "Choices: adamw_torch, " in found[2]
     assert found[3].startswith("--fp16_opt_level: unknown value 'O4'")
-    assert found[4] == "--fp16 and --bf16 are two precisions: give one"
+    assert found[4] == "--fp16 and --bf16 are two precisions; give only one"
     assert len(found) == 5
 
 
@@ -166,14 +166,14 @@ def test_numbers_out_of_range(name, value):
         (["--do_eval", "maybe"], "--do_eval: 'maybe' is not true or false"),
         (["--do_eval", "-fp16"], "unexpected '-fp16' after --do_eval: flags begin with --"),
         (["--no_fp16", "true"], "unexpected 'true' after --no_fp16"),
-        (["--seed", "1", "late.json"], "unexpected 'late.json': one config file, before all flags"),
+        (["--seed", "1", "late.json"], "unexpected 'late.json': only one config file is accepted, before all flags"),
         (["--device", "NPU"], "--device: 'NPU' is not "),
         (["--device", "npu:x"], "--device: 'npu:x' is not "),
         (["--report_to", "wandv"], "--report_to: unknown value 'wandv'. Did you mean wandb?"),
-        (["--report_to", "none,wandb"], "--report_to none,wandb: none goes alone"),
+        (["--report_to", "none,wandb"], "--report_to none,wandb: none cannot be combined with a tracker"),
         (["--loss_scale", "0"], "--loss_scale '0' is not a positive number or dynamic"),
         (["--loss_scale", "nan"], "--loss_scale 'nan' is not a positive number or dynamic"),
-        (["--warmup_steps", "1.5"], "--warmup_steps 1.5: whole from 1 on"),
+        (["--warmup_steps", "1.5"], "--warmup_steps 1.5: a value above 1 must be a whole number"),
         (["--pad_to_max_length", "--padding", "packed"], "--pad_to_max_length contradicts --padding packed"),
         (["--early_stopping_patience", "2"], "--early_stopping_patience 2 needs --eval_strategy"),
         (["--load_best_model_at_end"], "--load_best_model_at_end needs both strategies"),
@@ -391,7 +391,7 @@ def test_a_file_cannot_ask_to_run_code(name, tmp_path):
     config.write_text(json.dumps(settings))
     args = parse([str(config)])
     assert getattr(args, name) is False
-    assert any(f"{name} is not taken from a file" in notice for notice in args.notices)
+    assert any(f"{name} is ignored in a file" in notice for notice in args.notices)
     args = parse([str(config), f"--{name}"])
     assert getattr(args, name) is True
-    assert not any("not taken from a file" in notice for notice in args.notices)
+    assert not any("is ignored in a file" in notice for notice in args.notices)

@@ -46,20 +46,20 @@ def test_a_figure_that_is_null_or_absent_misses_with_the_reason() -> None:
     judged = [bound.judge({"eval_spearmanr": None, "eval_spearmanr_reason": "constant scores"}), bound.judge({})]
     assert missed(judged) == [
         "--expect spearmanr>=-1: missed, it is null: constant scores",
-        "--expect spearmanr>=-1: missed, it is null: this run has no such figure",
+        "--expect spearmanr>=-1: missed, it is null: this run does not have this figure",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["mrpc.f1"], "put it in quotes, as the shell takes > for a file"),
-        (["mrpc.f1=0.88"], "no bound such as"),
+        (["mrpc.f1"], "put it in quotes, because the shell reads > as a redirection"),
+        (["mrpc.f1=0.88"], "is not a bound such as"),
         (["mrpc.f1>=high"], "'high' is not a number"),
         (["mrpc.f1>=nan"], "'nan' is not a number"),
-        (["mrpc.f1>=88"], "88 % is 0.88"),
+        (["mrpc.f1>=88"], "write 88 % as 0.88"),
         (["mrpc.acuracy>=0.8"], "Did you mean accuracy?"),
-        (["rte.accuracy>=0.6"], "is about rte, this run's task is mrpc"),
+        (["rte.accuracy>=0.6"], "is for rte, but this run's task is mrpc"),
         (["mrcp.f1>=0.8"], "Did you mean mrpc?"),
         (["mrpc.f1>=0.8", "f2>=0.8"], "unknown metric 'f2'"),
         (["train_loss<=1"], "needs --do_train"),

@@ -179,7 +179,7 @@ def test_wrong_values_name_the_flag_that_was_typed(words, expected):
 
 def test_the_slow_tokenizer_is_refused_not_ignored():
     words = f"{README} --use_fast_tokenizer"
-    with pytest.raises(UsageError, match="use_fast_tokenizer False: transformers 5 has one tokenizer"):
+    with pytest.raises(UsageError, match="use_fast_tokenizer False: transformers 5 has only one tokenizer"):
         parse([*words.split(), "False"])
     assert parse([*words.split(), "True"]).use_fast_tokenizer
 

@@ -114,8 +114,8 @@ def test_another_machine_is_named_and_another_outcome_is_an_error(first, tmp_pat
     record.write_text(json.dumps(content))
     code, said = again(record, capsys)
     assert code == 4
-    assert "note: repeated with torch" in said and "(was 1.0.0)" in said
-    assert "other weights than the first run" in said
+    assert "note: repeated with torch" in said and "instead of 1.0.0:" in said
+    assert "the weights differ from the first run's" in said
 
 
 def test_an_evaluation_is_repeated_too(first, tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_an_evaluation_is_repeated_too(first, tmp_path, capsys):
     content["scores"]["eval_accuracy"] = 2.0
     (tmp_path / "evaluated" / "run.json").write_text(json.dumps(content))
     code, said = again(tmp_path / "evaluated" / "run.json", capsys)
-    assert code == 4 and "other scores" in said and "(was 2.0)" in said
+    assert code == 4 and "scores differ" in said and "(was 2.0)" in said
 
 
 def test_a_sample_run_is_repeated_with_its_recipe(tmp_path, capsys):

@@ -35,8 +35,8 @@ def test_dealt_out(total, ranks, most, batch, passes):
 @pytest.mark.parametrize(
     ("total", "ranks", "most", "says"),
     [
-        (36, 8, 32, "--global_batch_size 36 does not divide over 8 ranks"),
-        (4, 8, 32, "--global_batch_size 4 does not divide over 8 ranks"),
+        (36, 8, 32, "--global_batch_size 36 cannot be divided evenly over 8 ranks"),
+        (4, 8, 32, "--global_batch_size 4 cannot be divided evenly over 8 ranks"),
         (96, 2, 32, "48 samples a rank (of 2) are not a number of whole forward passes of"),
     ],
 )
@@ -56,7 +56,7 @@ def test_learning_rate_follows_the_rule(rule, rate):
     args = Arguments(learning_rate=2e-5, lr_scaling=rule, per_device_train_batch_size=32)
     scaled, lines = for_ranks(args, 8)
     assert scaled.learning_rate == pytest.approx(rate)
-    assert len(lines) == (rule != "none") and all("to 256 samples a step" in line for line in lines)
+    assert len(lines) == (rule != "none") and all("to 256 samples per step" in line for line in lines)
     halved, _ = for_ranks(Arguments(learning_rate=1.0, lr_scaling="linear", per_device_train_batch_size=4), 4)
     assert halved.learning_rate == 0.5  # 16 of 32
     other, _ = for_ranks(Arguments(learning_rate=1.0, lr_scaling="sqrt", lr_base_batch_size=2), 1)

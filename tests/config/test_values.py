@@ -47,7 +47,7 @@ def test_what_exists_is_a_value(tmp_path, monkeypatch):
         (
             "model_name_or_path",
             "REPLACE_ME",
-            "'REPLACE_ME' is a placeholder of a template; put in",
+            "'REPLACE_ME' is a placeholder of a template; replace it by",
         ),
         ("output_dir", "/path/to/output", "'/path/to/output' is a placeholder"),
         ("run_name", "<name>", "'<name>' is a placeholder"),

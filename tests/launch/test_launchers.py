@@ -127,7 +127,7 @@ def test_sample_with_the_stable_recipe_keeps_its_own_rate(repo: Path) -> None:
     args = parse(called(repo)["argv"])
     assert (args.learning_rate, args.num_train_epochs) == (5e-4, 10.0)
     assert args.load_best_model_at_end and args.warmup_steps == 0.1
-    assert "its learning_rate and num_train_epochs are for GLUE, not for --sample" in args.notices[0]
+    assert "its learning_rate and num_train_epochs are for GLUE and not used with --sample" in args.notices[0]
 
 
 def test_sample_leaves_model_rate_and_epochs_to_run_glue(repo: Path) -> None:

@@ -295,7 +295,7 @@ def test_the_folder_of_a_run_works_everywhere(peft, tmp_path, capsys):
         (["--lora_rank", "0"], "accepted: [1, inf)"),
         (["--lora_alpha", "4"], "--lora_alpha needs --lora_rank"),
         (["--lora_target_modules", "query"], "--lora_target_modules needs --lora_rank"),
-        (["--lora_rank", "4", "--freeze_encoder"], "give one"),
+        (["--lora_rank", "4", "--freeze_encoder"], "give only one"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, says):

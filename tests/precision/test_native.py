@@ -500,7 +500,7 @@ def test_flags_without_effect_are_told():
         "--loss_scale 1024.0": "--loss_scale 1024.0 has no effect: fp32 needs none",
         "--bf16 --loss_scale dynamic": "--loss_scale dynamic has no effect: bf16 has the range of fp32",
         "--fp16 --fp16_opt_level O0 --loss_scale 8": "--loss_scale 8 has no effect: fp32 needs none",
-        "--fp16_opt_level O2": "--fp16_opt_level O2 has no effect without --fp16 or --bf16: fp32 is trained",
+        "--fp16_opt_level O2": "--fp16_opt_level O2 has no effect without --fp16 or --bf16; the run trains in fp32",
     }
     for words, notice in told.items():
         assert parse([*base, *words.split()]).notices == (notice,)

@@ -52,8 +52,8 @@ def test_flags_mean_what_they_do_in_training_arguments(words, expected):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--torch_compile_mode default --torch_compile_backend eager", "is inductor's, not eager's"),
-        ("--torch_compile --fp16 --amp_backend apex", "--torch_compile goes with --amp_backend native only"),
+        ("--torch_compile_mode default --torch_compile_backend eager", "belongs to inductor, not to eager"),
+        ("--torch_compile --fp16 --amp_backend apex", "--torch_compile works only with --amp_backend native"),
         ("--torch_compile_mode fast", "--torch_compile_mode"),
     ],
 )

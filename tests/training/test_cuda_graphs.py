@@ -247,7 +247,7 @@ def test_torch_has_what_the_recorder_asks_for():
         ("--torch_compile", "--cuda_graph with --torch_compile"),
         ("--gradient_checkpointing", "--cuda_graph with --gradient_checkpointing"),
         ("--fgm_epsilon 0.1", "--cuda_graph with --fgm_epsilon"),
-        ("--fp16 --amp_backend apex", "--cuda_graph goes with --amp_backend native only"),
+        ("--fp16 --amp_backend apex", "--cuda_graph works only with --amp_backend native"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(words, expected):

@@ -71,7 +71,7 @@ def test_shares_act_in_a_run(tmp_path):
     "flag", [{"load_best_model_at_end": True, "save_strategy": "steps"}, {"early_stopping_patience": 2}]
 )
 def test_an_evaluation_that_never_comes_is_refused(tmp_path, flag):
-    with pytest.raises(UsageError, match="--eval_steps 50 is beyond the 8 steps"):
+    with pytest.raises(UsageError, match="--eval_steps 50 is larger than the run's 8 steps"):
         fit(arguments(tmp_path, eval_strategy="steps", eval_steps=50, save_steps=50, **flag))
 
 

@@ -297,10 +297,10 @@ NEEDED = ["--model_name_or_path=m", "--task_name=mrpc", "--output_dir=o"]
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--do_train", "--rdrop_alpha=1", "--fgm_epsilon=1"], "both run each batch twice: give one"),
-        (["--do_train", "--freeze_encoder", "--fgm_epsilon=1"], "--freeze_encoder trains a part: give one"),
-        (["--do_train", "--lora_rank=2", "--reinit_layers=1"], "--lora_rank trains a part: give one"),
-        (["--do_train", "--fp16", "--amp_backend=apex", "--ema_decay=0.9"], "goes with --amp_backend native only"),
+        (["--do_train", "--rdrop_alpha=1", "--fgm_epsilon=1"], "both run each batch twice; give only one"),
+        (["--do_train", "--freeze_encoder", "--fgm_epsilon=1"], "--freeze_encoder trains a part of it; give only one"),
+        (["--do_train", "--lora_rank=2", "--reinit_layers=1"], "--lora_rank trains a part of it; give only one"),
+        (["--do_train", "--fp16", "--amp_backend=apex", "--ema_decay=0.9"], "works only with --amp_backend native"),
         (["--do_eval", "--reinit_layers=1"], "--reinit_layers needs --do_train"),
         (["--do_train", "--layerwise_lr_decay=0"], "(0, 1]"),
         (["--do_train", "--ema_decay=1"], "[0, 1)"),
