@@ -163,7 +163,7 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     from bert_glue.evaluation.analysis import token_scores
     from bert_glue.evaluation.evaluator import Evaluator
     from bert_glue.model.loading import load_model
-    from bert_glue.pipeline.run import _tokenize
+    from bert_glue.pipeline.inputs import tokenize_splits
     from bert_glue.precision.native import InferencePrecision
     from bert_glue.precision.plan import plan_precision
     from bert_glue.training.console import ConsoleLog
@@ -173,7 +173,7 @@ def test_attribution_is_the_slope_along_each_embedding(tmp_path):
     ranks, data = DistributedContext(args), load_task_data(args, frozenset({"train"}))
     model = load_model(args, data.task)
     model.module.double()
-    split = _tokenize(args, data, model, ConsoleLog(False, False))["train"]
+    split = tokenize_splits(args, data, model, ConsoleLog(False, False))["train"]
     precision = InferencePrecision(plan_precision(args, ranks.device), model.module)
     evaluator = Evaluator(model.module.eval(), build_collator(args, model, ranks, None), 8, ranks, precision)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from bert_glue.devices.rng import seed_generators
 from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.loading import load_model
 from bert_glue.pipeline import run as pipeline
+from bert_glue.pipeline.inputs import needed_data, tokenize_splits, weights_of_classes
 from bert_glue.precision.plan import plan_precision
 from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
 from bert_glue.training.embedding_rows import narrow
@@ -134,10 +135,10 @@ def fit(args: Arguments, log: ConsoleLog | None = None, signals: StopSignals | N
     signals = signals or StopSignals(is_watching=False)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     ranks = DistributedContext(args)
-    data = load_task_data(args, pipeline._needed(args))
+    data = load_task_data(args, needed_data(args))
     seed_generators(args.seed)
     model = load_model(args, data.task)
-    splits = pipeline._tokenize(args, data, model, log)
+    splits = tokenize_splits(args, data, model, log)
     narrowed = narrow(args, model, splits)
     precision = make_precision(args, plan_precision(args, ranks.device), model.module, ranks)
     collate = build_collator(args, model, ranks, narrowed)
@@ -145,7 +146,7 @@ def fit(args: Arguments, log: ConsoleLog | None = None, signals: StopSignals | N
     pipeline._compile(args, model, evaluator, splits, log)
     return fine_tune(
         args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
-        trackers=Trackers(args, is_first=False), signals=signals, class_weights=pipeline._class_weights(args, data),
+        trackers=Trackers(args, is_first=False), signals=signals, class_weights=weights_of_classes(args, data),
     )  # fmt: skip
 
 

@@ -214,10 +214,10 @@ def test_the_best_weights_are_really_loaded(tmp_path, metric):
 
 def tokenized(args, run):
     from bert_glue.data.sources import load_task_data
-    from bert_glue.pipeline import run as pipeline
+    from bert_glue.pipeline.inputs import tokenize_splits
 
     data = load_task_data(args, frozenset({"evaluation"}))
-    return pipeline._tokenize(args, data, run.learner.model, run.observers.log)
+    return tokenize_splits(args, data, run.learner.model, run.observers.log)
 
 
 def test_the_best_weights_survive_the_limit_and_a_resume_elsewhere(tmp_path):

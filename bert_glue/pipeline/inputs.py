@@ -1,0 +1,172 @@
+"""From flags to what a run works on: data, model, tokenized splits, class weights and the beginning of run.json."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bert_glue.config.arguments import Arguments
+from bert_glue.config.checks import check_metric_of_data
+from bert_glue.config.repeat import check_inputs, read_run
+from bert_glue.data.batching import TokenSplit
+from bert_glue.data.sources import Split, TaskData, load_task_data
+from bert_glue.data.tokenization import tokenize
+from bert_glue.devices.distributed import DistributedContext
+from bert_glue.devices.rng import seed_generators
+from bert_glue.errors import DataError
+from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.description import read_description
+from bert_glue.model.loading import finished_task, load_model, model_folder
+from bert_glue.pipeline.rank_agreement import compare_inputs
+from bert_glue.pipeline.score import check_predictable
+from bert_glue.results.earlier import check_output_folder
+from bert_glue.results.provenance import provenance
+from bert_glue.storage import files
+from bert_glue.tasks import GlueTask
+from bert_glue.training.class_weights import class_weights, named
+from bert_glue.training.console import ConsoleLog
+from bert_glue.training.throughput import Phases
+
+
+def with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
+    """With `--sample` and no model, the tiny BERT made on the spot."""
+    if not args.sample or args.model_name_or_path:
+        return args
+    from bert_glue.data.sample import make_tiny_bert
+
+    folder = Path(args.output_dir) / "sample_bert"
+    if ranks.is_first:
+        with files.plain_errors(folder):
+            make_tiny_bert(folder)
+    ranks.barrier()
+    return replace(args, model_name_or_path=str(folder))
+
+
+def at_trained_length(args: Arguments, log: ConsoleLog) -> Arguments:
+    """Without training and without `--max_seq_length`, rows are cut as in the model's training."""
+    if args.do_train or not args.is_default("max_seq_length"):
+        return args
+    length = read_description(model_folder(args.model_name_or_path, args)).get("max_seq_length")
+    if length in (None, args.max_seq_length):
+        return args
+    log.line(f"note: --max_seq_length {length}, as the model was trained (the default is {args.max_seq_length})")
+    return replace(args, max_seq_length=length)
+
+
+def read_inputs(
+    args: Arguments, given: Arguments, ranks: DistributedContext, log: ConsoleLog, phase: Phases
+) -> tuple[TaskData, LoadedModel, dict, dict[str, TokenSplit], np.ndarray | None]:
+    """Data, model, the beginning of run.json, the tokenized splits and the weights of the classes.
+
+    Args:
+        given: the flags as the user gave them.
+    """
+    with phase("data"):
+        data = _read_data(args, log)
+        weights = weights_of_classes(args, data)
+        by_name = named(data.task, weights)
+    with phase("model"):
+        seed_generators(args.seed)
+        model = load_model(args, data.task)
+    with phase("provenance"):
+        record = _provenance(given, data, model, ranks, log, by_name)
+    with phase("tokenize"):
+        splits = tokenize_splits(args, data, model, log)
+        compare_inputs(ranks, data.task, splits, model, by_name)
+    return data, model, record, splits, weights
+
+
+def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
+    data = load_task_data(args, needed_data(args), _finished(args))
+    for line in (f"data: {data.source}", *data.warnings):
+        log.line(line)
+    check_metric_of_data(args, data.task)
+    if args.do_predict:
+        check_predictable(data.task)
+    return data
+
+
+def needed_data(args: Arguments) -> frozenset[str]:
+    """Which data the flags ask for."""
+    wanted = {
+        "train": args.do_train,
+        "evaluation": args.do_eval or (args.do_train and args.eval_strategy != "no"),
+        "test": args.do_predict,
+    }
+    return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _finished(args: Arguments) -> GlueTask | None:
+    """What a model that is not trained here was trained on, where it says what the classes of own data are."""
+    has_own_data = args.dataset_name or args.train_file or args.validation_file or args.test_file
+    return finished_task(args) if has_own_data and not args.task_name and not args.do_train else None
+
+
+def weights_of_classes(args: Arguments, data: TaskData) -> np.ndarray | None:
+    """What `--class_weights` gives each class, from the rows that are trained on."""
+    if not args.do_train or args.class_weights is None:
+        return None
+    return class_weights(args.class_weights, data.task, _chosen_rows(args, data, "train").labels)
+
+
+def _provenance(
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    ranks: DistributedContext,
+    log: ConsoleLog,
+    weights: dict[str, float] | None,
+) -> dict:
+    """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
+    if not ranks.is_first:
+        return {}
+    record = provenance(args, data, model, ranks, weights)
+    if not args.do_train:
+        check_output_folder(Path(args.output_dir), record)
+    if args.repeat:
+        for line in check_inputs(read_run(args.repeat), record):
+            log.line(f"note: {line}")
+    return record
+
+
+def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleLog) -> dict[str, TokenSplit]:
+    """Token ids and labels of every split, cut to `--max_*_samples`."""
+    limit = row_length(args, model)
+    if limit < args.max_seq_length:
+        log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
+    dtype = np.float32 if data.task.is_regression else np.int64
+    splits = {}
+    for name in data.splits:
+        split = _chosen_rows(args, data, name)
+        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
+        labels = None if split.labels is None else np.asarray(split.labels, dtype)
+        splits[name] = TokenSplit(name, table, labels)
+        mean = float(table.offsets[-1]) / len(table)
+        log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
+    return splits
+
+
+def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
+    """The rows of a split that `--max_*_samples` and `--shuffle_train_dataset` leave.
+
+    Raises:
+        DataError: there are none.
+    """
+    split, rows = data.splits[name], args.max_predict_samples
+    if name == "train":
+        rows = args.max_train_samples
+    elif name in {evaluated for evaluated, _, _ in data.task.evaluation}:
+        rows = args.max_eval_samples
+    if name == "train" and args.shuffle_train_dataset and rows is not None:
+        split = split.rows(np.random.default_rng(args.shuffle_seed).permutation(len(split))[:rows].tolist())
+    split = split if rows is None else split.take(rows)
+    if not len(split):
+        raise DataError(f"{split.origin}: no rows")
+    return split
+
+
+def row_length(args: Arguments, model: LoadedModel) -> int:
+    """Tokens a row is cut to."""
+    return min(args.max_seq_length, model.position_limit)
