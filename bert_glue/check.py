@@ -199,7 +199,8 @@ def main(argv: list[str]) -> int:
 FOLDER = CONFIGS / "baselines"
 # What decides a score beside the seed; of all devices and precisions the same is expected.
 DECIDES_SCORES = ("task_name", "sample_data", "model", "trained", "global_batch_size", "max_seq_length",
-                   "learning_rate", "epoch", keys.TRAIN_SAMPLES, keys.evaluation_key(keys.SAMPLES))  # fmt: skip
+                   "doc_stride", "max_windows", "learning_rate", "epoch", keys.TRAIN_SAMPLES,
+                   keys.evaluation_key(keys.SAMPLES))  # fmt: skip
 DECIDES_SPEED = (*SETUP, "model", "device")
 
 

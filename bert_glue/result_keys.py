@@ -23,6 +23,11 @@ RUNTIME = "runtime"
 SAMPLES_PER_SECOND = "samples_per_second"
 REAL_TOKENS_PER_SECOND = "real_tokens_per_second"
 CLASSES = "classes"
+# Of a split with --doc_stride: sequences, and rows of more than one.
+WINDOWS = "windows"
+WINDOWED_ROWS = "windowed_rows"
+# Rows that have text beyond the tokens that are read.
+CUT_ROWS = "cut_rows"
 
 TRAIN_LOSS = "train_loss"
 TRAIN_RUNTIME = "train_runtime"
@@ -35,6 +40,7 @@ TRAIN_GRADIENT_BYTES = "train_gradient_bytes"
 TRAIN_SAMPLES_PER_SECOND = "train_samples_per_second"
 TRAIN_REAL_TOKENS_PER_SECOND = "train_real_tokens_per_second"
 TRAIN_COMPUTED_TOKENS_PER_SECOND = "train_computed_tokens_per_second"
+TRAIN_WINDOWS_PER_SECOND = "train_windows_per_second"
 TRAIN_PADDING_PERCENT = "train_padding_percent"
 TRAIN_TIMED_STEPS = "train_timed_steps"
 TRAIN_TIMED_SECONDS = "train_timed_seconds"
@@ -54,6 +60,11 @@ def evaluation_key(figure: str, suffix: str = "") -> str:
         suffix: `key_suffix` of the evaluated split, such as `_mm`.
     """
     return f"{EVAL}{figure}{suffix}"
+
+
+def training_key(figure: str) -> str:
+    """`train_<figure>` of the training data: one of the constants above."""
+    return f"{TRAIN}{figure}"
 
 
 def without_eval(name: str) -> str:
@@ -121,6 +132,11 @@ def predicted_samples_per_second_key(task: str, suffix: str = "") -> str:
     return f"{PREDICT}samples_per_second_{task}{suffix}"
 
 
+def predicted_key(figure: str, task: str, suffix: str = "") -> str:
+    """`predict_<figure>_<task>` of a test split; `suffix` as above."""
+    return f"{PREDICT}{figure}_{task}{suffix}"
+
+
 def diagnostic_reason_key(task: str) -> str:
     """Why a task without training data has no scores by category."""
     return reason_key(f"diagnostic_{task}")
@@ -132,7 +148,7 @@ _TEXTS = (
 )  # fmt: skip
 _NUMBERS = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate",
-    "max_seq_length", "seed", "epoch", SECONDS_TO_FIRST_STEP,
+    "max_seq_length", "doc_stride", "max_windows", "seed", "epoch", SECONDS_TO_FIRST_STEP,
 )  # fmt: skip
 
 

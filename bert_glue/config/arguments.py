@@ -98,6 +98,11 @@ class DataArguments:
     validation_split_name: str | None = flag(None, "split of --dataset_name to evaluate on; default: validation")
     test_split_name: str | None = flag(None, "split of --dataset_name to predict; default: test")
     max_seq_length: int = flag(128, "tokens, including [CLS] and [SEP]; longer texts are truncated", "[3, inf)")
+    doc_stride: int | None = flag(
+        None, "tokens shared by the overlapping windows of a longer text; -1: truncate; default: as in training",
+        "-1 or [0, inf)",
+    )  # fmt: skip
+    max_windows: int = flag(64, "windows of a row with --doc_stride; the text after them is not read", "[1, inf)")
     padding: str = flag(
         "auto",
         "packed: no padding; longest: pad to the longest of the batch; auto: packed if the model supports it",

@@ -310,6 +310,9 @@ def recorded_problems(args: Arguments) -> Iterator[Problem]:
     for name, reason in reasons.items():
         if getattr(args, name):
             yield Problem((name, "cuda_graph"), f"--cuda_graph with --{name}: {reason}; give only one")
+    if args.doc_stride is not None and args.doc_stride >= 0:
+        text = f"--cuda_graph with --doc_stride {args.doc_stride}: each batch has another number of windows; give one"
+        yield Problem(("doc_stride", "cuda_graph"), text)
     if args.amp_backend == "apex":
         yield Problem(("cuda_graph", "amp_backend"), "--cuda_graph works only with --amp_backend native")
 

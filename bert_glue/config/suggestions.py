@@ -46,6 +46,8 @@ _MEANINGS = {
     "label_map": "label2id id2label label_mapping",
     "max_seq_length": "max_len max_length max_seq_len seq_len seq_length sequence_length max_sequence_length max_tokens"
     " max_token_length model_max_length",
+    "doc_stride": "stride document_stride window_stride sliding_window overlap window_overlap",
+    "max_windows": "max_chunks num_windows n_windows",
     "max_train_samples": "num_train_samples train_samples max_train_examples limit_train n_train",
     "max_eval_samples": "num_eval_samples eval_samples max_eval_examples limit_eval max_dev_samples",
     "max_predict_samples": "predict_samples max_test_examples max_predict_examples",

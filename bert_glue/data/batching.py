@@ -46,6 +46,11 @@ class TokenSplit:
         """Rows."""
         return len(self.table)
 
+    @property
+    def sequences(self) -> TokenSplit:
+        """The same, unlabelled, with a row for each sequence."""
+        return TokenSplit(self.name, self.table.sequences, None)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,10 +59,11 @@ class Batch:
     Args:
         inputs: keyword arguments of the module.
         labels: `[samples]` on the module's device, None where unlabelled.
-        lengths: tokens of each sample, on the host.
+        lengths: tokens of each sequence, on the host.
         computed_tokens: tokens the model runs, padding and filler included.
         step_weight: 0-d on the device, the sum of the class weights of all rows of the optimizer step, on all ranks;
             None without `--class_weights`.
+        windows: sequences of each sample, on the host; None where each sample is one.
     """
 
     inputs: dict
@@ -65,16 +71,27 @@ class Batch:
     lengths: tuple[int, ...]
     computed_tokens: int
     step_weight: torch.Tensor | None = None
+    windows: tuple[int, ...] | None = None
 
     @property
     def samples(self) -> int:
         """Rows in it."""
-        return len(self.lengths)
+        return len(self.lengths if self.windows is None else self.windows)
 
     @property
     def real_tokens(self) -> int:
         """Tokens of those rows."""
         return sum(self.lengths)
+
+    def row_means(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[sequences, labels]` -> `[samples, labels]`: the mean over each row's windows, in fp32 where there are some.
+
+        One small sum a row, in the order of its windows: index_add_ would add in any order on a device, so that a
+        resumed run was another one.
+        """
+        if self.windows is None:
+            return logits
+        return torch.stack([part.mean(0) for part in logits.float().split(self.windows)])
 
 
 @dataclass(frozen=True)
@@ -108,14 +125,19 @@ class Collator:
 
     def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
         """Batch of `rows` (`[samples]` int64), in that order."""
-        table = split.table
-        begins, ends = table.offsets[rows], table.offsets[rows + 1]
+        table, sequences = split.table, rows
+        windows = None
+        if table.first is not None:
+            counts = table.first[rows + 1] - table.first[rows]
+            sequences = np.repeat(table.first[rows + 1] - np.cumsum(counts), counts) + np.arange(counts.sum())
+            windows = tuple(counts.tolist()) if (counts > 1).any() else None
+        begins, ends = table.offsets[sequences], table.offsets[sequences + 1]
         tokens = [slice(*border) for border in zip(begins.tolist(), ends.tolist(), strict=True)]
         labels = None if split.labels is None else self.move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
         inputs, computed = build([table.ids[one] for one in tokens], [table.types[one] for one in tokens])
         self.shapes.add(computed)
-        return Batch(inputs, labels, tuple((ends - begins).tolist()), computed)
+        return Batch(inputs, labels, tuple((ends - begins).tolist()), computed, windows=windows)
 
     def _packed(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
         lengths = tuple(len(i) for i in ids)

@@ -2,18 +2,22 @@
 
 The tokenizers library keeps about a hundred bytes a character of all rows until the last one is done, and what it cuts
 off it keeps as well: for pairs, each rest of one text with each rest of the other. Here a text is read only as far as
-its tokens are needed, and the special tokens are put in by the library's own template.
+its tokens are needed, and the special tokens are put in by the library's own template. With `--doc_stride` a longer
+row is not cut but becomes several sequences, its windows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from bert_glue.config.arguments import Arguments
 
 _CHUNK_CHARACTERS = 1 << 18  # about 30 MB inside the library
 _CHARACTERS_PER_TOKEN = 8  # of the first reading; English has four to five
@@ -25,10 +29,48 @@ _LONG_RUN = re.compile(r"([A-Za-z0-9]{20000})[A-Za-z0-9]+|(\s{20000})\s+")
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of one row and the token type of each."""
+    """Token ids of one row, or of one window of it, and the token type of each.
+
+    Args:
+        is_cut: the row has text that is not read.
+    """
 
     ids: list[int]
     types: list[int]
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a row that is longer than a sequence becomes several.
+
+    Args:
+        stride: tokens that a window shares with the one before it.
+        most: windows of one row; what lies behind them is not read.
+    """
+
+    stride: int
+    most: int
+
+    @classmethod
+    def of(cls, args: Arguments) -> Windows | None:
+        """What the flags say; None where longer rows are cut."""
+        if args.doc_stride is None or args.doc_stride < 0:
+            return None
+        return cls(args.doc_stride, args.max_windows)
+
+
+class NoRoomError(Exception):
+    """A window has no room for more than `stride` tokens of text.
+
+    Args:
+        row: 0-based; None where no row has room.
+        room: tokens of text in a window.
+    """
+
+    def __init__(self, row: int | None, room: int):
+        super().__init__(row, room)
+        self.row, self.room = row, room
 
 
 @dataclass(frozen=True)
@@ -61,8 +103,9 @@ def encode_rows(
         encoded = [_beginnings(backend, column[first:last], budget) for column in columns]
         rows = []
         for at in range(last - first):
-            kept = _cut(backend, [column[first + at] for column in columns], [one[at] for one in encoded], budget)
-            rows.append(_assembled(template, kept))
+            read = [one[at] for one in encoded]
+            kept = _cut(backend, [column[first + at] for column in columns], read, budget)
+            rows.append(_assembled(template, kept, is_cut=_is_longer(read, budget)))
         yield rows
 
 
@@ -72,17 +115,116 @@ def _encode_ends(backend: Any, columns: Sequence[Sequence[str]], max_length: int
     for first, last in _chunks(columns, max_length):
         rows = list(zip(*(column[first:last] for column in columns), strict=True))
         encoded = backend.encode_batch(rows if len(columns) == 2 else [text for (text,) in rows])
-        yield [EncodedRow(row.ids, row.type_ids) for row in encoded]
+        yield [EncodedRow(row.ids, row.type_ids, bool(row.overflowing)) for row in encoded]
     backend.no_truncation()
 
 
 def encode_in_python(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
     """As `encode_rows`, by a tokenizer of transformers that has no backend in Rust."""
     for first, last in _chunks(columns, max_length):
-        texts = (list(column[first:last]) for column in columns)
+        texts = [list(column[first:last]) for column in columns]
         found = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_attention_mask=False)
         types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
-        yield [EncodedRow(*row) for row in zip(found["input_ids"], types, strict=True)]
+        # Only a second reading tells a row that is full from one that is cut.
+        cut = [
+            len(ids) == max_length and len(tokenizer(*row, verbose=False)["input_ids"]) > max_length
+            for ids, *row in zip(found["input_ids"], *texts, strict=True)
+        ]
+        yield [EncodedRow(*row) for row in zip(found["input_ids"], types, cut, strict=True)]
+
+
+def encode_windows(
+    tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int, windows: Windows
+) -> Iterator[list[list[EncodedRow]]]:
+    """Chunks of rows, each as its sequences in order: one where the row fits, else its windows.
+
+    They are those of the library's truncation with a stride. Of a pair the longer text goes into windows and the
+    shorter one stands in each of them: `only_first` or `only_second`, whichever is the longer.
+
+    Args:
+        tokenizer: of transformers; a backend in Rust does not truncate.
+        max_length: tokens of a sequence, special ones included.
+
+    Raises:
+        NoRoomError: beside the special tokens and the shorter text there is room for `windows.stride` tokens or less.
+    """
+    budget = max_length - tokenizer.num_special_tokens_to_add(len(columns) == 2)
+    if budget <= windows.stride:
+        raise NoRoomError(None, budget)
+    keeps_end = tokenizer.truncation_side == "left"
+    # Of a text whose end counts all tokens are needed, of others those of as many windows as are kept.
+    needed = 1 << 40 if keeps_end else budget + (windows.most - 1) * (budget - windows.stride)
+    read, assemble = _of_backend(tokenizer, len(columns)) if tokenizer.is_fast else _of_python(tokenizer)
+    for first, last in _chunks(columns, needed):
+        encoded = [read(column[first:last], needed) for column in columns]
+        rows = []
+        for at in range(last - first):
+            try:
+                kept, is_cut = _windows_of([one[at] for one in encoded], budget, windows, keeps_end)
+            except NoRoomError as error:
+                raise NoRoomError(first + at, error.room) from None
+            rows.append([assemble(parts, is_cut) for parts in kept])
+        yield rows
+
+
+_Read = Callable[[Sequence[str], int], list[tuple[list[int], bool]]]
+_Assemble = Callable[[list[list[int]], bool], EncodedRow]
+
+
+def _of_backend(tokenizer: Any, texts: int) -> tuple[_Read, _Assemble]:
+    """How a tokenizer with a backend reads texts, and how it makes a sequence of their ids."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    template = _template(backend, texts)
+    return (
+        lambda column, needed: _beginnings(backend, column, needed),
+        lambda parts, is_cut: _assembled(template, parts, is_cut),
+    )
+
+
+def _of_python(tokenizer: Any) -> tuple[_Read, _Assemble]:
+    """The same of a tokenizer that has none."""
+
+    def read(column: Sequence[str], needed: int) -> list[tuple[list[int], bool]]:
+        return [(ids, True) for ids in tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def assemble(parts: list[list[int]], is_cut: bool) -> EncodedRow:
+        found = tokenizer.prepare_for_model(*parts)
+        return EncodedRow(found["input_ids"], found.get("token_type_ids") or [0] * len(found["input_ids"]), is_cut)
+
+    return read, assemble
+
+
+def _windows_of(
+    encoded: list[tuple[list[int], bool]], budget: int, windows: Windows, keeps_end: bool
+) -> tuple[list[list[list[int]]], bool]:
+    """The ids of each text in each window of one row, and whether text is left out.
+
+    Args:
+        encoded: ids of each text, and whether they are all.
+        budget: tokens of text in a window.
+    """
+    texts = [ids for ids, _ in encoded]
+    if not _is_longer(encoded, budget):
+        return [texts], False
+    longer = max(range(len(texts)), key=lambda at: (len(texts[at]), at))
+    ids, is_whole = encoded[longer]
+    room = budget - sum(map(len, texts)) + len(ids)
+    if room <= windows.stride:
+        raise NoRoomError(None, max(0, room))
+    step = room - windows.stride
+    count = -(-(len(ids) - room) // step) + 1
+    starts = range(0, min(count, windows.most) * step, step)
+    borders = [(start, min(start + room, len(ids))) for start in starts]
+    if keeps_end:
+        borders = [(len(ids) - end, len(ids) - start) for start, end in borders]
+    parts = [[*texts[:longer], ids[start:end], *texts[longer + 1 :]] for start, end in borders]
+    return parts, not is_whole or count > windows.most
+
+
+def _is_longer(encoded: list[tuple[list[int], bool]], budget: int) -> bool:
+    """Whether a row's texts have more tokens than `budget`; those that are not read to their end do."""
+    return sum(len(ids) for ids, _ in encoded) > budget or not all(is_whole for _, is_whole in encoded)
 
 
 def _template(backend: Any, texts: int) -> list[_Part]:
@@ -182,8 +324,8 @@ def _count(backend: Any, text: str) -> int:
     return total
 
 
-def _assembled(template: list[_Part], kept: list[list[int]]) -> EncodedRow:
-    row = EncodedRow([], [])
+def _assembled(template: list[_Part], kept: list[list[int]], is_cut: bool) -> EncodedRow:
+    row = EncodedRow([], [], is_cut)
     for part in template:
         own = part.ids if part.text is None else kept[part.text]
         row.ids.extend(own)

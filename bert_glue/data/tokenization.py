@@ -8,27 +8,37 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bert_glue import result_keys as keys
 from bert_glue.data.auto_tokenizer import library_errors, load_tokenizer
-from bert_glue.data.chunked_encoding import encode_in_python, encode_rows, flat_arrays
+from bert_glue.data.chunked_encoding import (
+    EncodedRow,
+    NoRoomError,
+    Windows,
+    encode_in_python,
+    encode_rows,
+    encode_windows,
+    flat_arrays,
+)
 from bert_glue.data.sources import Split
 from bert_glue.data.tables import pieces
-from bert_glue.errors import MachineError, UsageError
+from bert_glue.errors import DataError, MachineError, UsageError
 from bert_glue.storage.files import cache_folder, file_hash, json_object, write_json
 
-_FORMAT = "2"
+_FORMAT = "3"
 # Classes of transformers that read any tokenizer.json; its version 4 has other names for them.
 _GENERIC = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend", "PreTrainedTokenizerFast")
 _MAKING, _ABANDONED_SECONDS = ".making-", 86400.0
-_ARRAYS = ("ids", "offsets", "types")
+_ARRAYS = ("ids", "offsets", "types", "first")
 # Beside the files that a tokenizer's class names.
 _SETTINGS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -42,22 +52,61 @@ class TokenTable:
 
     Args:
         ids: `[tokens]` int32, the sequences end to end, special tokens included.
-        offsets: `[rows + 1]` int64, where each sequence begins; the last entry is `tokens`.
+        offsets: `[sequences + 1]` int64, where each sequence begins; the last entry is `tokens`.
         types: `[tokens]` int8, the token type of each; 0 where the tokenizer gives none.
+        first: `[rows + 1]` int64, the first sequence (window) of each row; None where each row is one sequence.
+        cut_rows: rows that have text beyond their tokens.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     types: np.ndarray
+    first: np.ndarray | None = None
+    cut_rows: int = 0
 
     def __len__(self) -> int:
         """Rows."""
-        return len(self.offsets) - 1
+        return len(self.offsets if self.first is None else self.first) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, `[rows]` int64."""
-        return np.diff(self.offsets)
+        """Tokens of each row, those of all its windows, `[rows]` int64."""
+        return np.diff(self.offsets if self.first is None else self.offsets[self.first])
+
+    @property
+    def windows(self) -> int:
+        """Sequences."""
+        return len(self.offsets) - 1
+
+    @property
+    def windowed_rows(self) -> int:
+        """Rows of more than one sequence."""
+        return 0 if self.first is None else int((np.diff(self.first) > 1).sum())
+
+    @property
+    def row_counts(self) -> dict[str, int]:
+        """Figures of `result_keys`: rows that are cut, and where rows may have several windows how many do."""
+        cut = {keys.CUT_ROWS: self.cut_rows} if self.cut_rows else {}
+        if self.first is None:
+            return cut
+        return {keys.WINDOWS: self.windows, keys.WINDOWED_ROWS: self.windowed_rows, **cut}
+
+    @property
+    def sequences(self) -> TokenTable:
+        """The same with a row for each sequence."""
+        return replace(self, first=None)
+
+    def ids_of(self, row: int) -> np.ndarray:
+        """Token ids of a row, one window behind the other."""
+        begin, end = (row, row + 1) if self.first is None else self.first[row : row + 2]
+        return self.ids[self.offsets[begin] : self.offsets[end]]
+
+    def row_means(self, values: np.ndarray) -> np.ndarray:
+        """`[sequences, width]` float32 -> `[rows, width]` float32: the mean over each row's sequences."""
+        if self.first is None:
+            return values
+        sums = np.add.reduceat(values.astype(np.float64), self.first[:-1], axis=0)
+        return (sums / np.diff(self.first)[:, None]).astype(np.float32)
 
 
 class TextTokenizer:
@@ -123,25 +172,45 @@ class TextTokenizer:
         """The vocabulary's words of token ids; "?" where an id is none."""
         return [word or "?" for word in self.stock.convert_ids_to_tokens(list(map(int, ids)))]
 
-    def encode(self, split: Split, max_length: int) -> TokenTable:
-        """Tokenize one split; pairs longer than `max_length` tokens are cut, longest text first.
+    def encode(self, split: Split, max_length: int, windows: Windows | None = None) -> TokenTable:
+        """Tokenize one split; rows longer than `max_length` tokens are cut, of a pair the longest text first.
+
+        Args:
+            windows: how longer rows become several sequences instead.
 
         Raises:
-            UsageError: `max_length` holds no more than the special tokens.
+            UsageError: `max_length` holds no more than the special tokens, or a window no more than the stride.
+            DataError: the same of one row, a pair of two long texts.
             MachineError: a token id or type is not in the model's tables, or the library fails.
         """
         if self.stock.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
             raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
+        chunks, counts, cut_rows = [], [0], 0
+        with library_errors(self.folder):
+            for rows in self._encoded(split, max_length, windows):
+                counts += map(len, rows)
+                cut_rows += sum(row[0].is_cut for row in rows)
+                chunks.append(flat_arrays(list(chain(*rows))))
+        ids, lengths, types = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
+        if not self.gives_types:
+            types[:] = 0
+        first = None if windows is None else np.cumsum(counts)
+        return self.checked(TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), types, first, cut_rows))
+
+    def _encoded(self, split: Split, max_length: int, windows: Windows | None) -> Iterator[list[list[EncodedRow]]]:
+        """Chunks of rows, each as its sequences."""
+        if windows is not None:
+            try:
+                yield from encode_windows(self.stock, split.texts, max_length, windows)
+            except NoRoomError as error:
+                raise _no_room(error, split, max_length, windows.stride) from None
+            return
         if self.backend is None:
             encoded = encode_in_python(self.stock, split.texts, max_length)
         else:
             encoded = encode_rows(self.backend, split.texts, max_length, self.stock.truncation_side == "left")
-        with library_errors(self.folder):
-            chunks = [flat_arrays(rows) for rows in encoded]
-        ids, lengths, types = (np.concatenate(parts) for parts in zip(*(chunks or [flat_arrays([])]), strict=True))
-        if not self.gives_types:
-            types[:] = 0
-        return self.checked(TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), types))
+        for rows in encoded:
+            yield [[row] for row in rows]
 
     def checked(self, table: TokenTable) -> TokenTable:
         """The same table, whose ids and token types the model's tables have.
@@ -189,12 +258,33 @@ class TextTokenizer:
         return implied if lower is None else {**implied, "do_lower_case": lower}
 
 
+def _no_room(error: NoRoomError, split: Split, max_length: int, stride: int) -> UsageError | DataError:
+    """What a user reads where a window has no room for more than the stride."""
+    if error.row is None:
+        return UsageError(
+            f"--doc_stride {stride}: a window of {max_length} tokens (--max_seq_length) has room for {error.room} "
+            f"tokens of text; give less than {error.room}"
+        )
+    lower = f"give a --doc_stride below {error.room}, or " if error.room else ""
+    return DataError(
+        f"{split.origin}: row {error.row + 1}: --doc_stride {stride}: beside the shorter of its two texts a window of "
+        f"{max_length} tokens (--max_seq_length) has room for {error.room}; {lower}give a longer --max_seq_length"
+    )
+
+
 def tokenize(
-    tokenizer: TextTokenizer, split: Split, max_length: int, refresh: bool = False, threads: int | None = None
+    tokenizer: TextTokenizer,
+    split: Split,
+    max_length: int,
+    *,
+    windows: Windows | None = None,
+    refresh: bool = False,
+    threads: int | None = None,
 ) -> tuple[TokenTable, str]:
     """The tokens of a split, from the cache where the same texts were tokenized the same way before.
 
     Args:
+        windows: as `TextTokenizer.encode`.
         refresh: tokenize again although the cache fits.
         threads: of the tokenizer; None for one a core. Counts for the first call of a process.
 
@@ -202,12 +292,12 @@ def tokenize(
         The table, memory-mapped where it comes from the cache, and its origin: "cached", "made", or
         "made (not cached: reason)".
     """
-    folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length)
+    folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length, windows)
     if not refresh and (table := _read(folder)) is not None:
         return tokenizer.checked(table), "cached"
     if threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(threads)
-    table = tokenizer.encode(split, max_length)
+    table = tokenizer.encode(split, max_length, windows)
     try:
         _write(folder, table)
     except OSError as error:
@@ -215,8 +305,8 @@ def tokenize(
     return table, "made"
 
 
-def _key(tokenizer: TextTokenizer, split: Split, max_length: int) -> str:
-    digest = hashlib.sha256(f"{_FORMAT}|{tokenizer.fingerprint}|{max_length}|{len(split)}".encode())
+def _key(tokenizer: TextTokenizer, split: Split, max_length: int, windows: Windows | None) -> str:
+    digest = hashlib.sha256(f"{_FORMAT}|{tokenizer.fingerprint}|{max_length}|{windows}|{len(split)}".encode())
     for column in split.texts:
         # Lengths first: without them two columns could trade characters and keep the hash.
         digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
@@ -229,11 +319,14 @@ def _read(folder: Path) -> TokenTable | None:
     """A cached table, or None where it is absent or not what was written."""
     try:
         manifest = json_object(folder / "manifest.json")
-        for name in _ARRAYS:
-            if file_hash(folder / f"{name}.npy", "blake2b") != manifest[name]:
+        cut_rows, hashes = int(manifest.pop("cut_rows")), manifest
+        arrays = {}
+        for name in (name for name in _ARRAYS if name in hashes or name != "first"):
+            if file_hash(folder / f"{name}.npy", "blake2b") != hashes[name]:
                 return None
-        # Not np.load, which also opens zip archives.
-        return TokenTable(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _ARRAYS))
+            # Not np.load, which also opens zip archives.
+            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", mode="r")
+        return TokenTable(**arrays, cut_rows=cut_rows)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -245,10 +338,11 @@ def _write(folder: Path, table: TokenTable) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_MAKING) as making:
         inside = Path(making) / "table"
         inside.mkdir()
-        for name in _ARRAYS:
-            np.save(inside / f"{name}.npy", getattr(table, name))
-        manifest = {name: file_hash(inside / f"{name}.npy", "blake2b") for name in _ARRAYS}
-        write_json(inside / "manifest.json", manifest)
+        arrays = {name: array for name in _ARRAYS if (array := getattr(table, name)) is not None}
+        for name, array in arrays.items():
+            np.save(inside / f"{name}.npy", array)
+        hashes = {name: file_hash(inside / f"{name}.npy", "blake2b") for name in arrays}
+        write_json(inside / "manifest.json", {**hashes, "cut_rows": table.cut_rows})
         with suppress(FileNotFoundError):
             folder.rename(Path(making) / "stale")
         try:

@@ -268,7 +268,7 @@ def explain(
     found = []
     for row in rows.tolist():
         label, prediction = split.labels[row], predictions[row]
-        ids = split.table.ids[split.table.offsets[row] : split.table.offsets[row + 1]].tolist()
+        ids = split.table.ids_of(row).tolist()
         scores = token_scores(model, evaluator, split, row, 0 if task.is_regression else int(prediction))
         shown = (
             (f"{label:.2f}", f"{prediction:.2f}")
@@ -306,8 +306,11 @@ def token_scores(model: LoadedModel, evaluator: Evaluator, split: TokenSplit, ro
     handle = words.register_forward_hook(as_leaf)
     try:
         with evaluator.precision.autocast():
-            logits = evaluator.module(**evaluator.collate(split, np.array([row])).inputs)
+            batch = evaluator.collate(split, np.array([row]))
+            logits = batch.row_means(evaluator.module(**batch.inputs))
         gradient = torch.autograd.grad(logits.float()[0, output], leaves[0])[0]
     finally:
         handle.remove()
-    return (gradient.float() * leaves[0].detach().float()).sum(-1).flatten().cpu()
+    scores = (gradient.float() * leaves[0].detach().float()).sum(-1)
+    mask = batch.inputs.get("attention_mask")
+    return (scores.flatten() if mask is None else scores[mask.bool()]).cpu()

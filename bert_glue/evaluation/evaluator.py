@@ -30,7 +30,7 @@ class Evaluator:
     Args:
         module: classifier; put into evaluation mode while it runs.
         assemble: rows to batches.
-        batch_size: samples per rank and forward pass.
+        batch_size: sequences per rank and forward pass.
         stop_asked: whether this rank shall stop, asked before each batch.
     """
 
@@ -43,7 +43,9 @@ class Evaluator:
 
     @torch.no_grad()
     def logits(self, split: TokenSplit) -> np.ndarray:
-        """Logits of all rows, `[rows, labels]` float32, on every rank.
+        """Logits of all rows, `[rows, labels]` float32, on every rank: of a row in windows the mean over them.
+
+        A batch holds windows, not rows, so that memory does not grow with the longest text.
 
         Raises:
             EvaluationStopped: some rank was asked to stop.
@@ -52,8 +54,9 @@ class Evaluator:
         ranks = self.ranks
         is_even = self.collate.depends_on_padding
         collate = replace(self.collate, padding="longest", is_rounded=False) if is_even else self.collate
-        rows = evaluation_batches(split.table.lengths, self.batch_size, ranks.rank, ranks.world_size, is_even)
-        batches = (collate(split, members) for members in rows)
+        single = split.sequences
+        rows = evaluation_batches(single.table.lengths, self.batch_size, ranks.rank, ranks.world_size, is_even)
+        batches = (collate(single, members) for members in rows)
         outputs = []
         with self.precision.autocast():
             for batch in batches if ranks.device.is_host else prefetch(batches):
@@ -65,10 +68,10 @@ class Evaluator:
         if any(stopped for *_, stopped in gathered):
             raise EvaluationStopped
         parts = [(members, values) for members, values, _ in gathered if members is not None]
-        result = np.empty((len(split), parts[0][1].shape[1]), np.float32)
+        result = np.empty((len(single), parts[0][1].shape[1]), np.float32)
         for members, values in parts:
             result[members] = values
-        return result
+        return split.table.row_means(result)
 
 
 def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
@@ -134,6 +137,7 @@ def evaluate(
             keys.MAJORITY_BASELINE: majority_baseline(task, split.labels),
             keys.COLLAPSED: collapsed_predictions(task, predictions, split.labels),
             keys.SAMPLES: len(split),
+            **split.table.row_counts,
             keys.RUNTIME: seconds,
             keys.SAMPLES_PER_SECOND: len(split) / seconds,
             keys.REAL_TOKENS_PER_SECOND: float(split.table.offsets[-1]) / seconds,

@@ -42,6 +42,7 @@ def describe(
         "text_columns": list(data.task.columns),
         "text_column_delimiter": data.task.text_delimiter,
         "max_seq_length": max_length,
+        **({} if args.doc_stride is None else {"doc_stride": args.doc_stride, "max_windows": args.max_windows}),
         "tokenizer_sha256": tokenizer.fingerprint,
         "recipe": {
             **{name: getattr(args, name) for name in names if not FLAGS[name].secret},
@@ -95,6 +96,10 @@ def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     length, columns = found.get("max_seq_length"), found.get("text_columns")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 3):
         raise MachineError(f"{path}: max_seq_length is {str(length)[:40]!r}, not a number of tokens from 3 on")
+    for name, least in (("doc_stride", -1), ("max_windows", 1)):
+        value = found.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise MachineError(f"{path}: {name} is {str(value)[:40]!r}, not a whole number from {least} on")
     is_list = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
     if columns is not None and not (is_list and columns):
         raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not a list of names")

@@ -11,8 +11,9 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.config.checks import check_metric_of_data
 from bert_glue.config.repeat import check_inputs, read_run
 from bert_glue.data.batching import TokenSplit
+from bert_glue.data.chunked_encoding import Windows
 from bert_glue.data.sources import Split, TaskData, load_task_data
-from bert_glue.data.tokenization import tokenize
+from bert_glue.data.tokenization import TokenTable, tokenize
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
 from bert_glue.errors import DataError
@@ -28,6 +29,9 @@ from bert_glue.tasks import GlueTask
 from bert_glue.training.class_weights import class_weights, named
 from bert_glue.training.console import ConsoleLog
 from bert_glue.training.throughput import Phases
+
+# Flags on the length of rows, whose values lie beside the weights.
+_TRAINED_WITH = ("max_seq_length", "doc_stride", "max_windows")
 
 
 def with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
@@ -45,14 +49,17 @@ def with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
 
 
 def at_trained_length(args: Arguments, log: ConsoleLog) -> Arguments:
-    """Without training and without `--max_seq_length`, rows are cut as in the model's training."""
-    if args.do_train or not args.is_default("max_seq_length"):
+    """Without training, flags on the length of rows that are not given are those of the model's training."""
+    if args.do_train:
         return args
-    length = read_description(model_folder(args.model_name_or_path, args)).get("max_seq_length")
-    if length in (None, args.max_seq_length):
-        return args
-    log.line(f"note: --max_seq_length {length}, as the model was trained (the default is {args.max_seq_length})")
-    return replace(args, max_seq_length=length)
+    stored = read_description(model_folder(args.model_name_or_path, args))
+    for name in _TRAINED_WITH:
+        value, default = stored.get(name), getattr(args, name)
+        if args.is_default(name) and value not in (None, default):
+            told = "" if default is None else f" (the default is {default})"
+            log.line(f"note: --{name} {value}, as the model was trained{told}")
+            args = replace(args, **{name: value})
+    return args
 
 
 def read_inputs(
@@ -132,20 +139,45 @@ def _provenance(
 
 
 def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleLog) -> dict[str, TokenSplit]:
-    """Token ids and labels of every split, cut to `--max_*_samples`."""
-    limit = row_length(args, model)
+    """Token ids and labels of every split, cut to `--max_*_samples`.
+
+    Raises:
+        DataError: a split has no rows, or the windows of a row have no room.
+        UsageError: `--doc_stride` leaves no row's windows room.
+    """
+    limit, windows = row_length(args, model), Windows.of(args)
     if limit < args.max_seq_length:
         log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
     dtype = np.float32 if data.task.is_regression else np.int64
     splits = {}
     for name in data.splits:
         split = _chosen_rows(args, data, name)
-        table, how = tokenize(model.tokenizer, split, limit, args.overwrite_cache, args.preprocessing_num_workers)
+        table, how = tokenize(
+            model.tokenizer, split, limit, windows=windows, refresh=args.overwrite_cache,
+            threads=args.preprocessing_num_workers,
+        )  # fmt: skip
         labels = None if split.labels is None else np.asarray(split.labels, dtype)
         splits[name] = TokenSplit(name, table, labels)
         mean = float(table.offsets[-1]) / len(table)
         log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
+        for line in _length_notes(table, limit, windows):
+            log.line(f"note: {name}: {line}")
     return splits
+
+
+def _length_notes(table: TokenTable, limit: int, windows: Windows | None) -> list[str]:
+    """Lines on rows that are longer than a sequence of `limit` tokens, with the flags that change it."""
+    found, of_all = [], f"of {len(table)} rows are"
+    if table.windowed_rows:
+        found.append(f"{table.windowed_rows} {of_all} longer than {limit} tokens: {table.windows} windows in all")
+    if table.cut_rows and windows is None:
+        found.append(
+            f"{table.cut_rows} {of_all} truncated to {limit} tokens (--max_seq_length); --doc_stride N reads them "
+            "whole, in overlapping windows"
+        )
+    elif table.cut_rows:
+        found.append(f"{table.cut_rows} {of_all} truncated after {windows.most} windows (--max_windows)")
+    return found
 
 
 def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
@@ -168,5 +200,5 @@ def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
 
 
 def row_length(args: Arguments, model: LoadedModel) -> int:
-    """Tokens a row is cut to."""
+    """Tokens of a sequence: a row, or a window of it."""
     return min(args.max_seq_length, model.position_limit)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ConsoleLog) -> None:
     """One training row as the model sees it: texts, tokens and label."""
     texts = [column[0] for column in data.splits[split.name].texts]
-    ids = split.table.ids[split.table.offsets[0] : split.table.offsets[1]].tolist()
+    ids = split.table.ids_of(0).tolist()
     tokens = " ".join(model.tokenizer.words(ids))
     label = split.labels[0] if data.task.is_regression else data.task.labels[split.labels[0]]
     log.line(f"example: {' | '.join(texts)}")

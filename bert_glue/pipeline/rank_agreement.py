@@ -107,7 +107,7 @@ def _ranks(numbers: list[int]) -> str:
 
 def _split_hash(split: TokenSplit) -> str:
     digest = hashlib.sha256()
-    for array in (split.table.ids, split.table.offsets, split.labels):
+    for array in (split.table.ids, split.table.offsets, split.table.first, split.labels):
         if array is not None:
             digest.update(memoryview(array).cast("B") if array.flags.c_contiguous else array.tobytes())
     return digest.hexdigest()[:16]

@@ -13,6 +13,7 @@ from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.resolve import samples_per_step
 from bert_glue.data.batching import TokenSplit
+from bert_glue.data.chunked_encoding import Windows
 from bert_glue.data.sources import TaskData
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, Failures
@@ -99,6 +100,8 @@ def predict_splits(
         results[keys.predicted_samples_key(task.name, suffix)] = len(splits[name])
         rate = len(predictions) / (time.perf_counter() - begin)
         results[keys.predicted_samples_per_second_key(task.name, suffix)] = rate
+        counts = splits[name].table.row_counts
+        results |= {keys.predicted_key(figure, task.name, suffix): count for figure, count in counts.items()}
         if evaluator.ranks.is_first:
             with files.plain_errors(Path(args.output_dir)):
                 outputs.write_predictions(Path(args.output_dir), task, suffix, predictions)
@@ -139,6 +142,7 @@ def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tu
 
 def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: DistributedContext) -> dict:
     """What was run, for every results file."""
+    windows = Windows.of(args)
     return {
         "task_name": data.task.name,
         "headline_metric": data.task.headline,
@@ -158,6 +162,7 @@ def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Dist
         "global_batch_size": samples_per_step(args, ranks.world_size),
         "learning_rate": args.learning_rate,
         "max_seq_length": args.max_seq_length,
+        **({"doc_stride": windows.stride, "max_windows": windows.most} if windows else {}),
         "seed": args.seed,
     }
 
@@ -168,9 +173,9 @@ def train_results(state: TrainState, plan) -> dict:
     summed = state.learner.precision.summed
     weights = state.data.class_weights
     constant = constant_loss(state.task, state.data.split.labels, state.args.label_smoothing_factor, weights)
-    counts = ranks.all_gather_object([meter.samples, meter.real_tokens, meter.computed_tokens, meter.flops])
-    names = ("samples", "real_tokens", "computed_tokens", "flops")
-    totals = dict(zip(names, map(sum, zip(*counts, strict=True)), strict=True))
+    own = [meter.samples, meter.windows, meter.real_tokens, meter.computed_tokens, meter.flops]
+    names = ("samples", "windows", "real_tokens", "computed_tokens", "flops")
+    totals = dict(zip(names, map(sum, zip(*ranks.all_gather_object(own), strict=True)), strict=True))
     return {
         keys.TRAIN_LOSS: progress.loss_sum / max(1, progress.step),
         keys.TRAIN_RUNTIME: meter.runtime,
@@ -182,6 +187,7 @@ def train_results(state: TrainState, plan) -> dict:
         keys.TRAIN_SAMPLES_CONSUMED: progress.samples,
         keys.TRAIN_SAMPLES: state.data.sampler.rows,
         **({} if weights is None else {keys.CLASS_WEIGHTS: named(state.task, weights)}),
+        **{keys.training_key(figure): count for figure, count in state.data.split.table.row_counts.items()},
         "epoch": state.epoch,
         # Of one step and rank; null with apex, which adds them up itself.
         keys.TRAIN_GRADIENT_BYTES: summed.bytes if summed.gradients else None,

@@ -82,12 +82,11 @@ def run(options: argparse.Namespace) -> int:
     print(*first.notes, sep="\n", end="\n" if first.notes else "", file=log)
     alone = []
     for name, (own_task, own) in zip(options.model, tasks, strict=True):
-        length = options.max_seq_length or own.get("max_seq_length") or args.max_seq_length
         columns, lines = columns_of(own_task, own, flags, first)
         print(*lines, sep="\n", end="\n" if lines else "", file=log)
         delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
         reads = replace(own_task, columns=columns, text_delimiter=delimiter)
-        alone.append(build_labeller(replace(args, model_name_or_path=name, max_seq_length=length), reads))
+        alone.append(build_labeller(replace(args, model_name_or_path=name, **_lengths(options, own)), reads))
         for note in alone[-1].model.notes:
             print(f"note: {note}", file=log)
     labeller = replace(alone[0], others=tuple(alone[1:]))
@@ -107,6 +106,13 @@ def run(options: argparse.Namespace) -> int:
     finally:
         output.close()
     return 0
+
+
+def _lengths(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, int]:
+    """Flags on the length of rows, as given, else as the model was trained; what neither says is left out."""
+    given = {name: getattr(options, name) for name in ("max_seq_length", "doc_stride", "max_windows")}
+    chosen = {name: own.get(name) if value is None else value for name, value in given.items()}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _from_first(first: Table, rest: Iterator[Table]) -> Iterator[Table]:
@@ -137,6 +143,9 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
         f"labelled {rows} rows in {seconds:.1f} s: {rows / seconds:.1f} rows/s ({path}, {plan.name}, {device.name})",
         file=log, flush=True,
     )  # fmt: skip
+    for one in (labeller, *labeller.others):
+        for line in one.length_notes():
+            print(f"note: {line}", file=log, flush=True)
 
 
 def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:
@@ -145,11 +154,13 @@ def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: st
     from bert_glue.storage.files import file_hash
 
     files = [path for folder in folders for path in weight_files(folder, args.allow_pickle_weights)]
+    windows = [one.windows and [one.windows.stride, one.windows.most] for one in (labeller, *labeller.others)]
     return {
         "model_sha256": [file_hash(path) for path in files],
         "tokenizers": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
         "text_columns": [name for one in (labeller, *labeller.others) for name in one.task.columns],
         "max_seq_lengths": [one.limit for one in (labeller, *labeller.others)],
+        **({"windows": windows} if any(windows) else {}),
         "per_device_eval_batch_size": args.per_device_eval_batch_size,
         "precision": labeller.evaluator.precision.plan.name,
         "device": labeller.evaluator.ranks.device.kind,
@@ -189,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one or two; default: those the model was trained on")  # fmt: skip
     add("--label_column_name", metavar="NAME", help="is no text; labels of the input are not used")
     add("--max_seq_length", type=int, help="tokens; default: as in training, else 128")
+    add("--doc_stride", type=int, metavar="N",
+        help="tokens that windows of a longer text share; -1: it is cut; default: as in training")  # fmt: skip
+    add("--max_windows", type=int, metavar="N", help="windows of a row; default: as in training, else 64")
     add("--per_device_eval_batch_size", type=int, default=32, help="rows a forward pass, default 32")
     add("--device", default="auto", help="auto, an index, a name, or name:index")
     add("--bf16", action="store_true", help="autocast to bfloat16")
@@ -205,7 +219,8 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     options.text_column_names = [name for names in options.text_column_names or () for name in names]
-    for name, least in (("max_seq_length", 3), ("per_device_eval_batch_size", 1)):
+    least_of = {"max_seq_length": 3, "doc_stride": -1, "max_windows": 1, "per_device_eval_batch_size": 1}
+    for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} {value} is not in [{least}, inf)")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
+from bert_glue.data.chunked_encoding import Windows
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.splits import make_split
 from bert_glue.data.tables import Table
@@ -30,7 +33,9 @@ class Labeller:
 
     Args:
         task: as it was trained; `columns` are this input's, in the order this model reads them.
-        limit: tokens a row is cut to.
+        limit: tokens of a sequence.
+        windows: how longer rows become several sequences; None where they are cut.
+        lengths: counts rows that are cut or in windows.
         others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
     """
 
@@ -38,6 +43,8 @@ class Labeller:
     model: LoadedModel
     evaluator: Evaluator
     limit: int
+    windows: Windows | None = None
+    lengths: Counter[str] = field(default_factory=Counter)
     others: tuple[Labeller, ...] = ()
 
     def answers(self, table: Table) -> np.ndarray:
@@ -49,11 +56,27 @@ class Labeller:
         """
         check_quoting(table, self.task.columns)
         texts = table.renamed({name: name for name in self.task.columns})
-        tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit)
+        tokens = self.model.tokenizer.encode(make_split(self.task, "input", texts, False), self.limit, self.windows)
+        self.lengths.update(tokens.row_counts)
         logits = self.evaluator.logits(TokenSplit("input", tokens, None))
         if not np.isfinite(logits).all():
             raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
         return logits.astype(np.float64) if self.task.is_regression else softmax(logits)
+
+    def length_notes(self) -> list[str]:
+        """Lines on the rows so far that were longer than a sequence."""
+        windowed, cut = self.lengths[keys.WINDOWED_ROWS], self.lengths[keys.CUT_ROWS]
+        found = []
+        if windowed:
+            found.append(f"{windowed} rows are longer than {self.limit} tokens and were read in windows (--doc_stride)")
+        if cut and self.windows is None:
+            found.append(
+                f"{cut} rows were truncated to {self.limit} tokens (--max_seq_length); --doc_stride N reads them "
+                "whole, in overlapping windows"
+            )
+        elif cut:
+            found.append(f"{cut} rows were truncated after {self.windows.most} windows (--max_windows)")
+        return found
 
     def order_of(self, task: GlueTask) -> list[int]:
         """The column of its own answers for each label of `task`, which has the same labels in any order."""
@@ -129,4 +152,4 @@ def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
     precision = InferencePrecision(plan, model.module)
     collate = build_collator(args, model, ranks, None)
     evaluator = Evaluator(model.module, collate, args.per_device_eval_batch_size, ranks, precision)
-    return Labeller(task, model, evaluator, min(args.max_seq_length, model.position_limit))
+    return Labeller(task, model, evaluator, min(args.max_seq_length, model.position_limit), Windows.of(args))

@@ -36,6 +36,7 @@ IDENTITY = (
     Fact("tokenizers", "tokenizer"),
     *flag_facts(("text_columns",)),
     Fact("max_seq_lengths", "--max_seq_length"),
+    Fact("windows", "--doc_stride or --max_windows"),
     *flag_facts(("per_device_eval_batch_size",)),
     Fact("precision", "precision"),
     Fact("device", "device"),

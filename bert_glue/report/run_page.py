@@ -10,7 +10,7 @@ from bert_glue.errors import MachineError
 from bert_glue.report import charts, sections
 from bert_glue.report.page import render, shortened
 from bert_glue.report.words import METRICS
-from bert_glue.results.model_card import last_part, short_name, task_title
+from bert_glue.results.model_card import last_part, short_name, task_title, windows_text
 from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, STATE_FILE, read_json_object
 from bert_glue.tasks import TASKS, GlueTask, own_task
@@ -75,6 +75,7 @@ def _facts(results: Record) -> list[tuple[str, str]]:
         ("ranks", f"{ranks:g}" if ranks > 1 else ""),
         ("precision", results.text("precision")),
         ("batches", results.text("batches")),
+        ("windows", windows_text(results)),
         ("seed", _count(results.number("seed"))),
         ("trained", "" if trained == "all" else trained),
         ("class_weights", _weights(results.part(keys.CLASS_WEIGHTS))),

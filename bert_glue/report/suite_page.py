@@ -27,7 +27,8 @@ _NOT_SETTINGS = {
 }  # fmt: skip
 _GROUPS = (ModelArguments, TrainingArguments, EvaluationArguments, PrecisionArguments)
 _SETTINGS = {found.name for group in _GROUPS for found in fields(group)} - _NOT_SETTINGS
-_SETTINGS |= {"recipe", "max_seq_length", "padding", "pad_to_max_length", "max_train_samples", "max_eval_samples"}
+_SETTINGS |= {"recipe", "max_seq_length", "doc_stride", "max_windows", "padding", "pad_to_max_length"}
+_SETTINGS |= {"max_train_samples", "max_eval_samples"}
 # What the results hold themselves; it is known of runs without run.json too.
 _FROM_RESULTS = ("learning_rate", "precision", "global_batch_size", "world_size", "max_seq_length", "trained")
 # Shown with every setting, or said by the precision.

@@ -18,6 +18,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "precision": ("Precision", "精度"),
     "seed": ("Seed", "随机种子"),
     "batches": ("Batches", "批次"),
+    "windows": ("Long texts", "长文本"),
     "trained": ("Trained", "训练的部分"),
     "class_weights": ("Weights of the classes in the loss", "损失中各类别的权重"),
     "fallback": ("Fallback", "精度降级"),

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.values import is_hub_name, is_path
-from bert_glue.result_keys import SAMPLES, TRAIN_SAMPLES_PER_SECOND, evaluation_key, headline_keys, standard_error_key
+from bert_glue.result_keys import (
+    SAMPLES,
+    TRAIN_SAMPLES_PER_SECOND,
+    WINDOWED_ROWS,
+    evaluation_key,
+    headline_keys,
+    standard_error_key,
+    training_key,
+)
 from bert_glue.results.records import Record
 from bert_glue.tasks import SAMPLE_NOTE, GlueTask
 
@@ -99,6 +107,7 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
         recipe=_recipe(origin["arguments"]),
         hashes={"model.safetensors": origin["weights_sha256"], **origin["data"]["sha256"]},
         sample_note=SAMPLE_NOTE if results["sample_data"] else "",
+        windows=windows_text(Record(results)),
     )  # fmt: skip
     metadata = _metadata(task, results, origin["arguments"]).to_yaml()
     return str(ModelCard(f"---\n{metadata}\n---\n\n{body}"))
@@ -149,6 +158,23 @@ def other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
         if rows is not None and official and rows != official:
             return rows, official
     return None
+
+
+def windows_text(results: Record) -> str:
+    """How texts longer than a sequence were read with `--doc_stride`, and how many were; "" without it."""
+    stride, length = results.number("doc_stride"), results.number("max_seq_length")
+    if stride is None or length is None:
+        return ""
+    counts = [
+        f"{count:,.0f} rows of {part}"
+        for part, key in (("training", training_key(WINDOWED_ROWS)), ("evaluation", evaluation_key(WINDOWED_ROWS)))
+        if (count := results.number(key)) is not None
+    ]
+    return (
+        f"Texts longer than {length:g} tokens are read in overlapping windows that share {stride:g} tokens, "
+        f"{results.number('max_windows') or 0:g} at most, and the mean of the windows' logits answers"
+        + (f" ({', '.join(counts)})." if counts else ".")
+    )
 
 
 def _errors(task: GlueTask, results: dict) -> str:

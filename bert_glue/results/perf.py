@@ -60,6 +60,8 @@ def setup_of(results: dict[str, Any]) -> dict[str, Any]:
     """What decides about speed; of a model its name, wherever it lies."""
     setup = {name: results[name] for name in SETUP}
     setup["model"] = PurePath(results["model_name_or_path"] or "unnamed").name
+    if "doc_stride" in results:
+        setup["doc_stride"] = results["doc_stride"]
     setup["compiled"] = results.get("compiled")
     setup["device"] = results["device"].partition(":")[0]
     return setup

@@ -13,7 +13,7 @@ from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments, without_secrets
 from bert_glue.data.tables import pieces
 from bert_glue.devices.npu_versions import installed_version
-from bert_glue.result_keys import is_of_evaluation
+from bert_glue.result_keys import CUT_ROWS, is_of_evaluation
 from bert_glue.storage.files import file_hash
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _PACKAGES = (
     "scikit-learn",
     "peft",
 )
-_NOT_SCORES = ("runtime", "per_second")
+_NOT_SCORES = ("runtime", "per_second", CUT_ROWS)
 
 
 def provenance(

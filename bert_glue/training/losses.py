@@ -88,8 +88,8 @@ class Objective:
         """
         # R-Drop's loss needs the logits of both passes: two graphs live at once, which takes twice the activations.
         with autocast():
-            logits = self.module(**batch.inputs, dropout_masks=self.dropout_masks)
-            again = self.module(**batch.inputs, dropout_masks=self.second) if self.args.rdrop_alpha else None
+            logits = self._logits(batch, self.dropout_masks)
+            again = self._logits(batch, self.second) if self.args.rdrop_alpha else None
         loss = shown = self._mean(logits, batch, samples)
         if again is not None:  # the mean of both losses, as in the authors' code: the rate keeps its meaning
             apart = disagreement(self.task, logits, again) / samples
@@ -99,8 +99,16 @@ class Objective:
         # The caller has run the first backward by now, whose gradient by the embeddings says where to move them.
         if self.shift is not None:
             with self.shift.against(batch), autocast():
-                logits = self.module(**batch.inputs, dropout_masks=self.second)
+                logits = self._logits(batch, self.second)
             yield self._mean(logits, batch, samples), torch.zeros_like(shown)
+
+    def _logits(self, batch: Batch, dropout_masks: DropoutMasks) -> torch.Tensor:
+        """Logits of each sample, `[samples, labels]`.
+
+        Of a row in windows their mean, which is what evaluation scores: a loss for each window would weigh a row by
+        its length, and ask each window for a label whose grounds may stand in another.
+        """
+        return batch.row_means(self.module(**batch.inputs, dropout_masks=dropout_masks))
 
     def _mean(self, logits: torch.Tensor, batch: Batch, samples: int) -> torch.Tensor:
         # torch's mean of weighted losses divides by the weights' sum. That of the whole step is the same for all of its

@@ -112,7 +112,7 @@ _SAME = (
 # Checkpoints of earlier versions have none of these.
 _DATA = (
     Fact("class_names", "class names"),
-    Fact("training_tokens_sha256", "training texts (or --max_seq_length or tokenizer)"),
+    Fact("training_tokens_sha256", "training texts (or --max_seq_length, --doc_stride or tokenizer)"),
     Fact("training_labels_sha256", "training labels"),
 )
 
@@ -120,8 +120,9 @@ _DATA = (
 def _data(state: TrainState) -> dict[str, object]:
     """The rows that are trained on: the values of `_DATA`."""
     split, tokens = state.data.split, hashlib.sha256()
-    for array in (split.table.ids, split.table.offsets, split.table.types):
-        tokens.update(np.ascontiguousarray(array).data)
+    for array in (split.table.ids, split.table.offsets, split.table.types, split.table.first):
+        if array is not None:
+            tokens.update(np.ascontiguousarray(array).data)
     return {
         "class_names": list(state.task.labels),
         "training_tokens_sha256": tokens.hexdigest(),

@@ -129,6 +129,7 @@ class Meter:
     first_only_last: bool = True
     steps: int = 0
     samples: int = 0
+    windows: int = 0
     real_tokens: int = 0
     computed_tokens: int = 0
     flops: float = 0.0
@@ -177,6 +178,7 @@ class Meter:
         if self._began is None:
             return
         self.samples += batch.samples
+        self.windows += len(batch.lengths)
         self.real_tokens += batch.real_tokens
         self.computed_tokens += batch.computed_tokens
         if self.shape is not None:
@@ -197,14 +199,14 @@ class Meter:
         """Figures of all ranks together.
 
         Args:
-            totals: sums over ranks of samples, real_tokens, computed_tokens, flops.
+            totals: sums over ranks of samples, windows, real_tokens, computed_tokens, flops.
             dtype: of the products, for the device's own rate.
 
         Returns:
-            `train_*` entries: samples and tokens per second, padding in percent, milliseconds of an
-            optimizer step (median, tenth and ninetieth percentile), TFLOP/s of the model over real tokens
-            (padding is work, but none of the model's) and its share of a product measured on this device (per
-            rank).
+            `train_*` entries: samples (rows), windows where they are more, and tokens per second, padding in
+            percent, milliseconds of an optimizer step (median, tenth and ninetieth percentile), TFLOP/s of the model
+            over real tokens (padding is work, but none of the model's) and its share of a product measured on this
+            device (per rank).
         """
         if self.seconds <= 0.0 or not totals["samples"]:
             reason = f"no step was left to time: {self.steps} optimizer steps, --skip_steps {self.skip_steps}"
@@ -213,6 +215,7 @@ class Meter:
         padding = 1.0 - totals["real_tokens"] / totals["computed_tokens"]
         rates: dict[str, float | str | None] = {
             keys.TRAIN_SAMPLES_PER_SECOND: totals["samples"] / self.seconds,
+            **self._windows_rate(totals),
             keys.TRAIN_REAL_TOKENS_PER_SECOND: totals["real_tokens"] / self.seconds,
             keys.TRAIN_COMPUTED_TOKENS_PER_SECOND: totals["computed_tokens"] / self.seconds,
             keys.TRAIN_PADDING_PERCENT: 100.0 * padding,
@@ -231,3 +234,9 @@ class Meter:
         rates["device_gemm_tflops_per_second"] = reference / 1e12
         rates[keys.TRAIN_SHARE_OF_GEMM] = self.flops / self.seconds / reference
         return rates
+
+    def _windows_rate(self, totals: dict[str, float]) -> dict[str, float]:
+        """Windows per second where some row has several (`--doc_stride`); else they are the samples."""
+        if totals["windows"] == totals["samples"]:
+            return {}
+        return {keys.TRAIN_WINDOWS_PER_SECOND: totals["windows"] / self.seconds}

@@ -113,6 +113,11 @@ def recorded_run(folder: Path) -> dict[str, Any]:
         return _brief_run(folder, cuda_graph=True)
 
 
+def windowed_run(folder: Path) -> dict[str, Any]:
+    """`_brief_run` whose longer rows are in windows."""
+    return _brief_run(folder, max_seq_length=16, doc_stride=1)
+
+
 def _brief_run(folder: Path, **changes) -> dict[str, Any]:
     """A few steps with one global batch on any number of ranks."""
     from tiny_run import arguments, fit, losses
