@@ -1,6 +1,6 @@
-"""`bert-glue COMMAND ...`, the installed door to what `python -m bert_glue.<module>` and run_glue.py do.
+"""`bert-glue COMMAND ...`, the installed command for `python -m bert_glue.<module>` and run_glue.py.
 
-Each command is imported when it is called, so help and usage errors stay quick.
+Each command is imported when it is called, so help and usage errors stay fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Command(NamedTuple):
 
     Args:
         module: has `main(argv) -> exit code`.
-        before: flags put before the user's.
+        before: flags to put before the user's.
     """
 
     module: str
@@ -31,25 +31,25 @@ COMMANDS = {
     "train": Command("run_glue", "fine-tune: run_glue.py with --do_train", ("--do_train",)),
     "eval": Command("run_glue", "evaluate: run_glue.py with --do_eval", ("--do_eval",)),
     "predict": Command("bert_glue.predict.__main__", "label a file or a stream"),
-    "sweep": Command("bert_glue.sweep.__main__", "tasks x seeds, a run per device"),
-    "submit": Command("bert_glue.submission", "the leaderboard's archive from finished runs"),
-    "soup": Command("bert_glue.soup", "one model with the mean of several runs' weights"),
-    "check": Command("bert_glue.check", "finished runs against a baseline, or a new baseline of them"),
-    "report": Command("bert_glue.report.__main__", "report.html of a run, or of many"),
-    "export": Command("bert_glue.export", "ONNX, and the command for an Ascend OM model"),
-    "doctor": Command("bert_glue.doctor.__main__", "what this machine can run, and what to fix"),
+    "sweep": Command("bert_glue.sweep.__main__", "train tasks x seeds, one run per device"),
+    "submit": Command("bert_glue.submission", "make the leaderboard's archive from finished runs"),
+    "soup": Command("bert_glue.soup", "make one model with the mean of several runs' weights"),
+    "check": Command("bert_glue.check", "compare finished runs with a baseline, or make a baseline of them"),
+    "report": Command("bert_glue.report.__main__", "write report.html for one run or for many"),
+    "export": Command("bert_glue.export", "export ONNX, with the command for an Ascend OM model"),
+    "doctor": Command("bert_glue.doctor.__main__", "show what this machine can run and what to fix"),
 }
 
 
 def usage() -> str:
     """The text of `bert-glue --help`."""
     lines = [f"  {name:<9}{command.text}" for name, command in COMMANDS.items()]
-    last = "bash completes commands and flags after: source <(bert-glue completion)"
-    return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help has its flags)", "", *lines, "", last])
+    last = "For completion in bash: source <(bert-glue completion)"
+    return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help lists its flags)", "", *lines, "", last])
 
 
 def completion() -> str:
-    """A script for bash: `source <(bert-glue completion)`; flags come from run_glue.py's own list."""
+    """The completion script for bash: `source <(bert-glue completion)`. The flags come from run_glue.py's own list."""
     from bert_glue.config.arguments import FLAGS
 
     flags = " ".join(f"--{name}" for name in FLAGS)
@@ -65,7 +65,7 @@ def completion() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of the command; 2 where there is no such command."""
+    """Exit code of the command; 2 if the command does not exist."""
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else ""
     if name in ("", "-h", "--help"):
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config_first(argv: list[str], before: tuple[str, ...]) -> list[str]:
-    """The user's words with ours among them: a config file has to stay the first."""
+    """The user's words with our flags added. A config file must stay first."""
     from bert_glue.config.files import CONFIG_SUFFIXES
 
     has_config = bool(before and argv and argv[0].lower().endswith(CONFIG_SUFFIXES))

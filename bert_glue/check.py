@@ -1,14 +1,14 @@
-"""`bert-glue check RUN...`: finished runs against a baseline of `configs/baselines`, or a new baseline made of them.
+"""`bert-glue check RUN...` compares finished runs with a baseline of `configs/baselines`, or makes a baseline.
 
-    bert-glue check OUTPUT                        against configs/baselines/<device>.json
-    bert-glue check OUTPUT --baseline FILE        against a file, which may be an earlier run's perf.json
-    bert-glue check OUTPUT... --write FILE        make FILE of these runs, or add them to it
+    bert-glue check OUTPUT                        compare with configs/baselines/<device>.json
+    bert-glue check OUTPUT --baseline FILE        compare with a file, which may be an earlier run's perf.json
+    bert-glue check OUTPUT... --write FILE        make FILE from these runs, or add them to it
 
-Scores are compared where data, model, samples per step, rate and epochs are those of the baseline, speeds where
-device and batches are. Runs that differ in nothing but their seed are compared by their mean.
+Scores are compared if data, model, samples per step, learning rate and epochs are those of the baseline. Speeds are
+compared if device and batches are. Runs that differ only in their seed are compared by their mean.
 
-A file is `{"format": 1, "entries": [...]}`; an entry is a perf.json with more in its `setup` and with
-`metrics`. `bert-glue check` compares runs with it and writes it.
+A baseline file is `{"format": 1, "entries": [...]}`. An entry is a perf.json with more fields in its `setup`, and with
+`metrics`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bert_glue.results.perf import FORMAT, SETUP, TOLERANCE, setup_of
 from bert_glue.storage.files import RESULTS_FILE, json_object, read_results, write_json
 from bert_glue.tasks import TASKS
 
-# Below its mean by more than two errors a score is called missed: one sound run in forty would be.
+# A score is missed if it is more than two errors below the mean. One sound run in forty would miss it.
 _ERRORS = 2.0
 
 
 class Verdict(Enum):
-    """What comparing a figure with the baseline comes to; the value is its word in the table."""
+    """The outcome of comparing a figure with the baseline; the value is its word in the table."""
 
     OK = "ok"
     MISSED = "MISSED"
@@ -54,17 +54,17 @@ class Row(NamedTuple):
     reason: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """The line's texts, a column each."""
+        """The line's texts, one per column."""
         reason = f": {self.reason}" if self.reason else ""
         return self.task, self.figure, self.value, self.wanted, self.verdict.value + reason
 
 
 def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
-    """Rows of one group: its scores and its speed beside those of the nearest entry of its task."""
+    """Rows of one group: its scores and its speed, beside those of the nearest entry for its task."""
     task = group.setup["task_name"]
     of_task = [entry for entry in entries if entry["setup"].get("task_name") == task]
     if not of_task:
-        return [Row(task, "-", "-", "-", Verdict.NOT_COMPARED, "the baseline has no such task")]
+        return [Row(task, "-", "-", "-", Verdict.NOT_COMPARED, "the baseline does not have this task")]
     rows = []
     if scored := [entry for entry in of_task if entry.get("metrics")]:
         nearest, differences = _nearest(scored, group.setup, DECIDES_SCORES)
@@ -76,14 +76,14 @@ def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
 
 
 def _nearest(entries: list[dict[str, Any]], setup: dict[str, Any], names: tuple[str, ...]) -> tuple[dict, list[str]]:
-    """The entry that differs least in `names`, and in what it does."""
+    """The entry with the fewest differences in `names`, and these differences."""
     found = [(_differences(entry, setup, names), entry) for entry in entries]
     differences, nearest = min(found, key=lambda pair: len(pair[0]))
     return nearest, differences
 
 
 def _differences(entry: dict[str, Any], setup: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    """What of `names` the entry has otherwise; what it leaves out decides nothing."""
+    """The `names` whose values differ in the entry. Names that it leaves out do not count."""
     known = entry["setup"]
     other = [name for name in names if name in known and not _same(known[name], setup.get(name))]
     return [f"{name} {known[name]!r}, here {setup.get(name)!r}" for name in other]
@@ -103,7 +103,7 @@ def _score_row(group: Group, key: str, band: dict[str, Any], differences: list[s
     )
     wanted = f"{band['mean']:.4f} +- {band['error']:.4f}, at least {least:.4f}"
     if value is None:
-        return Row(task, key, "null", wanted, Verdict.NOT_COMPARED, "a run has no such score")
+        return Row(task, key, "null", wanted, Verdict.NOT_COMPARED, "a run does not have this score")
     if differences:
         return Row(task, key, _of(value, group), wanted, Verdict.NOT_COMPARED, "; ".join(differences))
     return Row(task, key, _of(value, group), wanted, Verdict.OK if value >= least else Verdict.MISSED)
@@ -132,11 +132,11 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def verdict(rows: list[Row]) -> None:
-    """Raise what the rows come to.
+    """Raise the error that the rows amount to.
 
     Raises:
-        ExpectationError: a score was missed, whatever the speeds are.
-        BaselineError: a speed was.
+        ExpectationError: a score was missed, for any speeds.
+        BaselineError: a speed was missed.
         UsageError: nothing could be compared.
     """
     bad = [row for row in rows if row.verdict in (Verdict.MISSED, Verdict.SLOW)]
@@ -146,20 +146,21 @@ def verdict(rows: list[Row]) -> None:
     if bad:
         raise BaselineError("\n".join(lines))
     if not any(row.verdict is Verdict.OK for row in rows):
-        raise UsageError("nothing could be compared: give --baseline the file of such runs, or make one with --write")
+        raise UsageError("nothing could be compared; give --baseline a file of such runs, or make one with --write")
 
 
 def default_file(groups: list[Group]) -> Path:
     """`configs/baselines/<device>.json` of the runs' device.
 
     Raises:
-        UsageError: the runs are of several devices, or there is none for theirs.
+        UsageError: the runs come from several devices, or there is no baseline for their device.
     """
     devices = sorted({group.setup["device"] for group in groups})
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
     if len(devices) > 1 or devices[0] not in known:
         raise UsageError(
-            f"--baseline is needed: there is one for {', '.join(known)}, the runs are of {', '.join(devices)}"
+            f"--baseline is needed: there are baselines for {', '.join(known)}, "
+            f"but the runs are from {', '.join(devices)}"
         )
     return FOLDER / f"{devices[0]}.json"
 
@@ -179,17 +180,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 2 usage, 4 no run there, 6 not written, 8 a score missed, 9 slower by more than 5 %."""
+    """Exit code: 0, 2 usage, 4 no run found, 6 not written, 8 a score missed, 9 slower by more than 5 %."""
     parser = argparse.ArgumentParser(prog="bert-glue check", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, or of a suite of runs")
     add("--baseline", type=Path, metavar="FILE", help="default: configs/baselines/<device>.json")
-    add("--write", type=Path, metavar="FILE", help="make a baseline of the runs instead, or add them to it")
-    add("--scores_only", action="store_true", help="with --write: no samples/s, as on a machine that was not quiet")
-    add("--source", help="with --write: a note on where the figures come from; default: the device's name")
+    add("--write", type=Path, metavar="FILE", help="make a baseline from the runs instead, or add them to one")
+    add("--scores_only", action="store_true", help="with --write: leave out samples/s, for example on a shared machine")
+    add("--source", help="with --write: a note about the source of the figures; default: the device's name")
     options = parser.parse_args(argv)
     if options.write and options.baseline:
-        parser.error("--write and --baseline: give one")
+        parser.error("--write and --baseline: give only one")
     missing = [str(folder) for folder in options.runs if not folder.is_dir()]
     if missing:
         parser.error(f"{', '.join(missing)}: no such folder")
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> int:
 
 
 FOLDER = CONFIGS / "baselines"
-# What decides a score beside the seed; of all devices and precisions the same is expected.
+# Besides the seed, these decide a score. It should be the same on all devices and in all precisions.
 DECIDES_SCORES = ("task_name", "sample_data", "model", "trained", "global_batch_size", "max_seq_length",
                    "doc_stride", "max_windows", "learning_rate", "epoch", keys.TRAIN_SAMPLES,
                    keys.evaluation_key(keys.SAMPLES))  # fmt: skip
@@ -205,13 +206,13 @@ DECIDES_SPEED = (*SETUP, "model", "device")
 
 
 class Group(NamedTuple):
-    """Runs that differ in nothing but their seed: their setup and their results."""
+    """Runs that differ only in their seed: their setup and their results."""
 
     setup: dict[str, Any]
     runs: list[dict[str, Any]]
 
     def mean(self, key: str) -> float | None:
-        """Of a figure over the runs; None unless all have it."""
+        """The mean of a figure over the runs; None unless all have it."""
         values = [run.get(key) for run in self.runs]
         return None if None in values else fmean(values)
 
@@ -220,7 +221,7 @@ def group_runs(folders: list[Path]) -> list[Group]:
     """The finished runs in the folders, at any depth.
 
     Raises:
-        MachineError: there is none, or one is not of this program.
+        MachineError: there is no finished run, or one was not written by this program.
     """
     files = sorted({path.parent for folder in folders for path in folder.rglob(RESULTS_FILE)})
     if not files:
@@ -230,21 +231,21 @@ def group_runs(folders: list[Path]) -> list[Group]:
         results = read_results(folder)
         unnamed = [name for name in ("headline_metric", "device_name") if not isinstance(results.get(name), str)]
         if unnamed:
-            raise MachineError(f"{folder}: all_results.json is not of a run of this program ({unnamed[0]!r})")
+            raise MachineError(f"{folder}: all_results.json was not written by this program ({unnamed[0]!r})")
         try:
             setup = setup_of(results)
             setup |= {name: results.get(name) for name in DECIDES_SCORES if name not in setup}
         except (KeyError, TypeError, AttributeError) as error:
-            raise MachineError(f"{folder}: all_results.json is not of a run of this program ({error})") from error
+            raise MachineError(f"{folder}: all_results.json was not written by this program ({error})") from error
         groups.setdefault(json.dumps(setup, sort_keys=True), Group(setup, [])).runs.append(results)
     return list(groups.values())
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
-    """Entries of a baseline; a perf.json is one.
+    """Entries of a baseline; a perf.json is one entry.
 
     Raises:
-        UsageError: it cannot be read or is neither.
+        UsageError: it cannot be read, or it is neither a baseline nor a perf.json.
     """
     try:
         found = json_object(file)
@@ -267,7 +268,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
-    """What a baseline holds of a group of runs.
+    """The entry of a baseline for a group of runs.
 
     Returns:
         `metrics`: headline scores of each labelled split, `mean` and `error`: the deviation over the runs or the
@@ -288,7 +289,7 @@ def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
         errors = [run.get(keys.standard_error_key(headline, suffix)) or 0.0 for run in group.runs]
         if values:
             spread = stdev(values) * sqrt(1 + 1 / len(values)) if len(values) > 1 else 0.0
-            # None wrong of n may be 3/n of all (rule of three, Hanley and Lippman-Hand 1983): two errors.
+            # 0 of n wrong means a rate of up to 3/n (rule of three, Hanley and Lippman-Hand 1983), which is two errors.
             least = 1.5 / (group.runs[0].get(keys.evaluation_key(keys.SAMPLES)) or 1000)
             metrics[headline + suffix] = {
                 "mean": fmean(values),
@@ -300,10 +301,10 @@ def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
 
 
 def write_entries(file: Path, new: list[dict[str, Any]]) -> list[str]:
-    """Add entries to a baseline, in the place of those with the same setup; returns lines on what was done.
+    """Add entries to a baseline, replacing those with the same setup. Returns lines about the changes.
 
     Raises:
-        UsageError: the file is there and is no baseline.
+        UsageError: the file exists and is not a baseline.
         CheckpointError: it cannot be written.
     """
     old = read_entries(file) if file.exists() else []

@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each carries its documented exit code and is printed as plain lines."""
+"""Errors that a user can fix. Each has a documented exit code and is printed as plain lines."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-ERROR_FILE = "BERT_GLUE_ERROR_FILE"  # names a file for the error that ends a command
+ERROR_FILE = "BERT_GLUE_ERROR_FILE"  # names a file that receives the error that ends a command
 
 
 class UserError(Exception):
-    """Base of all mistakes a user can mend; `str(error)` is complete, one problem a line.
+    """Base of all errors that a user can fix. `str(error)` is the full text, one problem per line.
 
     Args:
         what: what is wrong.
-        fix: the way out, printed behind it.
+        fix: the remedy, printed after it.
         more: further lines.
     """
 
@@ -37,13 +37,13 @@ class UsageError(UserError):
 
 
 class DataError(UserError):
-    """A data file or data set is missing or broken; the message names file:line."""
+    """A data file or data set is missing or invalid; the message names file:line."""
 
     exit_code = 3
 
 
 class MachineError(UserError):
-    """The environment, the device or a model folder is not able to do what was asked."""
+    """The environment, the device or the model folder cannot do what the flags require."""
 
     exit_code = 4
 
@@ -61,7 +61,7 @@ class CheckpointError(UserError):
 
 
 class RankError(UserError):
-    """The ranks of a run lost each other: one ended, or did not answer in time."""
+    """A rank of the run ended or did not answer in time."""
 
     exit_code = 7
 
@@ -73,16 +73,16 @@ class ExpectationError(UserError):
 
 
 class BaselineError(UserError):
-    """A run was slower than the baseline it was held against; all results were written."""
+    """A run was slower than its baseline; all results were written."""
 
     exit_code = 9
 
 
 class FollowUpError(UserError):
-    """Steps after training failed; the model and what the other steps gave were written.
+    """Steps after training failed; the model and the results of the other steps were written.
 
     Args:
-        exit_code: of the first failure.
+        exit_code: exit code of the first failure.
     """
 
     def __init__(self, text: str, exit_code: int):
@@ -91,11 +91,11 @@ class FollowUpError(UserError):
 
 
 class Failures:
-    """Collects what fails once a model is saved: each failure costs one line and its own results, nothing else.
+    """Collects failures after the model is saved. A failure costs one line and the results of its own step.
 
     Args:
-        is_alone: False on several ranks, where a step with collectives cannot be left by one of them.
-        passes: exceptions that are no failure, such as a request to stop.
+        is_alone: False on several ranks. A single rank cannot leave a step that has collectives.
+        passes: exceptions that are not failures, such as a request to stop.
     """
 
     def __init__(self, is_alone: bool, passes: tuple[type[Exception], ...] = ()):
@@ -106,11 +106,11 @@ class Failures:
 
     @contextmanager
     def step(self, name: str, is_collective: bool = False) -> Iterator[None]:
-        """Survives the block's exception if a model was saved.
+        """Catches the block's exception if a model was saved.
 
         Args:
-            name: what the line calls the step.
-            is_collective: other ranks wait for this one within it.
+            name: name of the step in the line.
+            is_collective: other ranks wait for this one in the block.
         """
         try:
             yield
@@ -122,7 +122,7 @@ class Failures:
 
 
 def _exit_code(error: Exception) -> int:
-    """The documented code of a failure; 1, Python's own, where it is a defect of this program."""
+    """The documented code of a failure; 1, Python's own code, for a defect of this program."""
     if isinstance(error, UserError):
         return error.exit_code
     kinds = ((MemoryError, MachineError), (OSError, CheckpointError))
@@ -130,7 +130,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
-    """One line: the unknown `name`, its nearest match if any, and all `choices`."""
+    """One line with the unknown `name`, its nearest match if there is one, and all `choices`."""
     import difflib
 
     nearest = difflib.get_close_matches(name, choices, n=1)
@@ -139,14 +139,14 @@ def did_you_mean(kind: str, name: str, choices: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, for one line; its kind where it says nothing."""
+    """The message of an exception on one line; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def exit_code_of(action: Callable[[], int]) -> int:
-    """Runs a command; a user's mistake becomes its lines on stderr and its exit code, without traceback."""
+    """Runs a command. A user's error is printed to stderr and gives its exit code, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a locale without UTF-8 must not end a run in its log
+        if isinstance(stream, io.TextIOWrapper):  # a log line must not end a run in a locale without UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         return action()
@@ -160,16 +160,16 @@ def exit_code_of(action: Callable[[], int]) -> int:
 
 
 def _hand_over(error: UserError) -> None:
-    """Leave the error as JSON for the process that started this one, if it named a file for that."""
+    """Write the error as JSON to the file that the parent process named, if it named one."""
     if path := os.environ.get(ERROR_FILE):
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"exit_code": error.exit_code, "error": str(error)}, file)
 
 
 class Problem(NamedTuple):
-    """One line for the user, and the flags it is about.
+    """One line for the user, and the flags that it concerns.
 
-    A problem is left out where one of its flags was already reported: it would only be an echo.
+    A problem is left out if one of its flags was already reported, because it only follows from the first one.
     """
 
     flags: tuple[str, ...]

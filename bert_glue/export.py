@@ -1,10 +1,9 @@
-"""A finished run as ONNX, and the command for an Ascend OM model: `python -m bert_glue.export RUN --onnx`
+"""Exports a finished run as ONNX, with the command for an Ascend OM model: `python -m bert_glue.export RUN --onnx`
 
-The graph takes what transformers' tokenizers give: `input_ids`, `attention_mask` and, where the model has
-token types, `token_type_ids`, each `[batch, seq_len]` int64 of any size; it gives `logits`
-`[batch, labels]`. Where onnxruntime is installed its logits are held against torch's for several shapes,
-and a model that differs is not kept. `<name>.atc.sh` beside it has CANN's command; atc itself is part of
-CANN and is not run here.
+The graph takes the output of transformers' tokenizers: `input_ids`, `attention_mask` and, if the model has token types,
+`token_type_ids`, each `[batch, seq_len]` int64 of any size. It returns `logits` `[batch, labels]`. If onnxruntime is
+installed, its logits are compared with torch's for several shapes, and a model that differs is not kept.
+`<name>.atc.sh` beside it has CANN's command. atc itself is part of CANN and is not run here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from bert_glue.model.classifier import LoadedModel
 
-_OPSET = 17  # the newest that both the tracer and CANN's parser know
+_OPSET = 17  # the newest version that both the tracer and CANN's parser support
 _SHAPES = ((1, 8), (3, 17), (8, 64))  # batch, seq_len
 _TOLERANCE = 1e-4  # of logits, fp32
 _LENGTHS = (32, 64, 96, 128)  # atc compiles the graph for each; its documentation advises three or four
@@ -35,7 +34,7 @@ def load(name: str) -> LoadedModel:
     """A fine-tuned classifier as transformers' own module, on the host, in fp32.
 
     Raises:
-        MachineError: no such folder, or it has no fine-tuned classifier.
+        MachineError: the folder does not exist or has no fine-tuned classifier.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -46,8 +45,8 @@ def load(name: str) -> LoadedModel:
     args = Arguments(model_name_or_path=name, padding="longest")
     model = load_model(args, task_of_model(model_folder(name, args))[0])
     if model.fresh:
-        raise MachineError(f"{name}: has no classifier; fine-tune it first")
-    # The tracer writes plain matrix products, which every runtime has kernels for.
+        raise MachineError(f"{name} has no classifier; fine-tune it first")
+    # The tracer writes plain matrix products, for which every runtime has kernels.
     model.module.stock.set_attn_implementation("eager")
     model.module.eval()
     return model
@@ -60,7 +59,7 @@ def input_names(model: LoadedModel) -> list[str]:
 
 
 def example(model: LoadedModel, batch: int, seq_len: int) -> dict[str, torch.Tensor]:
-    """Random inputs `[batch, seq_len]`; every row but the first ends in padding."""
+    """Random inputs `[batch, seq_len]`. Every row except the first ends in padding."""
     import torch
 
     generator = torch.Generator().manual_seed(batch * 1000 + seq_len)
@@ -77,13 +76,13 @@ def example(model: LoadedModel, batch: int, seq_len: int) -> dict[str, torch.Ten
 
 
 def write_onnx(model: LoadedModel, path: Path) -> None:
-    """Traces the module into `path`, batch and length dynamic."""
+    """Traces the module into `path`, with dynamic batch and length."""
     import torch
 
     names = input_names(model)
 
     class Positional(torch.nn.Module):
-        """The tracer gives its inputs by position."""
+        """Accepts the inputs by position, as the tracer passes them."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -94,8 +93,8 @@ def write_onnx(model: LoadedModel, path: Path) -> None:
 
     axes = {name: {0: "batch", 1: "seq_len"} for name in names} | {"logits": {0: "batch"}}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's remarks on constants; `worst_difference` tells what counts
-        # In evaluation mode itself: the tracer puts the mode it found back, dropout included.
+        warnings.simplefilter("ignore")  # the tracer's remarks on constants; `worst_difference` checks the result
+        # The wrapper must be in evaluation mode too: the tracer restores the mode it finds, including dropout.
         torch.onnx.export(
             Positional().eval(), tuple(example(model, 2, 16).values()), str(path), input_names=names,
             output_names=["logits"], dynamic_axes=axes, opset_version=_OPSET, dynamo=False,
@@ -126,7 +125,7 @@ def atc_script(path: Path, names: list[str], batch: int) -> str:
     lengths = ";".join(",".join([str(length)] * len(names)) for length in _LENGTHS)
     return (
         "#!/usr/bin/env bash\n"
-        f"# {path.name} -> {path.stem}.om; needs CANN (source its set_env.sh first). SOC_VERSION: see npu-smi info.\n"
+        f"# {path.name} -> {path.stem}.om; needs CANN (source its set_env.sh first). npu-smi info shows SOC_VERSION.\n"
         "# Rows are padded to the next of the lengths below, with attention_mask 0.\n"
         "set -euo pipefail\n"
         'cd "$(dirname "${BASH_SOURCE[0]}")"\n'
@@ -138,10 +137,10 @@ def atc_script(path: Path, names: list[str], batch: int) -> str:
 
 
 def export(name: str, path: Path, batch: int) -> list[str]:
-    """Writes the graph and the script; returns lines for the user.
+    """Writes the graph and the script. Returns lines for the user.
 
     Raises:
-        MachineError: no classifier, or the graph's logits differ from torch's.
+        MachineError: the folder has no classifier, or the graph's logits differ from torch's.
         CheckpointError: a file cannot be written.
     """
     from bert_glue.storage.files import plain_errors
@@ -150,15 +149,15 @@ def export(name: str, path: Path, batch: int) -> list[str]:
         raise MachineError("--onnx: the package onnx is not installed (pip install onnx onnxruntime)")
     model = load(name)
     with plain_errors(path):
-        # The file is made first: torch names no reason where it cannot write.
+        # The file is created first, because torch gives no reason if it cannot write.
         with written_aside(path) as aside:
             write_onnx(model, aside)
-            checked = "not checked: onnxruntime is not installed"
+            checked = "not checked, because onnxruntime is not installed"
             if find_spec("onnxruntime"):
                 worst = worst_difference(model, aside)
                 if not worst <= _TOLERANCE:
-                    raise MachineError(f"{path}: not kept, its logits differ from torch's by {worst:g}")
-                checked = f"logits equal torch's to {worst:.1e} in onnxruntime, {len(_SHAPES)} shapes"
+                    raise MachineError(f"{path} was not kept: its logits differ from torch's by {worst:g}")
+                checked = f"in onnxruntime, logits equal torch's to {worst:.1e} for {len(_SHAPES)} shapes"
         script = path.with_suffix(".atc.sh")
         write_whole(script, atc_script(path, input_names(model), batch))
     return [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bert_glue.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", metavar="RUN", help="output folder of a run, a checkpoint, or a hub name")
     parser.add_argument("--onnx", nargs="?", const="", metavar="FILE", help="default: model.onnx in RUN")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a batch in the OM model, default 1")
+    parser.add_argument("--batch", type=int, default=1, help="rows per batch in the OM model; default: 1")
     args = parser.parse_args(argv)
     if args.onnx is None:
         parser.error("nothing to do: give --onnx")

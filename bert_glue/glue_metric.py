@@ -1,9 +1,9 @@
-"""The GLUE metrics as a local module of the `evaluate` library: no hub, no network.
+"""The GLUE metrics as a local module of the `evaluate` library, without hub or network.
 
     evaluate.load("bert_glue/glue_metric.py", "mrpc").compute(predictions=[...], references=[...])
 
-`evaluate` copies this file into its cache and runs the copy, so everything it needs is imported by
-its full name: run from the repository root, or install the package.
+`evaluate` copies this file into its cache and runs the copy, so this file imports everything by its full name. Run it
+from the repository root, or install the package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Args:
     predictions: class ids, or scores for a regression task.
     references: labels of the same kind.
 Returns:
-    metric name -> value; None where there is none (constant scores, no rows), as `reasons` says.
+    metric name -> value; None if there is no value (constant scores, no rows), with the cause in `reasons`.
 """
 
 
@@ -29,7 +29,7 @@ class Glue(evaluate.Metric):
     """One task's metrics; the configuration name is the task name."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # Raises UsageError with the nearest match for a name that is no task.
+        # Raises UsageError with the nearest match for an unknown task.
         kind = "float64" if get_task(self.config_name).is_regression else "int64"
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

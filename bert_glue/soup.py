@@ -1,9 +1,9 @@
-"""`bert-glue soup RUN RUN... --output_dir FOLDER`: one model with the mean of several runs' weights.
+"""`bert-glue soup RUN RUN... --output_dir FOLDER` makes one model with the mean of several runs' weights.
 
-For runs from the same pre-trained weights that differ in their seed or settings (Wortsman et al. 2022, arXiv
-2203.05482, the uniform soup). It costs at inference what one model costs, unlike an ensemble (`bert-glue predict
---model RUN RUN...`). Runs whose heads started at different random weights may not lie in one basin: score the soup
-before it is used.
+The runs start from the same pre-trained weights and differ in their seed or settings (the uniform soup of Wortsman et
+al. 2022, arXiv 2203.05482). At inference a soup costs as much as one model, unlike an ensemble (`bert-glue predict
+--model RUN RUN...`). Runs whose heads started from different random weights may not lie in one basin, so score the
+soup before you use it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from bert_glue.errors import MachineError, UsageError, exit_code_of
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import RECORD_FILE, json_object, write_json
 
-# What of a config.json says nothing about the function.
+# Fields of config.json that do not affect what the model computes.
 _NAMES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def check_alike(folders: list[Path]) -> dict[str, Any]:
-    """Hold the runs together.
+    """Check that the runs can be averaged.
 
     Returns:
-        config.json of the first one.
+        config.json of the first run.
 
     Raises:
-        UsageError: two are the same weights, or differ in more than their weights; the first difference is named.
-        MachineError: one is no folder of a model.
+        UsageError: two runs have the same weights, or differ in more than their weights; the message names the first
+            difference.
+        MachineError: a folder does not have a model.
     """
     from bert_glue.data.tokenization import TextTokenizer
     from bert_glue.model.loading import read_config
@@ -43,7 +44,7 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
             raise MachineError(f"{folder}: no such folder")
         config = {name: value for name, value in read_config(folder).items() if name not in _NAMES}
         if not config.get("id2label"):
-            raise MachineError(f"{folder}: not a fine-tuned classifier")
+            raise MachineError(f"{folder} is not a fine-tuned classifier")
         weights = _weights_hash(folder)
         if weights in hashes:
             raise UsageError(f"{folder} has the same weights as {hashes[weights]}")
@@ -58,12 +59,12 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
             now = facts.get(name)
             if then != now:
                 short = f": {then!r} and {now!r}" if len(f"{then}{now}") < 100 else ""
-                raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights have no mean")
+                raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights cannot be averaged")
     return read_config(first)
 
 
 def _weights_hash(folder: Path) -> str:
-    """SHA-256 of the file of weights; of the shards' hashes where there are several."""
+    """SHA-256 of the weights file; for shards, SHA-256 of the shards' hashes."""
     from bert_glue.model.weights import weight_files
     from bert_glue.storage.files import file_hash
 
@@ -72,7 +73,7 @@ def _weights_hash(folder: Path) -> str:
 
 
 def _start(folder: Path) -> Any:
-    """Hashes of the weights that a run started from; None where it does not say."""
+    """Hashes of the weights from which a run started; None if the run does not record them."""
     try:
         return json_object(folder / RECORD_FILE).get("model_sha256")
     except (OSError, ValueError):
@@ -80,10 +81,10 @@ def _start(folder: Path) -> Any:
 
 
 def mean_weights(folders: list[Path]) -> dict[str, Any]:
-    """The mean of the runs' weights, computed in fp64, one run in memory beside it.
+    """The mean of the runs' weights, computed in fp64. Only one run at a time is in memory beside it.
 
     Raises:
-        UsageError: names or shapes differ.
+        UsageError: names, shapes or types of weights differ.
     """
     from bert_glue.model.weights import read_tensors, weight_files
 
@@ -102,10 +103,10 @@ def mean_weights(folders: list[Path]) -> dict[str, Any]:
 
 
 def average_runs(folders: list[Path], output_dir: Path) -> None:
-    """Write the model, its tokenizer and soup.json, which says of what it was made.
+    """Write the model, its tokenizer and soup.json, which lists the runs.
 
     Raises:
-        UsageError: see `check_alike`; or `output_dir` is one of the runs, or has a model already.
+        UsageError: see `check_alike`; or `output_dir` is one of the runs, or already has a model.
         CheckpointError: it cannot be written.
     """
     from safetensors.torch import save_file
@@ -115,7 +116,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     from bert_glue.storage import checkpoint, files
 
     if (output_dir / "config.json").exists():
-        raise UsageError(f"--output_dir {output_dir}: there is a model already")
+        raise UsageError(f"--output_dir {output_dir}: the folder already has a model; choose another")
     config = check_alike(folders)
     tensors = mean_weights(folders)
     made_of = [{"run": str(folder), "sha256": _weights_hash(folder)} for folder in folders]
@@ -130,17 +131,20 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_files(output_dir, write)
-    print(f"{output_dir}: mean of {len(folders)} runs; not scored: bert-glue eval --model_name_or_path {output_dir}")
+    print(
+        f"{output_dir}: mean of {len(folders)} runs, not scored yet; "
+        f"to score it, run bert-glue eval --model_name_or_path {output_dir}"
+    )
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 2 usage or runs that do not match, 4 no model there, 5 weights not finite, 6 not written."""
+    """Exit code: 0, 2 usage or runs that do not match, 4 no model found, 5 weights not finite, 6 not written."""
     parser = argparse.ArgumentParser(prog="bert-glue soup", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run or a checkpoint")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the new model")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
-        parser.error("give two runs or more")
+        parser.error("give at least two runs")
 
     def answer() -> int:
         refuse_unusable()

@@ -1,12 +1,12 @@
-"""The GLUE leaderboard's archive from finished runs: `python -m bert_glue.submission RUN...`
+"""Makes the GLUE leaderboard's archive from finished runs: `python -m bert_glue.submission RUN...`
 
-Each RUN is an output folder of `run_glue.py --do_predict`; together they cover the nine tasks (MNLI's
-run brings AX). The format is that of the leaderboard's FAQ and sample archive: `<file>.tsv` with the header
-`index<TAB>prediction` and one row a test row in the test set's order; label names for MNLI, QNLI, RTE
-and AX, class numbers for the others, WNLI included; STS-B to 3 decimals in [0, 5].
+Each RUN is an output folder of `run_glue.py --do_predict`. Together the runs cover the nine tasks; the run of MNLI also
+covers AX. The format is that of the leaderboard's FAQ and sample archive. Each `<file>.tsv` has the header
+`index<TAB>prediction` and one row per test row, in the order of the test set. It has label names for MNLI, QNLI, RTE
+and AX, class numbers for the others (including WNLI), and scores in [0, 5] with 3 decimals for STS-B.
 
-Everything is checked against GLUE's official row counts first; what does not fit is refused with
-file:line and exit code 3, and nothing is written. The archive of the same predictions is the same bytes.
+Everything is checked against GLUE's official row counts first. An error is reported with file:line and exit code 3, and
+nothing is written. The same predictions give the same archive, byte for byte.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entry:
     Args:
         file: name in the archive.
         suffix: `file_suffix` of the split.
-        rows: official count.
+        rows: official number of rows.
     """
 
     task: GlueTask
@@ -46,12 +46,12 @@ class Entry:
 
     @property
     def results(self) -> str:
-        """Its name in a run's folder."""
+        """The file's name in a run's folder."""
         return predictions_file(self.task.name, self.suffix)
 
 
 def entries_of(task: GlueTask) -> list[Entry]:
-    """The files a task has in the archive."""
+    """The files of a task in the archive."""
     files = task.leaderboard or {}
     return [
         Entry(task, files[split.name], split.file_suffix, task.rows[split.name])
@@ -67,10 +67,10 @@ def collect(runs: list[Path], allow_sample: bool = False) -> tuple[dict[str, lis
     """Checked predictions of the runs.
 
     Returns:
-        File name -> values in row order, and a line on each file saying where it comes from.
+        File name -> values in row order, and one line per file that names its source.
 
     Raises:
-        DataError: sample or own data, another count, order or label than GLUE's, two runs for one file.
+        DataError: a run has sample or own data; rows, order or labels differ from GLUE's; or two runs give one file.
     """
     found: dict[str, list[str]] = {}
     origin: dict[str, Path] = {}
@@ -83,11 +83,13 @@ def collect(runs: list[Path], allow_sample: bool = False) -> tuple[dict[str, lis
             for entry in own:
                 if (run / entry.results).is_file():
                     if entry.file in origin:
-                        raise DataError(f"{run}: {entry.file} also comes from {origin[entry.file]}; give one of them")
+                        raise DataError(
+                            f"{run}: {entry.file} also comes from {origin[entry.file]}; give only one of them"
+                        )
                     found[entry.file] = _values(entry, run, results)
                     origin[entry.file] = run
             if not any((run / entry.results).is_file() for entry in own):
-                raise DataError(f"{run}: no predictions of {task.name}; run it with --do_predict")
+                raise DataError(f"{run} has no predictions of {task.name}; run it with --do_predict")
         except DataError as error:
             for line in str(error).splitlines():
                 problems.add_line(line)
@@ -96,45 +98,49 @@ def collect(runs: list[Path], allow_sample: bool = False) -> tuple[dict[str, lis
 
 
 def _results(run: Path, allow_sample: bool) -> dict:
-    """all_results.json of a run of GLUE data.
+    """all_results.json of a run on GLUE data.
 
     Raises:
-        DataError: there is none, or it is of sample data, of one's own data, or of no GLUE task.
+        DataError: the file does not exist, or its run had sample data, own data or no GLUE task.
     """
     try:
         results, provenance = read_results(run), read_json_object(run / RECORD_FILE)
     except MachineError as error:
         raise DataError(str(error)) from None
     if results.get("sample_data") and not allow_sample:
-        raise DataError(f"{run}: {SAMPLE_NOTE}; --allow_sample makes a marked archive for a dry run")
+        raise DataError(f"{run}: {SAMPLE_NOTE}; give --allow_sample to make a marked archive for a dry run")
     if results.get("task_name") not in TASKS:
-        raise DataError(f"{run}: {results.get('task_name')!r} is no GLUE task")
+        raise DataError(f"{run}: {results.get('task_name')!r} is not a GLUE task")
     arguments = provenance.get("arguments", {})
     for flag in ("test_file", "dataset_name"):
         if arguments.get(flag):
-            raise DataError(f"{run}: predicts --{flag} {arguments[flag]}, which is not known to be GLUE's test set")
+            raise DataError(f"{run} predicts --{flag} {arguments[flag]}, which may not be GLUE's test set")
     return results
 
 
 def _values(entry: Entry, run: Path, results: dict) -> list[str]:
-    """The predictions of one file as the leaderboard wants them.
+    """The predictions of one file in the leaderboard's format.
 
     Raises:
-        DataError: file:line of what is wrong, the first five.
+        DataError: file:line of the first five errors.
     """
     path = run / entry.results
     told = results.get(predicted_samples_key(entry.task.name, entry.suffix))
     table = read_tsv(path)
     if list(table.columns) != _HEADER:
-        raise DataError(f"{path}:1: the header is not index<TAB>prediction but {', '.join(table.columns)}")
+        raise DataError(f"{path}:1: the header must be index<TAB>prediction, not {', '.join(table.columns)}")
     if told != len(table):
-        raise DataError(f"{path}: {len(table)} rows, but all_results.json says {told}: left over from an earlier run")
+        raise DataError(
+            f"{path}: {len(table)} rows, but all_results.json says {told}; the file may be from an earlier run"
+        )
     if not results.get("sample_data") and len(table) != entry.rows:
         raise DataError(f"{path}: {len(table)} rows; {entry.file} has {entry.rows} (--max_predict_samples?)")
     problems = Problems(str(path))
     for row, index in enumerate(table.columns["index"]):
         if index != str(row):
-            problems.add(table.where(row), f"index {index!r} where {row} is expected: not in the test set's order")
+            problems.add(
+                table.where(row), f"index {index!r} instead of {row}; the rows are not in the order of the test set"
+            )
     values = _scores(entry.task, table, problems) if entry.task.is_regression else _labels(entry.task, table, problems)
     problems.raise_any()
     return values
@@ -158,7 +164,7 @@ def _scores(task: GlueTask, table: Table, problems: Problems) -> list[str]:
             score = float(text)
         except ValueError:
             score = float("nan")
-        if not low <= score <= high:  # NaN is not either
+        if not low <= score <= high:  # this also refuses NaN
             problems.add(table.where(row), f"score {text[:40]!r} is not a number in [{low:g}, {high:g}]")
         values.append(f"{score:.3f}")
     return values
@@ -176,7 +182,7 @@ def fill(found: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def archive(files: dict[str, list[str]], is_sample: bool) -> bytes:
-    """The zip: the same files give the same bytes, whenever and wherever it is made."""
+    """The zip archive. The same files give the same bytes at any time on any machine."""
     contents = {
         name: "\n".join(["\t".join(_HEADER), *(f"{row}\t{value}" for row, value in enumerate(values))]) + "\n"
         for name, values in files.items()
@@ -194,24 +200,24 @@ def archive(files: dict[str, list[str]], is_sample: bool) -> bytes:
 
 
 def build(runs: list[Path], output: Path, partial: bool, allow_sample: bool) -> list[str]:
-    """Writes the archive; returns lines on what is in it.
+    """Writes the archive. Returns lines about its content.
 
     Raises:
-        DataError: predictions do not fit, or files are missing and `partial` is False.
+        DataError: predictions are invalid, or files are missing and `partial` is False.
         CheckpointError: `output` cannot be written.
     """
     found, lines = collect(runs, allow_sample)
     constants = fill(found)
     if constants and not partial:
-        # AX comes with the run of the task whose model predicts it.
+        # AX belongs to the run of the task whose model predicts it.
         names = (entry.task.predicted_with or entry.task.name for entry in ENTRIES if entry.file in constants)
         tasks = ", ".join(dict.fromkeys(names))
         raise DataError(
-            f"missing: {', '.join(constants)} (tasks: {tasks}); the leaderboard takes complete archives only. "
+            f"missing: {', '.join(constants)} (tasks: {tasks}); the leaderboard accepts only complete archives. "
             "Give their runs, or --partial to fill them with a constant"
         )
     lines += [
-        f"{name}: no run; every row is {values[0]!r}, its score says nothing" for name, values in constants.items()
+        f"{name}: no run; every row is {values[0]!r}, so its score has no meaning" for name, values in constants.items()
     ]
     is_sample = any(read_results(run).get("sample_data") for run in runs)
     content = archive({**found, **constants}, is_sample)
@@ -224,12 +230,14 @@ def build(runs: list[Path], output: Path, partial: bool, allow_sample: bool) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 2 usage, 3 the predictions are not what the leaderboard takes, 6 not written."""
+    """Exit code: 0, 2 usage, 3 the leaderboard would not accept the predictions, 6 not written."""
     parser = argparse.ArgumentParser(prog="python -m bert_glue.submission", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run with --do_predict")
     parser.add_argument("--output", type=Path, default=Path("submission.zip"), help="default: submission.zip")
-    parser.add_argument("--partial", action="store_true", help="fill files of missing runs with a constant")
-    parser.add_argument("--allow_sample", action="store_true", help="dry run with sample data; the archive is marked")
+    parser.add_argument("--partial", action="store_true", help="fill the files of missing runs with a constant")
+    parser.add_argument(
+        "--allow_sample", action="store_true", help="allow sample data for a dry run; the archive is marked"
+    )
     args = parser.parse_args(argv)
 
     def write() -> int:

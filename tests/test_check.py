@@ -66,8 +66,8 @@ def test_a_written_baseline_has_mean_error_and_speed(baseline: Path) -> None:
         ({"precision": "O0 fp32", "device": "cpu", "eval_f1": 0.5}, 8, "not compared: precision"),
         ({"learning_rate": 5e-5, "eval_f1": 0.5}, 0, "not compared: learning_rate 2e-05, here 5e-05"),
         ({"epoch": 1.0, "device_name": "x"}, 2, "not compared: epoch 5.0, here 1.0"),
-        ({"eval_f1": None}, 0, "not compared: a run has no such score"),
-        ({"task_name": "rte"}, 2, "not compared: the baseline has no such task"),
+        ({"eval_f1": None}, 0, "not compared: a run does not have this score"),
+        ({"task_name": "rte"}, 2, "not compared: the baseline does not have this task"),
         ({"train_samples_per_second": None, "train_samples_per_second_reason": "2 steps"}, 0, "not compared: 2 steps"),
     ],
 )
@@ -148,7 +148,7 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, capsys) -> None:
     (tmp_path / "empty/all_results.json").write_text('{"task_name": "mrpc"}')
     assert main(["check", str(tmp_path / "empty")]) == 4
     assert main(["check", str(run_folder(tmp_path / "gpu", device="cuda:0"))]) == 2
-    assert "npu, the runs are of cuda" in capsys.readouterr().err
+    assert "npu, but the runs are from cuda" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "gpu"), "--write", "/proc/none/b.json"]) == 6
 
 

@@ -75,7 +75,7 @@ def test_an_earlier_task_gives_its_encoder_and_a_new_head(tmp_path: Path, task: 
 def test_a_soup_is_the_mean_and_can_be_used(runs: list[Path], tmp_path: Path, capsys) -> None:
     out = tmp_path / "new/soup"
     assert main(["soup", *map(str, runs), "--output_dir", str(out)]) == 0
-    assert "mean of 2 runs; not scored" in capsys.readouterr().out
+    assert "mean of 2 runs, not scored" in capsys.readouterr().out
     one, other, mean = (load_file(folder / "model.safetensors") for folder in (*runs, out))
     assert all(torch.allclose(mean[name], (one[name] + other[name]) / 2, atol=1e-7) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -129,7 +129,7 @@ def test_runs_that_do_not_match_have_no_mean(runs: list[Path], tmp_path: Path, c
     bare = make_model(tmp_path / "bare")
     assert "not a fine-tuned classifier" in refused(bare, runs[0], code=4)
     shutil.copy(runs[0] / "config.json", (tmp_path / "taken").mkdir() or tmp_path / "taken")
-    assert "there is a model already" in refused(*runs, out="taken")
+    assert "already has a model" in refused(*runs, out="taken")
 
 
 # Ensemble

@@ -127,15 +127,15 @@ def test_a_partial_archive_is_complete_and_says_what_is_constant(runs, tmp_path)
     assert {name: len(rows) - 1 for name, rows in files.items()} == FILES
     assert {row.split("\t")[1] for row in files["RTE.tsv"][1:]} == {"entailment"}
     assert {row.split("\t")[1] for row in files["STS-B.tsv"][1:]} == {"2.500"}
-    assert "RTE.tsv: no run; every row is 'entailment', its score says nothing" in out
+    assert "RTE.tsv: no run; every row is 'entailment', so its score has no meaning" in out
     assert "MNLI-m.tsv: 9796 rows from" in out
 
 
 @pytest.mark.parametrize(
     ("line", "text", "expected"),
     [
-        (1, "id\tprediction", ":1: the header is not index<TAB>prediction but id, prediction"),
-        (5, "4\tentailment", ":5: index '4' where 3 is expected"),
+        (1, "id\tprediction", ":1: the header must be index<TAB>prediction, not id, prediction"),
+        (5, "4\tentailment", ":5: index '4' instead of 3"),
         (9, "7\tmaybe", ":9: label 'maybe' is not one of: not_entailment, entailment"),
         (9, "7", ":9: 1 columns where 2 are expected"),
     ],
@@ -171,19 +171,19 @@ def test_predictions_left_from_an_earlier_run_are_refused(wnli):
     results = json.loads((wnli / "all_results.json").read_text())
     del results["predict_samples_wnli"]
     (wnli / "all_results.json").write_text(json.dumps(results))
-    with pytest.raises(DataError, match="left over from an earlier run"):
+    with pytest.raises(DataError, match="may be from an earlier run"):
         submission.collect([wnli])
 
 
 def test_own_test_data_is_refused(wnli):
     (wnli / "run.json").write_text(json.dumps({"arguments": {"test_file": "mine.csv"}}))
-    with pytest.raises(DataError, match="--test_file mine.csv, which is not known to be GLUE's test set"):
+    with pytest.raises(DataError, match="--test_file mine.csv, which may not be GLUE's test set"):
         submission.collect([wnli])
 
 
 def test_two_runs_of_one_task_are_refused(wnli, tmp_path):
     other = make_run(tmp_path / "wnli-seed2", "wnli")
-    with pytest.raises(DataError, match="WNLI.tsv also comes from .*wnli; give one of them"):
+    with pytest.raises(DataError, match="WNLI.tsv also comes from .*wnli; give only one of them"):
         submission.collect([wnli, other])
 
 
@@ -195,7 +195,7 @@ def test_every_wrong_run_is_named_at_once(tmp_path):
     own = make_run(tmp_path / "own", "wnli", task_name="reviews")
     code, _, errors = command(empty, trained, own)
     assert code == 3 and len(errors.splitlines()) == 3
-    assert "empty" in errors and "no predictions of rte" in errors and "'reviews' is no GLUE task" in errors
+    assert "empty" in errors and "no predictions of rte" in errors and "'reviews' is not a GLUE task" in errors
 
 
 def test_an_output_that_cannot_be_written_is_exit_code_6(runs, tmp_path):

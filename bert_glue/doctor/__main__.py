@@ -1,10 +1,10 @@
-"""What this machine can run, and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`.
+"""Reports what this machine can run and what to fix: `python -m bert_glue.doctor [--device npu:0] [--json]`.
 
-Versions, devices, precisions, the attention path, apex, the hub, disk, memory and ports; the device is
-asked to train, in a process of its own, so that a driver that crashes or hangs is one more finding.
+It examines versions, devices, precisions, the attention path, apex, the hub, disk, memory and ports. The device trains
+in a separate process, so a driver that crashes or hangs becomes one more finding.
 
-Exit codes: 0 the requested device trains with the launchers' recipe; 2 usage; 4 it does not.
-Other problems are listed with their fix and leave the exit code alone.
+Exit codes: 0 the requested device trains with the launchers' recipe; 2 usage; 4 it does not train.
+Other problems are listed with their fix and do not change the exit code.
 """
 
 from __future__ import annotations
@@ -23,33 +23,39 @@ from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, me
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.launch.ranks import kill_group
 
-_NO_FIX = "python -m bert_glue.doctor --device auto shows what is here"
+_NO_FIX = "python -m bert_glue.doctor --device auto lists the devices"
 _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(argv: list[str]) -> int:
     """Examine, print, and return the exit code."""
     parser = argparse.ArgumentParser(prog="bert_glue.doctor", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--device", default="auto", metavar="NAME", help="must train: auto, 0, npu, npu:1, cuda, cpu")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument(
-        "--time_limit", type=float, default=300.0, metavar="SECONDS", help="for the device; default 300"
+        "--device", default="auto", metavar="NAME", help="device that must train: auto, 0, npu, npu:1, cuda, cpu"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--time_limit",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="seconds that the device may take; default: 300",
     )
     args = parser.parse_args(argv)
     try:
         report = examine(args.device, args.time_limit)
     except KeyboardInterrupt:
         return 130
-    sys.stdout.reconfigure(errors="replace")  # whatever the terminal can show of a driver's message
+    sys.stdout.reconfigure(errors="replace")  # show as much of a driver's message as the terminal can
     try:
         print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)), flush=True)
-    except OSError:  # the reader went away, as `| head` does, or the disk is full
+    except OSError:  # the reader has gone, as with `| head`, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return report["exit_code"]
 
 
 def examine(requested: str, time_limit: float) -> dict[str, Any]:
-    """All findings, as plain values.
+    """All findings as plain values.
 
     Args:
         requested: as `--device` of run_glue.py.
@@ -57,7 +63,7 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
 
     Returns:
         versions, stack, devices, auto, chosen, recipe, training, apex, hub, memory, disk, ports, problems
-        (what, fix), can_train and exit_code. A part that could not be examined is None, with a problem.
+        (what, fix), can_train and exit_code. A part that could not be examined is None and has a problem.
     """
     problems: list[Problem] = []
     hub = _guarded("the hub client", problems, HubCheck)
@@ -80,13 +86,13 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
 
 
 def _can_train(report: dict[str, Any]) -> bool:
-    """True if the precision that the default recipe ends with was trained in."""
+    """Whether the device trained in the precision that the default recipe selects."""
     wanted = (report["recipe"] or {}).get("precision")
     return any(fact.get("trains") and fact["plan"] == wanted for fact in report["training"].values())
 
 
 def _guarded(name: str, problems: list[Problem], check: Callable[[], Any]) -> Any:
-    """What `check` returns; where it fails, None and a problem: the doctor outlives every patient."""
+    """The result of `check`; None and a problem if it fails, so that the other checks still run."""
     try:
         return check()
     except Exception as error:
@@ -101,7 +107,7 @@ def _first_line(text: str) -> str:
 
 
 def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
-    """The lines of bert_glue.doctor.device_probe by their kind, and problems with the process itself."""
+    """The lines of bert_glue.doctor.device_probe by kind, and the problems of the process itself."""
     facts = _run_probe(requested, time_limit, problems)
     failed = facts.get("torch", [{}])[0].get("problem")
     if failed:
@@ -110,7 +116,7 @@ def probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[st
 
 
 def _reinstall() -> str:
-    """How to mend a package that is recorded as installed and cannot be imported. Another torch is never named."""
+    """How to repair a package that is installed but cannot be imported. Never names another version of torch."""
     torch = installed_version("torch")
     wanted = f"--force-reinstall --no-deps torch=={torch}" if torch else "-r requirements.txt"
     return f"{sys.executable} -m pip install {wanted}"
@@ -142,28 +148,28 @@ def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> di
 
 
 def _death(status: int, time_limit: float, known: list[str], errors: str) -> Problem:
-    """What to say of a probe that did not come to its end."""
-    where = f"after {known[-1]!r}" if known else "while python started"
+    """The problem and the fix for a probe that did not finish."""
+    where = f"after {known[-1]!r}" if known else "while Python started"
     last = _first_line("\n".join(reversed(errors.strip().splitlines())))
     if status == -signal.SIGKILL:
         what = f"the device gave no answer within {time_limit:g} s, or the process was killed ({where})"
-        return Problem(what, "see that no other process holds the device, reset it, or give --time_limit more seconds")
+        return Problem(what, "check that no other process uses the device, reset the device, or raise --time_limit")
     name = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-    return Problem(f"the process ended with {name} {where}: {last}", "check the driver and the device's own log")
+    return Problem(f"the process ended with {name} {where}: {last}", "check the driver and the device's log")
 
 
 def _devices(facts: dict[str, list[dict[str, Any]]], problems: list[Problem]) -> dict[str, Any]:
-    """The report's parts on devices, from the probe's facts."""
+    """The parts of the report about devices, from the facts of the probe."""
     chosen = facts.get("chosen", [{}])[0]
     for fact in (*facts.get("kind", []), *facts.get("auto", []), chosen):
         if fact.get("problem"):
             problems.append(Problem(fact["what"], fact["fix"] or _NO_FIX))
     training = {fact["precision"]: fact for fact in facts.get("training", [])}
     for name, fact in training.items():
-        # A precision that a device does not have is a fact about it; anything else is not as it should be.
+        # A missing precision is a property of the device. Any other failure is a problem.
         is_lack = fact.get("exit_code") == MachineError.exit_code and name != "fp32"
         if "problem" in fact and not is_lack:
-            fix = "check the device's memory, its other users and its own log"
+            fix = "check the device's memory, its other processes and its log"
             problems.append(Problem(f"training in {name} failed: {fact['problem']}", fix))
     return {
         "torch": facts.get("torch", [None])[0],
@@ -180,7 +186,7 @@ _LEFT = 20  # columns
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """All of a report of `doctor.examine`, problems and verdict last."""
+    """The lines of a report of `examine`, with problems and verdict at the end."""
     found = ["versions", *_versions(report), "devices", *_device_lines(report), *_training(report)]
     found += ["host", *_host(report)]
     problems = report["problems"]
@@ -217,7 +223,7 @@ def _device_lines(report: dict[str, Any]) -> list[str]:
         if device.get("problem"):
             parts.append(device["problem"])
         rows.append(_row(device["device"], "; ".join(parts)))
-    auto = (report["auto"] or {}).get("device") or "nothing that works"
+    auto = (report["auto"] or {}).get("device") or "no precision works"
     return [*rows, _row("--device auto", f"chooses {auto}")]
 
 
@@ -242,10 +248,10 @@ def _apex(found: dict[str, Any] | None) -> str:
     if not found:
         return "unknown"
     if found.get("problem"):
-        return f"cannot be imported: {found['problem']}; native O-levels are used"
+        return f"cannot be imported: {found['problem']}; runs use the native O-levels"
     if not found["installed"]:
-        return "not installed; native O-levels are used"
-    return "with amp" if found["amp"] else "without amp; native O-levels are used"
+        return "not installed; runs use the native O-levels"
+    return "with amp" if found["amp"] else "without amp; runs use the native O-levels"
 
 
 def _host(report: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""What the doctor asks of the host: versions, memory, disk, ports, the hub. Imports nothing heavy.
+"""The doctor's checks of the host: versions, memory, disk, ports, the hub. Imports nothing heavy.
 
-Every check returns plain values for the report and may add problems, each with its fix in one line.
+Every check returns plain values for the report and may add problems, each with a fix of one line.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ PACKAGES = (
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
-# bert-large: 335 million parameters, as weights, fp32 masters and two moments.
+# bert-large: 335 million parameters as weights, fp32 master weights and two moments.
 _CHECKPOINT_BYTES = 335_000_000 * 16
 _LITTLE_MEMORY = 4 * GIB
 _HUB_SECONDS = 5.0
 
 
 class Problem(NamedTuple):
-    """Something that is wrong, and what to do about it, each in one line."""
+    """A problem and its fix, each in one line."""
 
     what: str
     fix: str
 
 
 def versions(problems: list[Problem]) -> dict[str, str | None]:
-    """Version of python, of CANN and of every package that matters; None where it is not installed."""
+    """Versions of Python, CANN and all relevant packages; None for those that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "CANN": cann_version()}
     for name in PACKAGES:
         found[name] = installed_version(name)
@@ -50,7 +50,7 @@ def versions(problems: list[Problem]) -> dict[str, str | None]:
 
 def _requirements() -> list[Problem]:
     pins = REPOSITORY / "requirements.txt"
-    if not pins.is_file():  # installed as a package, without the files
+    if not pins.is_file():  # installed as a package, without the requirements files
         return []
     try:
         fix = requirements.command([pins])
@@ -63,7 +63,7 @@ def _requirements() -> list[Problem]:
 
 
 def stack(found: dict[str, str | None]) -> list[dict[str, str]]:
-    """Whether the parts that have to go together do: name, version and verdict of each that is here.
+    """Whether the parts that must fit together do: name, version and verdict of each installed part.
 
     Args:
         found: as from `versions`.
@@ -85,7 +85,7 @@ def stack(found: dict[str, str | None]) -> list[dict[str, str]]:
 
 
 def memory(problems: list[Problem]) -> dict[str, int | None]:
-    """Total and available memory of the host, bytes; a container's limit counts."""
+    """Total and available memory of the host in bytes, within a container's limit."""
     total, available = _physical_pages()
     limit = _container_limit()
     if limit is not None and total is not None:
@@ -110,21 +110,21 @@ def _container_limit() -> int | None:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return int(Path(file).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # missing, or "max"
             continue
     return None
 
 
 def disk(problems: list[Problem]) -> list[dict[str, Any]]:
-    """Folders a run writes to: free bytes, and whether they can be written."""
+    """The folders to which a run writes: free bytes, and whether they are writable."""
     home = Path(os.environ.get("HOME") or tempfile.gettempdir())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     hub = os.environ.get("HF_HOME")
     places = (
-        ("results", Path.cwd(), "start from, or give --output_dir, a folder that can be written"),
-        ("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a folder that can be written"),
-        ("tokenized data", cache_folder(), "set BERT_GLUE_CACHE to a folder to write to"),
-        ("hub cache", Path(hub) if hub else cache / "huggingface", "set HF_HOME to a folder that can be written"),
+        ("results", Path.cwd(), "start in a writable folder, or give one as --output_dir"),
+        ("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a writable folder"),
+        ("tokenized data", cache_folder(), "set BERT_GLUE_CACHE to a writable folder"),
+        ("hub cache", Path(hub) if hub else cache / "huggingface", "set HF_HOME to a writable folder"),
     )
     found = []
     for purpose, folder, fix in places:
@@ -140,7 +140,7 @@ def disk(problems: list[Problem]) -> list[dict[str, Any]]:
 
 
 def _can_write(folder: Path) -> bool:
-    """By writing: permission bits do not tell of read-only mounts, and root has none."""
+    """Tries to write, because permission bits do not show read-only mounts and do not apply to root."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -149,7 +149,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def ports(problems: list[Problem]) -> dict[str, Any]:
-    """Whether a free port can be bound, and the one of MASTER_PORT if it is set."""
+    """Whether a free port can be bound, and the port of MASTER_PORT if it is set."""
     found: dict[str, Any] = {"free_port": _can_bind(0) == "", "MASTER_PORT": None}
     if not found["free_port"]:
         problems.append(Problem(f"no port can be bound: {_can_bind(0)}", "allow this process to open sockets"))
@@ -158,7 +158,7 @@ def ports(problems: list[Problem]) -> dict[str, Any]:
         return found
     fix = "unset MASTER_PORT, or set it to a free port from 1024 to 65535"
     is_listener = all(os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK"))
-    reason = "not a port" if not text.isdecimal() or not 0 < int(text) < 65536 else ""
+    reason = "it is not a port" if not text.isdecimal() or not 0 < int(text) < 65536 else ""
     if not reason and is_listener:
         reason = _can_bind(int(text))
     found["MASTER_PORT"] = {"port": text, "usable": not reason, "reason": reason}
@@ -168,7 +168,7 @@ def ports(problems: list[Problem]) -> dict[str, Any]:
 
 
 def _can_bind(port: int) -> str:
-    """Why a TCP port cannot be bound on this host; "" if it can."""
+    """The reason why a TCP port cannot be bound on this host; "" if it can."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -179,7 +179,7 @@ def _can_bind(port: int) -> str:
 
 
 class HubCheck:
-    """Asks the hub while other checks run. Being offline is a state; a refused certificate is a problem."""
+    """Contacts the hub while other checks run. Being offline is not a problem; a refused certificate is."""
 
     def __init__(self) -> None:
         from huggingface_hub import constants
@@ -190,7 +190,7 @@ class HubCheck:
         self.probe = start_probe()
 
     def result(self, problems: list[Problem]) -> dict[str, Any]:
-        """At the latest five seconds after the start: state, reason, endpoint."""
+        """State, reason and endpoint, at most five seconds after the start."""
         found = {"endpoint": self.endpoint, "certificate_verified": False, "reason": None}
         if self.probe is None:
             return {**found, "state": "offline", "reason": "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"}

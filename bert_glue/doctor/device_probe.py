@@ -1,10 +1,10 @@
-"""What the devices of this machine are and whether one of them trains: the doctor's child process.
+"""Lists the devices of this machine and tests whether one of them trains. Runs as the doctor's child process.
 
     python -m bert_glue.doctor.device_probe npu:0
 
-Prints one JSON object a line, each as soon as it is known, because a broken driver may end the process
-or hang it at any point: the doctor then still has the lines before. The proof is the product's own
-loop on a tiny packed classifier: forward, backward and update, all finite, with weights that moved.
+It prints one JSON object per line, each as soon as it is known. A broken driver may end the process or hang at any
+point, and then the doctor still has the lines before. The test runs the real training loop on a tiny packed
+classifier: forward, backward and update must be finite, and the weights must change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _VOCABULARY = 64
 
 
 class _Facts:
-    """Writes facts to what was stdout; stdout itself goes to stderr, as drivers print there."""
+    """Writes facts to the original stdout. stdout itself is redirected to stderr, because drivers print to it."""
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -40,19 +40,19 @@ class _Facts:
         print(json.dumps({"fact": fact, **values}), file=self.out, flush=True)
 
     def ask(self, fact: str, question: Callable[[], dict[str, Any]], **known: Any) -> bool:
-        """Tell what `question` returns, or in one line why it failed; True if it did not fail."""
+        """Write the result of `question`, or the reason for its failure in one line. True if it did not fail."""
         try:
             self.tell(fact, **known, **question())
             return True
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # broken installations raise anything, SystemExit included
+        except BaseException as error:  # broken installations may raise anything, even SystemExit
             self.tell(fact, **known, **_failure(error))
             return False
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    """`problem` in one line, its parts `what` and `fix` ("" where there is none), and of what kind it is."""
+    """`problem` in one line, its parts `what` and `fix` ("" if there is none), and its kind."""
     line, is_ours = first_line(error), isinstance(error, UserError)
     return {
         "problem": line,
@@ -66,7 +66,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
 def _torch() -> dict[str, Any]:
     import torch
 
-    from bert_glue.training import setup  # noqa: F401  (all that a run imports)
+    from bert_glue.training import setup  # noqa: F401  (everything that a run imports)
 
     return {"version": torch.__version__, "threads": torch.get_num_threads()}
 
@@ -89,7 +89,7 @@ def _describe(device: Any) -> dict[str, Any]:
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
         about["fp32_products"] = [name for name, dtype in halves.items() if has_slow_products(device.kind, dtype)]
         memory = device.memory()
-    except Exception as error:  # a device in use by others, or a driver without this call
+    except Exception as error:  # the device is used by others, or the driver lacks this call
         about["problem"] = first_line(error)
     about["free_bytes"], about["total_bytes"] = memory or (None, None)
     return about
@@ -103,7 +103,7 @@ def _chosen(requested: str) -> dict[str, Any]:
 
 
 def _apex() -> dict[str, Any]:
-    """Whether Ascend's or NVIDIA's apex is here, and whether it still has amp."""
+    """Whether Ascend's or NVIDIA's apex is installed, and whether it still has amp."""
     import importlib.util
 
     if importlib.util.find_spec("apex") is None:
@@ -120,7 +120,7 @@ def _apex() -> dict[str, Any]:
 def _arguments(requested: str, precision: dict[str, Any]) -> Any:
     from bert_glue.config.parser import parse
 
-    # As test/train_full_1p.sh would for real data.
+    # The settings of test/train_full_1p.sh on real data.
     args = parse(
         [
             "--recipe=reference", "--task_name=sst2", "--sample", "--do_train", "--do_eval", "--skip_steps=5",
@@ -134,7 +134,7 @@ def _arguments(requested: str, precision: dict[str, Any]) -> Any:
 
 
 def _recipe(requested: str) -> dict[str, Any]:
-    """What the launchers' recipe ends with on the device."""
+    """The precision that the launchers' recipe selects on the device."""
     from bert_glue.devices.device import resolve_device
     from bert_glue.precision.plan import plan_precision
 
@@ -143,11 +143,11 @@ def _recipe(requested: str) -> dict[str, Any]:
 
 
 def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
-    """Train a tiny packed classifier; what happened, in numbers.
+    """Train a tiny packed classifier and return the figures.
 
     Raises:
         UserError: the precision is not supported, or the loss or gradients are not finite.
-        RuntimeError: weights did not move, or whatever a device raises.
+        RuntimeError: the weights did not change, or any error of the device.
     """
     import torch
 
@@ -163,9 +163,9 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
     device.synchronize()
     moved = max(float((a - b).abs().max()) for a, b in zip(before, state.learner.precision.masters, strict=True))
     if not moved > 0.0:
-        raise RuntimeError("the weights did not move in two optimizer steps")
+        raise RuntimeError("the weights did not change in two optimizer steps")
     if not all(bool(torch.isfinite(master).all()) for master in state.learner.precision.masters):
-        raise RuntimeError("weights are not finite after two optimizer steps")
+        raise RuntimeError("the weights are not finite after two optimizer steps")
     return {
         "trains": True,
         "plan": state.learner.precision.plan.name,
@@ -178,7 +178,7 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tiny_run(args: Any) -> tuple[Any, Any]:
-    """A `TrainState` of two layers on eight sequences, and its device."""
+    """A `TrainState` with two layers and eight sequences, and its device."""
     import torch
 
     from bert_glue.data.batching import Collator, TrainingSampler
@@ -225,7 +225,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
 def _tiny_shape() -> Any:
     from bert_glue.model.encoder import EncoderShape
 
-    # Heads of 64, as in every BERT: kernels are chosen by it. Dropout 0, as the published recipe has it.
+    # Head size 64, as in every BERT, because the kernel depends on it. Dropout 0, as in the published recipe.
     return EncoderShape(
         vocab=_VOCABULARY, embedding=128, hidden=128, layers=2, heads=2, intermediate=128, positions=16, types=2,
         labels=2, activation="gelu", norm_eps=1e-12, hidden_dropout=0.0, attention_dropout=0.0, output_dropout=0.0,
@@ -246,7 +246,7 @@ def _tiny_split() -> Any:
 
 
 def _best_devices() -> dict[str, Any]:
-    """Names of all devices of the best kind here."""
+    """Names of all devices of the best kind on this machine."""
     from bert_glue.devices.device import KINDS, devices
 
     found = next(filter(None, map(devices, KINDS)))
@@ -254,9 +254,9 @@ def _best_devices() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """All facts about the devices, with `argv[0]` the requested one; 0 unless torch cannot be imported.
+    """Write all facts about the devices; `argv[0]` is the requested device. Returns 0 unless torch cannot be imported.
 
-    `--list` instead gives one line with the names of the devices of the best kind.
+    With `--list`, write only one line with the names of the devices of the best kind.
     """
     facts, requested = _Facts(), argv[0]
     if requested == "--list":

@@ -1,7 +1,7 @@
-"""Files of the hub: requested a limited number of times, and used only if their hash is the hub's.
+"""Fetches files from the hub with a limited number of requests, and uses them only if their hash is the hub's.
 
-The hub's client compares sizes, not hashes, and goes on for ever with a server that cuts each answer after
-its first 10 MB. It names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
+The hub's client compares sizes, not hashes. It retries forever if a server cuts each answer after the first 10 MB. It
+names a cached file by its ETag: SHA-256 for large files, git's SHA-1 for the others.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 from bert_glue.storage.files import file_hash
 
 PROBE_SECONDS = 3.0
-# Answers of a proxy that has no way to the hub; anything else comes from the hub itself.
+# Answers of a proxy that cannot reach the hub. Any other answer comes from the hub itself.
 _GATEWAY_STATUS = (407, 502, 503, 504)
 
 
 class _Probe(threading.Thread):
-    """Asks the hub for its front page; `reason` says afterwards why it is not reachable, or None.
+    """Requests the hub's front page. Afterwards `reason` says why it is not reachable; None if it is.
 
-    A daemon thread, because name resolution cannot be given a time limit.
+    Runs in a daemon thread, because name resolution has no time limit.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -38,7 +38,7 @@ class _Probe(threading.Thread):
         self.reason: str | None = f"no answer within {PROBE_SECONDS:g} s"
 
     def run(self) -> None:
-        """Any answer will do. urllib honours the proxy variables and SSL_CERT_FILE, as the hub's client."""
+        """Any answer is enough. urllib honours the proxy variables and SSL_CERT_FILE, as the hub's client does."""
         request = urllib.request.Request(self.endpoint, method="HEAD", headers={"User-Agent": "bert-glue"})
         try:
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
@@ -49,13 +49,13 @@ class _Probe(threading.Thread):
             self.reason = str(getattr(error, "reason", error)) or type(error).__name__
 
     def wait(self) -> str | None:
-        """The reason why the hub is not reachable, at the latest when the time is up; None if it is."""
+        """The reason why the hub is not reachable, or None. Returns at the latest when the time is up."""
         self.join(max(0.0, self.deadline - time.monotonic()))
         return self.reason
 
 
 def start_probe(endpoint: str | None = None) -> _Probe | None:
-    """A running probe of an address, by default the hub's; None where the user asked for offline mode."""
+    """A running probe of an address, by default the hub's; None in offline mode."""
     use_ca_bundle()
     from huggingface_hub import constants
 
@@ -67,8 +67,8 @@ def start_probe(endpoint: str | None = None) -> _Probe | None:
     return probe
 
 
-MOST_REQUESTS = 10  # for one file in one run, resumed answers counted
-# A model's own files at the top of its repository; what lies in folders is another format of the same model.
+MOST_REQUESTS = 10  # for one file in one run, including resumed requests
+# A model's own files at the top of its repository. Folders hold other formats of the same model.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "bpe.codes", "*.safetensors"]
 PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 IN_FOLDERS = ["*/*"]
@@ -77,11 +77,11 @@ T = TypeVar("T")
 
 
 class DamagedFileError(Exception):
-    """A cached file is not what the hub said; the message names it and says what to do."""
+    """A cached file does not have the hub's hash. The message names it and the remedy."""
 
 
 def use_ca_bundle() -> None:
-    """Let urllib and the hub's client, which read SSL_CERT_FILE, follow the names of requests and curl too."""
+    """Make urllib and the hub's client, which read SSL_CERT_FILE, also follow the variables of requests and curl."""
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if os.environ.get(name):
             os.environ.setdefault("SSL_CERT_FILE", os.environ[name])
@@ -89,14 +89,14 @@ def use_ca_bundle() -> None:
 
 @cache
 def _default_client() -> Any:
-    """The client as `huggingface_hub` makes it. Read once, because each of ours is made after it."""
+    """The client as `huggingface_hub` creates it. Read once, because each of our clients is created from it."""
     from huggingface_hub import get_session
 
     return get_session()
 
 
 def prepare_client() -> None:
-    """Set the limit of requests for all that `huggingface_hub` does from here on."""
+    """Limit the requests of all later calls of `huggingface_hub`."""
     import huggingface_hub
 
     default = _default_client()
@@ -116,7 +116,7 @@ def prepare_client() -> None:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """The result of `action`, tried again where the server failed (HTTP 5xx), which the client does not do."""
+    """The result of `action`. Retries if the server failed (HTTP 5xx), which the client does not do."""
     for pause in _PAUSES:
         try:
             return action()
@@ -128,7 +128,7 @@ def with_retries(action: Callable[[], T]) -> T:
 
 
 def _is_server_error(error: BaseException | None) -> bool:
-    """True if the error, or what it was made of, is an answer of 500 to 599."""
+    """Whether the error, or one of its causes, is an answer of 500 to 599."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if 500 <= status < 600:
@@ -138,21 +138,21 @@ def _is_server_error(error: BaseException | None) -> bool:
 
 
 def damaged(files: Iterable[Path]) -> list[Path]:
-    """Those of the cached files whose content is not what their name in the cache says."""
+    """The cached files whose content does not have the hash in their name."""
     return [file for file in files if file.is_file() and not _is_sound(file.resolve())]
 
 
 def _is_sound(blob: Path) -> bool:
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         return file_hash(blob) == blob.name
-    if re.fullmatch("[0-9a-f]{40}", blob.name):  # git's own, or the plain one of a mirror
+    if re.fullmatch("[0-9a-f]{40}", blob.name):  # git's own hash, or the plain one of a mirror
         header = f"blob {blob.stat().st_size}\0".encode()
         return blob.name in (file_hash(blob, "sha1", header), file_hash(blob, "sha1"))
-    return True  # not in the cache's form: nothing is known about it
+    return True  # not in the cache's layout, so its hash is not known
 
 
 def check(files: Iterable[Path]) -> None:
-    """Raises DamagedFileError where a cached file does not have the hash that the hub gave."""
+    """Raises DamagedFileError if a cached file does not have the hash that the hub gave."""
     bad = damaged(files)
     if bad:
         raise DamagedFileError(
@@ -161,21 +161,21 @@ def check(files: Iterable[Path]) -> None:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """True if a fetched folder has weights that need no pickle."""
+    """Whether a fetched folder has weights that are not pickled."""
     return any(folder.glob("model*.safetensors"))
 
 
 def fetch_model(name: str, args: Any, is_offline: bool) -> Path:
-    """The folder of a model's files from the hub or its cache, verified; what is damaged is fetched once more.
+    """The folder of a model's files from the hub or its cache, verified. Damaged files are fetched once more.
 
-    Pickled weights are fetched only where there are no others, and code only for --trust_remote_code.
+    Pickled weights are fetched only if there are no others, and code only with --trust_remote_code.
 
     Args:
         args: `model_revision`, `cache_dir`, `token` and `trust_remote_code` are read.
 
     Raises:
-        DamagedFileError: still not the hub's.
-        Exception: whatever the hub's client raises.
+        DamagedFileError: a file is still damaged.
+        Exception: any error of the hub's client.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
-"""`--hub modelscope`: models and data sets from ModelScope, by its own package, never in exchange for the other hub.
+"""`--hub modelscope`: fetches models and data sets from ModelScope with its own package, and never from the other hub.
 
 Its cache (MODELSCOPE_CACHE), its address (MODELSCOPE_DOMAIN) and its token (MODELSCOPE_API_TOKEN or --token) are the
-package's own; HF_HUB_OFFLINE=1 means offline here too.
+package's own. HF_HUB_OFFLINE=1 means offline here too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bert_glue.config.arguments import without_secrets
 from bert_glue.errors import MachineError, UserError, first_line
 from bert_glue.hub.client import MODEL_FILES, PICKLED_WEIGHTS, has_safetensors, start_probe
 
-_WAYS_OUT = "give a local folder, MODELSCOPE_CACHE with a cache filled elsewhere, or leave --hub out"
+_WAYS_OUT = "give a local folder, set MODELSCOPE_CACHE to a cache filled elsewhere, or leave out --hub"
 
 
 def _package() -> tuple[Callable[..., str], Callable[[], str]]:
@@ -30,11 +30,11 @@ def _package() -> tuple[Callable[..., str], Callable[[], str]]:
 
 
 def fetch(name: str, kind: str, patterns: list[str], args: Any, error_type: type[UserError]) -> Path:
-    """A repository's files of `patterns`, downloaded or cached.
+    """The repository's files that match `patterns`, downloaded or cached.
 
     Raises:
-        MachineError: no package.
-        error_type: neither on the hub nor in its cache.
+        MachineError: the package is not installed.
+        error_type: the files are neither on the hub nor in its cache.
     """
     download, endpoint_of = _package()
     endpoint = endpoint_of()
@@ -46,8 +46,8 @@ def fetch(name: str, kind: str, patterns: list[str], args: Any, error_type: type
             name, revision=revision, cache_dir=args.cache_dir, repo_type=kind, allow_patterns=patterns,
             token=args.token, local_files_only=reason is not None,
         )  # fmt: skip
-    except Exception as error:  # the package raises two dozen kinds
-        why = f"ModelScope {endpoint} did not give it: {without_secrets(first_line(error), args)}"
+    except Exception as error:  # the package raises two dozen types of exceptions
+        why = f"ModelScope {endpoint} failed: {without_secrets(first_line(error), args)}"
         if reason is not None:
             why = f"ModelScope {endpoint} is not used ({reason}) and its cache has no copy"
         raise error_type(f"--hub modelscope: {kind} {name}: {why}; {_WAYS_OUT}") from error
@@ -61,7 +61,7 @@ def fetch_model(name: str, args: Any) -> Path:
         args: `model_revision`, `cache_dir`, `token` and `trust_remote_code` are read.
 
     Raises:
-        MachineError: no package, or no such model to be had.
+        MachineError: the package is not installed, or the model cannot be fetched.
     """
     code = ["*.py"] if args.trust_remote_code else []
     folder = fetch(name, "model", MODEL_FILES + code, args, MachineError)

@@ -1,7 +1,7 @@
-"""`--push_to_hub`: the finished model and its card to the hub, once, at the end.
+"""`--push_to_hub`: uploads the finished model and its card to the hub, once, at the end.
 
-Sent are the model, its adapters, the card, scores and curves. Reports, predictions and run.json are not: they hold
-sentences of the data and paths of the machine.
+It uploads the model, its adapters, the card, scores and curves. It does not upload reports, predictions and run.json,
+because they contain sentences of the data and paths of the machine.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ _SENT = [
 
 
 def claim(args: Arguments) -> str:
-    """Make the repository, or find it, before hours of training; returns its full name.
+    """Create or find the repository before hours of training. Returns its full name.
 
     Raises:
-        MachineError: no token, no way to the hub, or it refuses.
+        MachineError: there is no token, or the hub is not reachable or refuses.
     """
     from bert_glue.hub.client import start_probe
 
     probe = start_probe()
     reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     if reason is not None:
-        raise MachineError(f"--push_to_hub: the hub is not reachable ({reason}); leave the flag out, and upload later")
+        raise MachineError(f"--push_to_hub: the hub is not reachable ({reason}); leave out the flag and upload later")
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return _client(args).create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-    except Exception as error:  # the client raises a dozen kinds
+    except Exception as error:  # the client raises a dozen types of exceptions
         raise MachineError(
-            f"--push_to_hub: the hub does not take {name}: {without_secrets(first_line(error), args)};"
-            " nothing was trained yet"
+            f"--push_to_hub: the hub refuses {name}: {without_secrets(first_line(error), args)};"
+            " nothing has been trained yet"
         ) from error
 
 
 def push(args: Arguments, name: str) -> str:
-    """Send the folder's model; returns the address of the commit.
+    """Upload the folder's model. Returns the address of the commit.
 
     Raises:
-        MachineError: it was not sent; the folder is whole, and the message says how to send it.
+        MachineError: the upload failed. The folder is complete, and the message says how to upload it.
     """
     message = f"{args.task_name or args.dataset_name or 'own data'}, seed {args.seed}"
     try:
         return _client(args).create_commit(name, _files(Path(args.output_dir)), commit_message=message).commit_url
     except Exception as error:
         raise MachineError(
-            f"--push_to_hub: {args.output_dir} was not sent to {name}: {without_secrets(first_line(error), args)}; "
-            f"all results are there: `hf upload {name} {args.output_dir}` sends them"
+            f"--push_to_hub: {args.output_dir} was not uploaded to {name}: {without_secrets(first_line(error), args)}; "
+            f"all results are in the folder; `hf upload {name} {args.output_dir}` uploads them"
         ) from error
 
 
 def _files(folder: Path) -> list[Any]:
-    """What is sent, for the client."""
+    """The files to upload, for the client."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.utils import filter_repo_objects
 
@@ -70,7 +70,7 @@ def _files(folder: Path) -> list[Any]:
 
 
 def _content(file: Path) -> Path | bytes:
-    """A file as it is, but for the base of adapters where that is a folder of this machine."""
+    """A file, unchanged except for the base model of adapters if that is a local folder."""
     if file.name != "adapter_config.json":
         return file
     config = json_object(file)
@@ -87,6 +87,6 @@ def _client(args: Arguments) -> Any:
 
     token = args.hub_token or args.token or get_token()
     if token is None:
-        raise MachineError("no token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
+        raise MachineError("there is no token; give --hub_token, set HF_TOKEN, or run `hf auth login`")
     disable_progress_bars()
     return HfApi(endpoint=constants.ENDPOINT, token=token)

@@ -1,15 +1,15 @@
-"""One rank of a launcher, and the launcher's verdict on all ranks of this host. Imports nothing heavy.
+"""Runs one rank of a launcher, and decides how the launch on this host ended. Imports nothing heavy.
 
-    python ranks.py below command...               becomes the command, which ends when its parent does
-    python ranks.py meet NOTES SECONDS command...  the same, and ends it where no rank has started by then
-    python ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once a rank
+    python ranks.py below command...               becomes the command, which ends when its parent ends
+    python ranks.py meet NOTES SECONDS command...  the same, but ends it if no rank has started by then
+    python ranks.py rank NOTES LOGS command...     started by torch's elastic launcher, once per rank
     python ranks.py verdict NOTES LOGS --launcher_log FILE --status S --signal N
-    python ranks.py network HOST                                 -> "10.0.0.2 eth0": the way to a host
+    python ranks.py network HOST                                 -> "10.0.0.2 eth0": the route to a host
 
-torch's launcher ends all ranks when one fails, but waits 30 s for each that does not listen, tells the
-user's signal and its own clearing up apart no more than the ranks can, and leaves grandchildren behind.
-So a rank runs below a small process that knows how the other ranks of this host ended: NOTES is a folder
-of this launch on this host, where each rank leaves `<rank>.json`.
+torch's launcher ends all ranks when one fails. But it waits 30 s for each rank that does not react, leaves
+grandchildren behind, and gives the ranks no way to tell the user's signal from its own cleanup. So each rank runs
+below a small process that knows how the other ranks of this host ended. NOTES is a folder of this launch on this host,
+in which each rank writes `<rank>.json`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Seconds after another rank failed: until a rank that is not ending by itself is asked to, and is made to.
+# Seconds after another rank failed until a rank that does not end by itself gets SIGTERM, and SIGKILL.
 _ASKED, _MADE = 1.0, 4.0
 _LOST, _DOCUMENTED = 7, (2, 3, 4, 5, 6, 8)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# A rank that ended after a signal asked for a checkpoint and its end.
+# Exit codes of a rank that a signal told to save a checkpoint and end.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _STOPPED = tuple(128 + number for number in _SIGNALS)
-_UNMET = "unmet"  # among the notes: the hosts did not meet in time
-_IMPORT_SECONDS = 15.0  # until torch's launcher begins to meet the others
+_UNMET = "unmet"  # a file in NOTES: the hosts did not connect in time
+_IMPORT_SECONDS = 15.0  # until torch's launcher starts to connect to the other hosts
 
 
 def log_of(logs: Path, rank: int) -> Path:
@@ -48,27 +48,27 @@ def log_of(logs: Path, rank: int) -> Path:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends, however it ends."""
+    """Let the kernel send SIGKILL when the parent ends for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def signalled_with_parent(number: int) -> Callable[[], None]:
-    """A `preexec_fn`: the child gets signal `number` when this process ends, however it ends."""
-    prctl = ctypes.CDLL(None).prctl  # looked up here: after a fork there may be no way to load anything
+    """A `preexec_fn`: the child gets signal `number` when this process ends for any reason."""
+    prctl = ctypes.CDLL(None).prctl  # looked up here, because nothing can safely be loaded after a fork
     parent = os.getpid()
 
     def prepare() -> None:
         prctl(_PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it ended between the fork and the call
+        if os.getppid() != parent:  # the parent ended between the fork and the call
             os._exit(128 + number)
 
     return prepare
 
 
 def end_unless_met(notes: Path, seconds: float) -> None:
-    """Start a process that kills this one, torch's launcher to be, where no rank has started after `seconds`.
+    """Start a process that kills this one (the later torch launcher) if no rank has started after `seconds`.
 
-    torch's launcher waits without a bound, in C++, on a port whose listener accepts and never answers.
+    torch's launcher waits without limit, in C++, on a port whose listener accepts but never answers.
     """
     parent = os.getpid()
     if os.fork():
@@ -84,7 +84,7 @@ def end_unless_met(notes: Path, seconds: float) -> None:
 
 
 def _read_notes(notes: Path) -> list[dict[str, Any]]:
-    """What each rank of this host left, in the order of ranks."""
+    """The notes of the ranks of this host, in the order of ranks."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in notes.glob("*.json")]
     return sorted(found, key=lambda note: note["rank"])
 
@@ -96,9 +96,9 @@ def _write_note(notes: Path, note: dict[str, Any]) -> None:
 
 
 def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
-    """Run one rank's command to its end; returns its exit code, 128 + signal if one killed it.
+    """Run one rank's command to its end. Returns its exit code, or 128 + signal if a signal killed it.
 
-    The host's first rank writes to the launcher's two pipes, `NOTES/out` and `NOTES/err`, others to their log.
+    The host's first rank writes to the launcher's two pipes, `NOTES/out` and `NOTES/err`, the others to their log.
     """
     rank, is_shown = int(os.environ["RANK"]), os.environ["LOCAL_RANK"] == "0"
     paths = (notes / "out", notes / "err") if is_shown else (log_of(logs, rank),) * 2
@@ -117,8 +117,8 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
 
         def pass_on(number: int, frame: object) -> None:
             if any(other["code"] for other in _read_notes(notes)):
-                # Not the user: torch's launcher ends the ranks because one has failed.
-                # What a failing rank tears down brings others to their end first: let it say its own reason.
+                # Not from the user: torch's launcher ends the ranks because one has failed.
+                # A failing rank may end others before it ends itself, so give it time to report its own reason.
                 threading.Timer(_ASKED, clear).start()
                 threading.Timer(_MADE, child.kill).start()
             else:
@@ -131,14 +131,14 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
         for number in _SIGNALS:
             signal.signal(number, pass_on)
         code = child.wait()
-        kill_group(child.pid)  # what the rank left behind
+        kill_group(child.pid)  # children that the rank left behind
     note |= {"code": code, "time": time.time()}
     _write_note(notes, note)
-    os._exit(code if code >= 0 else 128 - code)  # a pending timer must not hold us
+    os._exit(code if code >= 0 else 128 - code)  # a pending timer must not keep this process alive
 
 
 def kill_group(group: int) -> None:
-    """Send SIGKILL to every process of a group; nothing where none is left, or where they are somebody else's."""
+    """Send SIGKILL to every process of a group. Does nothing if none is left or they belong to another user."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
@@ -150,12 +150,12 @@ def _described(code: int) -> str:
 
 
 def _root(failed: list[dict[str, Any]]) -> dict[str, Any]:
-    """The failure that caused the others: not of a rank that was cleared away or lost its peers; the earliest."""
+    """The failure that caused the others: the earliest of a rank that was not ended and did not lose its peers."""
     return min(failed, key=lambda note: (note["is_cleared"], note["code"] == _LOST, note["time"]))
 
 
 def last_lines(file: Path, count: int = 10) -> list[str]:
-    """Up to `count` lines that are not blank from the last 8 KiB of a log; none where it cannot be read."""
+    """The last non-blank lines in the last 8 KiB of a log, up to `count`; none if it cannot be read."""
     try:
         with file.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
@@ -166,16 +166,16 @@ def last_lines(file: Path, count: int = 10) -> list[str]:
 
 
 def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_number: int) -> tuple[int, list[str]]:
-    """How a launch ended.
+    """The outcome of a launch.
 
     Args:
-        launcher_log: what torch's launcher said.
+        launcher_log: the output of torch's launcher.
         status: exit code of torch's launcher.
-        signal_number: signal the launcher got from its user, 0 if none.
+        signal_number: the signal that the launcher got from its user; 0 if none.
 
     Returns:
         The exit code for the user (0; 128 + signal; 2 to 6 and 8 as a rank gave it; 4 if no rank started; else 7)
-        and lines that say which rank failed first, how, and what it said last.
+        and lines that name the rank that failed first, how it failed, and its last output.
     """
     ranks = _read_notes(notes)
     failed = [note for note in ranks if note["code"]]
@@ -185,10 +185,10 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
         if signal_number:
             return stopped, []
         codes = [note["code"] for note in failed if not note["is_cleared"]]
-        if codes:  # a rank got the signal, and told the others
+        if codes:  # a rank got the signal and informed the others
             return max(codes), []
     if (notes / _UNMET).exists():
-        where = "the first host does not answer at --master_addr and --master_port; does another program listen there?"
+        where = "the first host does not answer at --master_addr and --master_port; another program may use the port"
         return _LOST, [f"no rank was started within --ddp_timeout: {where}"]
     if not ranks and status:
         lines = last_lines(launcher_log, 1)
@@ -203,19 +203,19 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
 
 
 def network_to(host: str) -> tuple[str, str]:
-    """This host's own address on the way to `host`, and the interface that has it ("" if it is not IPv4).
+    """This host's own address on the route to `host`, and its interface ("" if it is not IPv4).
 
     Raises:
-        OSError: there is no such host, or no way to it.
+        OSError: the host does not exist or there is no route to it.
     """
     family, kind, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(target)  # a datagram socket only asks for the route, nothing is sent
+        probe.connect(target)  # connecting a datagram socket only looks up the route and sends nothing
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            except OSError:  # it has no IPv4 address
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return address, name
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
             return 4
         return 0
     if argv[:1] in (["below"], ["meet"]):
-        # Some schedulers warn every process of a job; torch's launcher would end by it, its ranks set their own way.
+        # Some schedulers signal every process of a job. torch's launcher would end; its ranks set their own handlers.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         die_with_parent()
     if argv[:1] == ["below"]:

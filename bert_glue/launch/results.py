@@ -1,12 +1,12 @@
-"""What a launcher asks of Python: whether task and recipe exist, and the final lines of a finished run.
+"""The launchers' calls to Python: check task and recipe, and print the final lines of a finished run.
 
     python -m bert_glue.launch.results task MRPC --recipe stable  -> "mrpc 5", epochs of bert-base-cased
-    python -m bert_glue.launch.results baseline perf.json         -> exit code 2 if it is none
+    python -m bert_glue.launch.results baseline perf.json         -> exit code 2 if it is not valid
     python -m bert_glue.launch.results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json
 
-The lines and the log's keys are those that the harnesses of Ascend ModelZoo read, so their names stay
-although some are odd ("images/sec"). Every figure comes from `all_results.json`; one that was not
-measured is `null` with the reason, never 0.
+The harnesses of Ascend ModelZoo read these lines and the keys of the log, so their names stay although some are odd
+("images/sec"). Every figure comes from `all_results.json`. A figure that was not measured is `null` with the reason,
+never 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bert_glue.tasks import SAMPLE_NOTE, base_epochs
 
 
 def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not measured") -> str:
-    """A number as text, or `null (reason)` with the reason stored beside it or `absent`."""
+    """A number as text, or `null (reason)`. The reason is the one in the results, or else `absent`."""
     value = results.get(key)
     if isinstance(value, int | float):
         return f"{value:.{digits}f}"
@@ -33,7 +33,7 @@ def figure(results: dict[str, Any], key: str, digits: int, absent: str = "not me
 
 
 def accuracy(results: dict[str, Any]) -> str:
-    """The headline metric in [-1, 1], whatever its name."""
+    """The headline metric in [-1, 1], under any name."""
     key = keys.headline_key_of(results)
     return figure(results, key, 4, "undefined" if key in results else "this run did not evaluate")
 
@@ -51,7 +51,7 @@ def final_lines(results: dict[str, Any]) -> list[str]:
 
 
 def step_milliseconds(results: dict[str, Any]) -> str:
-    """Mean time of an optimizer step, ms: what ModelZoo's harness calls TrainingTime."""
+    """Mean time of an optimizer step in ms; ModelZoo's harness calls it TrainingTime."""
     if not results.get(keys.TRAIN_SAMPLES_PER_SECOND):
         return figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 2)
     return f"{1000 * results[keys.TRAIN_TIMED_SECONDS] / results[keys.TRAIN_TIMED_STEPS]:.2f}"
@@ -79,15 +79,15 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
 
 
 def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
-    """Write `<CaseName>.log`, and `perf.json` for a performance run; print the final lines.
+    """Write `<CaseName>.log`, and `perf.json` for a performance run. Print the final lines.
 
     Args:
         output_dir: folder of a finished run.
         case: acc or perf.
-        baseline: `perf.json` that this run's is held against.
+        baseline: the `perf.json` with which this run is compared.
 
     Raises:
-        MachineError: the results are missing, or lack a key every run has.
+        MachineError: the results are missing, or lack a key that every run has.
         UsageError, BaselineError: see `perf.compare`.
     """
     results = read_results(output_dir)
@@ -101,7 +101,7 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
     verdict = []
     try:
         if perf is not None and baseline is not None:
-            verdict = [compare(perf, baseline)]  # before perf.json is written: the baseline may be the last one
+            verdict = [compare(perf, baseline)]  # before perf.json is written, because it may be the baseline itself
     finally:
         if perf is not None:
             write_json(output_dir / "perf.json", perf)

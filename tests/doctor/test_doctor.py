@@ -143,7 +143,7 @@ def test_a_torch_npu_that_would_break_torch_itself(tmp_path: Path) -> None:
     [
         ("raise ImportError('libtorch.so: cannot open')", "cannot be imported: libtorch.so"),
         ("import sys; sys.exit('no licence')", "cannot be imported: no licence"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV while python started"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV while Python started"),
         ("print('noise of a driver'); raise RuntimeError", "cannot be imported: RuntimeError"),
     ],
 )
@@ -227,7 +227,7 @@ def test_master_port(no_torch: Path) -> None:
         _, report = examined(packages=(no_torch,), MASTER_PORT=taken, RANK="3")  # another rank listens
         assert report["ports"]["MASTER_PORT"]["usable"]
     _, report = examined(packages=(no_torch,), MASTER_PORT="ssh")
-    assert "MASTER_PORT=ssh: not a port" in problems(report) and report["ports"]["free_port"]
+    assert "MASTER_PORT=ssh: it is not a port" in problems(report) and report["ports"]["free_port"]
 
 
 def test_little_memory_and_disk(monkeypatch) -> None:
@@ -335,7 +335,7 @@ def test_a_certificate_is_verified(no_torch: Path, tmp_path: Path) -> None:
 def test_weights_that_do_not_move_are_no_proof(monkeypatch) -> None:
     still = device_probe._arguments("cpu", {"fp16": False})
     monkeypatch.setattr(device_probe, "_arguments", lambda *_: replace(still, learning_rate=0.0))
-    with pytest.raises(RuntimeError, match="did not move"):
+    with pytest.raises(RuntimeError, match="did not change"):
         device_probe._training("cpu", {})
 
 

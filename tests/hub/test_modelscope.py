@@ -115,7 +115,7 @@ def test_what_is_not_there_is_one_line_and_the_other_hub_is_not_asked(modelscope
     line = str(refused.value)
     assert "ModelScope http://127.0.0.1" in line and "does not exist" in line and "long explanation" not in line
     assert "ms-secret" not in line
-    with pytest.raises(DataError, match="dataset nyu-mll/glue.*did not give it"):
+    with pytest.raises(DataError, match="dataset nyu-mll/glue.*failed"):
         load_task_data(of(tmp_path, task_name="mrpc"), frozenset({"train"}))
 
 

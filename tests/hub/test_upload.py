@@ -76,7 +76,7 @@ def test_adapters_are_sent_without_the_place_of_their_base(tmp_path, hub):
 def test_a_refusal_before_training_costs_no_training(tmp_path, hub):
     hub.fails["/api/repos/create"] = 401
     done = run(tmp_path, hub, "--hub_token", TOKEN, hub_model_id="trial")
-    assert done.returncode == 4 and "nothing was trained yet" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 4 and "nothing has been trained yet" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out/model.safetensors").exists() and TOKEN not in all_text_of(tmp_path, done)
 
 
@@ -87,7 +87,7 @@ def test_a_refusal_after_training_costs_nothing_of_the_result(tmp_path, hub, sta
     assert done.returncode == 4 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "--push_to_hub" in line]
     assert (
-        "was not sent to someone/trial" in line and f"`hf upload someone/trial {tmp_path / 'out'}` sends them" in line
+        "was not uploaded to someone/trial" in line and f"`hf upload someone/trial {tmp_path / 'out'}` uploads them" in line
     )
     for name in ("model.safetensors", "all_results.json", "report.html", "README.md"):
         assert (tmp_path / "out" / name).exists()
@@ -96,7 +96,7 @@ def test_a_refusal_after_training_costs_nothing_of_the_result(tmp_path, hub, sta
 
 def test_without_a_token_and_without_a_network_it_ends_at_once(tmp_path, hub):
     done = run(tmp_path, hub)
-    assert done.returncode == 4 and "no token: give --hub_token" in done.stderr
+    assert done.returncode == 4 and "no token; give --hub_token" in done.stderr
     done = run(tmp_path, hub, offline="1", hub_token=TOKEN)
     assert done.returncode == 4 and "HF_HUB_OFFLINE is set" in done.stderr and not hub.created
 
