@@ -86,9 +86,8 @@ def test_a_refusal_after_training_costs_nothing_of_the_result(tmp_path, hub, sta
     done = run(tmp_path, hub, "--hub_token", TOKEN, hub_model_id="trial")
     assert done.returncode == 4 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "--push_to_hub" in line]
-    assert (
-        "was not uploaded to someone/trial" in line and f"`hf upload someone/trial {tmp_path / 'out'}` uploads them" in line
-    )
+    assert "was not uploaded to someone/trial" in line
+    assert f"`hf upload someone/trial {tmp_path / 'out'}` uploads them" in line
     for name in ("model.safetensors", "all_results.json", "report.html", "README.md"):
         assert (tmp_path / "out" / name).exists()
     assert TOKEN not in all_text_of(tmp_path, done)
