@@ -278,6 +278,9 @@ class DeviceArguments:
 
     device: str = flag("auto", "auto, an index, a name, or name:index", pattern=r"[a-z]+(:[0-9]+)?|[0-9]+")
     use_cpu: bool = flag(False, "train on the CPU even if there is another device")
+    num_cpu_threads_per_process: int | None = flag(
+        None, "threads of a CPU run; default: OMP_NUM_THREADS, or 1 for a small model, or all cores", "[1, inf)"
+    )
     ddp_timeout: int = flag(1800, "seconds that a rank waits for the others", "[1, inf)")
     ddp_backend: str | None = flag(
         None, "communication backend; default: the device's own", choices=("hccl", "nccl", "gloo")

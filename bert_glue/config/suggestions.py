@@ -52,6 +52,7 @@ _MEANINGS = {
     "max_eval_samples": "num_eval_samples eval_samples max_eval_examples limit_eval max_dev_samples",
     "max_predict_samples": "predict_samples max_test_examples max_predict_examples",
     "preprocessing_num_workers": "num_proc tokenizer_workers",
+    "num_cpu_threads_per_process": "threads num_threads cpu_threads omp_num_threads torch_threads",
     "dataloader_num_workers": "num_workers workers n_workers",
     "do_train": "train train_model do_training do_finetune fine_tune finetune",
     "do_eval": "eval evaluate do_evaluate do_evaluation do_valid do_validation do_dev eval_only validate",

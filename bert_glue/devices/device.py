@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bert_glue.devices import cpu
 from bert_glue.devices.npu import import_torch_npu
 from bert_glue.errors import MachineError, UsageError, did_you_mean
 
@@ -82,9 +80,15 @@ class Device:
 
     @property
     def name(self) -> str:
-        """Model name of the device, e.g. for result files; simulated devices are named so."""
+        """As result files have it: `model_name`, and of a CPU the threads that torch computes with now."""
+        threads = f", {torch.get_num_threads()} threads" if self.is_host else ""
+        return self.model_name + threads
+
+    @property
+    def model_name(self) -> str:
+        """Model name of the device; simulated devices are named so."""
         if self.is_host:
-            return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+            return f"CPU, {os.cpu_count()} cores"
         name = _module(self.kind).get_device_name(self.index)
         return f"simulated {name}" if self.is_simulated else name
 
@@ -105,7 +109,7 @@ class Device:
             # Libraries that look for torch_npu import it unguarded; one that is broken must not end this run.
             sys.modules.setdefault("torch_npu", None)
         if self.is_host:
-            keep_freed_pages()
+            cpu.keep_freed_pages()
             return
         _module(self.kind).set_device(self.index)
         if self.kind == "npu" and not self.is_simulated:
@@ -161,7 +165,7 @@ class Device:
     def peak_memory(self) -> int:
         """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
         if self.is_host:
-            return peak_memory()
+            return cpu.peak_memory()
         return int(_module(self.kind).max_memory_allocated())
 
     def profiler(self) -> Any:
@@ -192,27 +196,11 @@ class Device:
         if dtype == torch.float32:
             return True
         if self.is_host:
-            return _cpu_supports(dtype)
+            # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better.
+            return dtype == torch.bfloat16 or cpu.has_fp16_products()
         if dtype == torch.bfloat16:
             return bool(_module(self.kind).is_bf16_supported())
         return True
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    """Instruction-set names as /proc/cpuinfo spells them."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
-    except OSError:
-        return frozenset()
-    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
-
-
-def _cpu_supports(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return True  # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better
-    return bool(_cpu_flags() & {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"})
 
 
 def _here() -> str:
@@ -282,29 +270,3 @@ def has_onednn_linear(kind: str, is_transposed: bool = False) -> bool:
     if kind != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return not is_transposed or torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def peak_memory() -> int:
-    """Highest memory of this process so far, bytes."""
-    try:
-        # Not getrusage: that also counts what the parent process held before exec.
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # a sandbox without /proc
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def keep_freed_pages() -> None:
-    """Tell glibc to reuse freed blocks: by default each large tensor is new, zeroed pages every time.
-
-    Costs nothing but memory the process had already used; 10 to 30 % of a CPU training step.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)

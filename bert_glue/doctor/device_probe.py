@@ -182,6 +182,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     import torch
 
     from bert_glue.data.batching import Collator, TrainingSampler
+    from bert_glue.devices import cpu
     from bert_glue.devices.distributed import DistributedContext
     from bert_glue.evaluation.collapse import CollapseWatch
     from bert_glue.model.classifier import LoadedModel
@@ -201,6 +202,8 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
     module = PackedClassifier(_tiny_shape())
     initialise(module, 0.02)
     module.to(ranks.device.torch_device)
+    if ranks.device.is_host:
+        cpu.use_threads(cpu.largest_product(module, sum(_LENGTHS)), None)
     precision = make_precision(args, plan, module, ranks)
     learner = build_learner(args, task, LoadedModel(module, None, {}, True), precision, None, ranks)
     data = TrainData(

@@ -122,6 +122,10 @@ class LoadedModel:
         )
         return self.config.get("max_position_embeddings", 1 << 30) - next(offsets, 0)
 
+    def row_limit(self, max_seq_length: int) -> int:
+        """Tokens a row is cut to."""
+        return min(max_seq_length, self.position_limit)
+
     def tensors(self, masters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Copies of the weights under transformers' names, on the host; an adapter's under peft's beside them.
 

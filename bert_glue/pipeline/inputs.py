@@ -28,6 +28,7 @@ from bert_glue.storage import files
 from bert_glue.tasks import GlueTask
 from bert_glue.training.class_weights import class_weights, named
 from bert_glue.training.console import ConsoleLog
+from bert_glue.training.setup import settle_threads
 from bert_glue.training.throughput import Phases
 
 # Flags on the length of rows, whose values lie beside the weights.
@@ -77,6 +78,8 @@ def read_inputs(
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
+        for line in settle_threads(args, ranks.device, [model]):  # before run.json is begun, which holds their number
+            log.line(line)
     with phase("provenance"):
         record = _provenance(given, data, model, ranks, log, by_name)
     with phase("tokenize"):
@@ -145,7 +148,7 @@ def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: Co
         DataError: a split has no rows, or the windows of a row have no room.
         UsageError: `--doc_stride` leaves no row's windows room.
     """
-    limit, windows = row_length(args, model), Windows.of(args)
+    limit, windows = model.row_limit(args.max_seq_length), Windows.of(args)
     if limit < args.max_seq_length:
         log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
     dtype = np.float32 if data.task.is_regression else np.int64
@@ -197,8 +200,3 @@ def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
     if not len(split):
         raise DataError(f"{split.origin}: no rows")
     return split
-
-
-def row_length(args: Arguments, model: LoadedModel) -> int:
-    """Tokens of a sequence: a row, or a window of it."""
-    return min(args.max_seq_length, model.position_limit)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _OWN_OF_A_HOST = frozenset((
     "device", "device_id", "output_dir", "cache_dir", "model_name_or_path", "config_name", "tokenizer_name",
     "data_path", "train_file", "validation_file", "test_file", "class_weights", "preprocessing_num_workers",
-    "overwrite_cache", "hub", "log_level", "disable_tqdm", "report_to", "run_name", "ddp_timeout", "repeat",
-    "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+    "num_cpu_threads_per_process", "overwrite_cache", "hub", "log_level", "disable_tqdm", "report_to", "run_name",
+    "ddp_timeout", "repeat", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
 ))  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.description import describe
 from bert_glue.pipeline import outputs
-from bert_glue.pipeline.inputs import at_trained_length, read_inputs, row_length, with_sample_model
+from bert_glue.pipeline.inputs import at_trained_length, read_inputs, with_sample_model
 from bert_glue.pipeline.rank_agreement import compare_settings
 from bert_glue.pipeline.score import Scored, facts, score_splits, train_results
 from bert_glue.precision.plan import PrecisionPlan, plan_precision
@@ -102,7 +102,7 @@ def _steps(
     args = at_trained_length(with_sample_model(_settle_flags(args, ranks, log), ranks), log)
     data, model, record, splits, weights = read_inputs(args, given, ranks, log, phase)
     if args.do_train and ranks.is_first:
-        model.description = describe(args, data, model.tokenizer, row_length(args, model), record)
+        model.description = describe(args, data, model.tokenizer, model.row_limit(args.max_seq_length), record)
     plan = plan_precision(args, ranks.device)
     _log_choices(args, model, plan, log)
     if log.is_shown and "train" in splits:
@@ -150,7 +150,7 @@ def _steps(
 
 def _settle_flags(args: Arguments, ranks: DistributedContext, log: ConsoleLog) -> Arguments:
     """The flags with what follows from the number of ranks; says on what and how the run goes."""
-    log.line(f"device: {ranks.device.torch_device} ({ranks.device.name}), {ranks.world_size} rank(s)")
+    log.line(f"device: {ranks.device.torch_device} ({ranks.device.model_name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
     for line in (*(f"note: {notice}" for notice in args.notices), *derived):
         log.line(line)

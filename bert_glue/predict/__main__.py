@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     from bert_glue.model.loading import model_folder, task_of_model
     from bert_glue.predict.labeller import build_labeller, columns_of
     from bert_glue.predict.output import ToFile, ToStandardOutput
+    from bert_glue.training.setup import settle_threads
 
     input_kind, output_kind = _kind(options, "input"), _kind(options, "output")
     log = sys.stderr if options.output == STANDARD else sys.stdout
@@ -90,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
         for note in alone[-1].model.notes:
             print(f"note: {note}", file=log)
     labeller = replace(alone[0], others=tuple(alone[1:]))
+    settle_threads(args, labeller.evaluator.ranks.device, [one.model for one in alone])
     output: ToFile | ToStandardOutput = (
         ToStandardOutput(output_kind, options.keep_formulas)
         if options.output == STANDARD

@@ -152,4 +152,4 @@ def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
     precision = InferencePrecision(plan, model.module)
     collate = build_collator(args, model, ranks, None)
     evaluator = Evaluator(model.module, collate, args.per_device_eval_batch_size, ranks, precision)
-    return Labeller(task, model, evaluator, min(args.max_seq_length, model.position_limit), Windows.of(args))
+    return Labeller(task, model, evaluator, model.row_limit(args.max_seq_length), Windows.of(args))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.resolve import with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
-from bert_glue.devices.device import has_slow_products
+from bert_glue.devices import cpu
+from bert_glue.devices.device import Device, has_slow_products
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.npu import moves_allocations
 from bert_glue.errors import CheckpointError, UsageError
@@ -48,7 +50,7 @@ def build_collator(
     padding = "packed" if model.is_packed else ("max_length" if fixed else "longest")
     return Collator(
         padding=padding,
-        max_length=min(args.max_seq_length, model.position_limit),
+        max_length=model.row_limit(args.max_seq_length),
         pad_id=model.pad_id,
         gives_types=model.tokenizer.gives_types,
         pads_left=model.tokenizer.pads_left,
@@ -57,6 +59,15 @@ def build_collator(
         is_rounded=args.torch_compile or args.cuda_graph,
         row_of_token=narrowed.row_of_token if narrowed else None,
     )
+
+
+def settle_threads(args: Arguments, device: Device, models: Sequence[LoadedModel]) -> list[str]:
+    """Set the threads of a CPU run, by its largest model; lines for the log."""
+    if not device.is_host:
+        return []
+    batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    work = (cpu.largest_product(one.module, batch_size * one.row_limit(args.max_seq_length)) for one in models)
+    return [f"threads: {cpu.use_threads(max(work), args.num_cpu_threads_per_process)}"]
 
 
 def make_precision(

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bert_glue.devices import device, npu_versions
+from bert_glue.devices import cpu, device, npu_versions
 from bert_glue.devices.device import Device, is_available, resolve_device
 from bert_glue.errors import MachineError, UsageError
 
@@ -147,5 +147,5 @@ def test_the_host():
 
 @pytest.mark.parametrize(("flags", "expected"), [({"avx512_fp16"}, True), ({"asimdhp"}, True), ({"avx2"}, False)])
 def test_fp16_on_a_host_needs_instructions(monkeypatch, flags, expected):
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(flags))
     assert Device("cpu").supports(torch.float16) is expected

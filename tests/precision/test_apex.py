@@ -15,7 +15,7 @@ from resume_checks import check_resume
 from tiny_run import REPOSITORY, arguments, changed, fit, flags_of, losses, results_of
 
 from bert_glue.config.parser import parse
-from bert_glue.devices import device
+from bert_glue.devices import cpu, device
 from bert_glue.errors import CheckpointError, DivergedError, MachineError, UsageError
 from bert_glue.pipeline import run as pipeline
 from bert_glue.precision.apex import load_amp
@@ -39,7 +39,7 @@ def forget_apex() -> None:
 def amp(monkeypatch):
     """Ascend's apex; a CPU that is said to have fp16."""
     monkeypatch.syspath_prepend(CONTRACT)
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx512_fp16"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_fp16"}))
     monkeypatch.setattr(throughput, "gemm_rate", lambda *_: 1.0)
     forget_apex()
     import apex.amp
@@ -109,7 +109,7 @@ def test_nvidias_amp_is_not_given_what_it_does_not_know(nvidia_amp, tmp_path):
     ids=["absent", "no amp", "old", "broken"],
 )
 def test_an_apex_that_cannot_do_it_is_exit_code_4_with_the_fix(tmp_path, monkeypatch, files, said):
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx512_fp16"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_fp16"}))
     forget_apex()
     for name, text in (files or {}).items():
         (tmp_path / "apex").mkdir(exist_ok=True)
@@ -260,9 +260,9 @@ def test_evaluation_alone_and_after_training(amp, tmp_path, level):
 
 START = """
 import sys
-from bert_glue.devices import device
+from bert_glue.devices import cpu
 from bert_glue.training import throughput
-device._cpu_flags = lambda: frozenset({"avx512_fp16"})
+cpu.features = lambda: frozenset({"avx512_fp16"})
 throughput.gemm_rate = lambda *_: 1.0
 import run_glue
 sys.exit(run_glue.main(sys.argv[1:]))

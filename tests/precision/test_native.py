@@ -12,7 +12,7 @@ from tiny_run import arguments, fit, losses, results_of
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.devices import device
+from bert_glue.devices import cpu
 from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.precision import flat_buffers, native
@@ -27,12 +27,12 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 @pytest.fixture
 def without_fp16(monkeypatch):
     """A CPU as most are."""
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2", "avx512f"}))
 
 
 @pytest.fixture
 def with_fp16(monkeypatch):
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx512_fp16"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_fp16"}))
 
 
 def net(dtype=FP32) -> nn.Module:

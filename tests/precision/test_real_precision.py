@@ -20,7 +20,7 @@ from real_data import DATA, MODEL, NEEDS_REAL_DATA
 from tiny_run import fit, losses
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.devices import device
+from bert_glue.devices import cpu
 
 pytestmark = NEEDS_REAL_DATA
 STEPS = 200
@@ -46,7 +46,7 @@ def train(folder, precision: dict) -> tuple[list[float], float]:
 
 @pytest.mark.slow
 def test_o2_is_within_one_percent_of_fp32_after_200_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "_cpu_flags", lambda: frozenset({"avx512_fp16"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_fp16"}))
     results = {name: train(tmp_path / name, precision) for name, precision in LEVELS.items()}
     late = {name: sum(steps[-50:]) / 50 for name, (steps, _) in results.items()}
     print({name: (late[name], results[name][1]) for name in LEVELS})

@@ -1,0 +1,46 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from bert_glue.devices import cpu
+
+MINILM = nn.Sequential(nn.Embedding(2, 384), nn.Linear(384, 1536), nn.Linear(1536, 384))
+TINY = nn.Sequential(nn.Embedding(30000, 64), nn.Linear(64, 128))
+
+
+@pytest.fixture
+def four_threads(monkeypatch):
+    """A process that torch gave four threads; their number is put back."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu, "_threads_at_start", lambda: 4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_small_models_take_one_thread_and_others_all():
+    assert cpu.use_threads(cpu.largest_product(TINY, 32 * 128), None).startswith("1 (a small model")
+    assert torch.get_num_threads() == 1
+    assert cpu.use_threads(cpu.largest_product(MINILM, 8 * 128), None) == "4 (all cores)"
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_the_user_decides_before_the_size(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert cpu.use_threads(0, None) == "4 (OMP_NUM_THREADS)"
+    assert cpu.use_threads(0, 2) == "2 (--num_cpu_threads_per_process)"
+    assert torch.get_num_threads() == 2
+
+
+def test_the_largest_product_is_no_embedding():
+    assert cpu.largest_product(TINY, 10) == 10 * 64 * 128
+    assert cpu.largest_product(nn.Embedding(9, 9), 10) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no /proc")
+def test_features_are_the_kernels_names():
+    assert cpu.features() and all(name == name.lower() for name in cpu.features())
