@@ -40,6 +40,11 @@ fi
 packages=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$PYTHON" -m tools.requirements_audit "$audit" "$packages"
 
+# The whole suite alone: a part of it on older packages (docs/stacks.md), in an environment of its own.
+if ((${#arguments[@]} == 0)); then
+  "$PYTHON" -m tools.stacks --folder "$ROOT/.venv-stacks" --beside
+fi
+
 workers=$(nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core: more threads would only wait for each other
 exec "$PYTHON" -m pytest -q -n "$((workers < 8 ? workers : 8))" --dist loadfile \

@@ -11,6 +11,7 @@ from bert_glue.errors import MachineError, UserError, first_line
 from bert_glue.storage.files import check_not_lfs_pointer, json_object
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
+_NO_VOCABULARY = "there is no tokenizer.json, nor a vocabulary to build a tokenizer from"
 
 
 def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -28,7 +29,7 @@ def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -
     tokenizer = _auto_tokenizer(folder, config, trust_remote_code, {})
     # Without any vocabulary file transformers 5 gives a tokenizer that knows its special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        raise MachineError(f"{folder} has no tokenizer.json, nor a vocabulary to build a tokenizer from")
+        raise MachineError(f"the tokenizer in {folder} cannot be used: {_NO_VOCABULARY}")
     # transformers lower-cases where nothing is said, which makes unknown words of a cased vocabulary's names.
     with library_errors(folder):
         is_said = _says_lower_case(folder)
@@ -63,6 +64,8 @@ def library_errors(folder: Path) -> Iterator[None]:
 
 def _cause(folder: Path, error: BaseException) -> str:
     """Why a tokenizer could not be made; transformers advises another package where a sentencepiece file is bad."""
+    if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        return _NO_VOCABULARY
     for file in sorted(folder.glob("*.model")):
         try:
             import google.protobuf  # noqa: F401

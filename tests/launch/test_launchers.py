@@ -398,6 +398,7 @@ def python_for_tests(repo: Path, status_of_ruff: int = 0) -> tuple[dict[str, str
         "#!/bin/bash",
         'case "$*" in',
         '  *launch.requirements* | "-m venv"*) ;;',
+        f'  "-m tools.stacks"*) echo "$*" >>"{calls}" ;;',
         f'  "-m tools.requirements_audit"*) echo "$*" >>"{calls}" ;;',
         f'  "-m ruff"*) echo "$*" >>"{calls}"; exit {status_of_ruff} ;;',
         f'  "-m pytest"*) echo "$*" >>"{calls}" ;;',
@@ -423,7 +424,9 @@ def test_the_gate_lints_then_runs_pytest_with_the_flags(repo: Path) -> None:
 def test_full_means_slow_tests_too(repo: Path) -> None:
     settings, calls = python_for_tests(repo)
     assert launch(repo, "--full", launcher="run_tests.sh", **settings).returncode == 0
-    assert "not slow" not in calls.read_text()
+    *_, stacks, tests = calls.read_text().splitlines()
+    assert stacks.startswith("-m tools.stacks") and stacks.endswith("/.venv-stacks --beside")
+    assert tests.startswith("-m pytest") and "not slow" not in tests
 
 
 def test_a_lint_error_fails_the_gate(repo: Path) -> None:

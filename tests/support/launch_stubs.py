@@ -77,7 +77,7 @@ if rank in (None, "0"):
 # A python without the requirements. Everything but these two calls is the real one's business.
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
-  *launch.requirements\ --command*) echo "pip install X"; exit ;;
+  *"launch.requirements --command"*) echo "pip install X"; exit ;;
   *launch.requirements*) echo "torch, datasets"; exit "${FAKE_LACKS:-1}" ;;
   *"sys.exit(sys.prefix == sys.base_prefix)"*) [[ -n ${FAKE_VIRTUAL:-} ]]; exit ;;
   *"-m venv --clear"*)
@@ -90,7 +90,7 @@ exec REAL "$@"
 FAKE_VENV_PYTHON = """#!/bin/bash
 venv=$(dirname "$0")/..
 case "$*" in
-  *launch.requirements\ --specs*) printf '%s\n' 'datasets>=3.0' torch==2.7.1; exit ;;
+  *"launch.requirements --specs"*) printf '%s\n' 'datasets>=3.0' torch==2.7.1; exit ;;
   *launch.requirements*) [[ -e $venv/installed ]] && exit; echo torch; exit 1 ;;
   "-m pip --version" | "-m ensurepip") exit ;;
   *"-m pip install"*)

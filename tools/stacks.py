@@ -1,0 +1,239 @@
+"""Runs a part of the tests on other versions of Python, torch and transformers: `bash test/run_stacks.sh`.
+
+    python -m tools.stacks --folder FOLDER [--only NAME...]   environments are built below FOLDER, 3 to 5 GB each
+    python -m tools.stacks --folder FOLDER --beside           the old pure-Python packages on this python's torch
+
+Each stack is an environment of its own, in which the areas below are tested and six steps of the sample are
+trained. Its losses have to equal those of this python's. The result is a table in docs/stacks.md, with the date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "stacks.md"
+BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+
+
+class Stack(NamedTuple):
+    """One set of versions. Without a torch it is laid over the environment of the python that runs this."""
+
+    name: str
+    python: str
+    packages: dict[str, str]
+
+
+_OLD = {"transformers": "4.44.2", "datasets": "3.0.0", "accelerate": "1.0.0", "huggingface_hub": "0.26.0"}
+BESIDE = Stack("old packages", "", {**_OLD, "tokenizers": "0.19.1", "evaluate": "0.4.2"})
+STACKS = (
+    Stack("oldest", "3.10", {"torch": "2.6.0", **_OLD}),
+    Stack(
+        "Ascend, long-term", "3.11",
+        {"torch": "2.7.1", "transformers": "4.57.1", "datasets": "4.4.1", "accelerate": "1.11.0"},
+    ),
+    Stack("middle", "3.12", {"torch": "2.9.1", "transformers": "5.0.0", "datasets": "4.5.0", "accelerate": "1.12.0"}),
+    Stack("pinned", "3.13", {"torch": "2.13.0", "transformers": "5.23.0", "datasets": "5.2.0", "accelerate": "1.15.0"}),
+    Stack("newest", "3.13", {"torch": "", "transformers": "", "datasets": "", "accelerate": ""}),
+)  # fmt: skip
+# What no stack decides and every one needs.
+_REST = (
+    "evaluate", "numpy", "scipy", "scikit-learn", "safetensors", "rich", "PyYAML", "Jinja2", "matplotlib",
+    "sentencepiece", "protobuf", "pytest", "pytest-xdist", "hypothesis",
+)  # fmt: skip
+SHOWN = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub")
+
+_LOOP = "tests/training/test_loop.py::"
+_RUN = "tests/pipeline/test_run.py::"
+AREAS = {
+    "resume": [
+        f"{_LOOP}test_a_run_resumed_in_mid_epoch_is_bit_for_bit_the_same",
+        f"{_RUN}test_sigterm_saves_a_checkpoint_and_the_second_run_goes_on",
+    ],
+    "packed = padded": [f"{_LOOP}test_packed_is_the_padded_run", "tests/model/test_encoder.py"],
+    "tokenizers": ["tests/data/test_tokenization.py"],
+    "saved folder": [
+        f"{_RUN}test_the_saved_folder_works_in_transformers_and_gives_the_same_metric",
+        "tests/model/test_family_folders.py",
+    ],
+    "predict": ["tests/predict/test_predict.py"],
+    "hub": ["tests/hub/test_upload.py", "tests/data/test_hub_datasets.py"],
+    "launchers": ["tests/launch/test_launchers.py", "tests/launch/test_requirements.py"],
+    "two ranks": [f"{_RUN}test_two_ranks_are_one_with_the_same_global_batch"],
+    "simulated NPU": ["tests/devices/test_npu.py"],
+}  # fmt: skip
+_EQUAL = 1e-5  # of a loss near 0.7: kernels of another torch round in another order
+# The gate has minutes, not an hour.
+_QUICK = ("resume", "saved folder", "tokenizers", "two ranks", "simulated NPU")
+_TRAINING = (
+    "run_glue.py", "--sample", "--task_name", "mrpc", "--do_train", "--max_steps", "6", "--logging_steps", "1",
+    "--device", "cpu", "--report_to", "none",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Build, test and write the table; 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="tools.stacks", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for the environments; kept, and used again")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=", ".join(s.name for s in STACKS))
+    parser.add_argument("--beside", action="store_true", help="only the old packages, on the torch of this python")
+    args = parser.parse_args(argv)
+    losses = train(Path(sys.executable))
+    if args.beside:
+        return _examine_beside(args.folder, losses)
+    rows = []
+    for stack in (stack for stack in STACKS if not args.only or stack.name in args.only):
+        rows.append(examine(stack, build(stack, args.folder), losses, tuple(AREAS)))
+        print(json.dumps(rows[-1]), flush=True)
+        write_page(rows)
+    return int(not all(map(is_sound, rows)))
+
+
+def _examine_beside(folder: Path, losses: list[float]) -> int:
+    """One line for the gate. Without a package index there is nothing to install, which is told and no failure."""
+    try:
+        python = beside(BESIDE, folder)
+    except subprocess.CalledProcessError as error:
+        print(f"stacks: skipped, {BESIDE.packages} could not be installed: {error}", file=sys.stderr)
+        return 0
+    row = examine(BESIDE, python, losses, _QUICK)
+    print("stacks:", "as here" if is_sound(row) else "NOT as here", json.dumps(row))
+    return int(not is_sound(row))
+
+
+def build(stack: Stack, folder: Path) -> Path:
+    """The python of the stack's environment, made if it is not there."""
+    place = folder / stack.name.replace(" ", "-").replace(",", "")
+    python = place / "bin" / "python"
+    if not (place / "complete").exists():
+        base = shutil.which(f"python{stack.python}") or sys.exit(f"python{stack.python} is not on the PATH")
+        subprocess.run([base, "-m", "venv", "--clear", str(place)], check=True)
+        wanted = [f"{name}=={version}" if version else name for name, version in stack.packages.items()]
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", *wanted, *_REST], check=True)
+        (place / "complete").touch()
+    return python
+
+
+def beside(stack: Stack, folder: Path) -> Path:
+    """The python of an environment that sees the packages of this one behind its own."""
+    place = folder / stack.name.replace(" ", "-")
+    python = place / "bin" / "python"
+    if not (place / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        site = next((place / "lib").glob("python*/site-packages"))
+        (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+        wanted = [f"{name}=={version}" for name, version in stack.packages.items()]
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", *wanted], check=True)
+        (place / "complete").touch()
+    return python
+
+
+def examine(stack: Stack, python: Path, losses: list[float], areas: tuple[str, ...]) -> dict:
+    """One row of the table: versions, the largest difference of a loss, and "passed", "n failed" by area."""
+    trained = train(python)
+    is_whole = len(trained) == len(losses) > 0
+    difference = max(abs(a - b) for a, b in zip(trained, losses, strict=True)) if is_whole else None
+    return {
+        "stack": stack.name,
+        "versions": versions(python),
+        "loss_difference": difference,
+        "areas": {area: tested(python, AREAS[area]) for area in areas},
+    }
+
+
+def is_sound(row: dict) -> bool:
+    """Whether every area passed and the losses are equal to rounding."""
+    difference = row["loss_difference"]
+    return difference is not None and difference < _EQUAL and not any(map(_failures, row["areas"].values()))
+
+
+def _failures(counts: dict[str, int]) -> int:
+    return counts["failed"] or int(not counts["passed"])
+
+
+def train(python: Path) -> list[float]:
+    """The losses of six steps of the sample; [] if it does not run."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = _run(python, *_TRAINING, "--output_dir", folder)
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr)
+            return []
+        history = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Of python and the packages that matter."""
+    code = (
+        "import json, platform\nfrom importlib.metadata import version\n"
+        f"print(json.dumps({{'python': platform.python_version()}} | {{n: version(n) for n in {SHOWN!r}}}))"
+    )
+    return json.loads(_run(python, "-c", code).stdout)
+
+
+def tested(python: Path, tests: list[str]) -> dict[str, int]:
+    """How many tests passed, failed and were skipped. What did not run counts as failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.xml"
+        # A test that is named is wanted even if it is slow.
+        selection = [] if any("::" in name for name in tests) else ["-m", "not slow"]
+        done = _run(python, "-m", "pytest", "-q", *selection, f"--junitxml={file}", *tests)
+        if not file.exists():
+            print(done.stdout[-3000:], done.stderr[-2000:], file=sys.stderr)
+            return {"passed": 0, "failed": 1, "skipped": 0}
+        print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))))
+        return _counts(file)
+
+
+def _counts(report: Path) -> dict[str, int]:
+    from xml.etree import ElementTree  # our own pytest wrote it
+
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    failed, skipped = (int(suite.get("failures")) + int(suite.get("errors")), int(suite.get("skipped")))
+    return {"passed": int(suite.get("tests")) - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def _run(python: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([python, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def write_page(rows: list[dict]) -> None:
+    """Put the table into docs/stacks.md, rows of stacks that were not examined as they are."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    old, after = rest.split(END)
+    kept = [
+        line for line in old.splitlines()[2:] if line and line.split("|")[1].strip() not in {r["stack"] for r in rows}
+    ]
+    heads = ["stack", "python", *SHOWN, "losses", *AREAS, "measured"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *map(table_row, rows), *kept]
+    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
+def table_row(row: dict) -> str:
+    """One row of the table in markdown."""
+    difference = row["loss_difference"]
+    cells = [row["stack"], row["versions"]["python"], *(row["versions"][name] for name in SHOWN)]
+    cells.append(
+        "do not run" if difference is None else "equal" if difference < 1e-5 else f"differ by {difference:.1e}"
+    )
+    for area in AREAS:
+        counts = row["areas"][area]
+        skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+        cells.append(f"{counts['failed']} failed" if counts["failed"] else f"{counts['passed']} passed{skipped}")
+    return f"| {' | '.join([*cells, f'{datetime.date.today()}, {platform.machine()}'])} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
