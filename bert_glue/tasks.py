@@ -13,6 +13,9 @@ from typing import NamedTuple
 from bert_glue.errors import UsageError, did_you_mean
 
 SAMPLE_NOTE = "sample data, not GLUE"
+COMBINED_SCORE = "combined_score"
+# transformers' names of the kinds of answers.
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 def base_epochs(name: str) -> tuple[str, int]:
@@ -78,6 +81,17 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """How a model's probabilities become its answer; it belongs to the weights (`model/description.py`).
+
+    Args:
+        threshold: a multi-label model gives a class whose probability is above it; in (0, 1).
+    """
+
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
 class GlueTask:
     """One row of the table.
 
@@ -96,6 +110,9 @@ class GlueTask:
         leaderboard_names: whether that file has label names; otherwise class numbers (WNLI's too).
         label_column: name of the column with the labels.
         text_delimiter: what joins all columns into one text; None: two columns are a pair.
+        is_multi_label: a row has any number of the classes, none included.
+        label_delimiter: what parts the labels in a text of several; None where they come as lists.
+        decision: how probabilities become an answer.
     """
 
     name: str
@@ -116,11 +133,26 @@ class GlueTask:
     is_official: bool = True
     label_column: str = "label"
     text_delimiter: str | None = None
+    is_multi_label: bool = False
+    label_delimiter: str | None = None
+    decision: Decision = Decision()
 
     @property
     def is_regression(self) -> bool:
         """True if the label is a number, not a class."""
         return not self.labels
+
+    @property
+    def problem_type(self) -> str:
+        """The name that transformers gives to the kind of answer, in config.json."""
+        if self.is_regression:
+            return REGRESSION
+        return MULTI_LABEL if self.is_multi_label else SINGLE_LABEL
+
+    @property
+    def has_combined_score(self) -> bool:
+        """Whether the mean of all metrics is a figure: averages of one F1 have no mean that says anything."""
+        return len(self.metrics) > 1 and not self.is_multi_label
 
     @property
     def num_labels(self) -> int:
@@ -388,9 +420,14 @@ def also_predicted(task: GlueTask) -> tuple[GlueTask, ...]:
     return tuple(other for other in TASKS.values() if other.predicted_with == task.name)
 
 
-def own_task(name: str, columns: tuple[str, ...], labels: tuple[str, ...]) -> GlueTask:
-    """A row for a user's own data: classes `labels`, or regression where there are none."""
+_MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "f1_samples", "subset_accuracy")
+
+
+def own_task(name: str, columns: tuple[str, ...], labels: tuple[str, ...], is_multi_label: bool = False) -> GlueTask:
+    """A row for a user's own data: classes `labels`, one or several a row, or regression where there are none."""
     template = TASKS["stsb"] if not labels else TASKS["sst2"]
+    if is_multi_label:
+        template = replace(template, metrics=_MULTI_LABEL_METRICS, headline="f1_micro", is_multi_label=True)
     return replace(
         template,
         name=name,

@@ -80,6 +80,15 @@ class DataArguments:
     )
     remove_columns: str | None = flag(None, "columns to ignore: neither text nor label", many=True)
     do_regression: bool | None = flag(None, "labels of own data are scores; default: true if one has a fraction")
+    problem_type: str | None = flag(
+        None,
+        "kind of labels of own data; default: chosen if there is no doubt",
+        choices=("single_label_classification", "multi_label_classification", "regression"),
+    )
+    label_delimiter: str | None = flag(None, "separates several labels in one text of own data", verbatim=True)
+    label_threshold: float | None = flag(
+        None, "probability above which a multi-label model gives a label; default: the model's own, else 0.5", "(0, 1)"
+    )
     label_map: str | None = flag(None, "labels of own data and the classes they stand for: 0=neg,1=pos", many=True)
     drop_rows: str | None = flag(
         None, "rows of own data to leave out of training and evaluation: label=-,answer=reject; or nothing", many=True

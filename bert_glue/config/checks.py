@@ -11,12 +11,12 @@ from bert_glue.config.arguments import DATA_FILE_FLAGS, DATA_SUFFIXES, FLAGS, Ar
 from bert_glue.config.expectations import read_expectations
 from bert_glue.config.values import is_hub_name, read_number, read_steps, shown
 from bert_glue.errors import Problem, UsageError, did_you_mean
-from bert_glue.tasks import GlueTask, get_task, own_task
+from bert_glue.tasks import COMBINED_SCORE, MULTI_LABEL, REGRESSION, GlueTask, get_task, own_task
 
 STEPS_OR_SHARE = ("logging_steps", "eval_steps", "save_steps")
 _OWN_DATA = (
     "text_column_names", "label_column_name", "text_column_delimiter", "do_regression", "label_map", "drop_rows",
-    "remove_columns",
+    "remove_columns", "problem_type", "label_delimiter",
 )  # fmt: skip
 _WORK = ("do_train", "do_eval", "do_predict")
 
@@ -74,11 +74,35 @@ def _own(args: Arguments, files: list[str]) -> Iterator[Problem]:
                 f"--{name} {shown(str(getattr(args, name)))}: "
                 "only for own data; add --train_file or --dataset_name, or leave it out",
             )
+    yield from _kind_of_labels(args)
     if args.validation_split_percentage is not None and args.validation_file:
         yield Problem(
             ("validation_split_percentage", "validation_file"),
             "--validation_split_percentage and --validation_file are two evaluation sets; give only one",
         )
+
+
+def _kind_of_labels(args: Arguments) -> Iterator[Problem]:
+    """Flags that say what kind of labels own data has, and contradict each other or the task."""
+    kind, task = args.problem_type, _task_of(args)
+    if kind is not None and args.do_regression not in (None, kind == REGRESSION):
+        said = f"--problem_type {kind} contradicts --do_regression {str(args.do_regression).lower()}: give one"
+        yield Problem(("problem_type", "do_regression"), said)
+    for name in ("label_delimiter", "label_threshold"):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        said = f"--{name} {shown(str(value))} is for several labels a row"
+        if kind not in (None, MULTI_LABEL):
+            yield Problem((name, "problem_type"), f"{said}, --problem_type {kind} for one: give one")
+        if args.do_regression:
+            yield Problem((name, "do_regression"), f"{said}, --do_regression for a score: give one")
+        if task is not None:
+            yield Problem((name, "task_name"), f"{said}; {task.name} has one")
+    if task is not None and kind not in (None, task.problem_type):
+        yield Problem(("problem_type", "task_name"), f"--problem_type {kind}: {task.name} is {task.problem_type}")
+    if args.label_delimiter in ("", "\\"):
+        yield Problem(("label_delimiter",), "--label_delimiter: one character or more, and no backslash, which escapes")
 
 
 def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
@@ -178,11 +202,13 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
 
 
 def metric_names(task: GlueTask | None) -> list[str]:
-    """Names for `--metric_for_best_model`. A task of None is own data, which may be classes or scores."""
-    rows = [task] if task else [own_task("own", (), ("0", "1")), own_task("own", (), ())]
+    """Names for `--metric_for_best_model`. A task of None is own data, whose kind is not known yet."""
+    classes = ("0", "1")
+    own = [own_task("own", (), classes), own_task("own", (), ()), own_task("own", (), classes, is_multi_label=True)]
+    rows = [task] if task else own
     names = [keys.LOSS]
     for row in rows:
-        combined = ("combined_score",) if len(row.metrics) > 1 else ()
+        combined = (COMBINED_SCORE,) if row.has_combined_score else ()
         suffixes = [split.key_suffix for split in row.evaluation]
         names += [metric + suffix for suffix in suffixes for metric in (*row.metrics, *combined)]
         names += [keys.LOSS + suffix for suffix in suffixes if suffix]
@@ -208,6 +234,7 @@ def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
     """
     known = metric_names(task)
     kind = "scores, a regression" if task.is_regression else f"{task.num_labels} classes"
+    kind += ", several a row" if task.is_multi_label else ""
     if args.metric_for_best_model and keys.without_eval(args.metric_for_best_model) not in known:
         raise UsageError(
             f"--metric_for_best_model {args.metric_for_best_model}: the labels of this data are {kind}; "

@@ -23,6 +23,7 @@ from bert_glue.config.arguments import DATA_FILE_FLAGS
 from bert_glue.config.values import is_path
 from bert_glue.data import folder as data_folder
 from bert_glue.data import splits as data_splits
+from bert_glue.data.own.columns import unescaped
 from bert_glue.data.readers import read_table
 from bert_glue.data.splits import Split, make_split
 from bert_glue.data.tables import Table
@@ -259,7 +260,7 @@ def _own(
     """Own data as a GLUE task if one is named, as a finished model has it, or as the training part describes it."""
     flags = data_splits.ColumnFlags.of(args)
     delimiter = args.text_column_delimiter
-    own = data_splits.OwnData(parts.read, flags, data_splits.LabelFlags.of(args), delimiter and _unescaped(delimiter))
+    own = data_splits.OwnData(parts.read, flags, data_splits.LabelFlags.of(args), delimiter and unescaped(delimiter))
     source, owner = parts.source, "the training data"
     is_parted = args.validation_split_percentage is not None and "validation" not in parts.available
     if task is not None:
@@ -323,10 +324,6 @@ def _rows_of(args: Arguments, whole: Split, notes: list[str]) -> tuple[list[int]
     return train, validation
 
 
-def _unescaped(delimiter: str) -> str:
-    r"""A delimiter as it is meant: a shell hands on the letters \n and \t."""
-    return delimiter.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def _outputs(task: GlueTask) -> str:
-    return "regression" if task.is_regression else f"{task.num_labels} classes"
+    several = ", several a row" if task.is_multi_label else ""
+    return "regression" if task.is_regression else f"{task.num_labels} classes{several}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,9 +26,10 @@ from bert_glue.data.own.classes import (
     translated,
 )
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
+from bert_glue.data.own.label_sets import has_label_sets, labelled_sets
 from bert_glue.data.tables import Problems, Table, pieces
-from bert_glue.errors import DataError
-from bert_glue.tasks import GlueTask, own_task
+from bert_glue.errors import DataError, UsageError
+from bert_glue.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, GlueTask, own_task
 
 LABEL = "label"
 _EMPTY = (None, "", [])
@@ -41,13 +43,14 @@ class Split:
     Args:
         name: as in the task's table row, e.g. "validation_matched".
         texts: one or two columns of equal length; every value is a str, maybe an empty one.
-        labels: class ids in the order of `task.labels`, or scores; None where unlabelled.
+        labels: class ids in the order of `task.labels` (of a multi-label task several a row), or scores; None where
+            unlabelled.
         origin: human text: a file path, a hub data set and its revision, or "sample data, not GLUE".
     """
 
     name: str
     texts: tuple[list[str], ...]
-    labels: list[int] | list[float] | None
+    labels: list[int] | list[float] | list[tuple[int, ...]] | None
     origin: str
 
     def __len__(self) -> int:
@@ -81,7 +84,8 @@ def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Sp
     labels: Any = None
     if is_labelled:
         raw = table.column(task.label_column)
-        labels = _scores(task, table, raw, problems) if task.is_regression else _classes(task, table, raw, problems)
+        read = _scores if task.is_regression else _class_sets if task.is_multi_label else _classes
+        labels = read(task, table, raw, problems)
     problems.raise_any()
     if task.text_delimiter is not None:
         texts = ([task.text_delimiter.join(row) for row in zip(*texts, strict=True)],)
@@ -171,6 +175,20 @@ def _classes(task: GlueTask, table: Table, raw: list, problems: Problems) -> lis
     return labels
 
 
+def _class_sets(task: GlueTask, table: Table, raw: list, problems: Problems) -> list[tuple[int, ...]]:
+    ids = {name: at for at, name in enumerate(task.labels)}
+    labels = []
+    for row, value in enumerate(raw):
+        if value is None:
+            problems.add(table.where(row), _label_problem(task, None, ""))
+        elif unknown := [name for name in value if name not in ids]:
+            expected = f"is not one of the training labels: {', '.join(task.labels)}"
+            problems.add(table.where(row), _label_problem(task, unknown[0], expected))
+        else:
+            labels.append(tuple(sorted(ids[name] for name in value)))
+    return labels
+
+
 def _scores(task: GlueTask, table: Table, raw: list, problems: Problems) -> list[float]:
     low, high = task.score_range or (-math.inf, math.inf)
     labels = []
@@ -237,10 +255,17 @@ class OwnData:
         table = self.read(part)
         columns = choose_columns(table, self.columns, True)
         self.notes += columns.lines(table)
-        kept, _ = labelled_rows(table, columns.label, self.labels)
-        classes, notes = classes_of(kept, columns.label, self.labels)
+        has_sets, notes = has_label_sets(table, columns.label, self.labels)
         self.notes += notes
-        return self._task(_plain(name), columns.texts, columns.label, classes)
+        # What is told of the rows is told again with the split.
+        if has_sets:
+            kept, _ = labelled_sets(table, columns.label, self.labels, self.labels.delimiter)
+        else:
+            kept, _ = labelled_rows(table, columns.label, self.labels)
+        classes, notes = classes_of(kept, columns.label, self.labels, has_sets)
+        self.notes += notes
+        task = self._task(_plain(name), columns.texts, columns.label, classes, has_sets)
+        return replace(task, label_delimiter=self.labels.delimiter)
 
     def of_model(self, finished: GlueTask, part: str, is_labelled: bool, name: str) -> GlueTask:
         """The task of a user's data for a finished model, which says what the classes are.
@@ -254,7 +279,9 @@ class OwnData:
             DataError: columns that are not certain, or not as many as the model reads.
         """
         table = self.read(part)
-        columns = choose_columns(table, self.columns, is_labelled, finished.columns)
+        _check_kind(finished, self.labels)
+        flags = self._with_class_columns(finished, table) if is_labelled else self.columns
+        columns = choose_columns(table, flags, is_labelled, finished.columns)
         self.notes += columns.lines(table)
         delimiter = self.delimiter if self.delimiter is not None else finished.text_delimiter
         if finished.columns and delimiter is None and len(columns.texts) != len(finished.columns):
@@ -262,10 +289,21 @@ class OwnData:
                 f"{table.origin}: the model reads {len(finished.columns)} a row ({', '.join(finished.columns)}), "
                 f"not {', '.join(columns.texts)}; --text_column_names says which"
             )
-        task = self._task(_plain(name), columns.texts, columns.label, finished.labels)
+        task = self._task(_plain(name), columns.texts, columns.label, finished.labels, finished.is_multi_label)
+        task = replace(task, label_delimiter=self.labels.delimiter or finished.label_delimiter)
         return replace(task, text_delimiter=delimiter) if delimiter is not None else task
 
-    def _task(self, name: str, texts: tuple[str, ...], label: str | None, classes: tuple[str, ...]) -> GlueTask:
+    def _with_class_columns(self, finished: GlueTask, table: Table) -> ColumnFlags:
+        """The flags; where a file has no column of labels and one for each class of the model, those are the labels."""
+        names = [str(name).strip().lower() for name in table.columns]
+        is_free = self.columns.label is None and not {"label", "labels"} & set(names)
+        if finished.is_multi_label and is_free and set(finished.labels) <= set(table.columns):
+            return replace(self.columns, label=",".join(finished.labels))
+        return self.columns
+
+    def _task(
+        self, name: str, texts: tuple[str, ...], label: str | None, classes: tuple[str, ...], has_sets: bool
+    ) -> GlueTask:
         delimiter = self.delimiter
         if len(texts) > 2 and delimiter is None:
             delimiter = " "
@@ -273,7 +311,7 @@ class OwnData:
         broken = [label for label in classes if not _is_encodable(label)]
         if broken:
             raise DataError(f"the class name {broken[0]!r} has half a surrogate pair, which is no text")
-        task = own_task(name, texts, classes)
+        task = own_task(name, texts, classes, has_sets)
         return replace(task, label_column=label or LABEL, text_delimiter=delimiter)
 
     def split(self, task: GlueTask, name: str, part: str, is_labelled: bool, owner: ClassVocabulary | None) -> Split:
@@ -287,13 +325,28 @@ class OwnData:
         check_quoting(table, task.columns)
         if not is_labelled:
             return make_split(task, name, table, False)
-        table, notes = labelled_rows(table, task.label_column, self.labels)
+        if task.is_multi_label:
+            known = () if owner is None else owner.names
+            table, notes = labelled_sets(table, task.label_column, self.labels, task.label_delimiter, known)
+        else:
+            table, notes = labelled_rows(table, task.label_column, self.labels)
         names: dict[str, str] = {}
         if owner is not None:
             names, told = owner.match(table, task.label_column)
             notes += told
         self.notes += [note for note in notes if note not in self.notes]
         return make_split(task, name, translated(table, task.label_column, names), True)
+
+
+def _check_kind(finished: GlueTask, flags: LabelFlags) -> None:
+    """Raises UsageError where a flag says another kind of labels than a finished model answers."""
+    kinds = {None: None, True: MULTI_LABEL, False: SINGLE_LABEL}
+    asked = REGRESSION if flags.is_regression else kinds[flags.is_multi_label]
+    if asked not in (None, finished.problem_type):
+        raise UsageError(
+            f"the model is of {finished.problem_type}, and the flags say {asked}: leave out --problem_type, "
+            "--do_regression and --label_delimiter, or give those that fit"
+        )
 
 
 def _plain(name: str) -> str:
@@ -314,7 +367,10 @@ def parted(split: Split, percentage: float, seed: int) -> tuple[list[int], list[
     """
     generator = np.random.default_rng(seed)
     by_class: dict[Any, list[int]] = {}
+    counts = Counter(one for label in split.labels or [] if isinstance(label, tuple) for one in label)
     for row, label in enumerate(split.labels or []):
+        if isinstance(label, tuple):  # a row of several counts for its rarest class; common ones follow on average
+            label = min(label, key=lambda one: (counts[one], one), default=None)
         by_class.setdefault(label if isinstance(label, int) else None, []).append(row)
     chosen: list[int] = []
     owed = 0.0  # what rounding has left over goes to the next class

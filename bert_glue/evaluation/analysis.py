@@ -17,7 +17,8 @@ from bert_glue.data.readers import read_tsv
 from bert_glue.data.sources import Split, TaskData
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError
-from bert_glue.evaluation.evaluator import Evaluator, predictions_of, row_losses, softmax
+from bert_glue.evaluation.answers import answer_text, class_losses, predictions_of, probabilities, row_losses
+from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.evaluation.metrics import METRICS_OF_COUNTS, compute_metrics, majority_baseline
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.result_keys import CLASSES, evaluation_key, standard_error_key
@@ -71,7 +72,7 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
     """
     labels, predictions = split.labels, predictions_of(task, logits)
     value = compute_metrics(task, predictions, labels)[task.headline]
-    shares = None if task.is_regression else softmax(logits)
+    shares = None if task.is_regression else probabilities(task, logits)
     found: dict[str, Any] = {
         "rows": len(split),
         "value": value,
@@ -83,7 +84,9 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
         every = max(1, len(split) // _POINTS)
         points = zip(labels[::every].tolist(), predictions[::every].tolist(), strict=True)
         return {**found, "points": [[round(x, 3), round(y, 3)] for x, y in points]}
-    return {**found, **_classes(task, labels, predictions), "calibration": calibration(shares, labels)}
+    # With several labels a row no class is taken for another: there are no pairs and no matrix.
+    alone = {"classes": _class_shares(task, labels, predictions)} if task.is_multi_label else None
+    return {**found, **(alone or _classes(task, labels, predictions)), "calibration": calibration(shares, labels)}
 
 
 def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
@@ -108,16 +111,24 @@ def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dic
 
 
 def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, Any]]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(
-        labels, predictions, labels=np.arange(task.num_labels), zero_division=np.nan
-    )
-    precision, recall, f1 = ([None if np.isnan(v) else round(float(v), 6) for v in column] for column in columns[:3])
+    """Precision, recall and F1 of each class, as scikit-learn has them; with several labels a row, predictions too."""
+    if task.is_multi_label:
+        hits, given, rows = ((predictions & labels).sum(0), predictions.sum(0), labels.sum(0))
+    else:
+        count = task.num_labels
+        hits = np.bincount(labels[labels == predictions], minlength=count)
+        given, rows = np.bincount(predictions, minlength=count), np.bincount(labels, minlength=count)
+    columns = (_ratios(hits, given), _ratios(hits, rows), _ratios(2 * hits, given + rows))
+    extra = [{"predicted": int(n)} for n in given] if task.is_multi_label else [{}] * task.num_labels
     return [
-        {"label": label, "precision": p, "recall": r, "f1": f, "rows": int(rows)}
-        for label, p, r, f, rows in zip(task.labels, precision, recall, f1, columns[3], strict=True)
+        {"label": label, "precision": p, "recall": r, "f1": f, "rows": int(n), **more}
+        for label, p, r, f, n, more in zip(task.labels, *columns, rows, extra, strict=True)
     ]
+
+
+def _ratios(above: np.ndarray, below: np.ndarray) -> list[float | None]:
+    """The quotients, None where nothing is below."""
+    return [round(int(a) / int(b), 6) if b else None for a, b in zip(above, below, strict=True)]
 
 
 def class_results(splits: dict[str, dict]) -> dict[str, Any]:
@@ -151,15 +162,18 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, count: int) -> np.nda
 
 
 def calibration(shares: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Expected calibration error (Guo et al. 2017) of the predicted class, over ten equal bins.
+    """Expected calibration error (Guo et al. 2017) over ten equal bins: of the predicted class, or of every class.
 
     Args:
         shares: `[rows, labels]` probabilities.
+        labels: `[rows]` class ids; `[rows, labels]` bool where a row may have several: each class counts by itself.
 
     Returns:
         `ece` in 0..1 and, per bin that has rows, [low, high, rows, mean confidence, accuracy].
     """
-    confidence, is_right = shares.max(1), shares.argmax(1) == labels
+    confidence, is_right = shares.ravel(), labels.ravel()
+    if labels.ndim == 1:
+        confidence, is_right = shares.max(1), shares.argmax(1) == labels
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     rows, error = [], 0.0
     for number in range(_BINS):
@@ -175,13 +189,18 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
     """Standard error of the headline metric over other samples of as many rows; None where it has no value.
 
     Accuracy: binomial. F1 and Matthews: the spread of 2000 parametric bootstrap draws of the confusion matrix.
-    Correlations: Bonett and Wright 2000, (1 - r^2) sqrt((1 + r^2 / 2) / (n - 3)).
+    Correlations: Bonett and Wright 2000, (1 - r^2) sqrt((1 + r^2 / 2) / (n - 3)). Micro-F1: that of a ratio of two
+    sums over the rows (the delta method), as the decisions of one row depend on each other.
     """
     rows = len(labels)
     if value is None or rows < 4:
         return None
     if task.is_regression:
         return float((1 - value**2) * np.sqrt((1 + value**2 / 2) / (rows - 3)))
+    if task.is_multi_label:
+        hits, given = 2 * (predictions & labels).sum(1), predictions.sum(1) + labels.sum(1)
+        spread = np.sqrt((((hits - value * given) ** 2).sum()) * rows / (rows - 1))
+        return float(spread / given.sum()) if given.any() else None
     if task.headline == "accuracy":
         # The spread of those draws in closed form; the matrix of 1,200 classes drawn 2000 times is 23 GB.
         return float(np.sqrt(value * (1 - value) / rows))
@@ -197,14 +216,15 @@ def _hardest(
     losses = row_losses(task, logits, split.labels)
     predictions = predictions_of(task, logits)
     is_wrong = np.ones(len(split), bool) if shares is None else predictions != split.labels
+    if task.is_multi_label:
+        is_wrong, shares = is_wrong.any(1), None  # no single probability stands for a set of classes
     order = np.argsort(-losses, kind="stable")
-    name = (lambda v: f"{v:.2f}") if shares is None else (lambda v: task.labels[v])
     return [
         {
             "row": int(at),
             "texts": [_shortened(column[at]) for column in texts.texts],
-            "label": name(split.labels[at]),
-            "prediction": name(predictions[at]),
+            "label": answer_text(task, split.labels[at]),
+            "prediction": answer_text(task, predictions[at]),
             "probability": None if shares is None else round(float(shares[at].max()), 4),
             "loss": round(float(losses[at]), 4),
         }
@@ -267,24 +287,25 @@ def explain(
     evaluator.module.eval()
     found = []
     for row in rows.tolist():
-        label, prediction = split.labels[row], predictions[row]
         ids = split.table.ids_of(row).tolist()
-        scores = token_scores(model, evaluator, split, row, 0 if task.is_regression else int(prediction))
-        shown = (
-            (f"{label:.2f}", f"{prediction:.2f}")
-            if task.is_regression
-            else (task.labels[label], task.labels[prediction])
-        )
+        scores = token_scores(model, evaluator, split, row, _explained_output(task, logits, split.labels, row))
         found.append(
             {
                 "row": row,
-                "label": shown[0],
-                "prediction": shown[1],
+                "label": answer_text(task, split.labels[row]),
+                "prediction": answer_text(task, predictions[row]),
                 "tokens": model.tokenizer.words(ids),
                 "scores": [round(float(score), 5) for score in scores[: len(ids)]],
             }
         )
     return found
+
+
+def _explained_output(task: GlueTask, logits: np.ndarray, labels: np.ndarray, row: int) -> int:
+    """The logit that is attributed to tokens: the prediction's, or of several classes that of the highest loss."""
+    if task.is_multi_label:
+        return int(class_losses(logits[row], labels[row]).argmax())
+    return 0 if task.is_regression else int(logits[row].argmax())
 
 
 def token_scores(model: LoadedModel, evaluator: Evaluator, split: TokenSplit, row: int, output: int) -> torch.Tensor:

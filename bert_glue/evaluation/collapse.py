@@ -28,8 +28,8 @@ def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: n
     """Why predictions carry nothing of their input; None if they do.
 
     Args:
-        predictions: class ids or scores, `[rows]`.
-        references: labels, `[rows]`; where they are constant themselves nothing can be said.
+        predictions: class ids or scores, `[rows]`, or `[rows, labels]` of a multi-label task.
+        references: labels, likewise; where they are constant themselves nothing can be said.
     """
     if len(references) < 2 or (references == references[0]).all():
         return None
@@ -38,7 +38,9 @@ def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: n
         if spread < _CONSTANT_SHARE * wanted:
             return f"scores barely differ: standard deviation {spread:.3g}, of the labels {wanted:.3g}"
     elif (predictions == predictions[0]).all():
-        return f"all {len(predictions)} predictions are {task.labels[int(predictions[0])]}"
+        from bert_glue.evaluation.answers import answer_text  # here: see `constant_loss`
+
+        return f"all {len(predictions)} predictions are {answer_text(task, predictions[0])}"
     return None
 
 
@@ -48,7 +50,7 @@ def constant_loss(
     """Training loss of the best constant prediction: the entropy of the classes, or the variance of scores.
 
     Args:
-        labels: of the training rows, `[rows]`.
+        labels: of the training rows, `[rows]`, or `[rows, labels]` of a multi-label task.
         smoothing: `--label_smoothing_factor`.
         weights: of the classes, `[labels]`, where `--class_weights` gives some.
     """
@@ -56,6 +58,10 @@ def constant_loss(
         return float(labels.var())
     import numpy as np  # here: `check` and `sweep` read verdicts and import no numpy
 
+    if task.is_multi_label:
+        given = (1 - smoothing) * labels.mean(0, dtype=np.float64) + 0.5 * smoothing
+        outcomes = np.stack([given, 1 - given])
+        return float(-(outcomes * np.log(np.where(outcomes > 0, outcomes, 1.0))).sum() / task.num_labels)
     weights = np.ones(task.num_labels) if weights is None else weights
     rows = np.bincount(labels, minlength=task.num_labels)
     # torch smooths towards the weights, not towards 1 / classes: the shares need not sum to 1.

@@ -14,6 +14,7 @@ from bert_glue.data.batching import Collator, TokenSplit, evaluation_batches, pr
 from bert_glue.devices.device import Device
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DivergedError
+from bert_glue.evaluation.answers import predictions_of, row_losses
 from bert_glue.evaluation.collapse import collapsed_predictions
 from bert_glue.precision.native import InferencePrecision, NativePrecision
 from bert_glue.tasks import GlueTask
@@ -72,29 +73,6 @@ class Evaluator:
         for members, values in parts:
             result[members] = values
         return split.table.row_means(result)
-
-
-def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
-    """Class ids `[rows]` int64, or scores `[rows]` float32."""
-    if not task.is_regression:
-        return logits.argmax(1)
-    return logits[:, 0]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of `[rows, labels]` logits, float64."""
-    shares = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shares / shares.sum(1, keepdims=True)
-
-
-def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cross-entropy, or squared error for regression, of each row, `[rows]` float64."""
-    x = logits.astype(np.float64)
-    if task.is_regression:
-        return (x[:, 0] - labels) ** 2
-    top = x.max(1, keepdims=True)
-    log_sum = np.log(np.exp(x - top).sum(1)) + top[:, 0]
-    return log_sum - x[np.arange(len(x)), labels]
 
 
 def evaluate(

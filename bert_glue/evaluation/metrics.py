@@ -1,4 +1,4 @@
-"""GLUE metrics on scikit-learn and scipy, named as in the `glue` metric of Hugging Face.
+"""GLUE metrics on scikit-learn and scipy, named as in the `glue` metric of Hugging Face, and those of label sets.
 
 A value that does not exist is None, never NaN, and `Scores.reasons` says why. scikit-learn and
 scipy are imported when the first score is computed: 2 s that training and `--help` do not pay.
@@ -12,9 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bert_glue.errors import DataError, DivergedError
-from bert_glue.tasks import GlueTask
-
-COMBINED = "combined_score"
+from bert_glue.tasks import COMBINED_SCORE, GlueTask
 
 
 class Scores(dict[str, float | None]):
@@ -94,12 +92,38 @@ def _is_constant(column: np.ndarray) -> bool:
     return bool((column == column[0]).all())
 
 
+def _f1_over(axis: int | None) -> Callable[[np.ndarray, np.ndarray], tuple[float | None, str]]:
+    """F1 of several labels a row: of all decisions together (None), or the mean over classes (0) or rows (1).
+
+    scikit-learn's averages micro, macro and samples; it takes no single class here, which a model may have.
+    """
+
+    def f1(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+        hits = np.asarray((predictions & references).sum(axis))
+        given = np.asarray(predictions.sum(axis) + references.sum(axis))
+        value = float(np.divide(2 * hits, given, out=np.zeros(given.shape), where=given > 0).mean())
+        if not predictions.any():
+            return value, "no row was given a label: F1 counts as 0"
+        neither = int((given == 0).sum()) if axis == 1 else 0
+        return value, f"{neither} rows rightly without labels count as 0, as in scikit-learn" if neither else ""
+
+    return f1
+
+
+def _subset_accuracy(predictions: np.ndarray, references: np.ndarray) -> tuple[float | None, str]:
+    return float((predictions == references).all(1).mean()), ""
+
+
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float | None, str]]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "matthews_correlation": _matthews,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "f1_micro": _f1_over(None),
+    "f1_macro": _f1_over(0),
+    "f1_samples": _f1_over(1),
+    "subset_accuracy": _subset_accuracy,
 }
 
 
@@ -129,7 +153,8 @@ def compute_metrics(task: GlueTask, predictions: np.ndarray, references: np.ndar
     """All metrics of the task, and their mean as `combined_score` where there are several.
 
     Args:
-        predictions: class ids `[rows]`, or scores `[rows]` (`[rows, 1]` too) for regression.
+        predictions: class ids `[rows]`, or scores `[rows]` (`[rows, 1]` too) for regression, or `[rows, labels]`
+            zeros and ones of a multi-label task.
         references: the labels, same rows and kind.
 
     Returns:
@@ -149,7 +174,7 @@ def compute_metrics(task: GlueTask, predictions: np.ndarray, references: np.ndar
             scores.put(metric, *_METRICS[metric](predictions, references))
         else:
             scores.put(metric, None, "no rows to score")
-    if len(task.metrics) > 1:
+    if task.has_combined_score:
         _combine(scores)
     return scores
 
@@ -158,14 +183,16 @@ def _combine(scores: Scores) -> None:
     """Adds the mean of all values; a mean of fewer values than usual would mislead."""
     missing = [metric for metric, value in scores.items() if value is None]
     if missing:
-        scores.put(COMBINED, None, f"no value for {', '.join(missing)}")
+        scores.put(COMBINED_SCORE, None, f"no value for {', '.join(missing)}")
     else:
-        scores.put(COMBINED, float(np.mean(list(scores.values()))))
+        scores.put(COMBINED_SCORE, float(np.mean(list(scores.values()))))
 
 
 def _checked(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as `[rows]`, int64 or (regression) float64; float32 sums would differ from scipy's."""
     predictions, references = np.asarray(predictions), np.asarray(references)
+    if task.is_multi_label:
+        return _checked_sets(task, predictions), _checked_sets(task, references)
     if task.is_regression:
         predictions = predictions.reshape(-1) if predictions.shape[1:] == (1,) else predictions
     if predictions.ndim != 1 or predictions.shape != references.shape:
@@ -183,6 +210,12 @@ def _checked(task: GlueTask, predictions: np.ndarray, references: np.ndarray) ->
     )
 
 
+def _checked_sets(task: GlueTask, rows: np.ndarray) -> np.ndarray:
+    if rows.ndim != 2 or rows.shape[1] != task.num_labels or not ((rows == 0) | (rows == 1)).all():
+        raise ValueError(f"{task.name}: want [rows, {task.num_labels}] zeros and ones, not {rows.shape}")
+    return rows.astype(bool)
+
+
 def _checked_ids(task: GlueTask, column: np.ndarray, error: type[Exception], what: str) -> np.ndarray:
     ids = column.astype(np.int64)
     wrong = np.flatnonzero((ids != column) | (ids < 0) | (ids >= task.num_labels))
@@ -195,7 +228,7 @@ def _checked_ids(task: GlueTask, column: np.ndarray, error: type[Exception], wha
 
 
 def majority_baseline(task: GlueTask, references: np.ndarray) -> float | None:
-    """The headline metric of always predicting the most frequent class; a tie takes the lower id.
+    """The headline metric of the best constant answer: the most frequent class (a tie takes the lower id), or the set.
 
     Returns:
         0..1, or None for regression (no correlation with a constant) and for no rows.
@@ -203,5 +236,22 @@ def majority_baseline(task: GlueTask, references: np.ndarray) -> float | None:
     references = np.asarray(references)
     if task.is_regression or not len(references):
         return None
-    majority = np.full(len(references), np.bincount(references.astype(np.int64)).argmax())
-    return compute_metrics(task, majority, references)[task.headline]
+    if task.is_multi_label:
+        constant = np.broadcast_to(_best_constant_set(references), references.shape)
+    else:
+        constant = np.full(len(references), np.bincount(references.astype(np.int64)).argmax())
+    return compute_metrics(task, constant, references)[task.headline]
+
+
+def _best_constant_set(references: np.ndarray) -> np.ndarray:
+    """The set of classes that has the highest micro-F1 when every row is given it, `[labels]` bool.
+
+    Of all sets of k classes the k most frequent have the most hits, so one k after the other is enough.
+    """
+    counts = references.sum(0, dtype=np.int64)
+    order = np.argsort(-counts, kind="stable")
+    hits, given = counts[order].cumsum(), len(references) * np.arange(1, len(order) + 1)
+    best = int((2 * hits / (given + counts.sum())).argmax())
+    constant = np.zeros(len(order), bool)
+    constant[order[: best + 1]] = True
+    return constant

@@ -7,14 +7,16 @@ or prediction into the same folder leaves it alone. It holds no path of the mach
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments
-from bert_glue.errors import MachineError
+from bert_glue.errors import MachineError, UsageError
 from bert_glue.storage.checkpoint import step_of
 from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, file_hash, json_object
+from bert_glue.tasks import Decision, GlueTask
 
 if TYPE_CHECKING:
     from bert_glue.data.sources import TaskData
@@ -36,6 +38,7 @@ def describe(
         record: run.json.
     """
     names = [name for name, flag in FLAGS.items() if flag.group in _RECIPE or name in _RECIPE_FLAGS]
+    several = {"label_delimiter": data.task.label_delimiter, **decision_facts(data.task.decision)}
     return {
         "bert_glue": __version__,
         "task_name": data.task.name,
@@ -43,6 +46,7 @@ def describe(
         "text_column_delimiter": data.task.text_delimiter,
         "max_seq_length": max_length,
         **({} if args.doc_stride is None else {"doc_stride": args.doc_stride, "max_windows": args.max_windows}),
+        **(several if data.task.is_multi_label else {}),
         "tokenizer_sha256": tokenizer.fingerprint,
         "recipe": {
             **{name: getattr(args, name) for name in names if not FLAGS[name].secret},
@@ -51,6 +55,33 @@ def describe(
         "data_sha256": record["data"]["sha256"],
         "model_sha256": record["model_sha256"],
     }
+
+
+def decision_facts(decision: Decision) -> dict[str, Any]:
+    """A decision as the file holds it."""
+    return {"label_threshold": decision.threshold}
+
+
+def decision_of(description: dict[str, Any]) -> Decision:
+    """The decision that a description holds; what it does not say is as in transformers."""
+    return Decision(description.get("label_threshold", Decision().threshold))
+
+
+def with_decision(task: GlueTask, description: dict[str, Any], args: Arguments) -> GlueTask:
+    """The task with the decision of a finished model, or of a flag.
+
+    Args:
+        description: of the model; of no meaning where it is trained.
+
+    Raises:
+        UsageError: `--label_threshold` for one label a row.
+    """
+    decision = task.decision if args.do_train else decision_of(description)
+    if args.label_threshold is not None:
+        if not task.is_multi_label:
+            raise UsageError(f"--label_threshold {args.label_threshold:g}: the labels are one a row, not several")
+        decision = replace(decision, threshold=args.label_threshold)
+    return replace(task, decision=decision)
 
 
 def write_description(folder: Path, description: dict[str, Any], dtype: str) -> None:
@@ -103,6 +134,10 @@ def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     is_list = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
     if columns is not None and not (is_list and columns):
         raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not a list of names")
-    if not isinstance(found.get("text_column_delimiter"), str | None):
-        raise MachineError(f"{path}: text_column_delimiter is {found['text_column_delimiter']!r}, not a text")
+    for name in ("text_column_delimiter", "label_delimiter"):
+        if not isinstance(found.get(name), str | None):
+            raise MachineError(f"{path}: {name} is {found[name]!r}, not a text")
+    threshold = found.get("label_threshold", 0.5)
+    if not isinstance(threshold, float) or not 0 < threshold < 1:
+        raise MachineError(f"{path}: label_threshold is {str(threshold)[:40]!r}, not a probability between 0 and 1")
     return found

@@ -24,34 +24,32 @@ from bert_glue.hub import client
 from bert_glue.model.adapters import choose_trained
 from bert_glue.model.bounds import check_config, check_size
 from bert_glue.model.classifier import LoadedModel, PaddedClassifier
-from bert_glue.model.description import read_description
+from bert_glue.model.description import decision_of, read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
 from bert_glue.storage.files import check_not_lfs_pointer, json_object
-from bert_glue.tasks import TASKS, GlueTask, own_task
+from bert_glue.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TASKS, GlueTask, own_task
 
 
 def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
     """What a saved classifier was trained on, and what lies beside its weights (see `description`).
 
     Raises:
-        MachineError: it has no config.json, what lies beside it is damaged, or it is a multi-label classifier.
+        MachineError: it has no config.json, or what lies beside it is damaged.
     """
     config = read_config(folder)
-    if config.get("problem_type") == "multi_label_classification":  # softmax over its outputs would be a wrong answer
-        raise MachineError(
-            f"{folder / 'config.json'}: problem_type is multi_label_classification (several labels a row), "
-            "which is not supported; single_label_classification and regression are"
-        )
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    is_regression = config.get("problem_type") == "regression" or len(labels) == 1
+    is_multi_label = config.get("problem_type") == MULTI_LABEL
+    is_regression = config.get("problem_type") == REGRESSION or (len(labels) == 1 and not is_multi_label)
     known = TASKS.get(config.get("finetuning_task") or "")
     settings = read_description(folder)
-    if known is not None and known.labels == (() if is_regression else labels):
-        return known, settings
-    return own_task(str(config.get("finetuning_task") or "own"), (), () if is_regression else labels), settings
+    if known is not None and not is_multi_label and known.labels == (() if is_regression else labels):
+        return replace(known, decision=decision_of(settings)), settings
+    name = str(config.get("finetuning_task") or "own")
+    task = own_task(name, (), () if is_regression else labels, is_multi_label)
+    return replace(task, label_delimiter=settings.get("label_delimiter"), decision=decision_of(settings)), settings
 
 
 def finished_task(args: Arguments) -> GlueTask | None:
@@ -96,6 +94,8 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     for flag, key in zip(flags, family.dropout_keys if family else flags, strict=True):
         if getattr(args, flag) is not None:
             config[key] = getattr(args, flag)
+    if not args.do_train:
+        _check_problem_type(config, task, config_folder)
     stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
     config = _with_labels(config, task)
     reason = why_not_packed(config)
@@ -212,12 +212,22 @@ def _stored_labels(config: dict) -> list[str]:
     return [] if labels == _unnamed(len(labels)) else labels
 
 
+def _check_problem_type(config: dict, task: GlueTask, folder: Path) -> None:
+    """Raises MachineError where a finished model gives one label a row and the task several, or the reverse."""
+    has_several = config.get("problem_type") == MULTI_LABEL
+    if has_several != task.is_multi_label:
+        raise MachineError(
+            f"{folder / 'config.json'}: the model's problem_type is {config.get('problem_type') or SINGLE_LABEL}, "
+            f"{task.name} is {task.problem_type}: no score is right; train a model for it"
+        )
+
+
 def _with_labels(config: dict, task: GlueTask) -> dict:
     kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
     labels = task.labels or ("score",)
     kept["id2label"] = {str(number): label for number, label in enumerate(labels)}
     kept["label2id"] = {label: number for number, label in enumerate(labels)}
-    kept["problem_type"] = "regression" if task.is_regression else "single_label_classification"
+    kept["problem_type"] = task.problem_type
     kept["finetuning_task"] = task.name
     return kept
 

@@ -17,8 +17,9 @@ from bert_glue.data.tokenization import TokenTable, tokenize
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
 from bert_glue.errors import DataError
+from bert_glue.evaluation.answers import label_array
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.model.description import read_description
+from bert_glue.model.description import read_description, with_decision
 from bert_glue.model.loading import finished_task, load_model, model_folder
 from bert_glue.pipeline.rank_agreement import compare_inputs
 from bert_glue.pipeline.score import check_predictable
@@ -80,6 +81,7 @@ def read_inputs(
         model = load_model(args, data.task)
         for line in settle_threads(args, ranks.device, [model]):  # before run.json is begun, which holds their number
             log.line(line)
+    data = replace(data, task=with_decision(data.task, model.description, args))
     with phase("provenance"):
         record = _provenance(given, data, model, ranks, log, by_name)
     with phase("tokenize"):
@@ -151,7 +153,6 @@ def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: Co
     limit, windows = model.row_limit(args.max_seq_length), Windows.of(args)
     if limit < args.max_seq_length:
         log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
-    dtype = np.float32 if data.task.is_regression else np.int64
     splits = {}
     for name in data.splits:
         split = _chosen_rows(args, data, name)
@@ -159,7 +160,7 @@ def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: Co
             model.tokenizer, split, limit, windows=windows, refresh=args.overwrite_cache,
             threads=args.preprocessing_num_workers,
         )  # fmt: skip
-        labels = None if split.labels is None else np.asarray(split.labels, dtype)
+        labels = None if split.labels is None else label_array(data.task, split.labels)
         splits[name] = TokenSplit(name, table, labels)
         mean = float(table.offsets[-1]) / len(table)
         log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")

@@ -10,7 +10,9 @@ import numpy as np
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
+from bert_glue.data.own.label_sets import DELIMITER, one_line_of
 from bert_glue.errors import Failures
+from bert_glue.evaluation.answers import answer_text, label_lists
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.report import charts
 from bert_glue.report.page import duration, points, rate
@@ -44,7 +46,7 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Con
     texts = [column[0] for column in data.splits[split.name].texts]
     ids = split.table.ids_of(0).tolist()
     tokens = " ".join(model.tokenizer.words(ids))
-    label = split.labels[0] if data.task.is_regression else data.task.labels[split.labels[0]]
+    label = split.labels[0] if data.task.is_regression else answer_text(data.task, split.labels[0])
     log.line(f"example: {' | '.join(texts)}")
     log.line(f"  tokens: {tokens}")
     log.line(f"  label: {label}")
@@ -54,13 +56,17 @@ def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np
     """`predict_results_<task>.txt`, header `index<TAB>prediction`: label names, or scores.
 
     GLUE's scores have 3 decimals, as the leaderboard wants them; a user's own keep their digits. The format has no
-    quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`.
+    quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`. Several labels a row have their
+    delimiter between them, and a backslash before one within a name.
     """
     if task.is_regression and task.score_range is not None:
         low, high = task.score_range
         values = [f"{min(max(float(p), low), high):.3f}" for p in predictions]
     elif task.is_regression:
         values = [str(np.float32(p)) for p in predictions]
+    elif task.is_multi_label:
+        delimiter = task.label_delimiter or DELIMITER
+        values = [one_line_of(names, delimiter) for names in label_lists(task, predictions)]
     else:
         names = [one_line(label) for label in task.labels]
         values = [names[p] for p in predictions]

@@ -18,8 +18,9 @@ from bert_glue.data.sources import TaskData
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, Failures
 from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, class_results, diagnostic, standard_errors
+from bert_glue.evaluation.answers import predictions_of
 from bert_glue.evaluation.collapse import constant_loss, flat_loss
-from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator, evaluate, predictions_of
+from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator, evaluate
 from bert_glue.model.attention import PATHS_TAKEN
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.pipeline import outputs
@@ -86,7 +87,8 @@ def _evaluate_splits(
         with failures.step("the analysis"):
             found = analyse_splits(data, model, splits, evaluator, kept, args.explain)
             scored.analysis["splits"] = found
-            scored.results |= standard_errors(data.task, found) | class_results(found)
+            # What the metrics say exactly stays: shares of classes are rounded.
+            scored.results |= {**standard_errors(data.task, found), **class_results(found), **scored.results}
 
 
 def predict_splits(
@@ -146,6 +148,8 @@ def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Dist
     return {
         "task_name": data.task.name,
         "headline_metric": data.task.headline,
+        "problem_type": data.task.problem_type,
+        "label_threshold": data.task.decision.threshold if data.task.is_multi_label else None,
         "text_columns": list(data.task.columns),
         "model_name_or_path": args.model_name_or_path,
         "data": data.source,

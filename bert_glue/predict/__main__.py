@@ -2,8 +2,9 @@
 
 Several models are an ensemble: the mean of their probabilities (of their scores) answers. Rows are read,
 tokenized, run packed and written in chunks, so memory does not grow with the file. The output has all columns
-of the input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. A command that
-was killed goes on where it was when it is given again.
+of the input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. Several labels a
+row are a list in jsonl and parquet, and one text in csv and tsv. A command that was killed goes on where it was when
+it is given again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from bert_glue.config.arguments import Arguments
     from bert_glue.data.own.columns import ColumnFlags
     from bert_glue.model.loading import model_folder, task_of_model
-    from bert_glue.predict.labeller import build_labeller, columns_of
+    from bert_glue.predict.labeller import build_labeller, columns_of, delimiter_of, ensemble_threshold
     from bert_glue.predict.output import ToFile, ToStandardOutput
     from bert_glue.training.setup import settle_threads
 
@@ -71,11 +72,8 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     folders = [model_folder(name, args) for name in options.model]
     tasks = [task_of_model(folder) for folder in folders]
-    task, settings = tasks[0]
-    for name, (other, _) in zip(options.model[1:], tasks[1:], strict=True):
-        if sorted(other.labels) != sorted(task.labels):
-            answers = [", ".join(t.labels) or "a score" for t in (other, task)]
-            raise UsageError(f"--model {name} answers {answers[0]}, --model {options.model[0]} {answers[1]}")
+    threshold, said = ensemble_threshold(options.model, [task for task, _ in tasks], options.label_threshold)
+    delimiter = delimiter_of(options.label_delimiter, tasks[0][0], output_kind)
     chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
@@ -85,12 +83,14 @@ def run(options: argparse.Namespace) -> int:
     for name, (own_task, own) in zip(options.model, tasks, strict=True):
         columns, lines = columns_of(own_task, own, flags, first)
         print(*lines, sep="\n", end="\n" if lines else "", file=log)
-        delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
-        reads = replace(own_task, columns=columns, text_delimiter=delimiter)
+        text_delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
+        reads = replace(own_task, columns=columns, text_delimiter=text_delimiter)
         alone.append(build_labeller(replace(args, model_name_or_path=name, **_lengths(options, own)), reads))
         for note in alone[-1].model.notes:
             print(f"note: {note}", file=log)
-    labeller = replace(alone[0], others=tuple(alone[1:]))
+    for line in said:
+        print(f"note: {line}", file=log)
+    labeller = replace(alone[0], others=tuple(alone[1:]), threshold=threshold, delimiter=delimiter)
     settle_threads(args, labeller.evaluator.ranks.device, [one.model for one in alone])
     output: ToFile | ToStandardOutput = (
         ToStandardOutput(output_kind, options.keep_formulas)
@@ -167,6 +167,8 @@ def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: st
         "precision": labeller.evaluator.precision.plan.name,
         "device": labeller.evaluator.ranks.device.kind,
         "output_format": kind,
+        "label_threshold": labeller.threshold,
+        "label_delimiter": labeller.delimiter,
     }
 
 
@@ -201,6 +203,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--text_column_names", "--text_columns", nargs="+", action="extend", type=_names, metavar="NAME",
         help="one or two; default: those the model was trained on")  # fmt: skip
     add("--label_column_name", metavar="NAME", help="is no text; labels of the input are not used")
+    add("--label_threshold", type=float, metavar="P",
+        help="of several labels a row those of a higher probability are given; default: the model's own")  # fmt: skip
+    add("--label_delimiter", metavar="TEXT",
+        help="joins several labels of a row in csv and tsv; default: as in training, else ;")  # fmt: skip
     add("--max_seq_length", type=int, help="tokens; default: as in training, else 128")
     add("--doc_stride", type=int, metavar="N",
         help="tokens that windows of a longer text share; -1: it is cut; default: as in training")  # fmt: skip
@@ -226,6 +232,10 @@ def main(argv: list[str]) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} {value} is not in [{least}, inf)")
+    if options.label_threshold is not None and not 0 < options.label_threshold < 1:
+        parser.error(f"--label_threshold {options.label_threshold} is not in (0, 1)")
+    if options.label_delimiter == "" or "\\" in (options.label_delimiter or ""):
+        parser.error(f"--label_delimiter {options.label_delimiter!r} is empty, or has a backslash, which escapes it")
     if options.bf16 and options.fp16:
         parser.error("--fp16 and --bf16 are two precisions: give one")
     return exit_code_of(lambda: run(options))

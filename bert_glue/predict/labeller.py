@@ -13,11 +13,13 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.chunked_encoding import Windows
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
+from bert_glue.data.own.label_sets import DELIMITER, join_labels
 from bert_glue.data.splits import make_split
 from bert_glue.data.tables import Table
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, DivergedError, MachineError, UsageError
-from bert_glue.evaluation.evaluator import Evaluator, softmax
+from bert_glue.evaluation.answers import decided, label_lists, probabilities
+from bert_glue.evaluation.evaluator import Evaluator
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.loading import load_model
 from bert_glue.precision.native import InferencePrecision
@@ -37,6 +39,8 @@ class Labeller:
         windows: how longer rows become several sequences; None where they are cut.
         lengths: counts rows that are cut or in windows.
         others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
+        threshold: a class whose mean probability is above it is given, where a row may have several; None elsewhere.
+        delimiter: joins several labels of a row into one text; None leaves them a list.
     """
 
     task: GlueTask
@@ -46,6 +50,8 @@ class Labeller:
     windows: Windows | None = None
     lengths: Counter[str] = field(default_factory=Counter)
     others: tuple[Labeller, ...] = ()
+    threshold: float | None = None
+    delimiter: str | None = None
 
     def answers(self, table: Table) -> np.ndarray:
         """Probabilities `[rows, labels]`, or scores `[rows, 1]`, of this model alone, float64.
@@ -61,7 +67,7 @@ class Labeller:
         logits = self.evaluator.logits(TokenSplit("input", tokens, None))
         if not np.isfinite(logits).all():
             raise DivergedError("the model's outputs are not finite (NaN or Inf): its weights have diverged")
-        return logits.astype(np.float64) if self.task.is_regression else softmax(logits)
+        return probabilities(self.task, logits)
 
     def length_notes(self) -> list[str]:
         """Lines on the rows so far that were longer than a sequence."""
@@ -90,24 +96,78 @@ class Labeller:
             DivergedError: the model's outputs are not finite.
         """
         answers = [one.answers(table)[:, one.order_of(self.task)] for one in (self, *self.others)]
-        own = _own_columns(self.task, np.mean(answers, axis=0))
+        decision = self.task.decision
+        if self.threshold is not None:
+            decision = replace(decision, threshold=self.threshold)
+        own = _own_columns(replace(self.task, decision=decision), np.mean(answers, axis=0), self.delimiter)
         if taken := [name for name in own if name in table.columns]:
             raise DataError(f"{table.origin}: the input has a column {taken[0]!r} already; rename it")
         return {**table.columns, **own}
 
 
-def _own_columns(task: GlueTask, answers: np.ndarray) -> Columns:
-    """Predictions and probabilities of `[rows, labels]` probabilities, or of `[rows, 1]` scores."""
+def _own_columns(task: GlueTask, answers: np.ndarray, delimiter: str | None) -> Columns:
+    """Predictions and probabilities of `[rows, labels]` probabilities, or predictions of `[rows, 1]` scores."""
     if task.is_regression:
         if task.score_range is not None:
             return {"prediction": np.clip(answers[:, 0], *task.score_range).round(6).tolist()}
         return {"prediction": [float(f"{score:.9g}") for score in answers[:, 0]]}  # all digits of fp32
-    shares = answers.round(6)
-    labels = [task.labels[at] for at in answers.argmax(1)]
+    shares, found = answers.round(6), decided(task, answers)
+    labels: list = label_lists(task, found) if task.is_multi_label else [task.labels[at] for at in found]
+    if task.is_multi_label and delimiter is not None:
+        labels = [join_labels(names, delimiter) for names in labels]
     return {
         "prediction": labels,
         **{f"probability_{name}": shares[:, at].tolist() for at, name in enumerate(task.labels)},
     }
+
+
+def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | None) -> tuple[float | None, list[str]]:
+    """The threshold of several models' mean probability, None for models of one label a row; and log lines.
+
+    Args:
+        names: of the models.
+        tasks: what each was trained on.
+        asked: `--label_threshold`.
+
+    Raises:
+        UsageError: the models have different labels or kinds of answers, or none of theirs has a threshold.
+    """
+    first = tasks[0]
+    for name, task in zip(names[1:], tasks[1:], strict=True):
+        if task.problem_type != first.problem_type:
+            raise UsageError(
+                f"--model {name} is of problem_type {task.problem_type}, --model {names[0]} of {first.problem_type}"
+            )
+        if sorted(task.labels) != sorted(first.labels):
+            answers = [", ".join(one.labels) or "a score" for one in (task, first)]
+            raise UsageError(f"--model {name} answers {answers[0]}, --model {names[0]} {answers[1]}")
+    if not first.is_multi_label:
+        if asked is not None:
+            raise UsageError(f"--label_threshold {asked:g}: the model gives one label a row, the most probable")
+        return None, []
+    own = [task.decision.threshold for task in tasks]
+    if asked is None and len(set(own)) > 1:
+        shown = ", ".join(f"{value:g}" for value in own)
+        mean = float(np.mean(own))
+        return mean, [f"the models' thresholds are {shown}: {mean:g}, their mean, is used; --label_threshold overrules"]
+    return own[0] if asked is None else asked, []
+
+
+def delimiter_of(asked: str | None, task: GlueTask, kind: str) -> str | None:
+    """What joins the labels of a row in an output of this kind; None where they are a list, or one.
+
+    Args:
+        asked: `--label_delimiter`.
+
+    Raises:
+        UsageError: there is nothing to join.
+    """
+    if task.is_multi_label and kind in ("csv", "tsv"):
+        return asked or task.label_delimiter or DELIMITER
+    if asked is not None:
+        why = f"{kind} holds them as a list" if task.is_multi_label else "the model gives one label a row"
+        raise UsageError(f"--label_delimiter {asked!r}: {why}")
+    return None
 
 
 def columns_of(

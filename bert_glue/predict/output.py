@@ -40,7 +40,7 @@ IDENTITY = (
     *flag_facts(("per_device_eval_batch_size",)),
     Fact("precision", "precision"),
     Fact("device", "device"),
-    *flag_facts(("output_format", "keep_formulas")),
+    *flag_facts(("output_format", "label_threshold", "label_delimiter", "keep_formulas")),
 )
 
 
@@ -292,11 +292,20 @@ class _Parquet(_Encoder):
         content = b""
         if self._schema is None:
             first = [_array(table, name, values, None) for name, values in columns.items()]
-            kinds = [pyarrow.string() if pyarrow.types.is_null(array.type) else array.type for array in first]
+            kinds = [_known_kind(array.type) for array in first]
             self._schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
             content = self._schema.serialize().to_pybytes()
         arrays = [_array(table, name, columns[name], self._schema.field(name).type) for name in columns]
         return content + pyarrow.record_batch(arrays, schema=self._schema).serialize().to_pybytes()
+
+
+def _known_kind(kind: Any) -> Any:
+    """Text where the first rows have no value, in lists too: later rows may have one."""
+    import pyarrow
+
+    if pyarrow.types.is_list(kind) and pyarrow.types.is_null(kind.value_type):
+        return pyarrow.list_(pyarrow.string())
+    return pyarrow.string() if pyarrow.types.is_null(kind) else kind
 
 
 def _array(table: Table, name: str, values: list, kind: Any) -> Any:

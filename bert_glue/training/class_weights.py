@@ -26,7 +26,7 @@ def class_weights(choice: str | None, task: GlueTask, labels: list[int]) -> np.n
         labels: class ids of the rows that are trained on, `[rows]`.
 
     Raises:
-        UsageError: the task is a regression.
+        UsageError: the task is a regression, or a row may have several labels.
         DataError: the file does not give each class a weight, a class has no rows to be balanced by, or no row counts.
     """
     if choice is None:
@@ -35,6 +35,11 @@ def class_weights(choice: str | None, task: GlueTask, labels: list[int]) -> np.n
         raise UsageError(
             f"--class_weights {shown(choice)}: the labels of this data are scores, and a regression has no classes; "
             "leave the flag out"
+        )
+    if task.is_multi_label:
+        raise UsageError(
+            f"--class_weights {shown(choice)}: a row of this data may have several labels, so that each class is a "
+            "decision of its own; leave the flag out, --label_threshold moves the decision"
         )
     rows = np.bincount(np.asarray(labels, np.int64), minlength=task.num_labels)
     weights = _balanced(task, rows) if choice == BALANCED else _from_file(Path(choice), task)

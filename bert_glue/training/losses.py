@@ -24,10 +24,16 @@ def sample_losses(
 ) -> torch.Tensor:
     """Sum over `[samples]` of squared errors or (smoothed, weighted) cross-entropies, in fp32, 0-d.
 
+    A multi-label row's loss is the mean over the classes, as transformers has it. Smoothing moves each class's target
+    towards 0.5, by half of `smoothing`: cross-entropy's own rule for the two outcomes of one class.
+
     Args:
         weights: `[labels]` fp32, of `--class_weights`.
     """
     logits = logits.float()
+    if task.is_multi_label:
+        targets = labels.float() * (1 - smoothing) + 0.5 * smoothing
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / task.num_labels
     if task.is_regression:
         return F.mse_loss(logits[:, 0], labels, reduction="sum")
     return F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=smoothing)
@@ -37,10 +43,14 @@ def disagreement(task: GlueTask, one: torch.Tensor, other: torch.Tensor) -> torc
     """Sum over `[samples]` of how far two passes' logits `[samples, labels]` are apart, in fp32, 0-d.
 
     The mean of both Kullback-Leibler divergences (R-Drop, Liang et al. 2021, arXiv 2106.14448, equation 2);
-    for regression the squared difference of the scores.
+    for regression the squared difference of the scores; multi-label the mean over the classes, whose distributions
+    have two outcomes each.
     """
     if task.is_regression:
         return F.mse_loss(one[:, 0].float(), other[:, 0].float(), reduction="sum")
+    if task.is_multi_label:  # both divergences of p and q together are (p - q) (logit p - logit q)
+        a, b = one.float(), other.float()
+        return 0.5 * ((a.sigmoid() - b.sigmoid()) * (a - b)).sum() / task.num_labels
     p, q = one.float().log_softmax(1), other.float().log_softmax(1)
     return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum()
 

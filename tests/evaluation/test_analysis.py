@@ -13,7 +13,7 @@ from bert_glue.data.batching import TokenSplit
 from bert_glue.data.sources import Split
 from bert_glue.errors import DataError
 from bert_glue.evaluation.analysis import analyse, calibration, class_results, confusion, diagnostic, standard_error
-from bert_glue.evaluation.evaluator import softmax
+from bert_glue.evaluation.answers import softmax
 from bert_glue.evaluation.metrics import compute_metrics
 from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import get_task, own_task

@@ -14,7 +14,8 @@ from tiny_run import arguments, bert_tensors, make_model, results_of
 
 from bert_glue.data.batching import evaluation_batches
 from bert_glue.errors import DivergedError
-from bert_glue.evaluation.evaluator import evaluate, predictions_of, row_losses
+from bert_glue.evaluation.answers import predictions_of, row_losses
+from bert_glue.evaluation.evaluator import evaluate
 from bert_glue.pipeline import run as pipeline
 from bert_glue.tasks import get_task
 

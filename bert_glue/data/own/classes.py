@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.own.columns import names_in
+from bert_glue.data.own.columns import names_in, unescaped
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, UsageError
+from bert_glue.tasks import MULTI_LABEL, REGRESSION
 
 # Python's float() also reads 1_1, inf and nan, which are names here.
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
@@ -61,7 +62,7 @@ class ClassVocabulary:
             notes = [f"{table.origin}: label {label!r} is {name!r} of {self.owner}" for label, name in changed.items()]
         missing = [label for label in labels if label not in found]
         if missing:
-            row = next(at for at, value in enumerate(table.column(column)) if class_text(value) == missing[0])
+            row = next(at for at, value in enumerate(table.column(column)) if missing[0] in texts_of(value))
             raise DataError(self._refusal(missing, labels, table.where(row)))
         return found, notes[:_MOST_SHOWN]
 
@@ -110,11 +111,15 @@ class LabelFlags:
         translated: text in the label column -> class it stands for.
         dropped: column -> values whose rows are left out; None: nothing was said.
         is_regression: None where the labels decide.
+        is_multi_label: a row may have several labels; likewise.
+        delimiter: parts several labels in a text.
     """
 
     translated: dict[str, str]
     dropped: dict[str, tuple[str, ...]] | None = None
     is_regression: bool | None = None
+    is_multi_label: bool | None = None
+    delimiter: str | None = None
 
     @classmethod
     def of(cls, args: Arguments) -> LabelFlags:
@@ -124,14 +129,19 @@ class LabelFlags:
             UsageError: a part has no "=".
         """
         translated = dict(_halves("label_map", part) for part in names_in(args.label_map))
-        if args.drop_rows is None:
-            return cls(translated, None, args.do_regression)
         dropped: dict[str, tuple[str, ...]] = {}
         for part in names_in(args.drop_rows):
             if part != "nothing":
                 column, value = _halves("drop_rows", part)
                 dropped[column] = (*dropped.get(column, ()), value)
-        return cls(translated, dropped, args.do_regression)
+        is_regression, is_multi_label = args.do_regression, None
+        delimiter = None if args.label_delimiter is None else unescaped(args.label_delimiter)
+        if args.problem_type is not None:
+            is_regression, is_multi_label = args.problem_type == REGRESSION, args.problem_type == MULTI_LABEL
+        elif delimiter is not None or is_regression:
+            is_multi_label = delimiter is not None
+        said = None if args.drop_rows is None else dropped
+        return cls(translated, said, is_regression, is_multi_label, delimiter)
 
 
 def _halves(flag: str, part: str) -> tuple[str, str]:
@@ -158,13 +168,14 @@ def labelled_rows(table: Table, label: str, flags: LabelFlags) -> tuple[Table, l
     """
     names = table.class_names.get(label)
     values = [_single(value) for value in table.column(label)]
-    if several := next((at for at, value in enumerate(values) if isinstance(value, list) and len(value) > 1), None):
-        raise DataError(f"{table.where(several)}: label is a list of {len(values[several])}: one label a row is needed")
+    several = (row for row, value in enumerate(values) if isinstance(value, list) and len(value) > 1)
+    if (row := next(several, None)) is not None:
+        raise DataError(f"{table.where(row)}: label is a list of {len(values[row])}: one label a row is needed")
     if names is not None:
         values = [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
     values = [flags.translated.get(class_text(value) or "", value) for value in values]
     table = replace(table, columns={**table.columns, label: values})
-    kept, notes = _dropped(table, label, flags)
+    kept, notes = without_dropped(table, label, flags)
     if any(isinstance(value, list) for value in table.column(label)):
         notes.append(f"{table.origin}: each label is a list of one: it is taken out of its list")
     return kept, notes
@@ -174,14 +185,19 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
-def _dropped(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[str]]:
+def _whole_text(value: Any) -> str | None:
+    """The text that `--drop_rows` knows a value by, "" for an empty one; None for a list of several."""
+    return None if isinstance(value, (list, tuple)) and len(value) > 1 else class_text(_single(value)) or ""
+
+
+def without_dropped(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[str]]:
     """The table without the rows that `--drop_rows` leaves out, counted."""
     if flags.dropped is None:
         _refuse_unusable(table, label)
         return table, []
     notes, keep = [], [True] * len(table)
     for column, values in flags.dropped.items():
-        texts = [class_text(value) or "" for value in table.column(column)]
+        texts = [_whole_text(value) for value in table.column(column)]
         for value in values:
             rows = [at for at, text in enumerate(texts) if text == value]
             notes.append(f"{table.origin}: {len(rows)} rows are left out: {column!r} is {value!r}")
@@ -195,7 +211,7 @@ def _dropped(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[s
 
 def _refuse_unusable(table: Table, label: str) -> None:
     """Refuses rows without a majority, and rows that an annotation tool marks as rejected or skipped."""
-    counts = Counter(value for value in table.column(label) if isinstance(value, str))
+    counts = Counter(value for value in table.columns.get(label, ()) if isinstance(value, str))
     if counts["-"] and any(re.search(r"\w\w", value) for value in counts):
         raise DataError(
             f"{table.origin}: {counts['-']} of {len(table)} rows have the label '-', which stands for no majority in "
@@ -218,14 +234,22 @@ def _refuse_unusable(table: Table, label: str) -> None:
 
 def translated(table: Table, label: str, names: dict[str, str]) -> Table:
     """The table with each label under its class's name; what is not in `names` stays as it is."""
-    values = [names.get(class_text(value) or "", value) for value in table.column(label)]
-    return replace(table, columns={**table.columns, label: values}, class_names={})
+
+    def one(value: Any) -> Any:
+        return [one(own) for own in value] if isinstance(value, list) else names.get(class_text(value) or "", value)
+
+    return replace(table, columns={**table.columns, label: list(map(one, table.column(label)))}, class_names={})
 
 
 def distinct_labels(table: Table, label: str) -> list[str]:
     """The different labels of a column as text, in order of appearance; -1 counts as unlabelled."""
-    texts = (class_text(value) for value in table.column(label))
+    texts = (text for value in table.column(label) for text in texts_of(value))
     return list(dict.fromkeys(text for text in texts if text is not None))
+
+
+def texts_of(value: Any) -> list[str | None]:
+    """The labels of a row as text: one, or those of a list."""
+    return [class_text(one) for one in value] if isinstance(value, (list, tuple)) else [class_text(value)]
 
 
 def class_text(value: Any) -> str | None:
@@ -257,15 +281,22 @@ def sorted_labels(values: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def classes_of(table: Table, label: str, flags: LabelFlags) -> tuple[tuple[str, ...], list[str]]:
+def classes_of(
+    table: Table, label: str, flags: LabelFlags, has_sets: bool = False
+) -> tuple[tuple[str, ...], list[str]]:
     """The classes that training data has, () for scores, and what to tell the user.
 
     Numbers with a fraction are scores, other labels are classes; `--do_regression` overrules.
 
+    Args:
+        has_sets: each row has a list of labels.
+
     Raises:
-        DataError: fewer than two classes, or numbers that may be either.
+        DataError: fewer than two classes, rows that all have the same labels, or numbers that may be either.
     """
     values = table.column(label)
+    if has_sets:
+        return _classes_of_sets(table, label)
     if flags.is_regression is None and label not in table.class_names:
         is_regression, notes = _are_scores(table, label)
     else:
@@ -279,6 +310,18 @@ def classes_of(table: Table, label: str, flags: LabelFlags) -> tuple[tuple[str, 
         only = f"all labels are {texts.pop()!r}" if texts else "there are no labels"
         raise DataError(f"{table.origin}: {only}; at least two different ones are needed")
     return sorted_labels(texts), notes + _alike(table, values)
+
+
+def _classes_of_sets(table: Table, label: str) -> tuple[tuple[str, ...], list[str]]:
+    sets = [value for value in table.column(label) if value is not None]
+    if len({frozenset(value) for value in sets}) < 2:
+        only = f"all rows have the labels {sets[0]}" if sets else "there are no labels"
+        raise DataError(f"{table.origin}: {only}; at least two rows must differ")
+    names = [name for value in sets for name in value]
+    classes = table.class_names.get(label) or sorted_labels(set(names))
+    absent = sorted(set(classes) - set(names))
+    notes = [f"warning: {table.origin}: no row has {shown(absent)}"] if absent else []
+    return classes, notes + _alike(table, names)
 
 
 def _are_scores(table: Table, label: str) -> tuple[bool, list[str]]:

@@ -36,7 +36,7 @@ class ColumnFlags:
 
     Args:
         texts: () where they shall be found.
-        label: None where it shall be found.
+        label: None where it shall be found; several columns of 0 and 1, one a class, with commas between.
         removed: columns that are neither.
     """
 
@@ -56,7 +56,7 @@ class Columns:
 
     Args:
         texts: at least one, in the order in which the model reads them.
-        label: None where none was looked for or found.
+        label: None where none was looked for or found; several with commas between.
         left_out: every other column -> why it is neither.
     """
 
@@ -67,10 +67,11 @@ class Columns:
     def lines(self, table: Table) -> Iterator[str]:
         """The choice and three rows, for the log."""
         said = f"columns: text {', '.join(map(repr, self.texts))}"
-        said += f"; label {self.label!r}" if self.label is not None else ""
+        labels = parts_of_label(table, self.label)
+        said += f"; {'labels' if len(labels) > 1 else 'label'} {', '.join(map(repr, labels))}" if labels else ""
         others = ", ".join(f"{name!r} ({why})" for name, why in self.left_out.items())
         yield said + (f"; left out: {others}" if others else "")
-        shown = (*self.texts, *((self.label,) if self.label is not None else ()))
+        shown = (*self.texts, *labels)
         for row in range(min(_SHOWN_ROWS, len(table))):
             yield "  " + " | ".join(_cut(table.columns[name][row]) for name in shown)
 
@@ -78,6 +79,19 @@ class Columns:
 def names_in(text: str | None) -> tuple[str, ...]:
     """The names of a flag that takes several."""
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+
+
+def parts_of_label(table: Table, label: str | None) -> tuple[str, ...]:
+    """The column of the labels; several where each holds the zeros and ones of one class."""
+    if label is None:
+        return ()
+    names = names_in(label)
+    return (label,) if label in table.columns or len(names) < 2 else names
+
+
+def unescaped(delimiter: str) -> str:
+    r"""A delimiter as it is meant: a shell hands on the letters \n and \t."""
+    return delimiter.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: tuple[str, ...] = ()) -> Columns:
@@ -91,14 +105,18 @@ def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: t
         DataError: a column that a flag names is not there, or the choice is not certain; it says what was looked at.
     """
     label = _label(table, flags, is_labelled)
-    removed = (*flags.removed, *(() if label is None else (label,)))
+    labels = parts_of_label(table, label)
+    removed = (*flags.removed, *labels)
     texts = tuple(_named(table, name, "--text_column_names") for name in flags.texts)
-    why = {name: _why_not_text(table, name, label) for name in table.columns if name not in (*removed, *texts)}
+    single = labels[0] if len(labels) == 1 else None
+    why = {name: _why_not_text(table, name, single) for name in table.columns if name not in (*removed, *texts)}
     if not texts and known and all(name in table.columns for name in known):
         texts = known
     texts = texts or _certain_texts(table, why)
-    if label in texts:
-        raise DataError(f"{table.origin}: column {label!r} is the label and a text; --label_column_name names another")
+    if both := [name for name in labels if name in texts]:
+        raise DataError(
+            f"{table.origin}: column {both[0]!r} is the label and a text; --label_column_name names another"
+        )
     left_out = {name: reason or "not named" for name, reason in why.items() if name not in texts}
     return Columns(texts, label, left_out)
 
@@ -129,8 +147,10 @@ def _named(table: Table, name: str, flag: str) -> str:
 
 
 def _label(table: Table, flags: ColumnFlags, is_labelled: bool) -> str | None:
-    if flags.label is not None and (is_labelled or flags.label in table.columns):
-        return _named(table, flags.label, "--label_column_name")
+    if flags.label is not None:
+        names = parts_of_label(table, flags.label)
+        if is_labelled or all(name in table.columns for name in names):
+            return ",".join(_named(table, name, "--label_column_name") for name in names)
     alike = [name for name in table.columns if str(name).strip().lower() in _LABEL_NAMES]
     if "label" in alike or len(alike) == 1:
         return "label" if "label" in alike else alike[0]
@@ -146,7 +166,13 @@ def _candidates(table: Table) -> str:
     """Columns whose values repeat as classes do."""
     counts = {name: len({str(value) for value in values[:_LOOKED_AT]}) for name, values in table.columns.items()}
     few = [f"{name!r} has {n} different values" for name, n in counts.items() if 1 < n <= 20 and 2 * n <= len(table)]
-    return f" ({', '.join(few)})" if few else ""
+    outcomes = [str(name) for name, values in table.columns.items() if _are_outcomes(values[:_LOOKED_AT])]
+    several = f"; or one column of 0 and 1 a class: {','.join(outcomes)}" if len(outcomes) > 1 else ""
+    return (f" ({', '.join(few)})" if few else "") + several
+
+
+def _are_outcomes(values: list) -> bool:
+    return all(str(value).lower() in ("0", "1", "true", "false") for value in values)
 
 
 def _without_header(table: Table) -> str:

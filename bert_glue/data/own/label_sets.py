@@ -1,0 +1,215 @@
+"""Rows that have any number of labels: as lists, as texts with a delimiter, as vectors, or as a column a class.
+
+All of them become one column of lists of class names, in which an empty list means none of the classes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from bert_glue.data.own.classes import LabelFlags, class_text, texts_of, without_dropped
+from bert_glue.data.own.columns import names_in
+from bert_glue.data.tables import Problems, Table
+from bert_glue.errors import DataError
+from bert_glue.storage.files import one_line
+from bert_glue.tasks import MULTI_LABEL, SINGLE_LABEL
+
+DELIMITER = ";"  # joins the labels of a row where neither the data nor a flag names another
+_USUAL_DELIMITERS = (";", "|", ",")
+_OUTCOMES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def join_labels(labels: Iterable[str], delimiter: str) -> str:
+    r"""The labels of a row as one text; a delimiter or backslash within a name gets a backslash before it."""
+    return delimiter.join(name.replace("\\", "\\\\").replace(delimiter, f"\\{delimiter}") for name in labels)
+
+
+def one_line_of(labels: Iterable[str], delimiter: str) -> str:
+    """The same for a format without quoting, where tabs and line ends are escaped too."""
+    return delimiter.join(one_line(name).replace(delimiter, f"\\{delimiter}") for name in labels)
+
+
+def part_labels(text: str, delimiter: str) -> list[str]:
+    r"""The labels of a text that `join_labels` made, or that a user wrote.
+
+    White space around a label and empty labels are left out. A backslash has a meaning before a backslash or the
+    delimiter only.
+    """
+    if "\\" not in text:
+        return [part.strip() for part in text.split(delimiter) if part.strip()]
+    parts, at = [""], 0
+    while at < len(text):
+        if text[at] == "\\" and text[at + 1 :].startswith(("\\", delimiter)):
+            escaped = "\\" if text[at + 1] == "\\" else delimiter
+            parts[-1] += escaped
+            at += 1 + len(escaped)
+        elif text.startswith(delimiter, at):
+            parts.append("")
+            at += len(delimiter)
+        else:
+            parts[-1] += text[at]
+            at += 1
+    return [part.strip() for part in parts if part.strip()]
+
+
+def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, list[str]]:
+    """Whether the rows of training data have several labels each, and what to tell the user.
+
+    Lists decide it where one has several labels; texts are never parted without a flag.
+
+    Raises:
+        DataError: it is not certain; the flags that settle it are named.
+    """
+    if label not in table.columns and flags.is_multi_label is False:
+        raise DataError(f"{table.origin}: --label_column_name {label}: several columns are several labels a row")
+    if flags.is_multi_label is not None or label not in table.columns:
+        return flags.is_multi_label is not False, []
+    values = table.column(label)
+    lists = [value for value in values if isinstance(value, (list, tuple))]
+    if not lists:
+        if not flags.is_regression:
+            _refuse_joined(table, label)
+        return False, []
+    sizes = [len(value) for value in lists]
+    overruled = f"--problem_type {SINGLE_LABEL} overrules"
+    if max(sizes) > 1:
+        said = f"{table.origin}: labels are lists of up to {max(sizes)}: a row may have several ({MULTI_LABEL})"
+        return True, [f"{said}; {overruled}"]
+    if 0 in sizes:
+        raise DataError(
+            f"{table.origin}: labels are lists of one, and {sizes.count(0)} of {len(values)} lists are empty: "
+            f"--problem_type {MULTI_LABEL} takes those for rows of no class, "
+            f'--problem_type {SINGLE_LABEL} --drop_rows "{label}=" leaves them out'
+        )
+    return False, [f"{table.origin}: --problem_type {MULTI_LABEL} makes lists of one label several labels a row"]
+
+
+def _refuse_joined(table: Table, label: str) -> None:
+    """Refuses texts that hold several labels, where nothing says so."""
+    texts = {value for value in table.column(label) if isinstance(value, str)}
+    both = f"--problem_type {SINGLE_LABEL} makes each text one class"
+    if written := next((text for text in texts if len(_written_list(text) or ()) > 1), None):
+        raise DataError(
+            f"{table.origin}: label {written[:60]!r} is a list as text: --problem_type {MULTI_LABEL} reads its labels, "
+            f"{both}"
+        )
+    for delimiter in _USUAL_DELIMITERS:
+        joined = [text for text in texts if len(part_labels(text, delimiter)) > 1]
+        parts = {part for text in texts for part in part_labels(text, delimiter)}
+        # Texts that are made of fewer parts than there are texts; numbers may have a decimal comma.
+        is_number = delimiter == "," and all(part.strip("+-").isdecimal() for part in parts)
+        if joined and len(parts) < len(texts) and not is_number:
+            raise DataError(
+                f"{table.origin}: {len(texts)} different labels, such as {min(joined)[:60]!r}, are made of "
+                f'{len(parts)} parts: --label_delimiter "{delimiter}" makes these the labels, several a row; {both}'
+            )
+
+
+def labelled_sets(
+    table: Table, label: str, flags: LabelFlags, delimiter: str | None = None, known: tuple[str, ...] = ()
+) -> tuple[Table, list[str]]:
+    """The rows to train or to score on, each with a list of labels as text (None: unlabelled); and what to tell.
+
+    Args:
+        label: a column, or several columns of 0 and 1 with commas between.
+        delimiter: parts texts.
+        known: classes of a finished model; a text that is one of them is that label.
+
+    Raises:
+        DataError: rows whose label cannot be used and that `--drop_rows` does not speak of; file:line.
+    """
+    table, notes = without_dropped(table, label, flags)
+    if label not in table.columns:
+        table = _merged(table, label)
+    else:
+        values = [_as_list(table, row, value, delimiter, known) for row, value in enumerate(table.column(label))]
+        table = replace(table, columns={**table.columns, label: values})
+        if _are_vectors(table, label):
+            table, notes = _positions(table, label), [*notes, f"{table.origin}: labels are vectors of 0 and 1"]
+    table = _named(table, label, flags)
+    none = sum(value == [] for value in table.column(label))
+    notes += [f"{table.origin}: {none} of {len(table)} rows have none of the classes"] if none else []
+    return table, notes
+
+
+def _as_list(table: Table, row: int, value: Any, delimiter: str | None, known: tuple[str, ...]) -> list | None:
+    if value is None or isinstance(value, (list, tuple)):
+        return None if value is None else list(value)
+    if not isinstance(value, str):
+        return [value]
+    if delimiter is not None:
+        return part_labels(value, delimiter)
+    if value in known or not value.strip():
+        return [value] if value.strip() else []
+    written = _written_list(value)
+    if written is None:
+        raise DataError(
+            f"{table.where(row)}: label {value[:60]!r} is a text, and a row may have several labels: --label_delimiter "
+            f'says what parts them, such as "{DELIMITER}"'
+        )
+    return written
+
+
+def _written_list(text: str) -> list | None:
+    """The list that a text is as JSON or Python write it; None for any other text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(one, (str, int, float)) for one in found) else None
+
+
+def _merged(table: Table, label: str) -> Table:
+    """Columns of 0 and 1 as one column of lists; the classes are the columns, in the order given."""
+    names, problems = names_in(label), Problems(table.origin)
+    found: list[list[int]] = [[] for _ in range(len(table))]
+    for number, name in enumerate(names):
+        for row, value in enumerate(table.column(name)):
+            outcome = _OUTCOMES.get((class_text(value) or "").casefold())
+            if outcome is None:
+                problems.add(
+                    table.where(row),
+                    f"column {name!r} is {value!r}, not 0 or 1; "
+                    f'--drop_rows "{name}={class_text(value) or ""}" leaves such rows out',
+                )
+            elif outcome:
+                found[row].append(number)
+    problems.raise_any()
+    return replace(table, columns={**table.columns, label: found}, class_names={**table.class_names, label: names})
+
+
+def _are_vectors(table: Table, label: str) -> bool:
+    """Whether every row is as many zeros and ones, one for each class, as a list of classes would never be."""
+    rows = [value for value in table.column(label) if value is not None]
+    if label in table.class_names or not rows or len(rows[0]) < 2:
+        return False
+    return all(len(row) == len(rows[0]) and all(one in (0, 1) for one in row) for row in rows)
+
+
+def _positions(table: Table, label: str) -> Table:
+    rows = [None if row is None else [at for at, one in enumerate(row) if one] for row in table.column(label)]
+    size = max(len(row) for row in table.column(label) if row is not None)
+    names = {**table.class_names, label: tuple(map(str, range(size)))}
+    return replace(table, columns={**table.columns, label: rows}, class_names=names)
+
+
+def _named(table: Table, label: str, flags: LabelFlags) -> Table:
+    """Numbers of classes as names, `--label_map` applied, and no label twice in a row."""
+    names, found = table.class_names.get(label), []
+    for row, value in enumerate(table.column(label)):
+        if names is not None and value is not None:
+            value = [names[one] if type(one) is int and 0 <= one < len(names) else one for one in value]
+        texts = [] if value is None else texts_of(value)
+        if None in texts:
+            raise DataError(f"{table.where(row)}: label {value[texts.index(None)]!r} in a list is no class")
+        found.append(None if value is None else list(dict.fromkeys(flags.translated.get(t, t) for t in texts)))
+    classes = dict(table.class_names)
+    if names is not None:
+        classes[label] = tuple(dict.fromkeys(flags.translated.get(name, name) for name in names))
+    return replace(table, columns={**table.columns, label: found}, class_names=classes)
