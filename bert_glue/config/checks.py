@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 
 from bert_glue import result_keys as keys
-from bert_glue.config.arguments import DATA_FILE_FLAGS, DATA_SUFFIXES, FLAGS, Arguments
+from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.data_checks import WORK, data_problems, named_task, task_problems
 from bert_glue.config.expectations import read_expectations
 from bert_glue.config.values import is_hub_name, read_number, read_steps, shown
 from bert_glue.errors import Problem, UsageError, did_you_mean
-from bert_glue.tasks import COMBINED_SCORE, MULTI_LABEL, REGRESSION, GlueTask, get_task, own_task
+from bert_glue.tasks import COMBINED_SCORE, GlueTask, own_task
 
 STEPS_OR_SHARE = ("logging_steps", "eval_steps", "save_steps")
-_OWN_DATA = (
-    "text_column_names", "label_column_name", "text_column_delimiter", "do_regression", "label_map", "drop_rows",
-    "remove_columns", "problem_type", "label_delimiter",
-)  # fmt: skip
-_WORK = ("do_train", "do_eval", "do_predict")
 
 
 def find_problems(args: Arguments) -> list[Problem]:
     """All conflicts between flags, in the order of the help. Reads no file."""
-    checks = (_required, _data, _task, _padding, _batch, _schedule, _evaluation, _metric, _expect)
+    checks = (_required, data_problems, task_problems, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
     checks += (tokenizer_problems, trained_problems, weight_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
@@ -37,106 +32,8 @@ def _required(args: Arguments) -> Iterator[Problem]:
         )
     if not args.output_dir:
         yield Problem(("output_dir",), "--output_dir is required: give the folder for model and results")
-    if not any(getattr(args, work) for work in _WORK):
-        yield Problem(_WORK, "nothing to do: give one or more of --do_train, --do_eval, --do_predict")
-
-
-def _data(args: Arguments) -> Iterator[Problem]:
-    files = [name for name in DATA_FILE_FLAGS if getattr(args, name)]
-    origins = [name for name in ("data_path", "sample", "dataset_name") if getattr(args, name)] + files[:1]
-    everything = ("task_name", "data_path", "sample", "dataset_name", *DATA_FILE_FLAGS)
-    if len(origins) > 1:
-        given = " and ".join(f"--{name}" for name in origins)
-        yield Problem(tuple(origins), f"{given} are {len(origins)} sources of data; give only one")
-    elif not origins and not args.task_name:
-        yield Problem(
-            everything,
-            "no data: give --task_name (alone for the hub, or with --data_path or --sample),"
-            " or --dataset_name, or --train_file, --validation_file and --test_file",
-        )
-    for name in ("data_path", "sample"):
-        if getattr(args, name) and not args.task_name:
-            yield Problem((name, "task_name"), f"--{name} needs --task_name, the task to train")
-    if args.dataset_name and args.task_name and args.hub == "huggingface":
-        yield Problem(("dataset_name", "task_name"), "--dataset_name and --task_name are two data sets; give only one")
-    if args.dataset_config_name and not args.dataset_name:
-        yield Problem(("dataset_config_name", "dataset_name"), "--dataset_config_name needs --dataset_name")
-    yield from _files(args, files)
-    yield from _own(args, files)
-
-
-def _own(args: Arguments, files: list[str]) -> Iterator[Problem]:
-    """Flags that only apply to own data, in a run without own data."""
-    for name in (*_OWN_DATA, "validation_split_percentage"):
-        if getattr(args, name) is not None and not files and not args.dataset_name:
-            yield Problem(
-                (name,),
-                f"--{name} {shown(str(getattr(args, name)))}: "
-                "only for own data; add --train_file or --dataset_name, or leave it out",
-            )
-    yield from _kind_of_labels(args)
-    if args.validation_split_percentage is not None and args.validation_file:
-        yield Problem(
-            ("validation_split_percentage", "validation_file"),
-            "--validation_split_percentage and --validation_file are two evaluation sets; give only one",
-        )
-
-
-def _kind_of_labels(args: Arguments) -> Iterator[Problem]:
-    """Flags that say what kind of labels own data has, and contradict each other or the task."""
-    kind, task = args.problem_type, _task_of(args)
-    if kind is not None and args.do_regression not in (None, kind == REGRESSION):
-        said = f"--problem_type {kind} contradicts --do_regression {str(args.do_regression).lower()}: give one"
-        yield Problem(("problem_type", "do_regression"), said)
-    for name in ("label_delimiter", "label_threshold"):
-        value = getattr(args, name)
-        if value is None:
-            continue
-        said = f"--{name} {shown(str(value))} is for several labels a row"
-        if kind not in (None, MULTI_LABEL):
-            yield Problem((name, "problem_type"), f"{said}, --problem_type {kind} for one: give one")
-        if args.do_regression:
-            yield Problem((name, "do_regression"), f"{said}, --do_regression for a score: give one")
-        if task is not None:
-            yield Problem((name, "task_name"), f"{said}; {task.name} has one")
-    if task is not None and kind not in (None, task.problem_type):
-        yield Problem(("problem_type", "task_name"), f"--problem_type {kind}: {task.name} is {task.problem_type}")
-    if args.label_delimiter in ("", "\\"):
-        yield Problem(("label_delimiter",), "--label_delimiter: one character or more, and no backslash, which escapes")
-
-
-def _files(args: Arguments, files: list[str]) -> Iterator[Problem]:
-    for name in files:
-        if PurePath(getattr(args, name)).suffix.lower() not in DATA_SUFFIXES:
-            known = ", ".join(DATA_SUFFIXES)
-            yield Problem((name,), f"--{name} {shown(getattr(args, name))}: unknown extension. Choices: {known}")
-    for work, name in zip(_WORK, DATA_FILE_FLAGS, strict=True):
-        is_parted = name == "validation_file" and args.validation_split_percentage and "train_file" in files
-        if files and getattr(args, work) and name not in files and not is_parted:
-            yield Problem((work, name), f"--{work} needs --{name}, because the data comes from files")
-
-
-def _task_of(args: Arguments) -> GlueTask | None:
-    """The row of `--task_name`; None for own data and for an unknown task."""
-    try:
-        return get_task(args.task_name) if args.task_name else None
-    except UsageError:
-        return None
-
-
-def _task(args: Arguments) -> Iterator[Problem]:
-    if args.task_name is None:
-        return
-    try:
-        task = get_task(args.task_name)
-    except UsageError as error:
-        yield Problem(("task_name",), str(error))
-        return
-    other = f"; use a model of {task.predicted_with}" if task.predicted_with else ""
-    if args.do_train and "train" not in task.splits:
-        yield Problem(("do_train", "task_name"), f"--do_train: {task.name} has no training data{other}")
-    if args.do_eval and not task.evaluation:
-        yield Problem(("do_eval", "task_name"), f"--do_eval: {task.name} has no labelled data{other}")
+    if not any(getattr(args, work) for work in WORK):
+        yield Problem(WORK, "nothing to do: give one or more of --do_train, --do_eval, --do_predict")
 
 
 def _padding(args: Arguments) -> Iterator[Problem]:
@@ -218,7 +115,7 @@ def metric_names(task: GlueTask | None) -> list[str]:
 def _metric(args: Arguments) -> Iterator[Problem]:
     if args.metric_for_best_model is None:
         return
-    known, given = metric_names(_task_of(args)), keys.without_eval(args.metric_for_best_model)
+    known, given = metric_names(named_task(args)), keys.without_eval(args.metric_for_best_model)
     if given not in known:
         yield Problem(
             ("metric_for_best_model", "task_name"),
@@ -251,7 +148,7 @@ def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
 def _expect(args: Arguments) -> Iterator[Problem]:
     if args.expect is None:
         return
-    task = _task_of(args)
+    task = named_task(args)
     try:
         bounds = read_expectations(args.expect, task.name if task else None, metric_names(task))
     except ValueError as error:
@@ -401,7 +298,7 @@ def trained_problems(args: Arguments) -> Iterator[Problem]:
 
 def weight_problems(args: Arguments) -> Iterator[Problem]:
     """Weights of the classes where there are none; of own data it is known once it is read."""
-    task = _task_of(args)
+    task = named_task(args)
     if args.class_weights and (args.do_regression or (task and task.is_regression)):
         yield Problem(
             ("class_weights", "do_regression", "task_name"),
