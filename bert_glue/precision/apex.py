@@ -1,9 +1,9 @@
-"""`--amp_backend apex`: the levels as apex's `amp` does them, called the way the reference calls it.
+"""`--amp_backend apex`: the levels as apex's `amp` implements them, called as the reference calls it.
 
-`amp.initialize(model, optimizer, opt_level, loss_scale, combine_grad)`, then `with amp.scale_loss(loss,
-optimizer)` around each backward. Ascend's apex has `combine_grad` and fused optimizers, NVIDIA's had amp
-until 2025-05. The same interface as `NativePrecision`; what is ours on top: gradients that are not finite under
-a static scale end the run, masters and scale go into checkpoints.
+The reference calls `amp.initialize(model, optimizer, opt_level, loss_scale, combine_grad)`, and then
+`with amp.scale_loss(loss, optimizer)` around each backward. Ascend's apex has `combine_grad` and fused optimizers;
+NVIDIA's had amp until 2025-05. The interface is that of `NativePrecision`. Two things are added to apex: gradients that
+are not finite under a static scale end the run, and checkpoints hold masters and scale.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ class ApexPrecision:
     """A module under apex's amp; a `TrainingPrecision`.
 
     Args:
-        plan: its backend is apex.
-        module: on its device, in fp32; converted in place by `attach`.
-        ranks: gradients are added over them before amp looks at them.
-        combine_grad: Ascend's flat gradients and their fused clip.
+        plan: precision of the run, with the backend apex.
+        module: the model, on its device and in fp32; `attach` converts it in place.
+        ranks: ranks over which gradients are summed before amp inspects them.
+        combine_grad: whether to use Ascend's flat gradients and their fused clip.
+
+    Raises:
+        MachineError: apex is absent or cannot do this.
     """
 
     def __init__(self, plan: PrecisionPlan, module: nn.Module, ranks: DistributedContext, combine_grad: bool):
@@ -46,20 +49,20 @@ class ApexPrecision:
         self.amp = load_amp(combine_grad)
         self.groups: list[NamedGroup] = named_groups(module)
         self.optimizer: torch.optim.Optimizer | None = None
-        # Slots only: `backward` adds the gradients over the ranks itself.
+        # Only the slots: `backward` sums the gradients over the ranks itself.
         self.summed = GradientBuffers([], device=next(module.parameters()).device)
         self.skipped_steps = self.overflows_in_a_row = 0
         self._overflowed = False
 
     def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
-        """(parameters, whether they are decayed) a group; amp wants the module's own."""
+        """(parameters, whether they are decayed) a group; amp takes the module's own parameters."""
         return [(group.parameters, group.is_decayed) for group in self.groups]
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-        """Hand module and optimizer to amp; None for evaluation alone.
+        """Pass module and optimizer to amp; `optimizer` is None for evaluation alone.
 
         Raises:
-            MachineError: amp does not take this optimizer at this level.
+            MachineError: amp does not accept this optimizer at this level.
         """
         scale = "dynamic" if self.plan.loss_scale is None else self.plan.loss_scale
         options = {"opt_level": self.plan.level, "loss_scale": scale}
@@ -72,15 +75,15 @@ class ApexPrecision:
             _, self.optimizer = self.amp.initialize(self.module, optimizer, **options)
         except RuntimeError as error:
             raise MachineError(f"--amp_backend apex: {error}; {USE_NATIVE}") from error
-        self.optimizer.zero_grad()  # makes the masters, so that a checkpoint can be loaded into them
+        self.optimizer.zero_grad()  # amp creates the masters here; a checkpoint can only be loaded after that
         return self.optimizer
 
     def describe(self) -> str:
-        """How gradients are kept, one line for the log."""
+        """A line for the log on how gradients are stored."""
         return "combined by apex, fused clip" if self.combine_grad else "one tensor a parameter, by apex"
 
     def autocast(self) -> AbstractContextManager:
-        """Nothing: at O1 amp has patched torch's functions."""
+        """An empty context: at O1 amp patches torch's functions instead."""
         return nullcontext()
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -88,23 +91,23 @@ class ApexPrecision:
 
     @property
     def masters(self) -> list[torch.Tensor]:
-        """What the optimizer updates, in the order of `groups`."""
+        """The tensors that the optimizer updates, in the order of `groups`."""
         if self.optimizer is None:
             return self._parameters()
         return list(self.amp.master_params(self.optimizer))
 
     @property
     def scale(self) -> float:
-        """Loss scale now."""
+        """The current loss scale."""
         return next(iter(self.amp.state_dict().values()))["loss_scale"]
 
     def zero_gradients(self) -> None:
-        """The optimizer's own way: combined gradients must stay where they are."""
-        self.optimizer.zero_grad()
+        """Clear the gradients by the optimizer's own method."""
+        self.optimizer.zero_grad()  # combined gradients must keep their addresses, which only this method knows
         self._overflowed = False
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
-        """Gradients of one forward pass; after a step's last one they are added over ranks and unscaled.
+        """Compute the gradients of one forward pass; after the last pass, sum them over the ranks and unscale them.
 
         Args:
             loss: 0-d; None where this rank has no sample in the pass.
@@ -114,26 +117,27 @@ class ApexPrecision:
         if loss is None:
             if alone or not is_last:
                 return
-            # The other ranks wait for this one's share, which is zero.
+            # The other ranks wait in the all_reduce for this rank's gradients, which are zero.
             loss = 0.0 * sum(p.float().sum() for p in self._parameters())
         before = self.scale
-        # Several ranks unscale once, after their sum; one rank after each pass, into fp32, as the reference.
+        # Several ranks unscale once, after their sum. A single rank unscales into fp32 after each pass, as the
+        # reference does; this costs a pass over the gradients each time.
         options = {} if alone or is_last else {"delay_unscale": True}
         with self.amp.scale_loss(loss, self.optimizer, **options) as scaled:
             scaled.backward()
-            # A loss that is not finite stops the update on all ranks; the gradients may be finite still.
+            # A loss that is not finite must stop the update on all ranks, although its gradients may be finite.
             next(p.grad for p in self._parameters() if p.grad is not None).view(-1)[0] += 0.0 * loss.detach()
             if is_last and not alone:
                 self._sum_over_ranks()
-        self._overflowed |= self.scale < before  # amp tells nobody that it skips a step; its scale shows it
+        self._overflowed |= self.scale < before  # amp does not report a skipped step, but lowers its scale
 
     def _sum_over_ranks(self) -> None:
         gradients: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in self._parameters():
             if parameter.grad is not None:
                 gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        # apex keeps gradients where it likes: they are copied into one buffer a dtype and back, so that ranks pay the
-        # latency of one collective and not of one a parameter.
+        # apex decides where gradients lie. They are copied into one buffer a dtype and back, so that the ranks pay the
+        # latency of one collective and not of one for each parameter.
         for same in gradients.values():
             flat = torch.cat([gradient.flatten() for gradient in same])
             self.ranks.all_reduce([flat])
@@ -141,29 +145,29 @@ class ApexPrecision:
                 gradient.copy_(part.view_as(gradient))
 
     def gather_gradients(self) -> torch.Tensor:
-        """L2 norm of the unscaled gradients, 0-d fp32."""
+        """The L2 norm of the unscaled gradients, 0-d fp32."""
         return l2_norm([p.grad.float() for p in self.masters if p.grad is not None])
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
-        """Clip and update, unless amp skips for overflow; as `NativePrecision.step`.
+        """Clip and update, unless amp skips the step for an overflow; as `NativePrecision.step`.
 
         Raises:
-            DivergedError: gradients are not finite under a static scale, or overflow persists.
+            DivergedError: gradients are not finite under a static scale, or the overflow persists.
         """
         if self._overflowed:
-            optimizer.step()  # amp has put a step there that does nothing
+            optimizer.step()  # amp has replaced it by a step that does nothing but restore the real one
             self.skipped_steps += 1
             self.overflows_in_a_row += 1
             if self.overflows_in_a_row >= MOST_OVERFLOWS:
                 raise DivergedError(too_many_overflows(self.overflows_in_a_row, self.scale))
             return False
         self.overflows_in_a_row = 0
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm):  # the host waits here for the step's passes
             raise DivergedError(BAD_GRADIENTS)
         if max_norm and self.combine_grad:
             optimizer.clip_optimizer_grad_norm_fused(max_norm)
         elif max_norm:
-            # As torch's clip_grad_norm_, but by the norm that is logged: torch's own is low for large parameters.
+            # As torch's clip_grad_norm_, but with the logged norm: torch's own is too low for large parameters.
             factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
             for master in self.masters:
                 if master.grad is not None:
@@ -172,11 +176,11 @@ class ApexPrecision:
         return True
 
     def check_finite(self) -> None:
-        """Raises DivergedError if a weight is not finite."""
+        """Raise DivergedError if a weight is not finite."""
         check_weights(self.masters)
 
     def named_masters(self) -> dict[str, torch.Tensor]:
-        """fp32 masters under their parameters' names; empty but at O2."""
+        """The fp32 masters by parameter name; empty at every level but O2."""
         if self.plan.level != "O2":
             return {}
         names = [name for group in self.groups for name in group.names]
@@ -184,13 +188,13 @@ class ApexPrecision:
 
     @torch.no_grad()
     def load_masters(self, values: list[torch.Tensor]) -> None:
-        """Take back a copy of `masters`, into the model too."""
+        """Restore a copy of `masters`, in the model too."""
         for parameter, master, value in zip(self._parameters(), self.masters, values, strict=True):
             master.copy_(value)
             parameter.copy_(value)
 
     def scale_state(self) -> dict:
-        """amp's own state and our counts, for a checkpoint."""
+        """The state of amp and our counts, for a checkpoint."""
         return {
             "amp": self.amp.state_dict(),
             "skipped_steps": self.skipped_steps,
@@ -198,6 +202,6 @@ class ApexPrecision:
         }
 
     def load_scale_state(self, state: dict) -> None:
-        """Take back `scale_state`."""
+        """Restore what `scale_state` returned."""
         self.amp.load_state_dict(state["amp"])
         self.skipped_steps, self.overflows_in_a_row = state["skipped_steps"], state["overflows_in_a_row"]
