@@ -1,8 +1,8 @@
-"""A model at one O-level (table: precision/plan.py): casts, fp32 masters, gradients and the loss scale.
+"""A model at one O-level (table in precision/plan.py): casts, fp32 masters, gradients and the loss scale.
 
 Gradients are views of flat buffers at every level (`--use_combine_grad`). At O2 and O3 the passes of one optimizer
-step are added up in fp32. Ranks add their gradients in the model's dtype, half the bytes, as torch's DDP does; where
-passes were added up before, in fp32. Each rank's share is of the mean over all samples.
+step are added up in fp32. The ranks add their gradients in the model's dtype, as torch's DDP does, which halves the
+bytes; with several passes a step they add the fp32 sums. Each rank holds its share of the mean over all samples.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from bert_glue.errors import DivergedError
 from bert_glue.precision.flat_buffers import FlatGroup, GradientBuffers, Rates, flatten, l2_norm
 from bert_glue.precision.plan import BAD_GRADIENTS, MOST_OVERFLOWS, PrecisionPlan, check_weights, too_many_overflows
 
+# apex's constants (apex/amp/scaler.py). A scale that is too large costs one skipped step for each halving.
 _FIRST_SCALE, _GROWTH_STEPS, _LARGEST_SCALE = 2.0**16, 2000, 2.0**24
-_SMALLEST_SCALE = 1.0  # ours: apex halves for ever
+_SMALLEST_SCALE = 1.0  # ours: apex has no lower bound and halves for ever
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype, keeps_batch_norm: bool) -> None:
-    """Parameters and buffers to `dtype`, in place; BatchNorm stays in fp32 if `keeps_batch_norm`."""
+    """Cast parameters and buffers to `dtype`, in place; BatchNorm stays in fp32 if `keeps_batch_norm`."""
     for part in module.modules():
         if keeps_batch_norm and isinstance(part, nn.modules.batchnorm._BatchNorm):
             continue
@@ -39,8 +40,8 @@ class InferencePrecision:
     """A module's parameters at one O-level, without masters and gradients.
 
     Args:
-        plan: what to do.
-        module: on its device, in fp32; converted in place.
+        plan: precision of the run.
+        module: the model, on its device and in fp32; converted in place.
     """
 
     def __init__(self, plan: PrecisionPlan, module: nn.Module):
@@ -51,24 +52,25 @@ class InferencePrecision:
         self.device = next(module.parameters()).device
 
     def autocast(self) -> AbstractContextManager:
-        """Context of the forward pass: autocast at O1, nothing otherwise."""
+        """The context of the forward pass: autocast at O1, nothing otherwise."""
         return _autocast(self.plan, self.device)
 
 
 class NativePrecision:
     """A module's parameters at one O-level, its gradients, and the loss scale.
 
-    At O3 the masters only serve the update, which is computed in fp32 and rounded: 16-bit Adam moments underflow, and
-    a weight would become infinite in the first step.
+    At O3 the masters serve the update alone, which is computed in fp32 and then rounded. 16-bit Adam moments would
+    underflow, and a weight would become infinite in the first step.
 
     Args:
-        plan: what to do.
-        module: on its device, in fp32; converted in place.
-        passes: backward passes of an optimizer step.
-        is_joint: False where the optimizer moves its gradients' allocations, see `GradientBuffers`.
-        rates: factor of the learning rate by parameter name; None: 1 for all.
+        plan: precision of the run.
+        module: the model, on its device and in fp32; converted in place.
+        passes: backward passes of an optimizer step, >= 1.
+        is_joint: False where the optimizer moves its gradients' allocations (see `GradientBuffers`).
+        rates: factor of the learning rate by parameter name; None means 1 for all.
 
-    `summed` are the buffers that ranks add up in a step.
+    Attributes:
+        summed: buffers that the ranks add up in a step.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class NativePrecision:
     ):
         self.plan = plan
         has_masters = plan.level in ("O2", "O3")
-        # Masters start from the weights as stored, not from what is left of them after the cast.
+        # Masters start from the stored weights: the rounded ones lack 13 bits in fp16 and 16 in bf16. Masters take 4
+        # bytes a parameter on top of the model's 2.
         exact = {name: p.detach() for name, p in module.named_parameters()} if has_masters else {}
         if has_masters:
             cast_module(module, plan.dtype, keeps_batch_norm=plan.level == "O2")
@@ -86,8 +89,8 @@ class NativePrecision:
         self.is_dynamic = plan.loss_scale is None
         self.scale = _FIRST_SCALE if self.is_dynamic else plan.loss_scale
         self.clean_steps = self.overflows_in_a_row = self.skipped_steps = 0
-        # The work of a step reads the scale, and leaves its verdicts, in memory of the device: it can then be recorded
-        # and replayed, and the host waits for none of it.
+        # The kernels of a step read the scale and write the overflow flags in device memory. A CUDA graph can then
+        # record and replay them, and the host waits for none of them.
         self._scale = torch.tensor(float(self.scale), device=device)
         self.norm, self._is_bad, self.has_diverged = (torch.zeros((), device=device) for _ in range(3))
         self.masters = [group.data for group in self.groups]
@@ -99,16 +102,16 @@ class NativePrecision:
         if self._adds_passes:
             self.summed = self._of_masters
         self.gradients = self._of_masters.gradients
-        # On chips that saturate, gradients stay finite in an overflow, and only this register tells of it.
+        # On chips that saturate, gradients stay finite in an overflow; this register alone shows the overflow.
         self._register = overflow_flag(device)
         self._copy_masters()
 
     def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
-        """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
+        """The parameters that an optimizer updates, with gradients: (parameters, whether they are decayed) a group.
 
         Args:
-            per_parameter: one view each, for optimizers that look at whole parameters; else one flat
-                parameter a group.
+            per_parameter: True gives one view a parameter, for optimizers that look at whole parameters; False gives
+                one flat parameter a group.
         """
         found = []
         for group, master, gradient in zip(self.groups, self.masters, self.gradients, strict=True):
@@ -122,11 +125,11 @@ class NativePrecision:
         return found
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-        """Take note of the optimizer over `optimizer_groups`, None for evaluation alone; returns the one to use."""
+        """Return the optimizer unchanged: native levels need not know it."""
         return optimizer
 
     def describe(self) -> str:
-        """How gradients are kept, one line for the log."""
+        """A line for the log on how gradients are stored."""
         sizes = " + ".join(f"{g.grad.numel():,} x {g.grad.element_size()} bytes" for g in self.groups)
         dtypes = self.summed.dtypes
         names = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -134,13 +137,13 @@ class NativePrecision:
         return f"views of {len(self.groups)} flat buffers ({sizes}), {collectives}, fused clip"
 
     def autocast(self) -> AbstractContextManager:
-        """Context of the forward pass: autocast at O1, nothing otherwise."""
+        """The context of the forward pass: autocast at O1, nothing otherwise."""
         return _autocast(self.plan, self.groups[0].data.device)
 
     def zero_gradients(self) -> None:
-        """Clear all that a step adds to, and give the device the scale of this step."""
+        """Clear every buffer that a step adds to, and write the scale of this step to the device."""
         self._of_model.zero()
-        if self._adds_passes:  # otherwise `gather_gradients` overwrites the masters' gradients: 4 bytes each saved
+        if self._adds_passes:  # with one pass `gather_gradients` overwrites them, which saves 4 bytes a parameter
             self._of_masters.zero()
         if self.is_dynamic:
             self._scale.fill_(self.scale)
@@ -148,7 +151,7 @@ class NativePrecision:
             self._register.clear()
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
-        """Gradients of one forward pass, scaled.
+        """Compute the scaled gradients of one forward pass.
 
         Args:
             loss: 0-d; None where this rank has no sample in the pass.
@@ -156,8 +159,8 @@ class NativePrecision:
         """
         if loss is not None:
             (loss * self._scale).backward()
-            # A loss that is not finite stops the update on all ranks; the gradients may be finite still. Written into
-            # a gradient it needs no collective and no wait of its own.
+            # A loss that is not finite must stop the update on all ranks, although its gradients may be finite. Then
+            # 0 * loss is NaN and reaches every rank inside a gradient, without a collective or a wait of its own.
             self.groups[0].grad[0] += 0.0 * loss.detach()
             if self._adds_passes:
                 self._add_pass()
@@ -165,35 +168,41 @@ class NativePrecision:
             self.summed.overflow.copy_(self._register.read())
 
     def _add_pass(self) -> None:
-        """Add a pass's 16-bit gradients to the fp32 sums: 512 passes of 1 would end at 256 in bf16."""
+        """Add a pass's 16-bit gradients to the fp32 sums."""
+        # In bf16 a sum of 512 ones would end at 256, where 1 is below the last bit. The fp32 sums cost 8 bytes of
+        # traffic a parameter and pass.
         for gradient, group in zip(self.gradients, self.groups, strict=True):
             gradient.add_(group.grad)
             group.grad.zero_()
 
     def gather_gradients(self) -> torch.Tensor:
-        """Bring gradients to where the optimizer looks; returns `norm`, their L2 norm without the scale, 0-d fp32."""
-        # At O2 and O3 the ranks added 16-bit gradients, half the bytes; the optimizer wants fp32. One launch a group, 6
-        # bytes a parameter.
+        """Copy gradients to where the optimizer reads them; return `norm`, their unscaled L2 norm, 0-d fp32."""
+        # At O2 and O3 the ranks add 16-bit gradients, half the bytes, and the optimizer reads fp32. The copy is one
+        # launch a group and 6 bytes of traffic a parameter.
         if not self._adds_passes:
             for gradient, group in zip(self.gradients, self.groups, strict=True):
                 if gradient is not group.grad:
                     gradient.copy_(group.grad)
-        # Of scaled gradients, divided as one number: unscaling them all first would be another pass over memory. A NaN
-        # or Inf anywhere makes the norm one, so no pass looks for them.
+        # The norm of the scaled gradients is divided by the scale: unscaling every gradient first would cost another
+        # pass over memory. A NaN or Inf anywhere makes the norm NaN or Inf, so that no pass has to look for them.
         self.norm.copy_(l2_norm(self.gradients) / self._scale)
-        if self._register is not None:  # the sum over ranks may have left the range where no rank alone did
+        if self._register is not None:  # the sum over ranks can overflow where no single rank does
             self.summed.overflow.add_(self._register.read())
         self._is_bad.copy_(~torch.isfinite(self.norm) | (self.summed.overflow > 0))
         return self.norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
-        """`update`, unless `should_skip`.
+        """Call `update`, unless `should_skip`.
 
         Args:
-            norm: of `gather_gradients`; made NaN where the step is skipped.
+            norm: result of `gather_gradients`; set to NaN where the step is skipped.
+            max_norm: L2 norm that gradients are clipped to; 0 for no clipping.
 
         Returns:
-            True if the update counts; False if it was skipped for overflow (dynamic scale only).
+            True if the update counts; False if an overflow skips it (dynamic scale only).
+
+        Raises:
+            DivergedError: the overflow persists at the smallest scale.
         """
         if self.should_skip(norm):
             return False
@@ -201,35 +210,37 @@ class NativePrecision:
         return True
 
     def should_skip(self, norm: torch.Tensor) -> bool:
-        """Whether a dynamic scale skips this step's update for overflow, and halves; doubles after enough clean steps.
-
-        Under a dynamic scale the host waits here for all passes of the step, since it must know before it launches the
-        update. A static scale waits for nothing.
+        """Whether a dynamic scale skips this step's update because of an overflow; adjusts the scale.
 
         Raises:
-            DivergedError: overflow persists at the smallest scale.
+            DivergedError: the overflow persists at the smallest scale.
         """
-        if not (self.is_dynamic and self._overflowed(bool(self._is_bad.item()))):
+        if not self.is_dynamic:
             return False
-        norm.fill_(torch.nan)  # of gradients that may have been cut to the largest number
+        # The host waits here for all passes of the step, because it must know the answer before it launches the update.
+        # A static scale waits for nothing.
+        if not self._overflowed(bool(self._is_bad.item())):
+            return False
+        norm.fill_(torch.nan)  # chips that saturate leave a finite norm, which would look valid in the log
         return True
 
     def update(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> None:
         """Unscale, clip, update, and copy masters to the model, unless a gradient is not finite.
 
-        Clip, scale and the check for overflow go into a fused optimizer as device numbers, so that no
-        pass over the gradients and no wait for the host is spent on them.
+        A fused optimizer takes the clip, the scale and the overflow flag as device numbers. They then cost no pass over
+        the gradients and no wait of the host.
 
         Args:
-            max_norm: L2 norm gradients are clipped to, 0 for none.
+            norm: result of `gather_gradients`.
+            max_norm: L2 norm that gradients are clipped to; 0 for no clipping.
         """
         if not self.is_dynamic:
             self.has_diverged.copy_(torch.maximum(self.has_diverged, self._is_bad))
-        # Unscaling and clipping are one division by one number of the device.
+        # Unscaling and clipping are one division by one number on the device.
         divisor = self._scale * ((norm / max_norm).clamp_(min=1.0) if max_norm else torch.ones_like(norm))
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = divisor, self.has_diverged
-        elif self.has_diverged.item():  # the host waits here, once a step: only fused optimizers take `found_inf`
+        elif self.has_diverged.item():  # the host waits here once a step: only fused optimizers take `found_inf`
             return
         else:
             for gradient in self.gradients:
@@ -239,8 +250,9 @@ class NativePrecision:
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
-        """Round masters into the model; at O3 nothing of them is kept that the model does not have."""
-        # One launch a group, 6 bytes a parameter; at O0 and O1 masters are the model's own memory and nothing moves.
+        """Round masters into the model; at O3 the masters are then rounded too."""
+        # One launch a group and 6 bytes a parameter. At O0 and O1 the masters are the model's own memory, and nothing
+        # is copied.
         for group, master in zip(self.groups, self.masters, strict=True):
             if master is not group.data:
                 group.data.copy_(master)
@@ -248,7 +260,7 @@ class NativePrecision:
                     master.copy_(group.data)
 
     def _overflowed(self, is_bad: bool) -> bool:
-        """Dynamic scale after one backward: halve on overflow, double after enough clean steps."""
+        """Adjust the dynamic scale after a step: halve it on overflow, double it after enough clean steps."""
         if not is_bad:
             self.overflows_in_a_row = 0
             self.clean_steps += 1
@@ -268,14 +280,14 @@ class NativePrecision:
         """Stop the run if a gradient under a static scale, or a weight, is not finite; waits for the device.
 
         Raises:
-            DivergedError: it happened; after a bad gradient no update was made.
+            DivergedError: one of them is not finite. No update follows a gradient that is not finite.
         """
         if self.has_diverged.item():
             raise DivergedError(BAD_GRADIENTS)
         check_weights(self.masters)
 
     def named_masters(self) -> dict[str, torch.Tensor]:
-        """fp32 masters under their parameters' names; empty where the model has all there is."""
+        """The fp32 masters by parameter name; empty where the model itself holds every digit."""
         if self.plan.level != "O2":
             return {}
         named: dict[str, torch.Tensor] = {}
@@ -285,13 +297,13 @@ class NativePrecision:
 
     @torch.no_grad()
     def load_masters(self, values: list[torch.Tensor]) -> None:
-        """Take back a copy of `masters`, into the model too."""
+        """Restore a copy of `masters`, in the model too."""
         for master, value in zip(self.masters, values, strict=True):
             master.copy_(value)
         self._copy_masters()
 
     def scale_state(self) -> dict:
-        """Numbers of the loss scale, for a checkpoint."""
+        """The numbers of the loss scale, for a checkpoint."""
         return {
             "scale": self.scale,
             "clean_steps": self.clean_steps,
@@ -300,6 +312,6 @@ class NativePrecision:
         }
 
     def load_scale_state(self, state: dict) -> None:
-        """Take back `scale_state`."""
+        """Restore what `scale_state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
