@@ -1,4 +1,4 @@
-"""Which O-level a run trains at: the flags checked against the device and apex; what ends a run that diverged.
+"""The O-level of a run, chosen from the flags and checked against the device and apex, and the errors of divergence.
 
 | level | model | BatchNorm | masters | default scale | casts |
 |---|---|---|---|---|---|
@@ -7,9 +7,9 @@
 | O2 | fp16 or bf16, LayerNorm too | fp32 | fp32 | 1024 | logits go to fp32 |
 | O3 | fp16 or bf16 | as the model | none | 1 | logits go to fp32 |
 
-Semantics and constants are apex's (`apex.amp`, removed upstream in 2025); the default scale of O1 and O2
-is the reference's; bf16 is our extension and needs no scale. Under a static scale nothing is ever
-skipped: a gradient that is not finite stops the run before the update.
+Semantics and constants are those of apex (`apex.amp`, removed upstream in 2025). The default scale of O1 and O2 is
+that of the reference. bf16 is our extension and needs no scale. A static scale never skips an update: a gradient that
+is not finite stops the run before the update.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.precision.flat_buffers import GradientBuffers, NamedGroup
 
+# fp16 loses gradients below 6e-8. A factor of 1024 lifts those above 6e-11 into its range; gradients above 64 then
+# overflow (the largest fp16 number is 65504). A static scale costs the host no wait.
 _REFERENCE_SCALE = 1024.0
 USE_NATIVE = "leave --amp_backend out: the native levels are the same"
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """What was decided for a run.
+    """The precision of a run.
 
     Args:
         level: O0 to O3.
-        dtype: that products are computed in.
-        loss_scale: static scale, or None for dynamic.
-        note: a fallback that was taken, for every output; "" if none.
-        backend: native, or apex.
+        dtype: dtype in which matrix products are computed.
+        loss_scale: static scale, > 0; None for a dynamic one.
+        note: the fallback that the run took, repeated in every output; "" if none.
+        backend: native or apex.
     """
 
     level: str
@@ -62,26 +64,26 @@ class PrecisionPlan:
 
 
 class ModelPrecision(Protocol):
-    """A module's parameters at one O-level, which is all that a forward pass needs, and all of `InferencePrecision`."""
+    """A module's parameters at one O-level. A forward pass needs no more; `InferencePrecision` offers no more."""
 
     plan: PrecisionPlan
 
     def autocast(self) -> AbstractContextManager:
-        """Context of a forward pass."""
+        """The context of a forward pass."""
 
 
 class TrainingPrecision(ModelPrecision, Protocol):
-    """Parameters, gradients and the loss scale of a training run: `NativePrecision` and `ApexPrecision`.
+    """Parameters, gradients and loss scale of a training run; `NativePrecision` and `ApexPrecision` implement it.
 
     One optimizer step is `zero_gradients`, `backward` for each pass, the all_reduce of `summed`, `gather_gradients`
     and `step`, in this order.
 
     Attributes:
         groups: parameters that share a weight decay and a learning rate.
-        summed: what has to be added over ranks after the last pass.
-        masters: what the optimizer updates, in the order of `groups`.
-        scale: loss scale now.
-        skipped_steps: updates skipped for overflow so far.
+        summed: buffers that are added over the ranks after the last pass.
+        masters: tensors that the optimizer updates, in the order of `groups`.
+        scale: current loss scale.
+        skipped_steps: number of updates skipped so far because of an overflow.
     """
 
     groups: list[NamedGroup]
@@ -90,55 +92,55 @@ class TrainingPrecision(ModelPrecision, Protocol):
 
     @property
     def masters(self) -> list[torch.Tensor]:
-        """What the optimizer updates, in the order of `groups`."""
+        """The tensors that the optimizer updates, in the order of `groups`."""
 
     @property
     def scale(self) -> float:
-        """Loss scale now."""
+        """The current loss scale."""
 
     def optimizer_groups(self, per_parameter: bool) -> list[tuple[list[nn.Parameter], bool]]:
-        """What an optimizer updates, with gradients: (parameters, whether they are decayed) a group."""
+        """The parameters that an optimizer updates, with gradients: (parameters, whether they are decayed) a group."""
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-        """Take note of the optimizer over `optimizer_groups`, None for evaluation alone; returns the one to use."""
+        """Register the optimizer over `optimizer_groups`, None for evaluation alone; return the one to use."""
 
     def describe(self) -> str:
-        """How gradients are kept, one line for the log."""
+        """A line for the log on how gradients are stored."""
 
     def zero_gradients(self) -> None:
-        """Clear all that a step adds to."""
+        """Clear every buffer that a step adds to."""
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
-        """Gradients of one forward pass; `loss` is None where this rank has no sample in it."""
+        """Compute the gradients of one forward pass; `loss` is None where this rank has no sample in the pass."""
 
     def gather_gradients(self) -> torch.Tensor:
-        """L2 norm of the step's gradients on all ranks, without the scale, 0-d fp32."""
+        """The L2 norm of the step's gradients on all ranks, unscaled, 0-d fp32."""
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> bool:
-        """Clip and update; False where the step was skipped for overflow."""
+        """Clip and update; return False where an overflow skips the step."""
 
     def check_finite(self) -> None:
-        """Raises DivergedError if a weight, or a gradient under a static scale, is not finite."""
+        """Raise DivergedError if a weight, or a gradient under a static scale, is not finite."""
 
     def named_masters(self) -> dict[str, torch.Tensor]:
-        """fp32 masters under their parameters' names; empty where the model has all there is."""
+        """The fp32 masters by parameter name; empty where the model itself holds every digit."""
 
     def load_masters(self, values: list[torch.Tensor]) -> None:
-        """Take back a copy of `masters`, into the model too."""
+        """Restore a copy of `masters`, in the model too."""
 
     def scale_state(self) -> dict:
-        """Numbers of the loss scale, for a checkpoint."""
+        """The numbers of the loss scale, for a checkpoint."""
 
     def load_scale_state(self, state: dict) -> None:
-        """Take back `scale_state`."""
+        """Restore what `scale_state` returned."""
 
 
 def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
-    """The precision asked for, checked against the device.
+    """The precision that the flags request, checked against the device.
 
     Raises:
-        MachineError: the device cannot train so and `--fallback_precision` is none; or apex is asked
-            for and cannot do it.
+        MachineError: the device cannot train at this precision and `--fallback_precision` is none, or the flags
+            request apex and it cannot do what they need.
     """
     level = args.fp16_opt_level
     fp32 = torch.float32
@@ -146,6 +148,7 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
         return PrecisionPlan("O0", fp32, 1.0)
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     short = "fp16" if args.fp16 else "bf16"
+    # Some devices emulate a 16-bit dtype: they would train, but slower than in fp32. The user decides, not the device.
     if level != "O0" and not device.supports(dtype):
         if args.fallback_precision == "fp32":
             note = f"this device has no native {short}: trained in fp32 (O0) instead of {short} {level}"
@@ -155,33 +158,34 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
             f"--{short}: this device has no native support for it ({device.name}); "
             f"choose {other}, or --fallback_precision fp32"
         )
-    # Loaded here to be refused here, with the flag that asks for it, and not in the first step.
+    # apex is loaded here so that an unusable one fails with the name of its flag, and not in the first step.
     if args.amp_backend == "apex":
         load_amp(args.use_combine_grad)
     backend = "apex" if args.amp_backend == "apex" else "native"
     if level == "O0":
         return PrecisionPlan("O0", fp32, 1.0, backend=backend)
-    # bf16 has the exponents of fp32: nothing underflows that a scale would save.
+    # bf16 has the exponent range of fp32, so that no gradient underflows that a scale would save.
     return PrecisionPlan(level, dtype, 1.0 if args.bf16 else _scale(args), backend=backend)
 
 
 def _scale(args: Arguments) -> float | None:
-    """The static scale, None for dynamic; a level's own where the flag was not given."""
+    """The static scale, or None for a dynamic one; the level's default without the flag."""
+    # O3 is apex's "pure fp16" baseline and has no scale: what underflows there is lost.
     if args.loss_scale is None:
         return 1.0 if args.fp16_opt_level == "O3" else _REFERENCE_SCALE
     return None if args.loss_scale == "dynamic" else float(args.loss_scale)
 
 
 def load_amp(needs_combine_grad: bool) -> ModuleType:
-    """`apex.amp`.
+    """Import `apex.amp`.
 
     Args:
-        needs_combine_grad: `--use_combine_grad` was given.
+        needs_combine_grad: whether `--use_combine_grad` is set.
 
     Raises:
-        MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad; with the fix.
+        MachineError: apex is absent, broken, has no amp, or its amp has no combine_grad. The message names the fix.
     """
-    # Looked for before it is imported: an import of a broken apex and the absence of one need different advice.
+    # The search comes before the import, because an absent apex and a broken one need different advice.
     if find_spec("apex") is None:
         raise MachineError(f"--amp_backend apex: apex is not installed; install Ascend's apex, or {USE_NATIVE}")
     try:
@@ -200,11 +204,12 @@ def load_amp(needs_combine_grad: bool) -> ModuleType:
 
 
 def takes_combine_grad(amp: ModuleType) -> bool:
-    """True for Ascend's amp, whose gradients can lie in one buffer."""
+    """True for Ascend's amp, which can store all gradients in one buffer."""
     return "combine_grad" in inspect.signature(amp.initialize).parameters
 
 
-MOST_OVERFLOWS = 30  # in a row; from the largest loss scale to the smallest are 24
+# Overflows in a row. 24 halvings lead from the largest loss scale to the smallest; the rest are steps at the smallest.
+MOST_OVERFLOWS = 30
 BAD_GRADIENTS = (
     "gradients are not finite (NaN or Inf); the update was not made and nothing was saved since: "
     "lower --learning_rate, check the data, or use --loss_scale dynamic with --fp16"
@@ -212,7 +217,7 @@ BAD_GRADIENTS = (
 
 
 def too_many_overflows(count: int, scale: float) -> str:
-    """The line that ends a run whose dynamic scale finds no bottom."""
+    """The error of a run that overflows at every loss scale."""
     return (
         f"gradients overflowed {count} times in a row, at last with loss scale {scale:g}: "
         "lower --learning_rate, or train with --bf16 or in fp32"
@@ -220,6 +225,7 @@ def too_many_overflows(count: int, scale: float) -> str:
 
 
 def check_weights(masters: list[torch.Tensor]) -> None:
-    """Raises DivergedError if a weight is not finite; waits for the device."""
+    """Raise DivergedError if a weight is not finite."""
+    # The host waits for the device once a tensor, so callers check only where they log, evaluate or save.
     if not all(torch.isfinite(master).all() for master in masters):
         raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")
