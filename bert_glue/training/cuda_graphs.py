@@ -1,11 +1,12 @@
-"""`--cuda_graph`: an optimizer step as recordings, each replayed in one launch.
+"""`--cuda_graph`: an optimizer step as CUDA graphs, each replayed in one launch.
 
-Forward and backward of a pass are recorded once for each shape of a batch; norm, clip and update, which are the same
-for all shapes, once. Between them lies what the host decides or the ranks do together: the learning rate, a dynamic
-loss scale, the sum over ranks. A pass adds to the gradients, so that accumulation is its replay again.
+Forward and backward of a pass are recorded once for each shape of a batch. Norm, clip and update are the same for all
+shapes and are recorded once. Between the recordings runs what the host decides or the ranks do together: the learning
+rate, a dynamic loss scale and the all_reduce. A pass adds to the gradients, so that accumulation replays it again.
 
-All is run eagerly a few times first, so that rare shapes are never recorded. Batches are copied to where a recording
-reads: token counts are rounded up to buckets, and borders of sequences lie on the device. Has not run on a GPU yet.
+Every shape runs eagerly a few times first, so that rare shapes are never recorded. Each batch is copied into the memory
+that the recording reads. Token counts are therefore rounded up to buckets, and cu_seqlens lie on the device.
+This module has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,42 +28,52 @@ from bert_glue.training.optim import runs_without_host
 
 
 class RecordedLayout:
-    """The cumulative lengths of batches of one shape, in one buffer on the device, for recorded work.
+    """The cumulative lengths of batches of one shape, in one buffer on the device that a recording reads.
 
     Args:
-        layout: of the first batch; others have as many tokens and sequences.
-        longest: tokens of the longest sample of any batch.
+        layout: layout of the first batch; the others have as many tokens and sequences.
+        device: device of the buffer.
+        longest: tokens of the longest sample of any batch, >= 1.
     """
 
     def __init__(self, layout: PackedLayout, device: torch.device, longest: int):
         self.lengths = layout.lengths
-        # Kernels take any bound; filler is a sixteenth of all tokens at most.
+        # The bound is a number in the recording, so it must hold for every later batch: the longest sample, or the
+        # filler, which is at most a sixteenth of all tokens. A bound that is too high launches some empty blocks.
         self.longest = max(longest, layout.tokens // 16 + 1, 16)
         self._place = layout.cu_seqlens(device).clone()
 
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
-        """`[sequences + 1]` int32."""
+        """The cumulative lengths, `[sequences + 1]` int32."""
         return self._place
 
     def fill(self, layout: PackedLayout) -> None:
-        """Take the cumulative lengths of another batch."""
+        """Copy the cumulative lengths of another batch into the buffer."""
         self._place.copy_(layout.cu_seqlens(self._place.device))
 
 
-_EAGER_FIRST = 3  # passes of a shape before it is recorded; libraries choose kernels and workspaces in them
+# Eager passes of a shape before it is recorded. Libraries choose kernels and allocate workspaces in them, which a
+# recording must not do. A recording takes memory of its own for as long as the run lasts.
+_EAGER_FIRST = 3
 Pass = Callable[[Batch, int], torch.Tensor]
 
 
 class Recorder:
-    """The device's own recordings (torch.cuda.CUDAGraph)."""
+    """Records work of the device as graphs (torch.cuda.CUDAGraph).
+
+    Args:
+        device: a device that can record.
+    """
 
     def __init__(self, device: Device):
         self._module = torch.get_device_module(device.torch_device)
         self._side = self._module.Stream()
-        self._pool = self._module.graph_pool_handle()  # one for all: no two recordings run at once
+        # One memory pool for all recordings, since no two run at once: memory grows with the largest shape and not with
+        # the number of shapes. In return a replay overwrites the results of the others.
+        self._pool = self._module.graph_pool_handle()
 
     def beside(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run on another stream, as passes before a recording must."""
+        """Run `work` on another stream, as torch requires of the passes before a recording."""
         now = self._module.current_stream()
         self._side.wait_stream(now)
         with self._module.stream(self._side):
@@ -71,14 +82,14 @@ class Recorder:
         return result
 
     def record(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Take down what `work` asks of the device, without doing it.
+        """Record what `work` launches on the device, without running it.
 
         Returns:
-            Does it: reads and writes the memory that `work` read and wrote. The result is overwritten by
-            the next recording that is replayed.
+            A function that runs it on the memory that `work` reads and writes. The next replay of any recording
+            overwrites its result.
         """
         graph = self._module.CUDAGraph()
-        # The thread that assembles batches allocates meanwhile.
+        # The thread that collates batches allocates memory meanwhile, which the default mode forbids to all threads.
         with self._module.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
 
@@ -90,10 +101,11 @@ class Recorder:
 
 
 class Recorded:
-    """Work on the same memory each time: eager at first, then recorded, then replayed.
+    """Work on the same memory in every call: eager at first, then recorded, then replayed.
 
     Args:
-        work: may depend on nothing that changes but the contents of that memory.
+        recorder: records the work.
+        work: the work; it may depend on nothing that changes except the contents of that memory.
     """
 
     def __init__(self, recorder: Recorder, work: Callable[[], torch.Tensor]):
@@ -102,7 +114,7 @@ class Recorded:
         self._replay: Callable[[], torch.Tensor] | None = None
 
     def __call__(self) -> torch.Tensor:
-        """What `work` returns; the next replay of any recording may overwrite it."""
+        """Run the work and return its result, which the next replay of any recording may overwrite."""
         self.runs += 1
         if self._replay is None:
             if self.runs <= _EAGER_FIRST:
@@ -113,9 +125,10 @@ class Recorded:
 
 
 class _Place:
-    """Where the work of one shape reads its batch.
+    """The memory from which the work of one shape reads its batch.
 
     Args:
+        batch: the first batch of this shape.
         longest: tokens of the longest sample of any batch.
     """
 
@@ -126,7 +139,8 @@ class _Place:
         self.batch = replace(batch, inputs=inputs, labels=batch.labels.clone(), step_weight=total)
 
     def fill(self, batch: Batch) -> None:
-        """Copy another batch of the same shape there."""
+        """Copy another batch of the same shape into this memory."""
+        # A few copies of `[tokens]` on the device; they are small beside the launches that a replay saves.
         for name, place in self.batch.inputs.items():
             if name == "layout":
                 place.fill(batch.inputs[name])
@@ -138,13 +152,14 @@ class _Place:
 
 
 class RecordedStep:
-    """Passes, norm and update of a run's optimizer steps; see `OptimizerStep`.
+    """Recorded passes, norm and update of a run's optimizer steps; see `OptimizerStep`.
 
     Args:
-        run_pass: (batch, samples of the step) -> loss `[]`, eagerly; gradients are added to the flat buffers.
+        run_pass: (batch, samples of the step) -> loss, 0-d; runs eagerly and adds gradients to the flat buffers.
         longest: tokens of the longest sample.
-        optimizer: where it asks the host for numbers, all that follows the passes stays eager.
-        max_norm: L2 norm gradients are clipped to, 0 for none.
+        precision: owner of gradients, masters and loss scale.
+        optimizer: the optimizer; if it needs numbers from the host, everything after the passes stays eager.
+        max_norm: L2 norm that gradients are clipped to; 0 for no clipping.
     """
 
     def __init__(
@@ -169,7 +184,8 @@ class RecordedStep:
             self.after = Recorded(recorder, self.precision.gather_gradients), Recorded(recorder, self._update)
 
     def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
-        """The loss to show, 0-d; gradients are added to the flat buffers."""
+        """Add the gradients of a batch to the flat buffers; return the loss to log, 0-d."""
+        # `samples` divides the loss as a host number, which the recording keeps: another count is another recording.
         shape = (batch.computed_tokens, batch.samples, samples)
         if shape not in self.passes:
             place = _Place(batch, self.longest)
@@ -179,7 +195,7 @@ class RecordedStep:
         return work()
 
     def gather_gradients(self) -> torch.Tensor:
-        """As of `NativePrecision`."""
+        """As `NativePrecision.gather_gradients`."""
         return self.after[0]() if self.after else self.precision.gather_gradients()
 
     def finish(self, norm: torch.Tensor) -> bool:
@@ -197,28 +213,28 @@ class RecordedStep:
         return norm
 
     def summary(self) -> str:
-        """How much was replayed, one line for the log."""
+        """A line for the log on how many passes and updates were replayed."""
         works = [work for _, work in self.passes.values()]
         passes, replays = sum(work.runs for work in works), sum(work.replays for work in works)
         recordings = sum(work.replays > 0 for work in works)
-        after = "updates stay eager: this optimizer asks the host"
+        after = "updates stay eager, because this optimizer needs numbers from the host"
         if self.after:
             after = f"{self.after[1].replays} of {self.after[1].runs} updates"
         return f"cuda_graph: {recordings} recording(s), {replays} of {passes} passes replayed; {after}"
 
 
 def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) -> None:
-    """Check that `--cuda_graph` works here.
+    """Check that `--cuda_graph` works with this model, precision and device.
 
     Raises:
-        MachineError: why not, and what to use.
+        MachineError: it does not; the message says why and what to use instead.
     """
     if not device.can_record:
         raise MachineError(
-            f"--cuda_graph: only CUDA devices replay recorded work, not this one ({device.name}); leave it out"
+            f"--cuda_graph: only CUDA devices replay recorded work, and this device is {device.name}; leave it out"
         )
     if not model.is_packed:
-        raise MachineError(f"--cuda_graph: packed models only ({model.why_padded}); use --torch_compile")
+        raise MachineError(f"--cuda_graph: works with packed models only ({model.why_padded}); use --torch_compile")
     shape = model.module.shape
     dim = shape.hidden // shape.heads
     if cuda_kernel(device.torch_device, plan.dtype, dim, shape.attention_dropout) is None:
