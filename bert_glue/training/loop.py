@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: batches, optimizer steps, log lines, evaluations, checkpoints and the end of a run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from bert_glue.training.state import Learner, TrainState
 
 
 def training_batches(state: TrainState) -> Iterator[tuple[list[Batch | None], int]]:
-    """This rank's batches of each remaining optimizer step, with the step's samples on all ranks.
+    """Yield this rank's batches of each remaining optimizer step, and the number of the step's samples on all ranks.
 
-    A forward pass with fewer samples than ranks is None on the ranks that get nothing.
+    The batch of a forward pass with fewer samples than ranks is None on the ranks that get no sample.
     """
     data, ranks, sampler = state.data, state.ranks, state.data.sampler
     epoch = -1
@@ -36,6 +36,8 @@ def training_batches(state: TrainState) -> Iterator[tuple[list[Batch | None], in
         passes = sampler.step(permutation, step % sampler.steps_per_epoch)
         shares = [rank_share(rows, ranks.rank, ranks.world_size) for rows in passes]
         batches = [data.collate(data.split, rows) if len(rows) else None for rows in shares]
+        # Every rank draws the whole permutation and knows the step's labels on all ranks, so that the sum of their
+        # weights needs no collective.
         if data.class_weights is not None:
             total = step_weight(data.class_weights, data.split.labels[np.concatenate(passes)])
             on_device = data.collate.move(torch.tensor(total))
@@ -44,10 +46,11 @@ def training_batches(state: TrainState) -> Iterator[tuple[list[Batch | None], in
 
 
 class EagerStep:
-    """An optimizer step as it comes; see `OptimizerStep`.
+    """An optimizer step that runs eagerly, operation by operation; see `OptimizerStep`.
 
     Args:
-        max_norm: L2 norm gradients are clipped to, 0 for none.
+        learner: the weights in training and what changes them.
+        max_norm: L2 norm that gradients are clipped to; 0 for no clipping.
     """
 
     def __init__(self, learner: Learner, max_norm: float):
@@ -55,7 +58,7 @@ class EagerStep:
         self.max_norm = max_norm
 
     def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
-        """A batch forward and backward; returns the loss to show, 0-d."""
+        """Run a batch forward and backward; return the loss to log, 0-d."""
         precision = self.learner.precision
         total = torch.zeros((), device=batch.labels.device)
         for loss, shown in self.learner.objective.losses(batch, samples, precision.autocast):
@@ -64,38 +67,40 @@ class EagerStep:
         return total
 
     def gather_gradients(self) -> torch.Tensor:
-        """The gradients' norm, 0-d."""
+        """The L2 norm of the gradients, 0-d."""
         return self.learner.precision.gather_gradients()
 
     def finish(self, norm: torch.Tensor) -> bool:
-        """Clip and update; False where the step was skipped for overflow."""
+        """Clip and update; return False where an overflow skips the step."""
         return self.learner.precision.step(self.learner.optimizer, norm, self.max_norm)
 
     def summary(self) -> str | None:
-        """Nothing to tell."""
+        """None: eager steps have nothing to report."""
         return None
 
 
 class StopVote:
-    """Whether a signal asked any rank to stop: all ranks must leave the loop after the same step."""
+    """Agreement of all ranks to stop after the same step, once a signal has reached any of them."""
 
     def __init__(self, ranks: DistributedContext):
         self.ranks = ranks
         self._previous: Callable[[], float] = lambda: 0.0
 
     def all_reduce(self, buffers: GradientBuffers, is_requested: bool) -> bool:
-        """Add up the gradients of a step over all ranks, and this vote with them.
+        """Add up the gradients of a step over all ranks, and the votes to stop with them.
 
         Args:
             buffers: gradients of this rank; summed in place.
-            is_requested: whether this rank was asked to stop.
+            is_requested: whether a signal has asked this rank to stop.
 
         Returns:
-            The same on all ranks: whether one of them was asked to stop. On devices that run behind the host it is the
-            answer of the step before: reading this one's would make the host wait for the step, every step.
+            Whether a signal has asked any rank to stop; the same on all ranks. On devices that run behind the host it
+            is the answer of the previous step.
         """
         if self.ranks.world_size == 1:
             return is_requested
+        # Reading the current answer would make the host wait for the device in every step. The previous one has arrived
+        # long ago and costs nothing but one more step after a signal.
         buffers.stop_votes.fill_(float(is_requested))
         buffers.all_reduce(self.ranks)
         current = self.ranks.device.read_later(buffers.stop_votes)
@@ -105,40 +110,41 @@ class StopVote:
 
 
 def train(state: TrainState, trace: NoTrace | None = None) -> None:
-    """Fine-tune until `total_steps`, early stopping or a signal that asks for an end.
+    """Fine-tune until `total_steps`, early stopping or a signal that asks for the end.
 
     Args:
-        trace: of the steps of `--profile_steps`.
+        state: the run; changed in place.
+        trace: profiler of `--profile_steps`.
 
     Raises:
-        DivergedError: loss or gradients stopped being finite.
-        CheckpointError: a checkpoint could not be written.
+        DivergedError: the loss, a gradient or a weight is not finite.
+        CheckpointError: a checkpoint cannot be written.
     """
     trace = trace or NoTrace()
     args, progress, ranks = state.args, state.progress, state.ranks
     precision, meter = state.learner.precision, state.observers.meter
     factor = schedule(args.lr_scheduler_type, state.data.total_steps, args.warmup_steps)
     vote = StopVote(ranks)
-    # Sum over the steps since the last log line; each rank has its share, a resumed one is the first rank's. It stays
-    # on the device: reading the loss of each step would make the host wait for each step.
+    # The sum of the losses since the last log line. Each rank holds its share; after a resume the first rank holds the
+    # sum of the checkpoint. It stays on the device: reading every step's loss would make the host wait in every step.
     recent_loss = torch.zeros((), device=ranks.device.torch_device)
     if ranks.is_first:
         recent_loss += progress.recent_loss
     batches = training_batches(state)
-    if not ranks.device.is_host:  # collate in a thread while the device works; on the host it would take the same cores
+    if not ranks.device.is_host:  # a thread collates while the device works; on a CPU both would need the same cores
         batches = prefetch(batches)
     if not _continues_after_resume(state, recent_loss):
         batches = iter(())
     meter.start()
     for micro_batches, samples in batches:
         trace.begin(progress.step + 1)
-        # ---- one optimizer step: one all_reduce, and no wait for the device but under a dynamic loss scale ----
-        state.learner.model.module.train()  # an evaluation has switched dropout off
+        # ---- one optimizer step: one all_reduce; the host waits for the device only under a dynamic loss scale ----
+        state.learner.model.module.train()  # an evaluation switches dropout off
         precision.zero_gradients()  # one write of 2 or 4 bytes a parameter
         step_loss = _run_passes(state, micro_batches, samples)
-        # All ranks' gradients and votes, 2 or 4 bytes a parameter over the network; ranks meet here and nowhere else.
+        # The only collective of a step: gradients and votes, 2 or 4 bytes a parameter over the network.
         stop_requested = vote.all_reduce(precision.summed, state.signals.is_requested())
-        norm = state.step.gather_gradients()  # reads every gradient once, and copies them to fp32 at O2 and O3
+        norm = state.step.gather_gradients()  # one read of every gradient, and at O2 and O3 a copy to fp32
         rate = args.learning_rate * factor(progress.updates)
         _update(state, norm, rate)
         progress.step += 1
@@ -150,7 +156,7 @@ def train(state: TrainState, trace: NoTrace | None = None) -> None:
         trace.end(progress.step)
         if _is_due(state, args.logging_steps) or (args.logging_first_step and progress.step == 1):
             ranks.all_reduce([recent_loss])
-            _log_step(state, recent_loss.item(), rate, norm.item())  # here the host does wait
+            _log_step(state, recent_loss.item(), rate, norm.item())  # the host waits here, once a log line
             recent_loss.zero_()
         state.observers.log.advance(progress.step, state.data.total_steps, state.epoch)
         if not _after_step(state, recent_loss, stop_requested):
@@ -165,19 +171,19 @@ def train(state: TrainState, trace: NoTrace | None = None) -> None:
 
 
 def _run_passes(state: TrainState, micro_batches: list[Batch | None], samples: int) -> torch.Tensor:
-    """All forward and backward passes of a step on this rank; returns its share of the loss, 0-d on the device.
+    """Run all forward and backward passes of a step on this rank; return its share of the loss, 0-d on the device.
 
-    Each loss is divided by the step's `samples` on all ranks (or by their weights), so that plain sums, over passes and
-    over ranks, make the mean over all samples, whatever their split: nothing is scaled afterwards.
+    Each loss is divided by the number of the step's samples on all ranks, or by the sum of their weights. Plain sums
+    over passes and ranks are then the mean over all samples, however they are split, and need no scaling afterwards.
     """
     objective, progress = state.learner.objective, state.progress
     step_loss = torch.zeros((), device=state.ranks.device.torch_device)
     for number, batch in enumerate(micro_batches, 1):
         is_last = number == len(micro_batches)
-        # Dropout masks are a function of this number: a resumed run, and a recomputed layer, draw the same ones.
+        # Dropout masks are a function of this number, so that a resumed run and a recomputed layer draw the same masks.
         objective.begin(progress.forward_passes)
         progress.forward_passes += 1
-        if batch is None:  # fewer samples than ranks: apex still takes part in its all_reduce
+        if batch is None:  # fewer samples than ranks: apex still has to join its all_reduce, or the others hang
             state.learner.precision.backward(None, is_last=is_last)
             continue
         step_loss += state.step.run_pass(batch, samples, is_last)
@@ -186,7 +192,7 @@ def _run_passes(state: TrainState, micro_batches: list[Batch | None], samples: i
 
 
 def _update(state: TrainState, norm: torch.Tensor, rate: float) -> None:
-    """Clip and update with a learning rate, and all that follows an update that was not skipped."""
+    """Clip and update at the learning rate `rate`; after an update that counts, advance everything that follows it."""
     learner, progress = state.learner, state.progress
     for group in learner.optimizer.param_groups:
         set_rate(group, rate * group.get("rate_factor", 1.0))
@@ -204,7 +210,7 @@ def _is_due(state: TrainState, every: int) -> bool:
 
 
 def _log_step(state: TrainState, loss_sum: float, rate: float, norm: float) -> None:
-    """One log line; stops the run where a number is not finite."""
+    """Write one log line; stop the run if a number is not finite."""
     progress = state.progress
     state.learner.precision.check_finite()
     if not math.isfinite(loss_sum):
@@ -214,7 +220,7 @@ def _log_step(state: TrainState, loss_sum: float, rate: float, norm: float) -> N
         "epoch": round(state.epoch, 4),
         "loss": loss_sum / progress.recent_steps,
         "learning_rate": rate,
-        # Of a step that a dynamic scale skipped; JSON has no Infinity.
+        # The norm of a step that a dynamic scale skips is not finite, and JSON has no Infinity.
         "grad_norm": norm if math.isfinite(norm) else None,
         "loss_scale": state.learner.precision.scale,
     }
@@ -235,8 +241,8 @@ def _must_save(state: TrainState) -> bool:
     args, progress = state.args, state.progress
     is_last = progress.step == state.data.total_steps or not _has_patience(state)
     if args.load_best_model_at_end and (is_last or progress.step == progress.best_step):
-        # The best weights must be there at the end, also if --save_steps is longer than --eval_steps; and
-        # before they take the place of the last ones, those must be somewhere too.
+        # The best weights must exist at the end, also if --save_steps is larger than --eval_steps. The last weights
+        # must be saved too, because the best ones replace them in memory. This costs one write for each new best step.
         return True
     if args.save_strategy == "steps":
         return progress.step % args.save_steps == 0
@@ -249,14 +255,14 @@ def _has_patience(state: TrainState) -> bool:
 
 
 def _continues_after_resume(state: TrainState, recent_loss: torch.Tensor) -> bool:
-    """Make up for an evaluation that a signal cut off; False where the resumed run had come to its end."""
+    """Repeat an evaluation that a signal interrupted; return False if the resumed run has already ended."""
     if state.progress.step and state.progress.evaluated_step != state.progress.step and _must_evaluate(state):
         return _after_step(state, recent_loss)
     return _has_patience(state)
 
 
 def _after_step(state: TrainState, recent_loss: torch.Tensor, stop_requested: bool = False) -> bool:
-    """Evaluation, checkpoint and early stopping where they are due; False ends training."""
+    """Evaluate, save and check for early stopping where they are due; return False to end training."""
     state.checkpoints.saver.check()
     must_evaluate, must_save = _must_evaluate(state), _must_save(state)
     if not (must_evaluate or must_save or stop_requested):
@@ -272,7 +278,8 @@ def _after_step(state: TrainState, recent_loss: torch.Tensor, stop_requested: bo
 
 
 def save_now(state: TrainState, recent_loss: torch.Tensor) -> None:
-    """Begin a checkpoint of the present step; `recent_loss` is this rank's share since the last log line."""
+    """Begin a checkpoint of the current step; `recent_loss` is this rank's share since the last log line."""
+    # The checkpoint holds the sum over the ranks, which the first rank keeps; the others go on from 0.
     state.ranks.all_reduce([recent_loss])
     state.progress.recent_loss = recent_loss.item()
     if not state.ranks.is_first:
@@ -282,7 +289,7 @@ def save_now(state: TrainState, recent_loss: torch.Tensor) -> None:
 
 
 def _evaluate_now(state: TrainState) -> bool:
-    """Evaluate, note the best and the gain; False, and nothing noted, where a signal cut it off."""
+    """Evaluate and record the best step and the gain; return False, with nothing recorded, if a signal interrupts."""
     args, progress = state.args, state.progress
     try:
         with state.learner.averaged(), state.observers.phases("evaluate"):
