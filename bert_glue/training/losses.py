@@ -1,4 +1,4 @@
-"""The loss of one forward pass over a batch, and what `--rdrop_alpha` and `--fgm_epsilon` add to it."""
+"""The loss of one forward pass over a batch, and the terms that `--rdrop_alpha` and `--fgm_epsilon` add to it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ def sample_losses(
     smoothing: float,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over `[samples]` of squared errors or (smoothed, weighted) cross-entropies, in fp32, 0-d.
+    """Sum of the samples' squared errors or (smoothed, weighted) cross-entropies, 0-d fp32.
 
-    A multi-label row's loss is the mean over the classes, as transformers has it. Smoothing moves each class's target
-    towards 0.5, by half of `smoothing`: cross-entropy's own rule for the two outcomes of one class.
+    The loss of a multi-label row is the mean over the classes, as in transformers. Smoothing moves the target of each
+    class towards 0.5 by half of `smoothing`, which is the rule of cross-entropy for the two outcomes of one class.
 
     Args:
-        weights: `[labels]` fp32, of `--class_weights`.
+        logits: `[samples, labels]`.
+        labels: `[samples]`, class ids or scores; multi-label `[samples, labels]`, 0 or 1.
+        smoothing: label smoothing, in [0, 1).
+        weights: weights of the classes, `[labels]` fp32, from `--class_weights`.
     """
+    # In 16 bits the sum of exponentials would round away classes with small probabilities. A cast of
+    # `[samples, labels]` costs nothing.
     logits = logits.float()
     if task.is_multi_label:
         targets = labels.float() * (1 - smoothing) + 0.5 * smoothing
@@ -40,11 +45,14 @@ def sample_losses(
 
 
 def disagreement(task: GlueTask, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Sum over `[samples]` of how far two passes' logits `[samples, labels]` are apart, in fp32, 0-d.
+    """Sum over the samples of the distance between two passes' logits, 0-d fp32.
 
-    The mean of both Kullback-Leibler divergences (R-Drop, Liang et al. 2021, arXiv 2106.14448, equation 2);
-    for regression the squared difference of the scores; multi-label the mean over the classes, whose distributions
-    have two outcomes each.
+    The distance is the mean of both Kullback-Leibler divergences (R-Drop, Liang et al. 2021, arXiv 2106.14448,
+    equation 2). For a regression it is the squared difference of the scores. For a multi-label task it is the mean over
+    the classes, each with a distribution over two outcomes.
+
+    Args:
+        one, other: `[samples, labels]`.
     """
     if task.is_regression:
         return F.mse_loss(one[:, 0].float(), other[:, 0].float(), reduction="sum")
@@ -56,12 +64,12 @@ def disagreement(task: GlueTask, one: torch.Tensor, other: torch.Tensor) -> torc
 
 
 class Objective:
-    """What is minimised: gives each pass's losses, one after the other, for a backward pass each.
+    """The training objective: yields the losses of each forward pass, one after the other, for a backward pass each.
 
     Args:
-        module: called with a batch's inputs.
-        rank: of this process; ranks draw different dropout masks.
-        weights: of the classes, `[labels]`, where `--class_weights` gives some.
+        module: the model, called with a batch's inputs.
+        rank: rank of this process, >= 0; ranks draw different dropout masks.
+        weights: weights of the classes, `[labels]`; None without `--class_weights`.
     """
 
     def __init__(
@@ -77,69 +85,68 @@ class Objective:
 
     @property
     def passes(self) -> int:
-        """Forward passes over each batch."""
+        """Number of forward passes over each batch."""
         return 2 if self.args.rdrop_alpha or self.shift else 1
 
     def begin(self, number: int) -> None:
-        """Say which batch of the run comes next, counted from 0."""
+        """Set the number of the run's next batch, counted from 0; the dropout masks depend on it."""
         self.dropout_masks.begin(number)
         self.second.begin(number)
 
     def losses(self, batch: Batch, samples: int, autocast: Callable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The loss (0-d, this batch's share of the mean over `samples`), then an adversarial one if asked.
+        """Yield (loss, loss to log) of the batch, and with `--fgm_epsilon` also those of the adversarial pass.
 
-        With each goes what to show of it: the task's own loss, and 0 for an adversarial one.
-
-        The caller runs each one's backward pass before it asks for the next.
+        The loss is this batch's share of the mean over `samples`, 0-d. The loss to log is the task's own loss; that of
+        the adversarial pass is 0. The caller runs each backward pass before it requests the next loss.
 
         Args:
-            samples: of the optimizer step, on all ranks together.
-            autocast: gives the context of a forward pass.
+            samples: samples of the optimizer step, on all ranks together.
+            autocast: function that returns the context of a forward pass.
         """
-        # R-Drop's loss needs the logits of both passes: two graphs live at once, which takes twice the activations.
+        # R-Drop's loss needs the logits of both passes. Two graphs live at once and take twice the activations.
         with autocast():
             logits = self._logits(batch, self.dropout_masks)
             again = self._logits(batch, self.second) if self.args.rdrop_alpha else None
         loss = shown = self._mean(logits, batch, samples)
-        if again is not None:  # the mean of both losses, as in the authors' code: the rate keeps its meaning
+        # The mean of both losses and not their sum, as in the authors' code, so that a learning rate keeps its meaning.
+        if again is not None:
             apart = disagreement(self.task, logits, again) / samples
             shown = 0.5 * (loss + self._mean(again, batch, samples))
             loss = shown + self.args.rdrop_alpha * apart
         yield loss, shown.detach()
-        # The caller has run the first backward by now, whose gradient by the embeddings says where to move them.
+        # The caller has now run the first backward pass, whose gradient with respect to the embeddings is the direction
+        # of the move. FGM costs a second forward and backward pass, but hardly any memory: the first graph is free.
         if self.shift is not None:
             with self.shift.against(batch), autocast():
                 logits = self._logits(batch, self.second)
             yield self._mean(logits, batch, samples), torch.zeros_like(shown)
 
     def _logits(self, batch: Batch, dropout_masks: DropoutMasks) -> torch.Tensor:
-        """Logits of each sample, `[samples, labels]`.
-
-        Of a row in windows their mean, which is what evaluation scores: a loss for each window would weigh a row by
-        its length, and ask each window for a label whose grounds may stand in another.
-        """
+        """Logits of each sample, `[samples, labels]`; for a row in several windows the mean over its windows."""
+        # Evaluation scores the same mean. A loss for each window would weigh a row by its length, and would expect the
+        # label of a window although the evidence for it may be in another window.
         return batch.row_means(self.module(**batch.inputs, dropout_masks=dropout_masks))
 
     def _mean(self, logits: torch.Tensor, batch: Batch, samples: int) -> torch.Tensor:
-        # torch's mean of weighted losses divides by the weights' sum. That of the whole step is the same for all of its
-        # passes and ranks, so that plain sums over them make the mean of one process with the same global batch.
+        # torch's mean of weighted losses divides by the sum of the weights. Here it is the sum over the whole step, the
+        # same in all passes and ranks: plain sums over them give the mean of one process with the same global batch.
         total = samples if batch.step_weight is None else batch.step_weight
         return sample_losses(self.task, logits, batch.labels, self.args.label_smoothing_factor, self.weights) / total
 
     def close(self) -> None:
-        """Take the hook off the word embedding."""
+        """Remove the hook from the word embedding."""
         if self.shift is not None:
             self.shift.close()
 
 
 class EmbeddingShift:
-    """FGM (Miyato et al. 2017, arXiv 1605.07725): word embeddings moved to where the loss grows fastest.
+    """FGM (Miyato et al. 2017, arXiv 1605.07725): moves word embeddings to where the loss grows fastest.
 
-    r = epsilon * g / |g|, with g the gradient of the loss by the embeddings of one sequence and |g| its L2
-    norm over all its tokens.
+    The move is r = epsilon * g / |g|. g is the gradient of the loss with respect to the embeddings of one sequence, and
+    |g| is its L2 norm over all tokens of the sequence.
 
     Args:
-        module: its word embedding gets a hook.
+        module: the model; its word embedding gets a hook.
         epsilon: L2 norm of each sequence's move, in the unit of the word embeddings, > 0.
     """
 
@@ -155,15 +162,15 @@ class EmbeddingShift:
             return None
         if self.move is not None:
             return output + self.move
-        output.retain_grad()
+        output.retain_grad()  # `[tokens, width]` more in memory until the move is computed
         self.output = output
         return None
 
     def against(self, batch: Batch) -> EmbeddingShift:
-        """As a context: embeddings of the forward pass in it are moved; after the loss's backward pass."""
-        gradient = self.output.grad.float()
+        """A context whose forward pass reads moved embeddings; call it after the backward pass of the loss."""
+        gradient = self.output.grad.float()  # squares of fp16 gradients would underflow
         squares = gradient.square().sum(-1)
-        if "layout" in batch.inputs:  # [1, tokens] or [tokens]: sequences one after the other
+        if "layout" in batch.inputs:  # `[1, tokens]` or `[tokens]`: the sequences lie one after the other
             lengths = torch.tensor(batch.inputs["layout"].all_lengths)
             owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(squares.device)
             sums = torch.zeros(len(lengths), device=squares.device).index_add_(0, owner, squares.flatten())
@@ -182,5 +189,5 @@ class EmbeddingShift:
         self.move = None
 
     def close(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self._hook.remove()
