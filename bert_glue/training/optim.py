@@ -1,7 +1,7 @@
-"""Optimizers by their names in the field, learning rates by layer, and the learning-rate schedules.
+"""Optimizers by the names of `--optim`, learning rates by layer, and learning-rate schedules.
 
-Element-wise optimizers (the Adam family) work on flat buffers. LAMB and Adafactor look at whole
-parameters and get one view a parameter.
+Element-wise optimizers (the Adam family) update flat buffers. LAMB and Adafactor need whole parameters and get one view
+a parameter.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ _BELOW = ("words.", "positions.", "types.", "embedding_norm.", "projection.")
 def rate_factors(names: Iterable[str], decay: float, is_shared: bool) -> dict[str, float]:
     """Factor of the learning rate of each parameter, in (0, 1].
 
-    The head and the top layer have 1, each layer below `decay` times that of the one above it, and the
-    embeddings once more (Howard and Ruder 2018, arXiv 1801.06146; Zhang et al. 2021, arXiv 2006.05987, section 6).
+    The head and the top layer have factor 1. Each lower layer has `decay` times the factor of the layer above it, and
+    the embeddings have `decay` times that of the lowest layer (Howard and Ruder 2018, arXiv 1801.06146; Zhang et al.
+    2021, arXiv 2006.05987, section 6).
 
     Args:
-        names: of all parameters.
-        is_shared: whether the layers are one set of weights.
+        names: names of all parameters.
+        is_shared: whether all layers share one set of weights.
 
     Raises:
-        UsageError: layers cannot be told apart.
+        UsageError: the layers share their weights or have no numbers.
     """
     names = list(names)
     if decay == 1.0:
@@ -40,12 +41,14 @@ def rate_factors(names: Iterable[str], decay: float, is_shared: bool) -> dict[st
     heights = {name: _height(name) for name in names}
     known = [height for height in heights.values() if height]
     if is_shared or not known:
-        raise UsageError(f"--layerwise_lr_decay {decay:g}: the layers of this model are one set, or have no numbers")
+        raise UsageError(
+            f"--layerwise_lr_decay {decay:g}: the layers of this model share their weights, or have no numbers"
+        )
     return {name: 1.0 if height is None else decay ** (max(known) - height) for name, height in heights.items()}
 
 
 def _height(name: str) -> int | None:
-    """0 of embeddings, n of the n-th layer, None of what is above all layers."""
+    """0 for embeddings, n for the n-th layer, None for parameters above all layers."""
     if found := _LAYER.search(name):
         return int(found[1]) + 1
     return 0 if name.startswith(_BELOW) or "embed" in name else None
@@ -58,8 +61,8 @@ class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2) with bias correction.
 
     Args:
-        params: parameters or groups of them.
-        lr: learning rate per step, >= 0.
+        params: parameters, or groups of them.
+        lr: learning rate, >= 0.
         betas, eps, weight_decay: as in AdamW.
     """
 
@@ -68,7 +71,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of all parameters with a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -77,18 +80,19 @@ class Lamb(torch.optim.Optimizer):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
-                t = state["step"].item()
+                t = state["step"].item()  # the count is on the host: no wait
                 mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
                 square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 update = (mean / (1 - beta1**t)) / ((square / (1 - beta2**t)).sqrt_().add_(group["eps"]))
                 update.add_(p, alpha=group["weight_decay"])
                 weight_norm, update_norm = l2_norm([p]), l2_norm([update])
+                # The trust ratio stays on the device; a comparison on the host would wait once a parameter.
                 trust = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
                 p.sub_(update * (trust * group["lr"]))
 
 
 def is_elementwise(name: str) -> bool:
-    """True if an optimizer gives the same result on one flat buffer as on its parameters."""
+    """True if an optimizer gives the same result on one flat buffer as on separate parameters."""
     return name not in _WHOLE_PARAMETER
 
 
@@ -98,13 +102,13 @@ def build_optimizer(
     """The optimizer of `--optim`, or the nearest one that this machine has.
 
     Args:
-        leaves: (parameters, whether they are decayed) a group, as of `NativePrecision.optimizer_groups`.
+        parameter_groups: (parameters, whether they are decayed) a group, from `NativePrecision.optimizer_groups`.
 
     Returns:
-        The optimizer, and its name with the reason if it is not the one asked for.
+        The optimizer and its name; with the reason if it is not the requested one.
 
     Raises:
-        MachineError: `--strict_optim` and the named optimizer is not available here.
+        MachineError: the requested optimizer is not available here, and there is no other or `--strict_optim` is set.
     """
     params = [{"params": p, "weight_decay": args.weight_decay if decayed else 0.0} for p, decayed in parameter_groups]
     absent = ""
@@ -121,7 +125,7 @@ def build_optimizer(
 
 
 class _Absent(Exception):
-    """This machine has no such optimizer; the text says why."""
+    """This machine does not have the optimizer; the text says why."""
 
 
 def _adam_options(args: Arguments) -> dict:
@@ -138,14 +142,15 @@ def _adamw_torch_fused(args: Arguments, params: list[dict]) -> torch.optim.Optim
         optimizer = torch.optim.AdamW(params, fused=True, capturable=args.cuda_graph, **_adam_options(args))
     except RuntimeError as error:
         raise _Absent(f"torch has no fused AdamW for {device.type}") from error
-    if args.cuda_graph:  # a recording reads the rate from memory
+    # A recorded update reads the rate from device memory: a Python number would be fixed at the first step's value.
+    if args.cuda_graph:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(args.learning_rate, device=device)
     return optimizer
 
 
 def set_rate(group: dict, rate: float) -> None:
-    """Give a group of an optimizer its learning rate for the next step, in place where it is a number on the device."""
+    """Set the learning rate of an optimizer's group for the next step; a rate on the device is changed in place."""
     if torch.is_tensor(group["lr"]):
         group["lr"].fill_(rate)
     else:
@@ -153,7 +158,7 @@ def set_rate(group: dict, rate: float) -> None:
 
 
 def runs_without_host(optimizer: torch.optim.Optimizer) -> bool:
-    """True if a step, its clip and its check for overflow included, reads all numbers on the device."""
+    """True if a step, with its clip and its overflow check, reads all of its numbers on the device."""
     rates_there = all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
     return rates_there and getattr(optimizer, "_step_supports_amp_scaling", False)
 
@@ -161,7 +166,13 @@ def runs_without_host(optimizer: torch.optim.Optimizer) -> bool:
 def state_shapes(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor
 ) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
-    """What an optimizer keeps for a parameter after its first update: shape and possible dtypes by name."""
+    """The state that an optimizer keeps for a parameter after its first update: name -> (shape, possible dtypes).
+
+    Args:
+        parameter: a parameter of the optimizer, any shape.
+    """
+    # The real state appears only with the first update. A checkpoint is checked against these shapes before it, because
+    # a fused kernel reads beyond the end of a tensor that is too short.
     shape, number = parameter.shape, torch.Size()
     own, counts = (parameter.dtype, torch.float32), (torch.float32, torch.int64)
     if type(optimizer).__name__ == "Adafactor":
@@ -170,7 +181,7 @@ def state_shapes(
             means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
         return {name: (size, own) for name, size in means.items()} | {"step": (number, counts), "RMS": (number, own)}
     found = {"exp_avg": (shape, own), "exp_avg_sq": (shape, own)}
-    # apex's FusedAdam counts the steps of a whole group, from its first update on.
+    # apex's FusedAdam counts the steps of a whole group, not of each parameter.
     return found if type(optimizer).__name__ == "FusedAdam" else found | {"step": (number, counts)}
 
 
@@ -178,7 +189,7 @@ def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[di
     def build(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
         try:
             import apex.optimizers
-        except Exception as error:  # an apex built for another torch fails in many ways
+        except Exception as error:  # an apex that was built for another torch fails in many ways
             raise _Absent(f"apex.optimizers cannot be imported ({error})") from error
         found = getattr(apex.optimizers, class_name, None)
         if found is None:
@@ -193,7 +204,7 @@ def _of_apex(class_name: str, **options: object) -> Callable[[Arguments, list[di
 
 def _apex_fused_npu(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
     if args.amp_backend != "apex":
-        raise _Absent("Ascend's apex runs it only under --amp_backend apex")
+        raise _Absent("Ascend's apex runs it only with --amp_backend apex")
     return _of_apex("NpuFusedAdamW")(args, params)
 
 
@@ -223,13 +234,14 @@ _BUILDERS: dict[str, Callable[[Arguments, list[dict]], torch.optim.Optimizer]] =
     "adamw_torch_fused": _adamw_torch_fused,
     "adamw_apex_fused_npu": _apex_fused_npu,
     "adamw_torch_npu_fused": _torch_npu_fused,
-    # Not apex's plain Adam: the same decoupled decay as everywhere here.
+    # adam_w_mode gives the decoupled decay of every other optimizer here; apex's default is plain Adam. set_grad_none
+    # would drop the gradients, which are views of flat buffers and must keep their addresses.
     "adamw_apex_fused": _of_apex("FusedAdam", adam_w_mode=True, set_grad_none=False),
     "adamw_hf": _adamw_hf,
     "adafactor": _adafactor,
     "lamb": _lamb,
 }
-# Instead of an absent optimizer, in this order.
+# Replacements of an absent optimizer, in order of preference: the same update, made by slower kernels.
 _NEAREST = {
     "adamw_torch_fused": ("adamw_torch",),
     "adamw_apex_fused_npu": ("adamw_torch_npu_fused", "adamw_torch_fused", "adamw_torch"),
@@ -240,15 +252,15 @@ _NEAREST = {
 
 
 def schedule(name: str, total_steps: int, warmup_steps: float) -> Callable[[int], float]:
-    """Factor of the learning rate at each optimizer step, in [0, 1].
+    """A function that gives the factor of the learning rate at each optimizer step, in [0, 1].
 
     Args:
         name: linear, cosine, constant or constant_with_warmup.
         total_steps: optimizer steps of the run, >= 1.
-        warmup_steps: steps of linear warm-up; below 1 a share of `total_steps`.
+        warmup_steps: steps of linear warm-up; a number below 1 is a share of `total_steps`.
 
     Returns:
-        A function of the number of updates done before the step.
+        A function of the number of updates before the step.
     """
     warmup = math.ceil(total_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
     if name == "constant":
@@ -260,6 +272,8 @@ def schedule(name: str, total_steps: int, warmup_steps: float) -> Callable[[int]
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if name == "linear":
             return 1.0 - progress
-        return 0.5 * (1.0 + math.cos(math.pi * progress)) if name == "cosine" else 1.0
+        if name == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
 
     return factor

@@ -192,7 +192,7 @@ def test_one_step_of_warmup_alone():
 ON_A_BARE_CPU = {
     "adamw_torch": None,
     "adamw_torch_fused": None,
-    "adamw_apex_fused_npu": ("adamw_torch_fused", "only under --amp_backend apex"),
+    "adamw_apex_fused_npu": ("adamw_torch_fused", "only with --amp_backend apex"),
     "adamw_torch_npu_fused": ("adamw_torch_fused", "not on cpu"),
     "adamw_apex_fused": ("adamw_torch_fused", "No module named 'apex'"),
     "adamw_hf": ("adamw_torch", "transformers has removed it"),
