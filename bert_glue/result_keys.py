@@ -144,11 +144,11 @@ def diagnostic_reason_key(task: str) -> str:
 
 _TEXTS = (
     "task_name", "headline_metric", "model_name_or_path", "data", "device", "device_name", "precision", "fallback",
-    "trained", "batches", "optimizer",
+    "trained", "batches", "optimizer", "problem_type",
 )  # fmt: skip
 _NUMBERS = (
     "world_size", "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "learning_rate",
-    "max_seq_length", "doc_stride", "max_windows", "seed", "epoch", SECONDS_TO_FIRST_STEP,
+    "max_seq_length", "doc_stride", "max_windows", "seed", "epoch", "label_threshold", SECONDS_TO_FIRST_STEP,
 )  # fmt: skip
 
 

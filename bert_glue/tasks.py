@@ -140,7 +140,7 @@ class GlueTask:
     @property
     def is_regression(self) -> bool:
         """True if the label is a number, not a class."""
-        return not self.labels
+        return not self.labels and not self.is_multi_label
 
     @property
     def problem_type(self) -> str:
@@ -420,14 +420,14 @@ def also_predicted(task: GlueTask) -> tuple[GlueTask, ...]:
     return tuple(other for other in TASKS.values() if other.predicted_with == task.name)
 
 
-_MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "f1_samples", "subset_accuracy")
+MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "f1_samples", "subset_accuracy")
 
 
 def own_task(name: str, columns: tuple[str, ...], labels: tuple[str, ...], is_multi_label: bool = False) -> GlueTask:
     """A row for a user's own data: classes `labels`, one or several a row, or regression where there are none."""
     template = TASKS["stsb"] if not labels else TASKS["sst2"]
     if is_multi_label:
-        template = replace(template, metrics=_MULTI_LABEL_METRICS, headline="f1_micro", is_multi_label=True)
+        template = replace(template, metrics=MULTI_LABEL_METRICS, headline="f1_micro", is_multi_label=True)
     return replace(
         template,
         name=name,

@@ -18,7 +18,7 @@ from bert_glue.report import charts
 from bert_glue.report.page import duration, points, rate
 from bert_glue.report.run_page import run_page, task_of
 from bert_glue.report.sections import Score, scores
-from bert_glue.report.words import METRICS, WORDS
+from bert_glue.report.words import NAMED_METRICS, WORDS, shown_metrics
 from bert_glue.results.earlier import merged
 from bert_glue.results.model_card import last_part, model_card, without_folders
 from bert_glue.results.records import Record
@@ -125,7 +125,7 @@ def summary(results: dict, folder: Path) -> list[str]:
     """
     record = Record(results)
     task = task_of(record)
-    found = scores(task, record, METRICS)
+    found = scores(task, record, shown_metrics(task))
     rows = [("score", _score_text(record.text("headline_metric"), score)) for score in found]
     rows += [("warning", f"nothing was learned: {reason}") for reason in [collapse_reason(results)] if reason]
     if keys.TRAIN_STEPS in record:
@@ -144,19 +144,24 @@ def summary(results: dict, folder: Path) -> list[str]:
     # ModelZoo's harnesses read the score from a log: grep "eval_f1" train_0.log | awk 'END{print $3}'. So no other
     # name that contains a metric's key may follow its line; eval_accuracy_mm comes before eval_accuracy.
     metrics = [
-        keys.evaluation_key(metric, split.key_suffix) for split in reversed(task.evaluation) for metric in METRICS
+        keys.evaluation_key(metric, split.key_suffix)
+        for split in reversed(task.evaluation)
+        for metric in shown_metrics(task)
     ]
     figures_of_metrics = [f"  {key} = {record.number(key):.4f}" for key in metrics if record.number(key) is not None]
     return [f"***** results *****{note}", *(f"  {name:<9}{text}" for name, text in rows), *figures_of_metrics]
 
 
+_CONSTANT = {"majority": "always the most frequent class", "constant": "always the same labels, at best"}
+
+
 def _score_text(metric: str, score: Score) -> str:
-    named = WORDS[metric][0] if metric in METRICS else metric
+    named = WORDS[metric][0] if metric in NAMED_METRICS else metric
     text = f"{named} {points(score.value)} on {score.rows or 0:,.0f} rows of {score.split}"
     if score.standard_error is not None:
         text += f", standard error {points(score.standard_error)}"
     if score.majority is not None:
-        text += f"; always the most frequent class: {points(score.majority)}"
+        text += f"; {_CONSTANT[score.constant]}: {points(score.majority)}"
     return text + (f" ({score.reason})" if score.reason else "")
 
 
@@ -176,8 +181,9 @@ def curves(path: Path, history: list[dict], majority: float | None, data: TaskDa
     """The training charts of the report as a PNG.
 
     Args:
-        majority: the headline metric of the most frequent class, 0..1; None where unknown.
+        majority: the headline metric of the best constant answer, 0..1; None where unknown.
     """
-    drawn = charts.curves(Record({"history": history}).records("history"), data.task.headline, majority)
+    constant = "constant" if data.task.is_multi_label else "majority"
+    drawn = charts.curves(Record({"history": history}).records("history"), data.task.headline, majority, constant)
     with written_aside(path) as aside:
         charts.write_png(aside, drawn, f"{data.task.name}, {without_folders(data.source)}")

@@ -169,13 +169,14 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def curves(history: Sequence[Record], headline: str, majority: float | None) -> list[Chart]:
+def curves(history: Sequence[Record], headline: str, majority: float | None, constant: str = "majority") -> list[Chart]:
     """Charts of a training run. A series of one point is no curve and is left out.
 
     Args:
         history: the log entries of trainer_state.json.
         headline: name of the metric.
-        majority: the metric of the most frequent class, 0..1; None where unknown.
+        majority: the metric of the best constant answer, 0..1; None where unknown.
+        constant: what that is, see `sections.Score`.
     """
 
     def series(key: str, factor: float = 1.0) -> list[Point]:
@@ -186,7 +187,7 @@ def curves(history: Sequence[Record], headline: str, majority: float | None) -> 
     rates, scales = series("learning_rate"), series("loss_scale")
     lines = {
         "loss": _loss_lines(series("loss"), series(evaluation_key(LOSS))),
-        "score_chart": _score_lines(series(evaluation_key(headline), 100.0), majority),
+        "score_chart": _score_lines(series(evaluation_key(headline), 100.0), majority, f"{constant}_line"),
         "learning_rate": [Line(thinned(rates))] if rates else [],
         # A scale that never moves shows nothing.
         "loss_scale": [Line(thinned(scales))] if len({value for _, value in scales}) > 1 else [],
@@ -217,12 +218,12 @@ def _loss_lines(loss: list[Point], evaluated: list[Point]) -> list[Line]:
     return found + ([Line(thinned(evaluated), "eval", "eval_line")] if evaluated else [])
 
 
-def _score_lines(score: list[Point], majority: float | None) -> list[Line]:
+def _score_lines(score: list[Point], majority: float | None, word: str) -> list[Line]:
     if not score:
         return []
     found = [Line(thinned(score), "eval", "eval_line")]
     if majority is not None:
-        found.append(Line([(0.0, 100 * majority), (score[-1][0], 100 * majority)], "rule", "majority_line"))
+        found.append(Line([(0.0, 100 * majority), (score[-1][0], 100 * majority)], "rule", word))
     return found
 
 

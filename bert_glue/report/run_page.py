@@ -9,11 +9,11 @@ from bert_glue import result_keys as keys
 from bert_glue.errors import MachineError
 from bert_glue.report import charts, sections
 from bert_glue.report.page import render, shortened
-from bert_glue.report.words import METRICS
+from bert_glue.report.words import shown_metrics
 from bert_glue.results.model_card import last_part, short_name, task_title, windows_text
 from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, STATE_FILE, read_json_object
-from bert_glue.tasks import TASKS, GlueTask, own_task
+from bert_glue.tasks import MULTI_LABEL, TASKS, GlueTask, own_task
 
 _LONGEST_VALUE = 2000
 _LONGEST_FACT = 300
@@ -29,13 +29,13 @@ def run_page(folder: Path) -> str:
     if not results.text("task_name"):
         raise MachineError(f"{folder / 'all_results.json'}: no results of a run (task_name is missing)")
     task = task_of(results)
-    found = sections.scores(task, results, METRICS)
+    found = sections.scores(task, results, shown_metrics(task))
     # Files of an earlier run may lie there too: only what this run did is shown.
     analysis = read_record(folder, ANALYSIS_FILE) if found else Record({})
     state = read_record(folder, STATE_FILE) if keys.TRAIN_STEPS in results else Record({})
     origin = read_record(folder, RECORD_FILE)
     splits = [sections.split_analysis(name, part) for name, part in analysis.part("splits").parts().items()]
-    majority = found[0].majority if found else None
+    majority, constant = (found[0].majority, found[0].constant) if found else (None, "majority")
     values = {
         "title": title(task, results, origin),
         "results": results,
@@ -43,7 +43,7 @@ def run_page(folder: Path) -> str:
         "scores": found,
         "metric": results.text("headline_metric"),
         "comparison": sections.comparison(task, results, found),
-        "curves": charts.curves(state.records("log_history"), results.text("headline_metric"), majority),
+        "curves": charts.curves(state.records("log_history"), results.text("headline_metric"), majority, constant),
         "splits": splits,
         "diagnostic": sections.diagnostic(analysis),
         "tables": _tables(results, origin),
@@ -55,7 +55,7 @@ def run_page(folder: Path) -> str:
 def task_of(results: Record) -> GlueTask:
     """The run's GLUE task, or a stand-in for a task of the user's own."""
     name = results.text("task_name")
-    return TASKS.get(name) or own_task(name, (), ())
+    return TASKS.get(name) or own_task(name, (), (), results.text("problem_type") == MULTI_LABEL)
 
 
 def title(task: GlueTask, results: Record, origin: Record) -> str:
@@ -67,6 +67,7 @@ def title(task: GlueTask, results: Record, origin: Record) -> str:
 
 def _facts(results: Record) -> list[tuple[str, str]]:
     """(word, value) of what was run on what."""
+    threshold = results.number("label_threshold")
     trained, ranks = results.text("trained"), results.number("world_size") or 1
     facts = [
         ("data", results.text("data")),
@@ -77,6 +78,7 @@ def _facts(results: Record) -> list[tuple[str, str]]:
         ("batches", results.text("batches")),
         ("windows", windows_text(results)),
         ("seed", _count(results.number("seed"))),
+        ("label_threshold", f"{threshold:g}" if threshold is not None else ""),
         ("trained", "" if trained == "all" else trained),
         ("class_weights", _weights(results.part(keys.CLASS_WEIGHTS))),
         ("fallback", results.text("fallback")),

@@ -29,6 +29,7 @@ class Score:
     Args:
         others: (metric, value) of the other metrics.
         reason: why there is no value, or why it is to be mistrusted.
+        constant: the beginning of the words for `majority`: "majority", or "constant" for several labels a row.
     """
 
     split: str
@@ -38,6 +39,7 @@ class Score:
     majority: float | None
     others: tuple[tuple[str, float], ...]
     reason: str
+    constant: str = "majority"
 
     @property
     def is_at_majority(self) -> bool:
@@ -68,6 +70,7 @@ def scores(task: GlueTask, results: Record, metrics: Sequence[str]) -> list[Scor
                 majority=results.number(keys.evaluation_key(keys.MAJORITY_BASELINE, suffix)),
                 others=tuple((name, value) for name, value in others if value is not None),
                 reason=results.text(keys.reason_key(key)),
+                constant="constant" if task.is_multi_label else "majority",
             )
         )
     return found
@@ -197,13 +200,18 @@ def _zone(score: Score) -> tuple[float, float, float] | None:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Shares of one class, 0..1; None where a share has no rows."""
+    """Shares of one class, 0..1; None where a share has no rows.
+
+    Args:
+        predicted: rows that were given the class; None where each row has one class.
+    """
 
     label: str
     precision: float | None
     recall: float | None
     f1: float | None
     rows: int
+    predicted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,11 @@ class Classes:
     matrix: list[tuple[str, list[tuple[int, float]]]]
 
     @property
+    def are_sets(self) -> bool:
+        """Whether a row may have several classes."""
+        return any(row.predicted is not None for row in self.rows)
+
+    @property
     def is_roomy(self) -> bool:
         """Whether the matrix has space for percentages."""
         return len(self.matrix) <= _ROOMY_CLASSES
@@ -254,7 +267,8 @@ def classes(part: Record) -> Classes:
 
 def _class_row(row: Record) -> ClassRow:
     shares = [row.number(name) for name in ("precision", "recall", "f1")]
-    return ClassRow(row.text("label"), *shares, _count(row.number("rows")))
+    predicted = _count(row.number("predicted")) if "predicted" in row else None
+    return ClassRow(row.text("label"), *shares, _count(row.number("rows")), predicted)
 
 
 def _count(value: float | None) -> int:

@@ -7,6 +7,8 @@ from enum import Enum
 
 from markupsafe import Markup
 
+from bert_glue.tasks import MULTI_LABEL_METRICS, GlueTask
+
 # key -> (English, Chinese); {name} is filled in.
 WORDS: dict[str, tuple[str, str]] = {
     # Header and score
@@ -19,6 +21,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "seed": ("Seed", "随机种子"),
     "batches": ("Batches", "批次"),
     "windows": ("Long texts", "长文本"),
+    "label_threshold": ("Several labels a row, given above the probability", "每行可有多个标签，概率高于此值时给出"),
     "trained": ("Trained", "训练的部分"),
     "class_weights": ("Weights of the classes in the loss", "损失中各类别的权重"),
     "fallback": ("Fallback", "精度降级"),
@@ -27,6 +30,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "matthews_correlation": ("Matthews correlation", "Matthews 相关系数"),
     "pearson": ("Pearson correlation", "Pearson 相关系数"),
     "spearmanr": ("Spearman correlation", "Spearman 相关系数"),
+    "f1_micro": ("Micro F1", "微平均 F1"),
+    "f1_macro": ("Macro F1", "宏平均 F1"),
+    "f1_samples": ("F1 by row", "按行平均的 F1"),
+    "subset_accuracy": ("Rows with all labels right", "标签全部正确的行"),
     "combined_score": ("Mean of the metrics", "各指标的平均"),
     "on_rows": ("{split}, {rows} rows, x100", "{split}，{rows} 行，x100"),
     "standard_error": ("± {se} standard error", "± {se} 标准误差"),
@@ -35,6 +42,12 @@ WORDS: dict[str, tuple[str, str]] = {
     "at_majority": (
         "No better than the most frequent class: the model has learned nothing",
         "不高于总是预测最多的类别：模型没有学到东西",
+    ),
+    "constant_is": ("Always the same labels, at best: {value}", "总是给出同一组标签，最高：{value}"),
+    "above_constant": ("{points} above always the same labels", "比总是给出同一组标签高 {points}"),
+    "at_constant": (
+        "No better than always the same labels: the model has learned nothing",
+        "不高于总是给出同一组标签：模型没有学到东西",
     ),
     "no_score": ("This run did not evaluate: there is no score", "本次运行没有评估，因此没有得分"),
     "train_time": ("Training {time}, epochs: {epochs}", "训练 {time}，轮数：{epochs}"),
@@ -91,6 +104,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "smooth_line": ("smoothed", "平滑后"),
     "eval_line": ("evaluation", "评估"),
     "majority_line": ("most frequent class", "最多的类别"),
+    "constant_line": ("always the same labels", "总是同一组标签"),
     # Analysis
     "analysis": ("Errors: {split}, {rows} rows", "错误分析：{split}，{rows} 行"),
     "per_class": ("Classes", "各类别"),
@@ -103,6 +117,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "recall": ("Recall x100", "召回率 x100"),
     "class_f1": ("F1 x100", "F1 x100"),
     "support": ("Rows", "行数"),
+    "predicted": ("Rows predicted", "预测的行数"),
     "pairs": ("Most confused classes", "最易混淆的类别"),
     "pair_rows": ("Rows", "行数"),
     "pair_share": ("Share of the label", "占该标签的比例"),
@@ -115,6 +130,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "ece": (
         "Expected calibration error {ece}: the confidence is off by this much on average.",
         "期望校准误差 {ece}：置信度平均偏离这么多。",
+    ),
+    "ece_of_sets": (
+        "Each class of each row counts by itself: its probability against the share of rows that have it.",
+        "每行的每个类别单独计算：其概率与具有该类别的行所占的比例相比。",
     ),
     "confidence": ("confidence", "置信度"),
     "right_line": ("share that is right", "正确比例"),
@@ -223,6 +242,7 @@ class Verdict(Enum):
 
 
 METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr", "combined_score")
+NAMED_METRICS = (*METRICS, *MULTI_LABEL_METRICS)
 _BOTH = Markup('<{0} class="en" lang="en">{1}</{0}><{0} class="zh" lang="zh-CN">{2}</{0}>')
 
 
@@ -232,9 +252,14 @@ def both(key: str, tag: str = "span", **values: object) -> Markup:
     return english if english == chinese and tag == "span" else _BOTH.format(Markup(tag), english, chinese)
 
 
+def shown_metrics(task: GlueTask) -> tuple[str, ...]:
+    """The metrics that are shown of a run, where its results have them."""
+    return task.metrics if task.is_multi_label else METRICS
+
+
 def metric_name(metric: str) -> str | Markup:
     """A metric in both languages; an unknown one as it is."""
-    return both(metric) if metric in METRICS else metric
+    return both(metric) if metric in NAMED_METRICS else metric
 
 
 def starts_chinese() -> bool:

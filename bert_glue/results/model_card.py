@@ -38,7 +38,9 @@ _NOT_RECIPE = {
 _DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "data_path")
 _GLUE = "nyu-mll/glue"
 # Our names of metrics where the hub has others.
-_HUB_METRICS = {"pearson": "pearsonr"}
+_HUB_METRICS = {
+    "pearson": "pearsonr", "f1_micro": "f1", "f1_macro": "f1", "f1_samples": "f1", "subset_accuracy": "accuracy",
+}  # fmt: skip
 # The weights of the sample are made by this program.
 _OWN_LICENCE = "apache-2.0"
 _NO_LICENCE = {"license": "other", "license_name": "that-of-the-base-model"}

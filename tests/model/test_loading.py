@@ -377,8 +377,11 @@ def test_a_fresh_head_is_the_same_packed_and_padded(bert):
     assert heads[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("labels", [2, 3, 28])
-def test_a_multi_label_classifier_is_refused_not_scored_by_softmax(tmp_path, labels):
+@pytest.mark.parametrize("labels", [1, 2, 28])
+def test_a_multi_label_classifier_says_so_itself(tmp_path, labels):
     write_model(tmp_path, labels=labels, problem_type="multi_label_classification")
-    with pytest.raises(MachineError, match="multi_label_classification"):
-        task_of_model(tmp_path)
+    task, _ = task_of_model(tmp_path)
+    assert task.is_multi_label and not task.is_regression and task.num_labels == labels
+    assert task.decision.threshold == 0.5 and task.problem_type == "multi_label_classification"
+    with pytest.raises(MachineError, match="multi_label_classification.*sst2 is single_label_classification"):
+        _load(tmp_path, get_task("sst2"), do_train=False)
