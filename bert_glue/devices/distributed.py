@@ -18,6 +18,7 @@ from bert_glue.devices.device import Device, resolve_device
 from bert_glue.errors import RankError, UsageError
 
 _GRACE_SECONDS = 1.0  # for torch's own message, which names more, where it keeps its bound
+_RELEASE_SECONDS = 0.05  # microseconds are enough on a host at rest
 
 
 class RankEnvironment(NamedTuple):
@@ -169,4 +170,8 @@ class DistributedContext:
     def close(self) -> None:
         """End the process group, if there is one and all ranks are still in it."""
         if self.world_size > 1 and torch.distributed.is_initialized() and not self._is_lost:
+            # The group's destructor joins its threads while this one holds the interpreter lock (seen with torch 2.6
+            # and gloo). A thread that still has to release the tensors of the last collective needs that lock, and
+            # both would wait for ever. The pause gives it the lock first.
+            time.sleep(_RELEASE_SECONDS)
             torch.distributed.destroy_process_group()
