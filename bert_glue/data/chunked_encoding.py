@@ -125,10 +125,11 @@ def encode_in_python(tokenizer: Any, columns: Sequence[Sequence[str]], max_lengt
         texts = [list(column[first:last]) for column in columns]
         found = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_attention_mask=False)
         types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
-        # Only a second reading tells a row that is full from one that is cut.
+        rows = zip(*texts, strict=True)
+        # Only a second reading distinguishes a full row from one that is cut. Rows of full length are encoded twice.
         cut = [
             len(ids) == max_length and len(tokenizer(*row, verbose=False)["input_ids"]) > max_length
-            for ids, *row in zip(found["input_ids"], *texts, strict=True)
+            for ids, row in zip(found["input_ids"], rows, strict=True)
         ]
         yield [EncodedRow(*row) for row in zip(found["input_ids"], types, cut, strict=True)]
 
@@ -154,7 +155,10 @@ def encode_windows(
     keeps_end = tokenizer.truncation_side == "left"
     # Of a text whose end counts all tokens are needed, of others those of as many windows as are kept.
     needed = 1 << 40 if keeps_end else budget + (windows.most - 1) * (budget - windows.stride)
-    read, assemble = _of_backend(tokenizer, len(columns)) if tokenizer.is_fast else _of_python(tokenizer)
+    if tokenizer.is_fast:
+        read, assemble = _of_backend(tokenizer, len(columns))
+    else:
+        read, assemble = _of_python(tokenizer)
     for first, last in _chunks(columns, needed):
         encoded = [read(column[first:last], needed) for column in columns]
         rows = []
@@ -229,7 +233,7 @@ def _is_longer(encoded: list[tuple[list[int], bool]], budget: int) -> bool:
 
 def _template(backend: Any, texts: int) -> list[_Part]:
     """Where the special tokens of a row stand and which type each part has."""
-    sample = backend.encode(*("a", "b")[:texts])
+    sample = backend.encode("a", "b") if texts == 2 else backend.encode("a")
     parts: list[_Part] = []
     for token, sequence, type_id in zip(sample.ids, sample.sequence_ids, sample.type_ids, strict=True):
         own = () if sequence is not None else (token,)

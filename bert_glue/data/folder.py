@@ -80,12 +80,16 @@ _SHARD = r"-(\d+)-of-(\d+)(-[0-9a-f]+)?\.\w+"
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
-    """The files of a split as the hub numbers them.
+    """The numbered files of a split, named as on the hub.
 
     Raises:
-        DataError: one is missing or there twice: rows would be missing, or counted twice, without a word.
+        DataError: a file is missing or occurs twice. Rows would silently be missing, or count twice.
     """
-    files = {p: m for p in folder.glob(f"{name}-*") if (m := re.fullmatch(name + _SHARD, p.name)) and _is_data_file(p)}
+    files: dict[Path, re.Match] = {}
+    for path in folder.glob(f"{name}-*"):
+        match = re.fullmatch(name + _SHARD, path.name)
+        if match and _is_data_file(path):
+            files[path] = match
     numbers = sorted(int(match[1]) for match in files.values())
     totals = {int(match[2]) for match in files.values()}
     if files and (len(totals) > 1 or numbers != list(range(*totals))):
@@ -197,15 +201,14 @@ def read_folder(
         there = [split for split in task.splits if layout.find(task, root, split)]
         raise DataError(f"{root} ({layout.name}): no {', '.join(missing)}; splits there: {', '.join(there)}")
     labelled = {"train", *(split for split, _, _ in task.evaluation)}
-    tables = {
-        split: [layout.read(task, split, path, drop_broken and split in labelled) for path in paths]
-        for split, paths in found.items()
-    }
-    notes = [note for parts in tables.values() for table in parts for note in table.notes]
-    return {
-        split: join_splits([make_split(task, split, table, split in labelled) for table in parts])
-        for split, parts in tables.items()
-    }, notes
+    rows, notes = {}, []
+    for split, paths in found.items():
+        is_labelled = split in labelled
+        tables = [layout.read(task, split, path, drop_broken and is_labelled) for path in paths]
+        rows[split] = join_splits([make_split(task, split, table, is_labelled) for table in tables])
+        for table in tables:
+            notes += table.notes
+    return rows, notes
 
 
 def expected() -> str:

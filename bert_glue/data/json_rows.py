@@ -56,7 +56,10 @@ def _rows_of(path: Path, document: dict[str, Any]) -> list:
     if isinstance(document.get("data"), list) and not (document["data"] and isinstance(document["data"][0], list)):
         return document["data"]
     lists = [key for key, value in document.items() if _are_objects(value)]
-    if found := [key for key in _ROW_KEYS if key in lists] or (lists if len(document) == 1 else []):
+    found = [key for key in _ROW_KEYS if key in lists]
+    if not found and len(document) == 1:
+        found = lists
+    if found:
         return document[found[0]]
     if len(lists) > 1 and len(lists) == len(document):
         raise DataError(f"{path}: has several lists of rows: {', '.join(lists)}; write each to a file of its own")
@@ -145,18 +148,19 @@ def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
 
 
 def _check_keys(origin: str, cells: int, values: int) -> None:
-    """Refuse objects that have hardly a key in common: their table would grow with the square of the file.
+    """Refuse objects that share hardly any key: their table would grow with the square of the file.
 
     Args:
-        cells: of a table with a column a key.
-        values: that the objects have.
+        origin: the file, for the message.
+        cells: cells of a table with one column a key.
+        values: values in all objects.
 
     Raises:
         DataError: nearly all cells would be empty.
     """
     if cells > _SPARSE * values + 1_000_000:
         raise DataError(
-            f"{origin}: the objects have hardly a key in common ({cells} cells of a table for {values} values); keys "
+            f"{origin}: the objects share hardly any key (a table would have {cells} cells for {values} values); keys "
             'must be names of columns, such as {"text": ..., "label": ...}'
         )
 
@@ -168,7 +172,8 @@ def _records(origin: str, rows: list[tuple[int, Any]], unit: str) -> Table:
         if not isinstance(row, dict):
             problems.add(table.where(at), f"{repr(row)[:40]} is not an object")
     problems.raise_any()
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    _check_keys(origin, len(names) * len(rows), sum(len(row) for _, row in rows))
-    columns = [[row.get(name) for _, row in rows] for name in names]
+    objects = [row for _, row in rows]
+    names = list(dict.fromkeys(name for row in objects for name in row))
+    _check_keys(origin, len(names) * len(rows), sum(map(len, objects)))
+    columns = [[row.get(name) for row in objects] for name in names]
     return build_table(origin, names, columns, table.places, unit)

@@ -139,14 +139,11 @@ def _vocabulary() -> tuple[str, ...]:
 
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     spelling = (*_SPECIAL, *characters, *(f"##{c}" for c in characters))
-    chunks = {
-        chunk
-        for task in TASKS.values()
-        for split in task.splits
-        for column in sample_rows(task, split)[0]
-        for text in column
-        for chunk in text.split()
-    }
+    chunks: set[str] = set()
+    for task in TASKS.values():
+        for split in task.splits:
+            for column in sample_rows(task, split)[0]:
+                chunks.update(chunk for text in column for chunk in text.split())
     # The library's own normaliser splits the words, so that none is spelt in pieces. It takes seconds for
     # the texts themselves, and 10 ms for their different words.
     rules = BertWordPieceTokenizer(lowercase=True)

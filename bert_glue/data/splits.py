@@ -96,7 +96,8 @@ def join_splits(splits: list[Split]) -> Split:
     """One split of several files, in the order given: all of them labelled, or none."""
     if len(splits) == 1:
         return splits[0]
-    texts = tuple(list(chain(*columns)) for columns in zip(*(split.texts for split in splits), strict=True))
+    columns = zip(*(split.texts for split in splits), strict=True)
+    texts = tuple(list(chain(*parts)) for parts in columns)
     labels = None if splits[0].labels is None else list(chain(*(split.labels for split in splits)))
     return Split(splits[0].name, texts, labels, f"{splits[0].origin} and {len(splits) - 1} more")
 

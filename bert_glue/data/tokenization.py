@@ -98,7 +98,9 @@ class TokenTable:
 
     def ids_of(self, row: int) -> np.ndarray:
         """Token ids of a row, one window behind the other."""
-        begin, end = (row, row + 1) if self.first is None else self.first[row : row + 2]
+        begin, end = row, row + 1
+        if self.first is not None:
+            begin, end = self.first[row], self.first[row + 1]
         return self.ids[self.offsets[begin] : self.offsets[end]]
 
     def row_means(self, values: np.ndarray) -> np.ndarray:
@@ -338,7 +340,8 @@ def _write(folder: Path, table: TokenTable) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_MAKING) as making:
         inside = Path(making) / "table"
         inside.mkdir()
-        arrays = {name: array for name in _ARRAYS if (array := getattr(table, name)) is not None}
+        arrays = {name: getattr(table, name) for name in _ARRAYS}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         for name, array in arrays.items():
             np.save(inside / f"{name}.npy", array)
         hashes = {name: file_hash(inside / f"{name}.npy", "blake2b") for name in arrays}

@@ -100,7 +100,7 @@ def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dic
     wrong = labels != predictions
     cells, rows = np.unique(labels[wrong] * count + predictions[wrong], return_counts=True)
     most = np.argsort(-rows, kind="stable")[:_CONFUSED_PAIRS]
-    pairs = [(*divmod(int(cells[at]), count), int(rows[at])) for at in most]
+    pairs = [(int(cells[at]) // count, int(cells[at]) % count, int(rows[at])) for at in most]
     found: dict[str, Any] = {
         "classes": _class_shares(task, labels, predictions),
         "confused": [{"label": task.labels[a], "prediction": task.labels[b], "rows": n} for a, b, n in pairs],
@@ -118,11 +118,11 @@ def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -
         count = task.num_labels
         hits = np.bincount(labels[labels == predictions], minlength=count)
         given, rows = np.bincount(predictions, minlength=count), np.bincount(labels, minlength=count)
-    columns = (_ratios(hits, given), _ratios(hits, rows), _ratios(2 * hits, given + rows))
+    precision, recall, f1 = _ratios(hits, given), _ratios(hits, rows), _ratios(2 * hits, given + rows)
     extra = [{"predicted": int(n)} for n in given] if task.is_multi_label else [{}] * task.num_labels
     return [
         {"label": label, "precision": p, "recall": r, "f1": f, "rows": int(n), **more}
-        for label, p, r, f, n, more in zip(task.labels, *columns, rows, extra, strict=True)
+        for label, p, r, f, n, more in zip(task.labels, precision, recall, f1, rows, extra, strict=True)
     ]
 
 
@@ -199,7 +199,7 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
         return float((1 - value**2) * np.sqrt((1 + value**2 / 2) / (rows - 3)))
     if task.is_multi_label:
         hits, given = 2 * (predictions & labels).sum(1), predictions.sum(1) + labels.sum(1)
-        spread = np.sqrt((((hits - value * given) ** 2).sum()) * rows / (rows - 1))
+        spread = np.sqrt(((hits - value * given) ** 2).sum() * rows / (rows - 1))
         return float(spread / given.sum()) if given.any() else None
     if task.headline == "accuracy":
         # The spread of those draws in closed form; the matrix of 1,200 classes drawn 2000 times is 23 GB.

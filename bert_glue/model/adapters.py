@@ -78,7 +78,8 @@ def _add(args: Arguments, model: LoadedModel, family: Family | None, head: set[s
     above, layers = _linear_layers(model, family, head)
     targets = _targets(args, model, family, layers)
     found = tuple(name for name in layers if _fits(name, targets))
-    if any(_fits(name, targets) for name in above) or not all(any(_fits(n, [t]) for n in layers) for t in targets):
+    unknown = [target for target in targets if not any(_fits(name, [target]) for name in layers)]
+    if unknown or any(_fits(name, targets) for name in above):
         names = sorted({re.sub(r".*?\.\d+\.", "", name) for name in layers})
         raise UsageError(
             f"--lora_target_modules {' '.join(targets)}: each must name layers of the encoder and none of the head. "
@@ -107,12 +108,17 @@ def _fits(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def _without_stock(names: Iterable[str]) -> list[str]:
+    return [name.removeprefix("stock.").removesuffix(".weight") for name in names]
+
+
 def _linear_layers(model: LoadedModel, family: Family | None, head: set[str]) -> tuple[list[str], list[str]]:
     """Names in transformers of the linear layers of the head and of the encoder."""
     if family is None:
         linear = [f"{n}.weight" for n, part in model.module.named_modules() if isinstance(part, nn.Linear)]
-        both = [n for n in linear if n in head], [n for n in linear if n not in head]
-        return tuple([n.removeprefix("stock.").removesuffix(".weight") for n in names] for names in both)
+        above = [name for name in linear if name in head]
+        inside = [name for name in linear if name not in head]
+        return _without_stock(above), _without_stock(inside)
     above, inside = [], []
     for ours, theirs in weight_names(family, model.module.shape).items():
         if isinstance(model.module.get_submodule(ours.rpartition(".")[0]), nn.Linear) and ours.endswith(".weight"):

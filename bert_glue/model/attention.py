@@ -78,10 +78,8 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
         mask = torch.where(mask, 0.0, -1e4).to(query.dtype)
     mask = mask.to(device, non_blocking=True)
     sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
-    q, k, v = (
-        x[rows].transpose(1, 2)
-        for x, rows in ((query, sequences if first_only else index), (key, index), (value, index))
-    )
+    q_index = sequences if first_only else index
+    q, k, v = query[q_index].transpose(1, 2), key[index].transpose(1, 2), value[index].transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if dropout_masks else 0.0)
     out = out.transpose(1, 2)
     # `nonzero` of a host mask: of a device mask its size would have to be waited for.

@@ -84,7 +84,9 @@ class LoadedModel:
     @property
     def passes(self) -> int:
         """Times an encoder's forward products are computed in a training step: forward, to inputs, to weights."""
-        return 3 if not self.frozen else 1 if self.adapter is None else 2
+        if not self.frozen:
+            return 3
+        return 1 if self.adapter is None else 2
 
     @property
     def shape(self) -> EncoderShape | None:

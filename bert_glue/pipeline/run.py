@@ -71,8 +71,9 @@ def run(args: Arguments) -> int:
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
             results = _steps(args, ranks, log, trackers, signals, failures=failures)
-        for line in outputs.figures(results) if args.log_level == "debug" else []:
-            log.line(line)
+        if args.log_level == "debug":
+            for line in outputs.figures(results):
+                log.line(line)
         for line in outputs.summary(results, Path(args.output_dir)):
             log.line(line)
         # The first rank's count: it writes, and speeds differ a little between ranks.
@@ -152,7 +153,9 @@ def _settle_flags(args: Arguments, ranks: DistributedContext, log: ConsoleLog) -
     """The flags with what follows from the number of ranks; says on what and how the run goes."""
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.model_name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
-    for line in (*(f"note: {notice}" for notice in args.notices), *derived):
+    for notice in args.notices:
+        log.line(f"note: {notice}")
+    for line in derived:
         log.line(line)
     return args
 

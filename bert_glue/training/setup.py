@@ -46,8 +46,9 @@ from bert_glue.training.throughput import Meter, Phases
 def build_collator(
     args: Arguments, model: LoadedModel, ranks: DistributedContext, narrowed: NarrowedEmbedding | None
 ) -> Collator:
-    fixed = args.padding == "max_length"
-    padding = "packed" if model.is_packed else ("max_length" if fixed else "longest")
+    padding = "max_length" if args.padding == "max_length" else "longest"
+    if model.is_packed:
+        padding = "packed"
     return Collator(
         padding=padding,
         max_length=model.row_limit(args.max_seq_length),

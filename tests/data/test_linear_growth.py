@@ -39,7 +39,7 @@ def test_lines_longer_than_a_block_stay_whole(ends) -> None:
 def test_objects_without_a_key_in_common_are_refused(tmp_path) -> None:
     path = tmp_path / "keys.jsonl"
     path.write_text("".join(json.dumps({f"k{n}": "a", f"l{n}": "b"}) + "\n" for n in range(20_000)))
-    with pytest.raises(DataError, match="hardly a key in common"):
+    with pytest.raises(DataError, match="share hardly any key"):
         read_table(path)
 
 

@@ -57,7 +57,8 @@ class ClassVocabulary:
         if self.is_unnamed and not set(labels) <= set(self.names):
             found, notes = self._match_unnamed(labels, table.origin)
         else:
-            found = {label: match for label in labels if (match := self._find(label)) is not None}
+            matches = {label: self._find(label) for label in labels}
+            found = {label: match for label, match in matches.items() if match is not None}
             changed = {label: name for label, name in found.items() if label != name}
             notes = [f"{table.origin}: label {label!r} is {name!r} of {self.owner}" for label, name in changed.items()]
         missing = [label for label in labels if label not in found]
@@ -169,7 +170,8 @@ def labelled_rows(table: Table, label: str, flags: LabelFlags) -> tuple[Table, l
     names = table.class_names.get(label)
     values = [_single(value) for value in table.column(label)]
     several = (row for row, value in enumerate(values) if isinstance(value, list) and len(value) > 1)
-    if (row := next(several, None)) is not None:
+    row = next(several, None)
+    if row is not None:
         raise DataError(f"{table.where(row)}: label is a list of {len(values[row])}: one label a row is needed")
     if names is not None:
         values = [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
@@ -332,10 +334,11 @@ def _are_scores(table: Table, label: str) -> tuple[bool, list[str]]:
     if fractions and 2 * len(numbers) > len(values):
         return True, [f"the labels are scores ({fractions[0]:g} is one); --do_regression false makes them classes"]
     commas = (row for row, v in enumerate(values) if isinstance(v, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", v))
-    if (row := next(commas, None)) is not None:
+    row = next(commas, None)
+    if row is not None:
         raise DataError(f"{table.where(row)}: label {values[row]!r} has a decimal comma; numbers have a point")
-    pointed = (row for row, v in enumerate(values) if isinstance(v, float) or (isinstance(v, str) and _is_pointed(v)))
-    if len(numbers) == len(values) and (row := next(pointed, None)) is not None:
+    row = next((row for row, value in enumerate(values) if _is_pointed(value)), None)
+    if row is not None and len(numbers) == len(values):
         raise DataError(
             f"{table.where(row)}: labels such as {values[row]!r} are whole numbers written as fractions: "
             "--do_regression true if they are scores, --do_regression false if they are classes"
@@ -343,19 +346,25 @@ def _are_scores(table: Table, label: str) -> tuple[bool, list[str]]:
     return False, []
 
 
-def _is_pointed(text: str) -> bool:
-    return re.fullmatch(r"\s*[+-]?\d+\.0*\s*", text) is not None
+def _is_pointed(value: Any) -> bool:
+    """True for a float, and for a text such as 3.0."""
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*[+-]?\d+\.0*\s*", value) is not None
+    return isinstance(value, float)
 
 
 def _alike(table: Table, values: list) -> list[str]:
-    """Warnings about classes whose names differ in case or white space only."""
+    """Warnings about classes whose names differ only in case or white space."""
     counts = Counter(text for text in map(class_text, values) if text is not None)
     by_form: dict[str, list[str]] = {}
     for text in counts:
         by_form.setdefault(" ".join(text.casefold().split()), []).append(text)
-    return [
-        f"warning: {table.origin}: labels {' and '.join(f'{text!r} ({counts[text]} rows)' for text in sorted(texts))} "
-        f"differ in case or white space only, and are {len(texts)} classes; --label_map can join them"
-        for texts in by_form.values()
-        if len(texts) > 1
-    ]
+    warnings = []
+    for texts in by_form.values():
+        if len(texts) > 1:
+            shown_texts = " and ".join(f"{text!r} ({counts[text]} rows)" for text in sorted(texts))
+            warnings.append(
+                f"warning: {table.origin}: labels {shown_texts} differ only in case or white space, "
+                f"and are {len(texts)} classes; --label_map can join them"
+            )
+    return warnings

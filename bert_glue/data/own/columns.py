@@ -164,11 +164,13 @@ def _label(table: Table, flags: ColumnFlags, is_labelled: bool) -> str | None:
 
 def _candidates(table: Table) -> str:
     """Columns whose values repeat as classes do."""
-    counts = {name: len({str(value) for value in values[:_LOOKED_AT]}) for name, values in table.columns.items()}
+    counts = {name: len(set(map(str, values[:_LOOKED_AT]))) for name, values in table.columns.items()}
     few = [f"{name!r} has {n} different values" for name, n in counts.items() if 1 < n <= 20 and 2 * n <= len(table)]
     outcomes = [str(name) for name, values in table.columns.items() if _are_outcomes(values[:_LOOKED_AT])]
-    several = f"; or one column of 0 and 1 a class: {','.join(outcomes)}" if len(outcomes) > 1 else ""
-    return (f" ({', '.join(few)})" if few else "") + several
+    said = f" ({', '.join(few)})" if few else ""
+    if len(outcomes) > 1:
+        said += f"; or one column of 0 and 1 a class: {','.join(outcomes)}"
+    return said
 
 
 def _are_outcomes(values: list) -> bool:
@@ -201,7 +203,8 @@ def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
         rest = [name for name in others if not str(name).lower().startswith(derived)]
         if not rest and len(pairs) == 1:
             return pair
-        raise _undecided(table, why, [*dict.fromkeys(name for pair in pairs for name in pair), *rest])
+        paired = list(dict.fromkeys(name for pair in pairs for name in pair))
+        raise _undecided(table, why, paired + rest)
     found = [name for name in texts if not why[name] or str(name).strip().lower() in _TEXT_NAMES]
     if not found:
         # Single words and few different texts are a text where nothing else could be one.
