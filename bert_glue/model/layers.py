@@ -1,21 +1,21 @@
-"""Linear layers whose weight gradient goes into the flat buffer, LoRA beside them, and dropout by counted masks.
+"""Linear layers that add their weight gradient to the flat buffer, LoRA adapters, and dropout with counter-based masks.
 
-autograd would put the product into a new tensor and then add it to `.grad`: two more passes over memory
-for every weight, and fresh pages for every temporary. With flat views (precision/flat_buffers.py) the product
-accumulates where it belongs.
+autograd puts a weight's gradient into a new tensor and then adds it to `.grad`. This costs two more passes over memory
+for every weight, and fresh pages for every temporary. With flat views (precision/flat_buffers.py) the product is added
+directly to `.grad`.
 
-On a CPU with AVX-512 the products, forward and backward, are oneDNN's. torch's own are MKL's there, which leaves half
-of the vector width unused on AMD processors: 110 GFLOP/s a core where oneDNN gets 230.
+On a CPU with AVX-512, oneDNN computes the products, forward and backward. torch would use MKL there, which leaves half
+of the vector width unused on AMD processors: it reaches 110 GFLOP/s a core, and oneDNN 230.
 
-torch's CPU dropout draws one Bernoulli number after another on one thread, about 12 ns each on the
-machines we measured: as much as the matrix product beside it. Here 16-bit draws of numpy's SFC64
-are compared with a threshold, 8 to 10 times faster. A mask is a function of its address and not of
-what was drawn before, so that a resumed run, and the second forward of gradient checkpointing, see
-the same masks. Other devices use their own kernels.
+torch's CPU dropout draws one Bernoulli number after another on one thread. Each takes about 12 ns on the machines we
+measured, in total as long as the matrix product beside it. Here 16-bit draws of numpy's SFC64 are compared with a
+threshold, which is 8 to 10 times faster. A mask is a function of its address and not of earlier draws, so that a
+resumed run and the second forward pass of gradient checkpointing draw the same masks. Other devices use their own
+kernels.
 
-Where a product computes several layers of transformers at once (query, key and value), their adapters are
-one product down and one up as well, the latter with a block for each adapted layer. Merging the weight
-in every step would bring back the full weight gradient, half of the backward pass that LoRA saves.
+Where one product computes several layers of transformers (query, key and value), their adapters are also one product
+down and one product up, with a block for each adapted layer. Merging the weight in every step instead would need the
+full weight gradient again, which is the half of the backward pass that LoRA saves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TERM = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names as they are without peft's wrappers; adapters as peft writes them to files."""
+    """The tensors under their names without peft's wrappers; adapters under the names in peft's files."""
     return {
         name.replace(".base_layer.", ".").replace(".default.weight", ".weight"): tensor
         for name, tensor in tensors.items()
@@ -47,7 +47,7 @@ def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA as it was added to a model.
+    """The LoRA adapters of a model.
 
     Args:
         config: peft's LoraConfig.
@@ -64,7 +64,7 @@ class Adapter:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What must not differ on resume, besides shapes."""
+        """The settings, besides shapes, that must be equal in a resumed run."""
         return {
             "lora_alpha": self.config.lora_alpha,
             "lora_dropout": self.config.lora_dropout,
@@ -72,7 +72,7 @@ class Adapter:
         }
 
     def merged(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A plain model of the same function: each adapted weight with its term added."""
+        """The weights of a plain model with the same function: each adapted weight has its low-rank term added."""
         plain = {name: value for name, value in tensors.items() if not _TERM.fullmatch(name)}
         for layer in self.layers:
             up, down = (tensors[f"{layer}.lora_{kind}.weight"].float() for kind in "BA")
@@ -84,7 +84,7 @@ class Adapter:
         """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` reads.
 
         Args:
-            tensors: as of `LoadedModel.tensors`.
+            tensors: result of `LoadedModel.tensors`.
         """
         from safetensors.torch import save_file
 
@@ -94,13 +94,13 @@ class Adapter:
         self.config.save_pretrained(str(folder))
 
 
-_LOW_RANK_MASK_IDS = 1 << 20  # above every address of a dropout in the model itself
-# Multiply-adds. Every number of rows is another kernel, which takes oneDNN half a millisecond to make.
+_LOW_RANK_MASK_IDS = 1 << 20  # above the id of every dropout in the model itself
+# Multiply-adds. oneDNN compiles a kernel for every number of rows, in half a millisecond: too much for a small product.
 _LEAST_FOR_ONEDNN, _ROWS_OF_A_GRAPH = 1 << 26, 512
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    # A graph serves all numbers of rows, each a bucket that comes again: there the weight alone decides.
+    # A compiled graph serves all numbers of rows, which are buckets that recur: there the weight alone decides.
     rows = _ROWS_OF_A_GRAPH if torch.compiler.is_compiling() else len(x)
     return (
         x.dtype == weight.dtype == torch.float32
@@ -110,11 +110,11 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # What inductor calls (torch 2.13).
+    # The operator that inductor calls (torch 2.13).
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# The same inside a compiled graph, which calls it: inductor takes torch's own name for one with constant weights.
+# A name of our own for compiled graphs: inductor assumes constant weights behind torch's name.
 _onednn_in_graph = torch.library.custom_op(
     "bert_glue::product", _onednn, mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 )
@@ -122,8 +122,9 @@ _onednn_in_graph.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], w
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`[rows, in] -> [rows, out]`, as `F.linear`, but for gradients, of which it has none."""
-    if not _is_for_onednn(x, weight):  # by size and not by a stopwatch: a resumed run must compute the same
+    """`[rows, in] -> [rows, out]`, as `F.linear`, but without gradients."""
+    # Size decides and not a stopwatch, because a resumed run must compute the same bits.
+    if not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     return (_onednn_in_graph if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
 
@@ -131,14 +132,15 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`total += a @ b`."""
     if _is_for_onednn(a, b.t()):
-        # oneDNN's product cannot add to its output: one more pass over the weight's gradient, which it earns back.
+        # oneDNN's product cannot add to its output. The sum costs one more pass over the weight's gradient, which is
+        # less than the faster product saves.
         total.add_(_onednn(a, b.t(), None))
     else:
         total.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):
-    """Gradients of weight and bias as autograd wants them."""
+    """A linear layer that returns the gradients of weight and bias to autograd."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -157,7 +159,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearIntoGrad(torch.autograd.Function):
-    """Gradients of some outputs' weight and bias added to the parameters' own."""
+    """A linear layer over some outputs that adds the gradients of weight and bias to the parameters' `.grad`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, which):
@@ -170,8 +172,8 @@ class _LinearIntoGrad(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         leaf_weight, leaf_bias = ctx.parameters
-        # The product ends in the flat gradient buffer. Returned to autograd, it would be written to fresh memory and
-        # read again to be added: for a weight of n bytes 4n instead of 2n are moved, and n of them are new pages.
+        # The product goes directly into the flat gradient buffer. autograd would write it to fresh memory and read it
+        # again to add it. For a weight of n bytes that moves 4n bytes instead of 2n, n of them in new pages.
         _add_product(leaf_weight.grad[ctx.which], grad.t(), x)
         leaf_bias.grad[ctx.which].add_(grad.sum(0))
         grad_x = multiply(grad, weight[ctx.which].t()) if ctx.needs_input_grad[0] else None
@@ -181,8 +183,8 @@ class _LinearIntoGrad(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`[rows, in] -> [rows, out]`, as `F.linear`.
 
-    Where a CPU has no products of a 16-bit dtype, they are computed in fp32 and rounded, as tensor cores
-    do: the same numbers, and 10 times the speed of torch's own loops there.
+    Where a CPU has no products of a 16-bit dtype, they are computed in fp32 and rounded, as tensor cores do. The
+    numbers are the same, and the speed is 10 times that of torch's own loops.
     """
     kind = x.device.type
     is_autocast = torch.is_autocast_enabled(kind)
@@ -199,23 +201,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 class Linear(nn.Linear):
     """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`, always with a bias.
 
-    With `low_rank` set, its term is added; `dropout_masks` and `mask_id` are for that term's dropout.
+    If `low_rank` is set, its term is added. `dropout_masks` and `mask_id` belong to the dropout of that term.
     """
 
-    adds_into_grad = False  # set where gradients are flat views of the parameters' own dtype
+    adds_into_grad = False  # `flatten` sets it: `.grad` must be a view that stays where it is
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
         self.low_rank: LowRank | None = None
 
     def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None, mask_id: int = 0) -> torch.Tensor:
-        """All of the outputs."""
+        """All outputs, `[rows, out_features]`."""
         return self.rows(x, slice(None), dropout_masks, mask_id)
 
     def rows(self, x: torch.Tensor, which: slice, dropout_masks: DropoutMasks | None, mask_id: int) -> torch.Tensor:
         """Some of the outputs: `[rows, in_features] -> [rows, which]`.
 
-        Into `.grad` where that is a flat view and no cast is in between; plain autograd otherwise.
+        Gradients are added directly to `.grad` where it is a flat view and no cast lies between; plain autograd
+        otherwise.
         """
         if self._adds_into_grad(x):
             return _LinearIntoGrad.apply(x, self.weight, self.bias, which)
@@ -243,12 +246,12 @@ def _draw(address: torch.Tensor, shape: Sequence[int], drop: float, mask_id: int
     seed, rank, step, *branch = address.tolist()
     count = int(np.prod(shape))
     bits = np.random.SFC64([seed, rank, step, mask_id, *branch]).random_raw(-(-count // 4))
-    # The last level stays: int16 cannot hold one threshold more. numpy compares 7 times as fast as torch.
+    # The threshold ends one level early, because int16 holds no more. numpy compares 7 times as fast as torch.
     threshold = min(round(drop * _LEVELS), _LEVELS - 1) - _LEVELS // 2
     return torch.from_numpy(bits.view(np.int16)[:count] >= threshold).view(shape)
 
 
-# The same inside a compiled graph, which calls it: the same masks there as everywhere.
+# Compiled graphs call this operator and do not trace into it, so that they draw the masks of an eager run.
 _draw_in_graph = torch.library.custom_op(
     "bert_glue::keep",
     _draw,
@@ -259,35 +262,36 @@ _draw_in_graph.register_fake(lambda address, shape, drop, mask_id: torch.empty(s
 
 
 class DropoutMasks:
-    """Source of keep-masks of one rank.
+    """The dropout masks of one rank.
 
     Args:
         seed: run seed, >= 0.
         rank: rank of this process, >= 0; ranks draw different masks.
-        branch: of several forward passes over one batch, >= 0; they draw different masks.
+        branch: number of the forward pass over one batch, >= 0; the passes draw different masks.
     """
 
     def __init__(self, seed: int, rank: int = 0, branch: int = 0):
-        # A tensor, which a compiled graph takes as an input: a number would be a part of it, new in every step.
+        # A tensor is an input of a compiled graph. A number would be a constant, and every step would compile again.
         self._address = torch.tensor([seed, rank, 0, *([branch] if branch else [])])
 
     def begin(self, step: int) -> None:
-        """Say which forward of the run comes next (micro-batches counted from 0)."""
+        """Set the number of the run's next forward pass (micro-batches counted from 0)."""
         self._address[2] = step
 
     def keep(self, shape: tuple[int, ...], drop: float, mask_id: int) -> torch.Tensor:
-        """Mask of `shape`, bool, True with probability `1 - drop` to the nearest 1/65536.
+        """A bool mask of `shape`, True with probability `1 - drop`, rounded to 1/65536.
 
         Args:
             drop: probability in [0, 1).
-            mask_id: of the dropout within the model.
+            mask_id: number of the dropout within the model.
         """
         draw = _draw_in_graph if torch.compiler.is_compiling() else _draw
         return draw(self._address, shape, drop, mask_id)
 
 
 def as_numbers(keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as 1 and 0; torch converts bytes 7 times as fast as bools, inductor bools faster than bytes."""
+    """A bool mask as 1 and 0 in `dtype`, same shape."""
+    # torch converts bytes 7 times as fast as bools; inductor converts bools faster.
     return keep.to(dtype) if torch.compiler.is_compiling() else keep.view(torch.uint8).to(dtype)
 
 
@@ -296,7 +300,7 @@ class _CpuDropout(torch.autograd.Function):
     def forward(ctx, x, keep, scale, residual):
         ctx.scale = scale
         ctx.has_residual = residual is not None
-        ctx.save_for_backward(keep)  # a byte an element, where autograd would keep the scaled mask in x's dtype
+        ctx.save_for_backward(keep)  # one byte an element; autograd would keep the scaled mask in x's dtype
         kept = as_numbers(keep, x.dtype)
         if residual is None:
             return kept.mul_(x).mul_(scale)
@@ -315,8 +319,8 @@ def dropout(
 
     Args:
         drop: probability in [0, 1].
-        dropout_masks: of this rank, None in evaluation.
-        mask_id: of this dropout within the model.
+        dropout_masks: masks of this rank; None in evaluation.
+        mask_id: number of this dropout within the model.
     """
     if dropout_masks is None or drop == 0.0:
         return x if residual is None else x + residual
@@ -328,15 +332,15 @@ def dropout(
 
 
 class LowRank(nn.Module):
-    """Adapters of one product.
+    """The LoRA adapters of one product (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         inputs, outputs: sizes of the product.
-        rank: of each adapter.
+        rank: rank of each adapter, >= 1.
         scaling: alpha / rank.
         drop: dropout before `down`, in [0, 1); the adapters of one product share its mask.
-        parts: which of the product's layers are adapted, ascending.
-        count: layers that the product computes.
+        parts: numbers of the adapted layers of the product, ascending.
+        count: number of layers that the product computes.
     """
 
     def __init__(
@@ -348,7 +352,7 @@ class LowRank(nn.Module):
         self.drop = drop
         self.parts = parts
         self.count = count
-        # peft's start: the adapted layer computes what it did.
+        # The start of peft: `up` is zero, so that the adapted layer first computes what it did without an adapter.
         self.down = nn.Parameter(torch.empty(len(parts) * rank, inputs))
         for piece in self.down.data.chunk(len(parts)):
             nn.init.kaiming_uniform_(piece, a=math.sqrt(5))
@@ -363,20 +367,21 @@ class LowRank(nn.Module):
         mask_id: int,
         rows: slice = slice(None),
     ) -> torch.Tensor:
-        """`y` with the low-rank term of `x`: `[tokens, in] -> [tokens, out]`.
+        """`y` plus the low-rank term of `x`: `[tokens, in] -> [tokens, out]`.
 
         Args:
-            y: `[tokens, out]`, output of the frozen product, or of some of its outputs.
-            product: of `[rows, in]` and `[out, in]`.
+            y: `[tokens, out]`, all or some outputs of the frozen product.
+            product: multiplies `[rows, in]` by the transpose of `[out, in]`.
             dropout_masks: None turns dropout off.
-            mask_id: of the dropout.
-            rows: which outputs of the whole product `y` holds.
+            mask_id: number of the dropout within the model.
+            rows: the outputs of the whole product that `y` holds.
         """
         inner = product(dropout(x, self.drop, dropout_masks, mask_id), self.down) * self.scaling
         return y + product(inner, self._blocks()[rows])
 
     def _blocks(self) -> torch.Tensor:
-        """`up` as one matrix `[out, adapters * rank]`: each adapter's rows read its own columns only."""
+        """`up` as one matrix `[out, adapters * rank]`, in which the rows of an adapter are zero outside its columns."""
+        # The zeros are multiplied too: `parts` times the work of the blocks, but one launch and one read of `inner`.
         blocks = self.up.chunk(len(self.parts))
         if self.count == 1:
             return self.up
