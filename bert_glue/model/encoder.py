@@ -1,9 +1,9 @@
 """A BERT-family encoder and its classification head over packed batches: no padding is computed.
 
-The same function as transformers' `*ForSequenceClassification` on the same weights (tests hold both
-together), arranged for the work at hand: query, key and value are one product; the last layer runs its
-query, output and feed-forward only for each sequence's first token, the one the head reads, which
-saves 10/12 of a layer; the embedding table can be narrowed to the rows that the data uses.
+The module computes the same function as transformers' `*ForSequenceClassification` with the same weights; tests compare
+both. It differs in three points. Query, key and value are one product. The last layer runs its query, output and
+feed-forward only for the first token of each sequence, which is all that the head reads; this saves 10/12 of a layer.
+The embedding table can be narrowed to the rows that the data uses.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class EncoderShape:
     """Sizes and constants of one encoder with its head.
 
     Args:
-        embedding: width of the embedding table; projected where it differs from `hidden`.
-        types: rows of the token-type table, 0 if the family has none.
+        embedding: width of the embedding table; a projection follows where it differs from `hidden`.
+        types: rows of the token-type table; 0 if the family has none.
         position_offset: position id of a sequence's first token (2 for the RoBERTa family).
-        output_dropout: after the feed-forward, in [0, 1).
+        output_dropout: dropout after the feed-forward, in [0, 1).
         shared_layers: True if all layers share one set of weights (ALBERT).
-        head_activation: between the head's dense layer and its classifier.
+        head_activation: activation between the head's dense layer and its classifier.
         head_dropouts: dropout before the head's dense layer and before its classifier, in [0, 1].
     """
 
@@ -88,10 +88,13 @@ class PackedLayer(nn.Module):
         mask_id: int,
         cls_positions=None,
     ) -> torch.Tensor:
-        """`[tokens, hidden] -> [tokens, hidden]`, or `[sequences, hidden]` where `cls_positions` is given.
+        """Run the layer: `[tokens, hidden] -> [tokens, hidden]`, or `[sequences, hidden]` with `cls_positions`.
 
         Args:
-            cls_positions: of each sequence's first token, `[sequences]`, in the last layer; None in the others.
+            layout: cumulative lengths of the sequences, on the host.
+            dropout_masks: None turns dropout off.
+            mask_id: number of the layer's first dropout within the model.
+            cls_positions: position of each sequence's first token, `[sequences]`, in the last layer; None elsewhere.
         """
         drop = self.shape.attention_dropout
         query, key, value = self._projections(x, cls_positions, dropout_masks, mask_id)
@@ -101,11 +104,12 @@ class PackedLayer(nn.Module):
     def _after_attention(
         self, context: torch.Tensor, residual: torch.Tensor, dropout_masks: DropoutMasks | None, mask_id: int
     ) -> torch.Tensor:
-        """`[rows, hidden]` twice -> `[rows, hidden]`; what `--torch_compile` compiles."""
+        """Two times `[rows, hidden]` -> `[rows, hidden]`; `--torch_compile` compiles this part of a layer."""
         shape = self.shape
-        # No step here knows where sequences begin: all work row by row, so a compiled graph serves every packing.
+        # Every operation here works row by row and does not know where sequences begin, so that one compiled graph
+        # serves every packing.
         attended = self.attention_output(context, dropout_masks, mask_id)
-        # On a CPU dropout adds the residual in its own pass: a read and a write of `[rows, hidden]` less.
+        # On a CPU dropout adds the residual in its own pass, which saves a read and a write of `[rows, hidden]`.
         x = self.attention_norm(dropout(attended, shape.hidden_dropout, dropout_masks, mask_id + 1, residual))
         inner = ACTIVATIONS[shape.activation](self.feed_forward(x, dropout_masks, mask_id + 1))
         outer = self.feed_forward_output(inner, dropout_masks, mask_id + 2)
@@ -113,22 +117,24 @@ class PackedLayer(nn.Module):
 
     def _projections(self, x, cls_positions, dropout_masks, mask_id) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, heads = self.shape.hidden, self.shape.heads
-        # One product of three times the width reads `x` once and not three times, and is one launch and not three.
-        # Query, key and value are views of its output.
+        # One product of three times the width reads `x` once instead of three times, and is one launch instead of
+        # three. Query, key and value are views of its output.
         if cls_positions is None:
             return self.qkv(x, dropout_masks, mask_id + 3).view(len(x), 3, heads, -1).unbind(1)
-        # The head reads first tokens alone, so the last layer needs queries of those alone: of n tokens a sequence, 1/n
-        # of the query, output and feed-forward products is left. Keys and values are needed of all tokens.
-        # The query's mask id is the first of a next layer, which does not exist.
+        # The head reads first tokens alone, so that the last layer needs no other queries. With n tokens a sequence,
+        # 1/n of the query, output and feed-forward products remains. Keys and values are needed for all tokens.
+        # The query has the first mask id of the next layer, which does not exist.
         query = self.qkv.rows(x[cls_positions], slice(0, hidden), dropout_masks, mask_id + 4)
         key_value = self.qkv.rows(x, slice(hidden, None), dropout_masks, mask_id + 3).view(len(x), 2, heads, -1)
         return query.view(len(cls_positions), heads, -1), *key_value.unbind(1)
 
 
 class PackedClassifier(nn.Module):
-    """Embeddings, layers, head.
+    """Embeddings, layers and head; families.py translates the parameter names to those of transformers.
 
-    Parameters are named for what they are; families.py translates the names of transformers.
+    Args:
+        shape: sizes of the encoder and its head.
+        gradient_checkpointing: whether backward computes each layer again instead of keeping its activations.
     """
 
     def __init__(self, shape: EncoderShape, gradient_checkpointing: bool = False):
@@ -139,7 +145,7 @@ class PackedClassifier(nn.Module):
         self.positions = nn.Embedding(shape.positions, shape.embedding)
         self.types = nn.Embedding(shape.types, shape.embedding) if shape.types else None
         self.embedding_norm = nn.LayerNorm(shape.embedding, eps=shape.norm_eps)
-        # ALBERT projects always, ELECTRA where the widths differ.
+        # ALBERT always has a projection, ELECTRA only where the widths differ.
         needs_projection = shape.shared_layers or shape.embedding != shape.hidden
         self.projection = Linear(shape.embedding, shape.hidden) if needs_projection else None
         count = 1 if shape.shared_layers else shape.layers
@@ -155,7 +161,7 @@ class PackedClassifier(nn.Module):
         layout: PackedLayout,
         dropout_masks: DropoutMasks | None = None,
     ) -> torch.Tensor:
-        """Logits of each sample, in the order of the samples.
+        """The logits of each sample, in the order of the samples.
 
         Args:
             input_ids, token_type_ids, position_ids: `[1, tokens]` integers on the model's device.
@@ -167,19 +173,19 @@ class PackedClassifier(nn.Module):
         """
         shape = self.shape
         x = self._embed(input_ids[0], token_type_ids[0], position_ids[0], dropout_masks)
-        # Copied to the device once a batch, and without a wait; every layer reads the same tensor.
+        # One copy to the device a batch, without a wait; every layer reads the same tensor.
         all_cls_positions = layout.cu_seqlens(x.device)[:-1].long()
         for number in range(shape.layers):
             cls_positions = all_cls_positions if number == shape.layers - 1 else None
             layer = self.layers[0 if shape.shared_layers else number]
             mask_id = _MASKS_PER_LAYER * (number + 1)
-            # Keeps one `[tokens, hidden]` a layer instead of every intermediate result, for a second forward pass: a
-            # third more work. That pass draws the same dropout masks, since they follow from their ids.
+            # Gradient checkpointing keeps one `[tokens, hidden]` a layer instead of every intermediate result. The
+            # second forward pass is a third more work. It draws the same dropout masks, which follow from their ids.
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, layout, dropout_masks, mask_id, cls_positions, use_reentrant=False)
             else:
                 x = layer(x, layout, dropout_masks, mask_id, cls_positions)
-        # Filler that rounds up the token count is one more sequence at the end; it gets no logits.
+        # Filler that rounds up the token count is one more sequence at the end, without logits.
         return self._head(x[: len(layout.lengths)], dropout_masks)
 
     def _embed(self, input_ids, token_type_ids, position_ids, dropout_masks) -> torch.Tensor:
