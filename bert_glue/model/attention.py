@@ -1,12 +1,12 @@
 """Attention over the sequences of a packed batch: one function a device, chosen by `attend`.
 
-Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, heads, dim]`. Either every
-token has a query (`queries == tokens`), or only the first token of each sequence (`queries == sequences`): the
-last layer of a classifier needs no more. A new device is one more function and its entry in
-`ATTENTION`.
+Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, heads, dim]`. Either every token has a
+query (`queries == tokens`), or only the first token of each sequence has one (`queries == sequences`), which is all
+that the last layer of a classifier needs. A new device needs one more function and its entry in `ATTENTION`.
 
-By hand because torch's CPU kernel with dropout falls back to a chain of a dozen autograd nodes a call, and a
-batch of 32 sequences makes 5 to 8 calls a layer. A group's rows are gathered in one copy and put back in one.
+The CPU function has a backward pass of its own. torch's CPU kernel with dropout falls back to a dozen autograd nodes a
+call, and a batch of 32 sequences makes 5 to 8 calls a layer. The rows of a group are gathered in one copy and put back
+in one copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bert_glue.devices.device import has_slow_products
 from bert_glue.devices.npu import torch_npu_of
 from bert_glue.model.layers import DropoutMasks, as_numbers
 
-# What computed attention in this process so far, fallbacks by their own name.
+# The kernels that have computed attention in this process; fallbacks have names of their own.
 PATHS_TAKEN: set[str] = set()
 
 
@@ -31,22 +31,22 @@ def grouped_attention(query, key, value, layout, first_only, drop, dropout_masks
     """CPU: sequences of similar length share one batched product."""
     PATHS_TAKEN.add("packed: products grouped by length")
     dtype, kind = query.dtype, query.device.type
-    # Gradients and our dropout masks need the probabilities in memory; evaluation takes the kernel that writes none.
+    # Gradients and our dropout masks need the probabilities in memory. Evaluation uses a kernel that writes none.
     drops = dropout_masks is not None and drop > 0.0
     attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     with torch.autocast(kind, enabled=False):
-        # Three copies of `[tokens, hidden]` in fp32: less than what torch's own 16-bit loops cost on such a CPU.
+        # Three copies of `[tokens, hidden]` in fp32 cost less than torch's own 16-bit loops on such a CPU.
         query, key, value = query.float(), key.float(), value.float()
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id).to(dtype)
 
 
 def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
-    """The same in torch's fused kernel, which writes no probabilities.
+    """As `GroupedAttention`, by torch's fused kernel, which writes no probabilities.
 
-    Neighbours of equal length are a block as they lie: nothing is gathered, padded or masked. Evaluation batches
-    are sorted by length, so that such runs are long there.
+    Neighbours of equal length already form a block, so that nothing is gathered, padded or masked. Evaluation batches
+    are sorted by length, which makes such runs long.
     """
     out = torch.empty_like(query)
     for first, end in layout.runs:
@@ -59,14 +59,15 @@ def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tenso
 
 
 def padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """Any device: pad to the longest inside attention only, through torch's fused kernel.
+    """Any device: pad to the longest sequence inside attention only, and call torch's fused kernel.
 
-    Taken where no kernel takes cumulative lengths, or where that kernel has no dropout.
+    This is the fallback where no kernel accepts cumulative lengths, or where that kernel has no dropout.
     """
     PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
     device, longest = key.device, layout.longest
-    # Built on the host, from host numbers, and sent without a wait: asking the device for lengths would stop it here,
-    # in every layer. Padding repeats a sequence's first token, so that every index is valid; the mask hides it.
+    # The index is built on the host from host numbers and sent without a wait. Reading lengths from the device would
+    # make the host wait in every layer. Padding repeats a sequence's first token, so that every index is valid; the
+    # mask hides it.
     starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
     lengths = torch.tensor(layout.all_lengths)[:, None]
     columns = torch.arange(longest)[None, :]
@@ -74,7 +75,8 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
     index = torch.where(is_real, starts + columns, starts).to(device, non_blocking=True)
     mask = is_real[:, None, None, :]
     if device.type == "npu":
-        # A boolean mask becomes -inf, an overflow to chips that saturate; -1e4 is BERT's own (Devlin et al. 2019).
+        # A boolean mask becomes -inf, which counts as an overflow on chips that saturate. BERT itself uses -1e4 (Devlin
+        # et al. 2019).
         mask = torch.where(mask, 0.0, -1e4).to(query.dtype)
     mask = mask.to(device, non_blocking=True)
     sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
@@ -82,7 +84,7 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
     q, k, v = query[q_index].transpose(1, 2), key[index].transpose(1, 2), value[index].transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if dropout_masks else 0.0)
     out = out.transpose(1, 2)
-    # `nonzero` of a host mask: of a device mask its size would have to be waited for.
+    # `nonzero` of a device mask would make the host wait for its size; that of a host mask does not.
     return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
 
 
@@ -93,7 +95,7 @@ def _varlen_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_l
 
 
 def _flash_kernel(*given):
-    # What varlen_attn calls, with the dropout that it sets to 0 (torch 2.13, torch/nn/attention/varlen.py).
+    # varlen_attn calls this operator with dropout 0 (torch 2.13, torch/nn/attention/varlen.py); here it has dropout.
     return torch.ops.aten._flash_attention_forward(*given, False, False)[0]
 
 
@@ -104,7 +106,7 @@ def _flash_attn_kernel(*given):
 
 
 # name -> (function of query, key, value, both cu_seqlens `[sequences + 1]` int32, both longest, dropout; has dropout).
-# In this order the first one that runs is taken; which is fastest was not measured on a GPU yet.
+# The first one that runs is used. Their speeds have not been compared on a GPU yet.
 CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "torch's varlen kernel": (_varlen_kernel, False),
     "torch's flash kernel with dropout": (_flash_kernel, True),
@@ -113,33 +115,36 @@ CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
 
 
 def runs_here(name: str, device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> bool:
-    """True if a kernel of `CUDA_KERNELS` does: asked of the device by two sequences, forward and backward.
+    """True if a kernel of `CUDA_KERNELS` runs here; a forward and backward pass over two sequences decides.
 
-    No random number is taken from the run.
+    Args:
+        dim: elements of one head.
+        drop: dropout of attention probabilities, in [0, 1).
     """
     function, has_dropout = CUDA_KERNELS[name]
     if drop > 0.0 and not has_dropout:
         return False
     cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
     try:
+        # The probe draws no number from the generators of the run, or a resumed run would drop other elements.
         with torch.random.fork_rng([] if device.index is None else [device], device_type=device.type):
             probe = torch.zeros(3, 1, dim, dtype=dtype, device=device, requires_grad=True)
             with torch.enable_grad():
                 function(probe, probe, probe, cu_seqlens, cu_seqlens, 2, 2, drop).sum().backward()
-            probe.grad.sum().item()  # a failure is told no earlier
-    except Exception:  # no such package, chip, dtype or size: each fails in its own way
+            probe.grad.sum().item()  # the host waits here, because a device reports a failure no earlier
+    except Exception:  # a missing package, a chip, a dtype and a size fail in different ways
         return False
     return True
 
 
 @cache
 def cuda_kernel(device: torch.device, dtype: torch.dtype, dim: int, drop: float) -> str | None:
-    """Name of the kernel that this device takes for heads of `dim` elements; None if none does."""
+    """Name of the kernel that this device uses for heads of `dim` elements; None if no kernel runs."""
     return next((name for name in CUDA_KERNELS if runs_here(name, device, dtype, dim, drop)), None)
 
 
 def varlen_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """CUDA: a kernel that takes cu_seqlens, the first of `CUDA_KERNELS` that runs; they take half precision only."""
+    """CUDA: the first kernel of `CUDA_KERNELS` that runs; they take cu_seqlens, and half precision only."""
     rate = drop if dropout_masks is not None else 0.0
     name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate)
     if name is None:
@@ -153,9 +158,9 @@ def varlen_attention(query, key, value, layout, first_only, drop, dropout_masks,
 
 @cache
 def has_packed_npu_attention() -> bool:
-    """True if npu_fusion_attention takes the TND layout here (Atlas A2 and later, or simulated).
+    """True if npu_fusion_attention accepts the TND layout here (Atlas A2 and later, or simulated).
 
-    Asked of the device by a two-token call, because the chip's name does not tell the installed CANN.
+    A call with two tokens decides, because the name of the chip does not show which CANN is installed.
     """
     torch_npu = torch_npu_of(torch.device("npu"))
     if torch_npu is None or not hasattr(torch_npu, "npu_fusion_attention"):
@@ -165,16 +170,16 @@ def has_packed_npu_attention() -> bool:
         torch_npu.npu_fusion_attention(
             probe, probe, probe, 1, "TND", scale=1.0, actual_seq_qlen=(1, 2), actual_seq_kvlen=(1, 2)
         )
-        torch.npu.synchronize()  # with a task queue an operator's refusal comes no earlier
+        torch.npu.synchronize()  # with a task queue an operator reports an error no earlier
     except RuntimeError:
         return False
     return True
 
 
 def fusion_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """NPU: fused attention in TND layout; cumulative lengths are host integers, so nothing waits.
+    """NPU: fused attention in TND layout; cumulative lengths are host integers, so that nothing waits.
 
-    TND needs a training call and Atlas A2 or later; elsewhere the padded form is used.
+    TND needs a training call and Atlas A2 or later; elsewhere attention is padded.
     Source: torch_npu 2.13 `npu_fusion_attention`.
     """
     if not has_packed_npu_attention():
@@ -218,12 +223,14 @@ def attend(
     Args:
         query: `[tokens, heads, dim]`, or `[sequences, heads, dim]` with `first_only`.
         key, value: `[tokens, heads, dim]`.
-        first_only: whether queries are of first tokens only.
-        drop: dropout of attention probabilities, in [0, 1], applied where `dropout_masks` is given.
-        mask_id: of this dropout within the model.
+        layout: cumulative lengths of the sequences, on the host.
+        first_only: whether only the first token of each sequence has a query.
+        drop: dropout of attention probabilities, in [0, 1].
+        dropout_masks: None turns dropout off.
+        mask_id: number of this dropout within the model.
 
     Returns:
-        The shape of `query`.
+        A tensor with the shape of `query`.
     """
     if dropout_masks is not None and drop >= 1.0:
         return torch.zeros_like(query)  # every probability is dropped; 1 / (1 - drop) has no value
@@ -232,7 +239,7 @@ def attend(
 
 
 class GroupedAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(dim)) v, group by group; arguments as of `attention.attend`."""
+    """softmax(q k' / sqrt(dim)) v, group by group; the arguments are those of `attend`."""
 
     @staticmethod
     def forward(ctx, query, key, value, layout, first_only, drop, dropout_masks, mask_id):
@@ -242,7 +249,7 @@ class GroupedAttention(torch.autograd.Function):
         q_rows = layout.head_rows(heads, first_only)
         k_rows = layout.head_rows(heads, False)
         saved = []
-        # All groups write into one buffer, which one `index_select` then puts back into token order.
+        # All groups write into one buffer, and one `index_select` then restores the order of the tokens.
         out = query.new_empty(q_rows.bounds[-1][1], dim)
         for number, group in enumerate(layout.groups):
             q = _block(query, q_rows, number)
@@ -257,7 +264,8 @@ class GroupedAttention(torch.autograd.Function):
                 keep = keep.flatten(0, 1)
                 dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
             torch.bmm(dropped, v, out=_part(out, q_rows, number, q))
-            # The mask is kept as bytes, a quarter of the dropped probabilities in fp32, which backward makes anew.
+            # The mask is kept in bytes, a quarter of the size of the dropped probabilities in fp32. Backward computes
+            # those again in one pass.
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(*saved)
         ctx.layout = layout
@@ -271,13 +279,13 @@ class GroupedAttention(torch.autograd.Function):
         layout, first_only, scale = ctx.layout, ctx.first_only, ctx.scale
         heads, dim = grad.shape[1:]
         q_rows, k_rows = layout.head_rows(heads, first_only), layout.head_rows(heads, False)
-        # Once: under gradient checkpointing each look unpacks again, and the second is refused.
+        # Read once: under gradient checkpointing every access unpacks the tensors, and torch refuses the second.
         saved = ctx.saved_tensors
         dq, dk, dv = (grad.new_empty(head_rows.bounds[-1][1], dim) for head_rows in (q_rows, k_rows, k_rows))
         for number, group in enumerate(layout.groups):
             q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
             g = _block(grad, q_rows, number)
-            # Padded query rows repeat a real token's gradient: left in, it would be counted once a cell.
+            # Padded query rows repeat the gradient of a real token, which would then count once for each cell.
             if group.padding is not None and not first_only:
                 g.view(len(group.sequences), heads, -1, dim).transpose(1, 2)[group.padding] = 0.0
             dp = torch.bmm(g, v.transpose(1, 2))
@@ -295,11 +303,9 @@ class GroupedAttention(torch.autograd.Function):
 
 
 def _block(x: torch.Tensor, head_rows: HeadRows, number: int) -> torch.Tensor:
-    """`[n, heads, dim]` -> `[sequences * heads, length, dim]`, of one group.
-
-    Rows of one head are copied whole, also out of the joint product of query, key and value: a fifth of the time that
-    an index over tokens and heads takes.
-    """
+    """The block `[sequences * heads, length, dim]` of one group of `x`, `[n, heads, dim]`."""
+    # Rows of one head are copied whole, also from the joint product of query, key and value. This takes a fifth of the
+    # time of an index over tokens and heads.
     heads, dim = x.shape[1:]
     if x.stride(1) != dim or x.stride(2) != 1 or x.stride(0) % dim:
         x = x.contiguous()
@@ -310,7 +316,7 @@ def _block(x: torch.Tensor, head_rows: HeadRows, number: int) -> torch.Tensor:
 
 
 def _part(rows: torch.Tensor, head_rows: HeadRows, number: int, like: torch.Tensor) -> torch.Tensor:
-    """Rows of one group, as its block `[sequences * heads, length, dim]`."""
+    """The rows of one group as its block `[sequences * heads, length, dim]`."""
     return rows[slice(*head_rows.bounds[number])].view(like.shape)
 
 
@@ -322,6 +328,6 @@ def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: 
     scores = _scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
     if group.padding is not None:
         by_sequence = scores.view(len(group.sequences), -1, *scores.shape[1:])
-        # In place: scores of `[sequences * heads, length, length]` are the largest tensor of a layer.
+        # In place, because the scores `[sequences * heads, length, length]` are the largest tensor of a layer.
         by_sequence.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1)
