@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bert_glue.data.readers import from_arrow
+from bert_glue.data.readers import class_names_of, from_arrow
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, first_line
 from bert_glue.hub import client
@@ -184,12 +184,7 @@ def to_table(dataset: Any, origin: str) -> Table:
         DataError: no rows.
     """
     table = from_arrow(dataset.with_format("arrow")[:], origin)
-    names = {
-        name: tuple(feature.names)
-        for name, feature in dataset.features.items()
-        if getattr(feature, "_type", "") == "ClassLabel"
-    }
-    return replace(table, class_names=names)
+    return replace(table, class_names=class_names_of(dataset.features.to_dict()))
 
 
 def load_saved(folder: Path) -> Table:

@@ -310,12 +310,24 @@ def _is_readable(value: Any) -> bool:
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
     """Names of integer classes from the schema metadata key `huggingface` (datasets' format)."""
     described = json.loads(metadata.get(b"huggingface", b"{}"))
-    features = described.get("info", {}).get("features", {})
-    return {
-        name: tuple(feature["names"])
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    return class_names_of(described.get("info", {}).get("features", {}))
+
+
+def class_names_of(features: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Names of integer classes, and of lists of them, by column.
+
+    Args:
+        features: of `datasets`, as its `to_dict` gives them.
+    """
+    found = {}
+    for name, feature in features.items():
+        if isinstance(feature, list) and len(feature) == 1:  # how earlier versions write a list
+            feature = feature[0]
+        elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            found[name] = tuple(feature["names"])
+    return found
 
 
 _READERS = dict(zip(DATA_SUFFIXES, (read_csv, read_tsv, read_json, read_json, read_parquet), strict=True))
