@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from bert_glue.errors import MachineError, exit_code_of
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
+from bert_glue.tasks import MULTI_LABEL
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,12 @@ def export(name: str, path: Path, batch: int) -> list[str]:
                 checked = f"in onnxruntime, logits equal torch's to {worst:.1e} for {len(_SHAPES)} shapes"
         script = path.with_suffix(".atc.sh")
         write_whole(script, atc_script(path, input_names(model), batch))
-    return [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
+    several = model.config["problem_type"] == MULTI_LABEL
+    return [
+        f"wrote {path} ({checked})",
+        f"wrote {script} (atc's command for an OM model; not run here)",
+        *(["several labels a row: the sigmoid of each logit is the probability of its class"] if several else []),
+    ]
 
 
 def main(argv: list[str]) -> int:

@@ -39,6 +39,13 @@ def weighted(folder: Path) -> dict[str, Any]:
     return same_run(folder, class_weights=str(folder.parent / "weights.json"), label_smoothing_factor=0.1)
 
 
+def several(folder: Path) -> dict[str, Any]:
+    """`same_run` of rows that have several labels, evaluated after each epoch."""
+    from tiny_run import make_label_sets
+
+    return same_run(folder, **make_label_sets(folder.parent / "sets"), eval_strategy="epoch")
+
+
 def frozen(folder: Path) -> dict[str, Any]:
     """`same_run` of the head alone."""
     return same_run(folder, freeze_encoder=True)
@@ -86,7 +93,8 @@ def same_run(folder: Path, **changes) -> dict[str, Any]:
     run = fit(args)
     return {
         "losses": losses(run),
-        "norms": [entry["grad_norm"] for entry in run.progress.history],
+        "norms": [entry["grad_norm"] for entry in run.progress.history if "grad_norm" in entry],
+        "scores": [entry["eval_f1_micro"] for entry in run.progress.history if "eval_f1_micro" in entry],
         "samples": run.progress.samples,
         "counted": run.observers.meter.samples,
         "rows": rows,

@@ -114,6 +114,28 @@ def make_data(folder: Path, train: int = 29, validation: int = 13, test: int = 5
     return flags
 
 
+def label_sets(count: int, seed: int) -> list[dict]:
+    """Texts that name up to three subjects; the labels are the subjects."""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        named = draw.sample(SUBJECTS[:3], draw.randrange(4))
+        words = [*named, *draw.choices(FILLERS, k=draw.randrange(2, 8))]
+        draw.shuffle(words)
+        found.append({"text": " ".join(words), "label": sorted(named)})
+    return found
+
+
+def make_label_sets(folder: Path, train: int = 61, validation: int = 23, test: int = 9) -> dict[str, str]:
+    """Three jsonl files of `label_sets`; returns the flags that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = {}
+    for seed, (part, count) in enumerate((("train", train), ("validation", validation), ("test", test))):
+        path = folder / f"{part}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in label_sets(count, seed)))
+        flags[f"{part}_file"] = str(path)
+    return flags
+
+
 def arguments(folder: Path, **changes) -> Arguments:
     """Settings of a short run on the CPU; model and data are made in `folder` where they are not yet."""
     if "model_name_or_path" not in changes and not changes.get("sample"):
