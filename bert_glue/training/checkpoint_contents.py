@@ -1,8 +1,8 @@
-"""What a checkpoint's files must hold before anything of them is used.
+"""Checks the content of a checkpoint's files before a run uses it.
 
-A manifest proves that files are as they were written, not by whom. A tensor of another shape given to a fused
-optimizer is read beyond its end, and a number of another kind fails hours later: so names, shapes, dtypes, types
-and ranges are compared with what this run would write.
+A manifest proves that files are unchanged, but not who wrote them. A fused optimizer would read beyond the end of a
+tensor of another shape, and a number of another type would fail hours later. Names, shapes, dtypes, types and ranges
+are therefore compared with what this run would write.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_entry(value: Any) -> bool:
-    """One line of the history: a step, and finite numbers or null for what is drawn."""
+    """True for one line of the history: a step, and finite numbers or null for the values that are plotted."""
     if not isinstance(value, dict) or not _is_whole(value.get("step")):
         return False
     drawn = (value.get(name) for name in ("epoch", "loss", "learning_rate", "grad_norm", "loss_scale"))
@@ -67,10 +67,10 @@ _UP_TO_STEP = ("updates", "best_step", "evaluated_step", "recent_steps", "evalua
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint.
+    """Read and check the trainer_state.json of a checkpoint.
 
     Raises:
-        OSError, ValueError: it cannot be read, or a field is missing, of another type, or out of its range.
+        OSError, ValueError: it cannot be read, or a field is missing, has another type, or is out of range.
     """
     state = json_object(folder / STATE_FILE)
     for name, is_right in _FIELDS.items():
@@ -85,10 +85,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_scale(state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Hold the loss scale of a checkpoint against the state this run would write, `own`.
+    """Compare the loss scale of a checkpoint with `own`, the state that this run would write.
 
     Raises:
-        ValueError: other keys, or a number that is none.
+        ValueError: the keys differ, or a value is not a number.
     """
     if state.keys() != own.keys():
         raise ValueError(f"trainer_state.json: loss_scale has the keys {', '.join(sorted(state))}")
@@ -100,7 +100,7 @@ def check_scale(state: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def read_tensors(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
-    """optimizer.safetensors of a checkpoint.
+    """Read and check the optimizer.safetensors of a checkpoint.
 
     Raises:
         OSError, SafetensorError: it cannot be read.
@@ -125,11 +125,11 @@ def read_tensors(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_randoms(state: TrainState, path: Path) -> dict[str, torch.Tensor]:
-    """The generators' states of a rank; that of another device is left out.
+    """Read and check the states of a rank's random generators; the state of another device is left out.
 
     Raises:
-        OSError, SafetensorError: it cannot be read.
-        ValueError: not states of these generators.
+        OSError, SafetensorError: the file cannot be read.
+        ValueError: the tensors are not states of these generators.
     """
     tensors, own = load_file(path), random_tensors(state.ranks.device)
     if "device" in tensors and ("device" not in own or tensors["device"].shape != own["device"].shape):
