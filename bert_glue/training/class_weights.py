@@ -1,4 +1,4 @@
-"""`--class_weights`: what each class counts in the training loss, balanced by its rows or from a file."""
+"""`--class_weights`: the weight of each class in the training loss, balanced by its rows or read from a file."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def named(task: GlueTask, weights: np.ndarray | None) -> dict[str, float] | None
 
 
 def step_weight(weights: np.ndarray, labels: np.ndarray) -> float:
-    """What a step's loss is divided by: the sum of the weights of its rows on all ranks.
+    """The divisor of a step's loss: the sum of the weights of its rows on all ranks.
 
     Args:
-        labels: class ids of those rows.
+        labels: class ids of those rows, `[rows]`.
     """
-    # Rows of weight 0 alone have no mean (torch: nan). Their loss is 0, and so is their gradient.
+    # If every row has weight 0, the mean does not exist (torch returns nan). Loss and gradient are 0 then.
     return float(weights[labels].sum()) or 1.0
 
 
