@@ -1,10 +1,10 @@
-"""`--torch_compile`: what of a model is compiled, before the first step and apart from its time.
+"""`--torch_compile`: compiles parts of a model before the first step, outside its timing.
 
-Of a packed encoder that is all between two attentions, layer by layer: one graph for all layers and lengths, with the
-gradient and without. Attention stays outside, since the lengths are host numbers, new in every batch;
-so do embedding, query, key and value, which are products and look-ups with nothing to fuse. The graph calls
-`bert_glue::keep` for its dropout masks, so that they are those of an eager run. Models that cannot be packed
-are compiled as a whole.
+In a packed encoder everything between two attentions is compiled: one graph with gradients and one without serve all
+layers and lengths. Attention stays eager, because its lengths are host numbers that differ in every batch. The
+embedding and the projections to query, key and value stay eager, because they are products and look-ups with nothing to
+fuse. The graph calls `bert_glue::keep` for its dropout masks, so that they equal those of an eager run. Models that
+cannot be packed are compiled as a whole.
 """
 
 from __future__ import annotations
@@ -36,27 +36,29 @@ _NEEDS_COMPILER = "inductor"
 
 @dataclass
 class Compiled:
-    """What was compiled.
+    """The result of a compilation.
 
     Args:
-        backend: of torch.compile.
-        graphs: made before the first step.
+        backend: backend of torch.compile.
+        graphs: number of graphs that were compiled before the first step.
     """
 
     backend: str
     graphs: int
 
     def summary(self, shapes: set[int], log: ConsoleLog) -> dict[str, str | int]:
-        """Entries of the results files, when all batches have been run; says them too.
+        """The entries of the results files, after the last batch; also logs them.
 
         Args:
-            shapes: token counts of the batches.
+            shapes: token counts of all batches.
         """
         later = graphs_made() - self.graphs
         span = f" ({min(shapes)} to {max(shapes)})" if shapes else ""
         log.line(f"torch_compile: {self.graphs} graph(s) ran {len(shapes)} token count(s){span}")
         if later:
-            log.line(f"note: {later} graph(s) more were compiled later; the phase that asked for them holds their time")
+            log.line(
+                f"note: {later} more graph(s) were compiled later; their time counts for the phase that needed them"
+            )
         return {
             "compiled": self.backend,
             "compiled_graphs": self.graphs,
@@ -66,14 +68,14 @@ class Compiled:
 
 
 def graphs_made() -> int:
-    """Graphs compiled since `compile_model` began."""
+    """Number of graphs compiled since `compile_model` began."""
     return counters["stats"]["unique_graphs"]
 
 
 def compile_model(
     args: Arguments, model: LoadedModel, evaluator: Evaluator, splits: dict[str, TokenSplit], log: ConsoleLog
 ) -> Compiled:
-    """Compile, by a forward and backward pass over the first rows that leaves nothing behind but cleared gradients.
+    """Compile by a forward and backward pass over the first rows; afterwards all gradients are zero.
 
     Raises:
         UsageError: there is no such backend.
@@ -108,10 +110,10 @@ def compile_model(
 
 
 def compile_layers(module: PackedClassifier, options: dict) -> None:
-    """One graph, of all that follows attention in a layer, for all layers.
+    """Compile one graph for all layers, of everything that follows attention in a layer.
 
     Args:
-        options: of torch.compile.
+        options: options of torch.compile.
     """
     for answer in (has_slow_products, has_onednn_linear):  # of the machine, not of a batch
         torch.compiler.assume_constant_result(answer)
