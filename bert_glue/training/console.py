@@ -1,7 +1,7 @@
-"""What a person sees of a training run: a bar or plain lines, experiment trackers, signals that ask for a stop.
+"""The console of a training run: a progress bar or plain lines, experiment trackers, and signals that request a stop.
 
-Each tracker lives in a thread of its own that reads a queue: one that hangs or fails costs the run nothing but
-a line of the log, and at the end at most `CLOSE_SECONDS`.
+Each tracker runs in a thread of its own and reads a queue. A tracker that hangs or fails costs the run one line of the
+log, and at most `CLOSE_SECONDS` at the end.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from bert_glue.errors import MachineError, first_line
 from bert_glue.result_keys import is_measured
 from bert_glue.storage.files import make_own_folder
 
-# A terminal and a launcher both pass one Ctrl-C on, and so do some schedulers with SIGTERM.
+# A terminal and a launcher both forward the same Ctrl-C, and some schedulers do the same with SIGTERM.
 _SAME_SIGNAL_SECONDS = 2.0
 
 
 class StopSignals:
-    """Signals as a request to stop, which the loop reads once a step.
+    """Turns signals into a request to stop, which the loop reads once a step.
 
-    SIGTERM and SIGINT; SIGHUP of a terminal that is gone, unless nohup ignores it; SIGQUIT; and SIGUSR1, by which
-    Slurm warns of the end of a job (`--signal`).
+    The signals are SIGTERM, SIGINT and SIGQUIT, SIGHUP from a terminal that closes (unless nohup ignores it), and
+    SIGUSR1, with which Slurm announces the end of a job (`--signal`).
 
     Args:
         is_watching: False leaves the signals of the process alone.
 
     Attributes:
-        number: of the signal that came first, None before any.
-        ends_at_once: True until training begins: before that there is nothing to save.
+        number: number of the first signal; None before any signal.
+        ends_at_once: True until training begins, because there is nothing to save before that.
     """
 
     def __init__(self, is_watching: bool = True):
@@ -52,7 +52,7 @@ class StopSignals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        """First signal: finish the step, or leave the evaluation, and save. A later one: end at once."""
+        """Request a stop after the step or evaluation, with a checkpoint; a second signal ends the process at once."""
         is_repeated = self.number is not None and time.monotonic() - self._received > _SAME_SIGNAL_SECONDS
         if self.ends_at_once or is_repeated:
             raise SystemExit(128 + number)
@@ -61,19 +61,19 @@ class StopSignals:
             self._received = time.monotonic()
 
     def is_requested(self) -> bool:
-        """True once a signal asked this rank to stop."""
+        """True once a signal has asked this rank to stop."""
         return self.number is not None
 
     def ignore(self) -> None:
-        """Nothing is left to stop: a launcher that clears up must not change the exit code."""
+        """Ignore signals from now on, so that a launcher that cleans up cannot change the exit code."""
         if self._is_watching:
             for number in self._numbers:
-                # Not SIG_IGN, which a process started from here would inherit.
+                # Not by SIG_IGN, which a process that starts from here would inherit.
                 signal.signal(number, lambda *_: None)
 
 
 def format_entry(entry: dict) -> str:
-    """A log entry as `name=value` words, numbers shortened."""
+    """A log entry as `name=value` words with shortened numbers."""
     words = []
     for name, value in entry.items():
         if isinstance(value, float):
@@ -83,10 +83,10 @@ def format_entry(entry: dict) -> str:
 
 
 class ConsoleLog:
-    """Lines and the progress bar of one run.
+    """The log lines and the progress bar of one run.
 
     Args:
-        is_shown: False on all ranks but the first, which then print nothing.
+        is_shown: True on the first rank; the others print nothing.
         wants_bar: False with `--disable_tqdm`.
     """
 
@@ -98,7 +98,7 @@ class ConsoleLog:
         self._task: Any = None
 
     def line(self, text: str) -> None:
-        """One line of the log."""
+        """Print one line of the log."""
         if not self.is_shown:
             return
         if self._bar is None:
@@ -107,7 +107,7 @@ class ConsoleLog:
             self._bar.console.print(text, markup=False, highlight=False)
 
     def entry(self, entry: dict) -> None:
-        """A line of the log with an entry's numbers."""
+        """Print a line of the log with the numbers of an entry."""
         if "loss" in entry:
             self._last = f"loss {entry['loss']:.4f} rate {entry['learning_rate']:.2e}"
         self.line(format_entry(entry))
@@ -123,7 +123,7 @@ class ConsoleLog:
         self._bar.update(self._task, completed=step, epoch=epoch, last=self._last)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -147,9 +147,10 @@ CLOSE_SECONDS = 20.0  # for all trackers together to send what they hold
 
 
 class _Worker(threading.Thread):
-    """One tracker: started, fed and closed by this thread alone, as some of them ask for.
+    """One tracker, which this thread alone starts, calls and closes, as some trackers require.
 
-    A daemon: a tracker that hangs does not keep the process. `problem` is a line once it has failed.
+    The thread is a daemon, so that a tracker that hangs does not keep the process alive. `problem` is a line for the
+    log once the tracker has failed.
     """
 
     def __init__(self, kind: type, name: str, args: Arguments):
@@ -161,11 +162,11 @@ class _Worker(threading.Thread):
         self.problem: str | None = None
 
     def run(self) -> None:
-        """Until `None` is read."""
+        """Call the tracker with every item of the queue, until an item is None."""
         doing = "it does not start"
         try:
             tracker = _start(self.kind, self.args)
-            doing = "it has failed and gets no more"
+            doing = "it has failed and receives no more entries"
             while (entry := self.entries.get()) is not None:
                 values, step = entry
                 tracker.log(values, step=step)
@@ -175,12 +176,13 @@ class _Worker(threading.Thread):
 
 
 class Trackers:
-    """Every tracker named by `--report_to`; none of them on ranks that do not write.
+    """The trackers that `--report_to` names; none on ranks that do not write.
 
     Args:
         is_first: whether this rank reports.
 
-    `notes` are lines for the log.
+    Attributes:
+        notes: lines for the log.
 
     Raises:
         MachineError: a named tracker's package is not installed.
@@ -207,23 +209,23 @@ class Trackers:
             worker.start()
 
     def log(self, values: dict, step: int) -> None:
-        """Numbers of one log entry; texts and nulls are left out, and `step`, their axis. Waits for nothing."""
+        """Queue the numbers of one log entry, without texts, nulls and `step`, their axis. Waits for nothing."""
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         for worker in self._workers:
             worker.entries.put((numbers, step))
 
     def log_results(self, results: dict, step: int) -> None:
-        """`all_results.json` without what says how the run was made."""
+        """Queue the figures of `all_results.json`, without the entries that describe the run."""
         self.log({name: value for name, value in results.items() if is_measured(name)}, step)
 
     def problems(self) -> list[str]:
-        """A line for each tracker that failed since the last call."""
+        """One line for each tracker that has failed since the last call."""
         failed = [worker for worker in self._workers if worker.problem]
         self._workers = [worker for worker in self._workers if worker not in failed]
         return [worker.problem or "" for worker in failed]
 
     def close(self) -> list[str]:
-        """Let every tracker write what it still holds, for a limited time; lines on those that did not."""
+        """Give every tracker a limited time to send what it still holds; return a line for each that does not."""
         until = time.monotonic() + CLOSE_SECONDS
         for worker in self._workers:
             worker.entries.put(None)
@@ -233,8 +235,8 @@ class Trackers:
         open_still = [worker for worker in self._workers if worker.is_alive()]
         self._workers = []
         return lines + [
-            f"--report_to {worker.tracker_name}: not done after {CLOSE_SECONDS:g} s, left alone; "
-            "what it did not send is in --output_dir too"
+            f"--report_to {worker.tracker_name}: not finished after {CLOSE_SECONDS:g} s; the run waits no longer, "
+            "and --output_dir holds what it did not send"
             for worker in open_still
         ]
 
@@ -254,10 +256,10 @@ _LOGINS = {
 
 
 def _stay_offline_without_login(name: str) -> list[str]:
-    """A batch job has nobody to answer a login prompt: without a login a tracker records to files.
+    """Let trackers without a login record to files, because nobody answers a login prompt in a batch job.
 
     Returns:
-        A line that says so; none where there is a login, or the user chose a mode.
+        One line for each of them; none where there is a login, or where the user has chosen a mode.
     """
     if name not in _LOGINS:
         return []

@@ -190,7 +190,11 @@ def test_a_tracker_that_hangs_or_fails_costs_a_line(tmp_path, where, how):
     assert seconds < 60 and (tmp_path / "out/all_results.json").exists()
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: --report_to wandb: ")]
     notes = [note for note in notes if "no login here" not in note]
-    says = {"hang": "not done after 1 s, left alone", "raise": "no space left at the service", "exit": ": 1"}
+    says = {
+        "hang": "not finished after 1 s; the run waits no longer",
+        "raise": "no space left at the service",
+        "exit": ": 1",
+    }
     assert len(notes) == 1 and says[how] in notes[0] and "and more" not in done.stdout
 
 
