@@ -1,8 +1,8 @@
-"""`--ema_decay`: an exponential moving average of the weights, which is what is evaluated and saved.
+"""`--ema_decay`: an exponential moving average of the weights, which is evaluated and saved in their place.
 
-After update t the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that the start
-does not count for long (TensorFlow's ExponentialMovingAverage with num_updates). It is kept in fp32 beside the
-masters; ranks need not exchange it, as their weights are the same.
+After update t the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that the initial weights
+soon lose their influence (TensorFlow's ExponentialMovingAverage with num_updates). The average is stored in fp32 beside
+the masters. Ranks do not exchange it, because their weights are equal.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class WeightAverage:
     """The average of a run's masters.
 
     Args:
-        precision: whose masters are averaged; the average starts as a copy of them.
-        narrowed: the word table's rows left out of training, whose weight decay is averaged too.
+        precision: owner of the masters; the average starts as a copy of them.
+        narrowed: the rows of the word table that are left out of training; their weight decay is averaged too.
         decay: in (0, 1).
     """
 
@@ -34,14 +34,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin with the weights as they are now."""
+        """Begin again with the current weights."""
         for value, master in zip(self.values, self.precision.masters, strict=True):
             value.copy_(master)
         self.row_decay = 1.0
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the weights after `updates` updates, >= 1."""
+        """Add the weights after `updates` updates (>= 1) to the average."""
         share = 1.0 - min(self.decay, (1 + updates) / (10 + updates))
         for value, master in zip(self.values, self.precision.masters, strict=True):
             value.lerp_(master.float(), share)
@@ -50,7 +50,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Meanwhile the model has the average; then the weights again, bit for bit."""
+        """A context in which the model has the average; afterwards it has its weights again, bit for bit."""
         kept = [master.detach().clone() for master in self.precision.masters]
         row_decay = self.narrowed.decay if self.narrowed is not None else 1.0
         self._put(self.values, self.row_decay)
@@ -60,11 +60,11 @@ class WeightAverage:
             self._put(kept, row_decay)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint: `average.<number of master>`, on the host."""
+        """The average for a checkpoint, named `average.<number of master>`, on the host."""
         return {f"average.{number}": value.cpu().clone() for number, value in enumerate(self.values)}
 
     def load(self, tensors: dict[str, torch.Tensor], row_decay: float) -> None:
-        """Take back what `tensors` gave, among other tensors."""
+        """Restore what `tensors` returned; other tensors are ignored."""
         for number, value in enumerate(self.values):
             value.copy_(tensors[f"average.{number}"])
         self.row_decay = row_decay
