@@ -1,8 +1,8 @@
-"""Trains only the embedding rows that the data uses, exactly.
+"""Trains only the embedding rows that the data uses, with exactly the same result.
 
-A row that no sample ever reads has a zero gradient and zero Adam moments, so that its update is the
-weight decay alone. Leaving such rows out of gradient, moments and update changes nothing but the
-work: with MiniLM on CoLA, 5,600 of 30,522 rows are in use and the optimizer touches half the memory.
+A row that no sample reads has a zero gradient and zero Adam moments, so that its update is the weight decay alone.
+Leaving such rows out of gradient, moments and update saves work and changes nothing else. With MiniLM on CoLA,
+5,600 of 30,522 rows are in use, and the optimizer touches half the memory.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def narrow(args: Arguments, model: LoadedModel, splits: dict[str, TokenSplit]) -
 
 
 class NarrowedEmbedding:
-    """Swaps a module's word table for its used rows, and puts it back.
+    """Replaces a module's word table by the rows in use, and can expand it again.
 
     Args:
-        module: with an embedding `words`.
-        splits: all data this run reads, training and other.
-        pad_id: kept too, because filler tokens use it.
+        module: a module with an embedding `words`.
+        splits: all data that this run reads, training data and other data.
+        pad_id: token id of padding; its row stays, because filler tokens use it.
 
-    `rate` is the factor of the learning rate that its rows have, `decay` what is left of the others.
+    Attributes:
+        rate: factor of the learning rate of the rows in use.
+        decay: factor by which weight decay has reduced the other rows so far.
     """
 
     def __init__(self, module: nn.Module, splits: list[TokenSplit], pad_id: int):
@@ -49,11 +51,11 @@ class NarrowedEmbedding:
         module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
 
     def count_decay(self, learning_rate: float, weight_decay: float) -> None:
-        """Note one optimizer step's decoupled weight decay for the rows left out."""
+        """Count one optimizer step's decoupled weight decay for the rows that are left out."""
         self.decay *= 1.0 - self.rate * learning_rate * weight_decay
 
     def expand(self, narrow: torch.Tensor) -> torch.Tensor:
-        """The whole table: trained rows put in, the others decayed. `[used, width] -> [vocab, width]`."""
+        """The whole table with trained rows in place and the others decayed, `[used, width] -> [vocab, width]`."""
         full = self.full * self.decay
         full[self.rows] = narrow.detach().to(full.device, full.dtype)
         return full
