@@ -17,7 +17,7 @@ from bert_glue.training.throughput import Meter
 
 
 class NoTrace:
-    """Traces nothing."""
+    """A trace without `--profile_steps`; it does nothing."""
 
     def begin(self, step: int) -> None:
         """The optimizer step with this number begins."""
@@ -32,11 +32,11 @@ class NoTrace:
 class StepTrace(NoTrace):
     """Traces one range of optimizer steps of one rank.
 
-    The meter stands still meanwhile: a traced step is slow, and is no part of samples/s.
+    The meter stops meanwhile, because a traced step is slow and must not count in samples/s.
 
     Args:
-        steps: `--profile_steps`.
-        done: steps done before, by the run that is resumed.
+        steps: value of `--profile_steps`.
+        done: steps before the resume; 0 for a new run.
         total: steps of the whole run.
         path: file to write.
 
@@ -80,10 +80,10 @@ class StepTrace(NoTrace):
             self.meter.start()
 
     def close(self) -> None:
-        """Write what was traced, if there is something not written yet.
+        """Write the trace, if there is one that is not written yet.
 
         Raises:
-            CheckpointError: the file could not be written.
+            CheckpointError: the file cannot be written.
         """
         if self._profiler is None:
             return
