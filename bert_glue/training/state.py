@@ -1,8 +1,8 @@
-"""All that one training run holds, grouped by who may change it, and where it is.
+"""The state of one training run, grouped by who may change it.
 
-Nothing here is replaced while a run trains: each group is frozen, and what changes does so inside of the object
-that owns it. The loop (`loop.py`) advances `progress` and steps the learner; `resume.py` alone restores both
-and keeps `checkpoints`; observers look on and change nothing.
+Nothing here is replaced while a run trains. Each group is frozen, and every change happens inside the object that owns
+it. The loop (`loop.py`) advances `progress` and steps the learner. `resume.py` alone restores both and maintains
+`checkpoints`. Observers change nothing.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TrainProgress:
-    """Where a run is; the loop advances it. Its fields are keys of every checkpoint's trainer_state.json.
+    """The progress of a run, which the loop advances. Its fields are keys of every checkpoint's trainer_state.json.
 
     Args:
-        step: optimizer steps done, skipped ones included.
-        updates: optimizer steps that changed weights: the schedule's clock.
-        forward_passes: micro-batches done, the address of dropout masks.
-        samples: consumed by all ranks.
+        step: optimizer steps so far, skipped ones included.
+        updates: optimizer steps that changed weights; the learning-rate schedule counts these.
+        forward_passes: micro-batches so far; the dropout masks depend on this number.
+        samples: samples consumed by all ranks.
         loss_sum: sum of the losses of all steps up to the last log line.
-        recent_loss, recent_steps: the same of the steps since then, as of the checkpoint.
+        recent_loss, recent_steps: sum and number of the losses since then, at the time of the checkpoint.
         history: log lines: step, epoch, loss, learning_rate, grad_norm, loss_scale or eval_*.
-        evaluated_step: of the last evaluation that ran to its end.
-        changes: settings that were changed by a resume, a line each.
+        evaluated_step: step of the last complete evaluation.
+        changes: settings that a resume changed, one line each.
     """
 
     step: int = 0
@@ -65,36 +65,36 @@ class TrainProgress:
     changes: list[str] = field(default_factory=list)
 
     def restore(self, stored: dict[str, Any]) -> None:
-        """Take every field from a checkpoint's trainer_state.json, which holds other keys too."""
+        """Restore every field from a checkpoint's trainer_state.json, which also holds other keys."""
         for item in fields(self):
             setattr(self, item.name, stored[item.name])
 
 
 class OptimizerStep(Protocol):
-    """The parts of a step that run on the device: eager (`loop.py`) or replayed (`cuda_graphs.py`)."""
+    """The parts of an optimizer step that run on the device, eager (`loop.py`) or replayed (`cuda_graphs.py`)."""
 
     def run_pass(self, batch: Batch, samples: int, is_last: bool = True) -> torch.Tensor:
-        """A batch forward and backward, in a step of `samples` samples on all ranks; returns the loss to show, 0-d."""
+        """Run a batch forward and backward, in a step of `samples` on all ranks; return the loss to log, 0-d."""
 
     def gather_gradients(self) -> torch.Tensor:
-        """After the sum over ranks: the gradients' norm, 0-d."""
+        """The L2 norm of the gradients, 0-d; called after the all_reduce."""
 
     def finish(self, norm: torch.Tensor) -> bool:
-        """Clip and update; False where the step was skipped for overflow."""
+        """Clip and update; return False where an overflow skips the step."""
 
     def summary(self) -> str | None:
-        """How the steps ran, a line for the log; None if there is nothing to tell."""
+        """A line for the log on how the steps ran; None if there is nothing to report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The weights in training, and all that a step changes with them. Only steps and a resume do, in place.
+    """The weights in training and everything that a step changes. Only steps and a resume change it, in place.
 
     Args:
-        optimizer_name: of the optimizer that runs, with the reason if it is not the requested one.
-        objective: what is minimised.
-        narrowed: the word table cut to the rows in use, where that is exact.
-        average: of the weights, where `--ema_decay` asks for one.
+        optimizer_name: name of the optimizer that runs, with the reason if it is not the requested one.
+        objective: the training objective.
+        narrowed: the word table cut to the rows in use, where this is exact.
+        average: moving average of the weights; None without `--ema_decay`.
     """
 
     model: LoadedModel
@@ -106,19 +106,19 @@ class Learner:
     average: WeightAverage | None = None
 
     def averaged(self) -> AbstractContextManager:
-        """Meanwhile the model has the weights to evaluate and save: the average, if there is one."""
+        """A context in which the model has the weights to evaluate and save: the average, if there is one."""
         return self.average.in_place() if self.average else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """What a run trains on; nobody changes it.
+    """The training data of a run; nothing changes it.
 
     Args:
-        sampler: which rows each step takes.
-        collate: rows -> a batch on this rank's device.
+        sampler: chooses the rows of each step.
+        collate: makes a batch of rows on this rank's device.
         total_steps: optimizer steps of the whole run.
-        class_weights: `[labels]`, where `--class_weights` gives some.
+        class_weights: `[labels]`; None without `--class_weights`.
     """
 
     split: TokenSplit
@@ -130,11 +130,11 @@ class TrainData:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """How a run is evaluated while it trains.
+    """The evaluation of a run while it trains.
 
     Args:
-        evaluate: gives `eval_*` results of the current weights.
-        best_key: entry of those results that chooses the best checkpoint.
+        evaluate: returns the `eval_*` results of the current weights.
+        best_key: the entry of those results that chooses the best checkpoint.
     """
 
     evaluate: Callable[[], dict]
@@ -143,11 +143,11 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Observers:
-    """What looks on while a run trains; nothing that is trained depends on them.
+    """The observers of a run in training; no weight depends on them.
 
     Args:
         meter: counts and times the steps.
-        phases: keep the seconds of evaluation and saving apart from those of training.
+        phases: separates the seconds of evaluation and saving from those of training.
     """
 
     log: ConsoleLog
@@ -157,7 +157,7 @@ class Observers:
     phases: Phases = field(default_factory=Phases)
 
     def record(self, entry: dict, history: list[dict]) -> None:
-        """Show a log entry, the last one of `history`: to the trackers, on the console, and to the collapse watch."""
+        """Pass a log entry, the last one of `history`, to the trackers, the console and the collapse watch."""
         self.trackers.log(entry, entry["step"])
         for problem in self.trackers.problems():
             self.log.line(f"note: {problem}")
@@ -168,11 +168,11 @@ class Observers:
 
 @dataclass(kw_only=True)
 class Checkpoints:
-    """Checkpoints of this run; `resume.py` alone changes this.
+    """The checkpoints of this run; `resume.py` alone changes this object.
 
     Args:
         saver: the thread that writes them.
-        saved_step: of the last one that was begun or resumed from.
+        saved_step: step of the last checkpoint that the run has begun to write or resumed from.
     """
 
     saver: Saver = field(default_factory=Saver)
@@ -184,8 +184,8 @@ class TrainState:
     """One training run, built by `setup.py`.
 
     Args:
-        step: the device's part of an optimizer step.
-        signals: whether this rank was asked to stop.
+        step: the parts of an optimizer step that run on the device.
+        signals: signals that ask this rank to stop.
     """
 
     args: Arguments
@@ -202,10 +202,10 @@ class TrainState:
 
     @property
     def output_dir(self) -> Path:
-        """Folder of this run's results."""
+        """The folder of this run's results."""
         return Path(self.args.output_dir)
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the fraction."""
+        """Epochs so far, with a fraction."""
         return self.progress.step / self.data.sampler.steps_per_epoch
