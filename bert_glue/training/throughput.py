@@ -1,7 +1,7 @@
-"""What was really consumed, when: samples, tokens and floating-point operations against a true clock.
+"""Throughput: the samples, tokens and floating-point operations of training, and their time.
 
-The device is synchronised before every reading. Evaluation and saving stop the clock. The first
-`skip_steps` optimizer steps are left out; where nothing is left, the rate is None with the reason.
+The device is synchronised before every reading of the clock. Evaluation and saving stop the clock. The first
+`skip_steps` optimizer steps are left out. If no step remains, the rates are None, with a reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def seconds_since_process_start() -> float:
-    """Seconds since the kernel made this process, interpreter and imports included, to 10 ms.
+    """Seconds since the kernel started this process, interpreter and imports included, to 10 ms.
 
-    In a sandbox without /proc: since this module was imported.
+    In a sandbox without /proc the time starts with the import of this module.
     """
     try:
         after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -41,9 +41,9 @@ def seconds_since_process_start() -> float:
 
 
 class Phases:
-    """Seconds that a process spent in each named phase; where phases nest, a moment counts for the inner one.
+    """The seconds that a process spends in each named phase. In nested phases the time counts for the inner one.
 
-    `seconds["compile"]` stays None without `--torch_compile`.
+    `seconds["compile"]` is None without `--torch_compile`.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count the block for `name`."""
+        """A context whose time counts for the phase `name`."""
         self._charge()
         self._open.append(name)
         self.seconds[name] = self.seconds.get(name) or 0.0
@@ -89,9 +89,9 @@ def forward_flops(shape: EncoderShape, lengths: tuple[int, ...], first_only_last
 
 
 def gemm_rate(device: Device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Matrix-product rate of this device now, operations per second: the best of torch's product and ours.
+    """The current matrix-product rate of this device, operations per second: the better of torch's product and ours.
 
-    Up to 2048^3, reached in steps: where a CPU emulates a dtype, one such product takes minutes.
+    The size grows in steps up to 2048^3, because one such product takes minutes where a CPU emulates a dtype.
     """
     size, best, until = 256, 0.0, time.perf_counter() + seconds
     a = torch.randn(2048, 2048, device=device.torch_device).to(dtype)
@@ -114,10 +114,10 @@ class Meter:
     """Counts of the training steps that were timed.
 
     Args:
-        device: synchronised before each reading of the clock.
+        device: the device, synchronised before each reading of the clock.
         skip_steps: optimizer steps left out at the start.
-        shape: sizes for the operation count; None leaves it out, for encoders whose operations we do not know.
-        passes: a training step's operations in forward passes of the encoder.
+        shape: sizes for the operation count; None leaves it out, for encoders whose operations are not known here.
+        passes: operations of a training step, as a multiple of the encoder's forward pass.
         first_only_last: as in `forward_flops`.
         runtime: seconds of the whole training, with evaluation and saving.
     """
@@ -144,20 +144,20 @@ class Meter:
 
     @contextmanager
     def whole_training(self) -> Iterator[None]:
-        """Count the block as `runtime`."""
+        """A context whose time is `runtime`."""
         began = time.perf_counter()
         yield
         self.runtime = time.perf_counter() - began
 
     def start(self) -> None:
-        """Run the clock from now on, if the skipped steps are over."""
+        """Start the clock, if the skipped steps are over."""
         if self.steps >= self.skip_steps and self._began is None and not self._is_held:
             self.device.synchronize()
             self._began = time.perf_counter()
             self._marks = [self.device.mark()]
 
     def stop(self) -> None:
-        """Hold the clock: before evaluation, saving, and at the end."""
+        """Stop the clock before an evaluation, before saving, and at the end."""
         if self._began is not None:
             self.device.synchronize()
             self.seconds += time.perf_counter() - self._began
@@ -165,16 +165,16 @@ class Meter:
             self.step_seconds += [self.device.seconds_between(a, b) for a, b in itertools.pairwise(self._marks)]
 
     def hold(self) -> None:
-        """Leave out all that comes until `release`: steps that are traced."""
+        """Leave out everything until `release`, such as steps that are traced."""
         self.stop()
         self._is_held = True
 
     def release(self) -> None:
-        """`start` runs the clock again."""
+        """Let `start` start the clock again."""
         self._is_held = False
 
     def count(self, batch: Batch, times: int = 1) -> None:
-        """One batch of this rank was given to the device, run forward and backward `times` times."""
+        """Count one batch of this rank, which runs forward and backward `times` times."""
         if self._began is None:
             return
         self.samples += batch.samples
@@ -185,7 +185,7 @@ class Meter:
             self.flops += times * self.passes * forward_flops(self.shape, batch.lengths, self.first_only_last)
 
     def end_step(self) -> None:
-        """One optimizer step is over."""
+        """Count one optimizer step, at its end."""
         self.steps += 1
         self.timed_steps += self._began is not None
         if self.to_first_step is None:
@@ -196,7 +196,7 @@ class Meter:
         self.start()
 
     def rates(self, totals: dict[str, float], dtype: torch.dtype) -> dict[str, float | str | None]:
-        """Figures of all ranks together.
+        """The rates of all ranks together.
 
         Args:
             totals: sums over ranks of samples, windows, real_tokens, computed_tokens, flops.
