@@ -24,9 +24,18 @@ from typing import Any, NamedTuple
 
 from bert_glue import result_keys as keys
 from bert_glue.config.files import FOLDER as CONFIGS
-from bert_glue.errors import BaselineError, CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
+from bert_glue.errors import (
+    BaselineError,
+    CheckpointError,
+    ExpectationError,
+    MachineError,
+    UsageError,
+    exit_code_of,
+    say,
+)
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.results.perf import FORMAT, SETUP, TOLERANCE, setup_of
+from bert_glue.results.records import is_number
 from bert_glue.storage.files import RESULTS_FILE, json_object, read_results, write_json
 from bert_glue.tasks import TASKS
 
@@ -90,7 +99,7 @@ def _differences(entry: dict[str, Any], setup: dict[str, Any], names: tuple[str,
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, int | float):
+    if isinstance(one, float) and is_number(one) and is_number(other):
         return abs(one - other) <= 1e-3 * abs(one)
     return one == other
 
@@ -169,12 +178,12 @@ def _run(options: argparse.Namespace) -> int:
     groups = group_runs(options.runs)
     if options.write:
         source = options.source or f"measured on {', '.join(sorted({g.setup['device_name'] for g in groups}))}"
-        print(*write_entries(options.write, [entry_of(g, not options.scores_only, source) for g in groups]), sep="\n")
+        say(*write_entries(options.write, [entry_of(g, not options.scores_only, source) for g in groups]))
         return 0
     file = options.baseline or default_file(groups)
     entries = read_entries(file)
     rows = [row for group in groups for row in check(group, entries)]
-    print(f"baseline: {file}", *table(rows), sep="\n", flush=True)
+    say(f"baseline: {file}", *table(rows))
     verdict(rows)
     return 0
 
@@ -261,10 +270,10 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("setup"), dict):
         return False
     metrics, speed = entry.get("metrics", {}), entry.get("samples_per_second")
-    if not isinstance(metrics, dict) or not isinstance(speed, int | float | None):
+    if not isinstance(metrics, dict) or not (speed is None or is_number(speed)):
         return False
     numbers = [band.get(name) for band in metrics.values() if isinstance(band, dict) for name in ("mean", "error")]
-    return len(numbers) == 2 * len(metrics) and all(isinstance(number, int | float) for number in numbers)
+    return len(numbers) == 2 * len(metrics) and all(map(is_number, numbers))
 
 
 def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
@@ -278,7 +287,7 @@ def entry_of(group: Group, with_speed: bool, source: str) -> dict[str, Any]:
         UsageError: a run learned nothing.
     """
     task = TASKS.get(group.setup["task_name"])
-    collapsed = [f"seed {run['seed']}" for run in group.runs if collapse_reason(run)]
+    collapsed = [f"seed {run.get('seed')}" for run in group.runs if collapse_reason(run)]
     if collapsed:
         raise UsageError(f"--write: a run of {group.setup['task_name']} learned nothing ({', '.join(collapsed)})")
     metrics: dict[str, Any] = {}
@@ -315,6 +324,8 @@ def write_entries(file: Path, new: list[dict[str, Any]]) -> list[str]:
         write_json(file, {"format": FORMAT, "entries": [*kept, *new]})
     except OSError as error:
         raise CheckpointError(f"--write {file}: {error.strerror}") from error
+    except ValueError:  # json does not write them
+        raise UsageError(f"--write {file}: it holds a number that is not finite: mend it, or write another") from None
     return [f"wrote {file}: {len(new)} new, {len(old) - len(kept)} replaced, {len(kept)} kept"]
 
 

@@ -8,13 +8,30 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 ERROR_FILE = "BERT_GLUE_ERROR_FILE"  # names a file that receives the error that ends a command
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal or a log may show it: what is neither printable, a space nor a line end is escaped.
+
+    Names of classes, columns and files come from other people: a control character among them could rewrite the
+    lines above, set the title of a window, or turn the reading direction.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\u00a0\u3000" else repr(c)[1:-1] for c in text)
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, made printable, at once; on stdout where `file` is None."""
+    for line in lines:
+        print(printable(line), file=file, flush=True)
+
+
 class UserError(Exception):
-    """Base of all errors that a user can fix. `str(error)` is the full text, one problem per line.
+    """Base of all errors that a user can fix. `str(error)` is the full text, printable, one problem per line.
 
     Args:
         what: what is wrong.
@@ -25,7 +42,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, fix: str = "", more: tuple[str, ...] = ()):
-        super().__init__("\n".join((f"{what}; {fix}" if fix else what, *more)))
+        super().__init__(printable("\n".join((f"{what}; {fix}" if fix else what, *more))))
         self.what = what
         self.fix = fix
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.errors import MachineError, exit_code_of, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 from bert_glue.tasks import MULTI_LABEL
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
 
     def write() -> int:
         refuse_unusable()
-        print("\n".join(export(args.run, path, args.batch)))
+        say(*export(args.run, path, args.batch))
         return 0
 
     return exit_code_of(write)

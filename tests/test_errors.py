@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bert_glue.errors import ERROR_FILE, DataError, MachineError, exit_code_of
+from bert_glue.errors import ERROR_FILE, DataError, MachineError, exit_code_of, printable, say
 
 
 def fail_with(error: Exception):
@@ -42,3 +42,22 @@ def test_the_error_is_handed_over_as_data(tmp_path, monkeypatch):
 def test_a_fault_of_ours_is_not_dressed_up(kind):
     with pytest.raises(kind):
         exit_code_of(fail_with(kind("bug")))
+
+
+HOSTILE = [
+    "\x1b]0;title\x07", "\x1b[2J", "\u202egnp.exe", "\x9b31m", "a\rerror: none", "\u2028x", "\x85", "\ud800", "\u2066",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_of_other_people_do_not_steer_a_terminal(text, capsys):
+    for shown in (str(DataError(f"a.csv:2: no column {text}")), printable(text)):
+        assert shown.isprintable()
+    say(f"note: {text}", "second")
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
+def test_what_can_be_read_is_shown_as_it_is(capsys):
+    for text in ("\u4f60\u597d\u3000\u4e16\u754c", "na\u00efve \U0001f600", "a\nb", ""):
+        assert printable(text) == text
+    assert printable("a\tb\x00") == "a\\tb\\x00"

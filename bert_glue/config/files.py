@@ -11,12 +11,14 @@ from typing import Any
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.values import shown
 from bert_glue.errors import UsageError, did_you_mean
+from bert_glue.storage.files import read_plain_text
 from bert_glue.tasks import TASKS, get_task
 
 # One setting for all nine tasks, at batch 32 with linear decay. Worst of seeds 1-3 on validation: mrpc F1 0.90,
 # stsb Spearman 0.91, rte accuracy 0.86, cola Matthews 0.95, qqp F1 0.96, others >= 0.99; 8-31 s of CPU each.
 # At 1e-3, mrpc with 4000 rows stayed at the majority class for one of three seeds.
 SAMPLE_RECIPE = {"learning_rate": 5e-4, "num_train_epochs": 10.0}
+_LARGEST_CONFIG, _MOST_KEYS = 256 << 10, 1000  # bytes; YAML of that size takes up to six seconds
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -36,9 +38,11 @@ def read_config(path: str) -> list[Entry]:
         UsageError: the file cannot be read, or it is not an object of flags.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        return _read_json(path, text) if path.endswith(".json") else _read_yaml(path, text)
+        text = read_plain_text(Path(path), _LARGEST_CONFIG, "utf-8-sig")
+        entries = _read_json(path, text) if path.endswith(".json") else _read_yaml(path, text)
+        if len(entries) > _MOST_KEYS:
+            raise ValueError(f"{len(entries)} keys, where there are {len(FLAGS)} flags")
+        return entries
     except OSError as error:
         raise UsageError(f"config file {shown(path)}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ from bert_glue.data.tables import (
     read_text,
 )
 from bert_glue.errors import DataError, first_line
-from bert_glue.storage.files import is_lfs_pointer
+from bert_glue.storage.files import is_lfs_pointer, open_plain
 
 
 def read_table(path: Path, drop_broken: bool = False) -> Table:
@@ -151,11 +151,14 @@ def tsv_rows(
     return replace(build_table(origin, [names[at] for at in kept], columns, places), notes=notes)
 
 
+_LONGEST_HEADER = 1 << 20  # bytes
+
+
 def header_of(path: Path) -> list[str]:
     """Column names of a tsv file (its first line), read without the rest; [] if unreadable."""
     try:
-        with path.open("rb") as file:
-            first = file.readline()
+        with open_plain(path) as file:
+            first = file.readline(_LONGEST_HEADER)
         return first.removeprefix(codecs.BOM_UTF8).decode().rstrip("\r\n").split("\t")
     except (OSError, UnicodeDecodeError):
         return []
@@ -254,6 +257,7 @@ def open_parquet(path: Path) -> Any:
     """A `pyarrow.parquet.ParquetFile`; open and read it within `parquet_errors`."""
     import pyarrow.parquet
 
+    open_plain(path).close()  # pyarrow would wait for the writer of a pipe
     return pyarrow.parquet.ParquetFile(path)
 
 
@@ -264,10 +268,10 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if path.is_file() and is_lfs_pointer(path.open("rb").read(64)):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        if path.is_file() and is_lfs_pointer(open_plain(path).read(64)):
             raise DataError(f"{path}: is a Git-LFS pointer, not the data; run git lfs pull") from None
-        raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
 
 
 def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:

@@ -59,6 +59,8 @@ def text_lines(file: BinaryIO, origin: str) -> Iterator[str]:
     number, parts, is_start = 1, [], True
     while block := file.read(_BLOCK):
         raw = without_mark(origin, block) if is_start else block
+        if b"\0" in raw:  # a device such as /dev/zero has no line end to wait for
+            decoded(origin, b"".join((*parts, raw)), number)
         is_start = False
         whole, newline, rest = raw.rpartition(b"\n")
         if not newline:

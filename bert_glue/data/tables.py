@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bert_glue.errors import DataError
-from bert_glue.storage.files import is_lfs_pointer
+from bert_glue.storage.files import is_lfs_pointer, open_plain
 
 SHOWN_PROBLEMS = 5
 
@@ -174,7 +174,8 @@ def read_text(path: Path) -> str:
         DataError: cannot be read, empty, UTF-16, not UTF-8, NUL bytes, or a Git-LFS pointer.
     """
     try:
-        raw = path.read_bytes()
+        with open_plain(path) as file:
+            raw = file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     raw = without_mark(str(path), raw)

@@ -20,7 +20,7 @@ from typing import Any
 
 from bert_glue.devices.npu_versions import installed_version
 from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
-from bert_glue.errors import MachineError, UsageError
+from bert_glue.errors import MachineError, UsageError, printable
 from bert_glue.launch.ranks import kill_group
 
 _NO_FIX = "python -m bert_glue.doctor --device auto lists the devices"
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         return 130
     sys.stdout.reconfigure(errors="replace")  # show as much of a driver's message as the terminal can
     try:
-        print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)), flush=True)
+        print(json.dumps(report, indent=2) if args.json else printable("\n".join(lines(report))), flush=True)
     except OSError:  # the reader has gone, as with `| head`, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return report["exit_code"]

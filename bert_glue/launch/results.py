@@ -12,15 +12,16 @@ never 0.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path, PurePath
 from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.config.files import recipe_file
-from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.errors import CheckpointError, MachineError, exit_code_of, say
 from bert_glue.results.perf import compare, perf_of, read_baseline
-from bert_glue.storage.files import read_results, write_json, write_whole
+from bert_glue.storage.files import json_text, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, base_epochs
 
 
@@ -66,7 +67,8 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
         "RankSize": str(ranks),
         "BatchSize": str(batch),
         "DeviceType": str(results.get("device")),
-        "CaseName": f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}",
+        # The name of a file, too: nothing in it leads out of the folder.
+        "CaseName": re.sub(r"[^\w.-]", "_", f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}"),
         "ActualFPS": figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3),
         "TrainingTime": step_milliseconds(results),
         "ActualLoss": figure(results, keys.TRAIN_LOSS, 6),
@@ -88,6 +90,7 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
 
     Raises:
         MachineError: the results are missing, or lack a key that every run has.
+        CheckpointError: a file cannot be written.
         UsageError, BaselineError: see `perf.compare`.
     """
     results = read_results(output_dir)
@@ -96,16 +99,25 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
         perf = perf_of(results) if case == "perf" else None
     except KeyError as error:
         raise MachineError(f"{output_dir}: all_results.json has no {error}") from error
+    except (TypeError, ZeroDivisionError) as error:  # null or 0 where a finished run has a figure
+        raise MachineError(f"{output_dir}: all_results.json is not of a finished run ({error})") from error
     text = "".join(f"{key} = {value}\n" for key, value in log.items())
-    write_whole(output_dir / f"{log['CaseName']}.log", text)
+    _write(output_dir / f"{log['CaseName']}.log", text)
     verdict = []
     try:
         if perf is not None and baseline is not None:
             verdict = [compare(perf, baseline)]  # before perf.json is written, because it may be the baseline itself
     finally:
         if perf is not None:
-            write_json(output_dir / "perf.json", perf)
-        print("\n".join([*verdict, *final_lines(results)]), flush=True)
+            _write(output_dir / "perf.json", json_text(perf))
+        say(*verdict, *final_lines(results))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
-from bert_glue.errors import DataError, UsageError, exit_code_of
+from bert_glue.errors import DataError, UsageError, exit_code_of, say
 from bert_glue.launch.requirements import refuse_unusable
 
 if TYPE_CHECKING:
@@ -78,18 +78,18 @@ def run(options: argparse.Namespace) -> int:
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
     flags = ColumnFlags(tuple(options.text_column_names or ()), options.label_column_name)
-    print(*first.notes, sep="\n", end="\n" if first.notes else "", file=log)
+    say(*first.notes, file=log)
     alone = []
     for name, (own_task, own) in zip(options.model, tasks, strict=True):
         columns, lines = columns_of(own_task, own, flags, first)
-        print(*lines, sep="\n", end="\n" if lines else "", file=log)
+        say(*lines, file=log)
         text_delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
         reads = replace(own_task, columns=columns, text_delimiter=text_delimiter)
         alone.append(build_labeller(replace(args, model_name_or_path=name, **_lengths(options, own)), reads))
         for note in alone[-1].model.notes:
-            print(f"note: {note}", file=log)
+            say(f"note: {note}", file=log)
     for line in said:
-        print(f"note: {line}", file=log)
+        say(f"note: {line}", file=log)
     labeller = replace(alone[0], others=tuple(alone[1:]), threshold=threshold, delimiter=delimiter)
     settle_threads(args, labeller.evaluator.ranks.device, [one.model for one in alone])
     output: ToFile | ToStandardOutput = (
@@ -125,7 +125,7 @@ def _from_first(first: Table, rest: Iterator[Table]) -> Iterator[Table]:
 def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToStandardOutput, log) -> None:
     digest = _skip(tables, output)
     if output.rows:
-        print(f"going on after row {output.rows}", file=log, flush=True)
+        say(f"going on after row {output.rows}", file=log)
     device, plan = labeller.evaluator.ranks.device, labeller.evaluator.precision.plan
     begin = last = time.perf_counter()
     rows = 0
@@ -136,18 +136,18 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
         rows += len(table)
         now = time.perf_counter()
         if now - last > _SECONDS_BETWEEN_LINES:
-            print(f"{rows} rows, {rows / (now - begin):.1f} rows/s", file=log, flush=True)
+            say(f"{rows} rows, {rows / (now - begin):.1f} rows/s", file=log)
             last = now
     output.finish()
     seconds = time.perf_counter() - begin
     path = "packed" if labeller.model.is_packed else f"padded, {labeller.model.why_padded}"
-    print(
+    say(
         f"labelled {rows} rows in {seconds:.1f} s: {rows / seconds:.1f} rows/s ({path}, {plan.name}, {device.name})",
-        file=log, flush=True,
-    )  # fmt: skip
+        file=log,
+    )
     for one in (labeller, *labeller.others):
         for line in one.length_notes():
-            print(f"note: {line}", file=log, flush=True)
+            say(f"note: {line}", file=log)
 
 
 def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:

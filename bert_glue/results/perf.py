@@ -7,6 +7,7 @@ from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.errors import BaselineError, UsageError
+from bert_glue.results.records import is_number
 from bert_glue.storage.files import json_object
 
 # A run may be slower than its baseline by this share: the same run twice differs by less on a quiet machine.
@@ -86,7 +87,8 @@ def read_baseline(file: Path) -> dict[str, Any]:
         raise UsageError(f"--baseline {file}: cannot be read ({error})") from error
     if perf.get("format") != FORMAT or not isinstance(perf.get("setup"), dict):
         raise UsageError(f"--baseline {file}: not a perf.json of this program")
-    if not isinstance(perf.get("samples_per_second"), int | float):
+    speed = perf.get("samples_per_second")
+    if not is_number(speed) or speed <= 0:
         raise UsageError(f"--baseline {file}: it holds no samples/s")
     return perf
 

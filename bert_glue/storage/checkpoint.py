@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 
 from bert_glue.errors import CheckpointError, UserError
-from bert_glue.storage.files import file_hash, json_object, plain_errors, remove_abandoned
+from bert_glue.storage.files import file_hash, json_object, plain_errors, read_plain_text, remove_abandoned
 
 MANIFEST = "manifest.json"
 _REMOVING = "removing.json"  # the manifest's name from the moment its checkpoint is given up
@@ -64,7 +64,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _read_manifest(folder: Path) -> dict:
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    text = read_plain_text(folder / MANIFEST)
     manifest = json.loads(text)
     if manifest["format"] != _FORMAT:
         raise ValueError(f"its format {str(manifest['format'])[:40]!r} is not {_FORMAT}")

@@ -28,6 +28,39 @@ STATE_FILE = "trainer_state.json"
 _HASHED_BYTES = 1 << 20  # read and hashed at a time
 
 
+_LARGEST_TEXT = 256 << 20  # bytes; parsed, JSON takes about ten times as much
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A regular file to read: opening a pipe would wait for its writer, and a device may never end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
+
+
+def read_plain_text(path: Path, most: int = _LARGEST_TEXT, encoding: str = "utf-8") -> str:
+    """The text of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is larger, or not text in `encoding`.
+    """
+    with open_plain(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return content.decode(encoding)
+
+
 def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str:
     """The hash of a file's content, behind `header`, hexadecimal.
 
@@ -35,7 +68,7 @@ def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str
         algorithm: of hashlib.
     """
     digest = hashlib.new(algorithm, header)
-    with path.open("rb") as file:  # hashlib.file_digest needs Python 3.11
+    with open_plain(path) as file:  # hashlib.file_digest needs Python 3.11
         while block := file.read(_HASHED_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -82,9 +115,18 @@ def read_json_object(file: Path) -> dict[str, Any]:
         raise MachineError(f"{file}: no results of a finished run ({reason})") from error
 
 
+def json_text(content: dict) -> str:
+    """A JSON file's text.
+
+    Raises:
+        ValueError: a number is not finite, for which JSON has no word.
+    """
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: dict) -> None:
     """JSON that is never seen half-written."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(path, json_text(content))
 
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -102,7 +144,7 @@ def check_not_lfs_pointer(path: Path) -> None:
         MachineError: `path` is a pointer, and the message says how to get the file; or it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
         raise MachineError(f"{path} cannot be read: {error.strerror}") from error
@@ -202,10 +244,10 @@ def json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON, is nested too deeply, or is no object.
+        ValueError: it is not JSON, is nested too deeply, is no object, or larger than 256 MiB.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain_text(path))
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     except RecursionError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bert_glue.errors import CheckpointError
-from bert_glue.storage.files import open_own
+from bert_glue.storage.files import open_own, open_plain
 
 
 class FolderLock:
@@ -78,7 +78,7 @@ def wait_until_free(folders: list[Path], seconds: float) -> None:
 
 def _is_held(folder: Path) -> bool:
     try:
-        with (folder / ".lock").open("rb") as file:
+        with open_plain(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

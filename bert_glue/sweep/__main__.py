@@ -31,7 +31,15 @@ from bert_glue.config.arguments import FLAGS
 from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import Expectation, missed, read_expectations
 from bert_glue.config.values import flag_value
-from bert_glue.errors import CheckpointError, ExpectationError, MachineError, UsageError, exit_code_of
+from bert_glue.errors import (
+    CheckpointError,
+    ExpectationError,
+    MachineError,
+    UsageError,
+    exit_code_of,
+    printable,
+    say,
+)
 from bert_glue.storage.lock import FolderLock, wait_until_free
 from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
 from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_line
@@ -108,7 +116,7 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
     if args.dry_run:
         if args.search is not None:
             print(f"{args.search} trials a task within {source.space}")
-        print("\n".join(_state(run) for run in runs))
+        say(*map(_state, runs))
         return 0
     slots = _slots(args.devices, args.jobs)
     with FolderLock(suite.output_dir):
@@ -144,9 +152,9 @@ def _close(queue: Queue, summary: dict, output_dir: Path) -> int:
         if "best" in study:
             best = ", ".join(f"{flag} {value}" for flag, value in study["best"].items())
             print(f"best of {study['COMPLETE']} trials, {name}: {100 * study['best_value']:.2f} with {best}")
-    print("\n".join([*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv"]))
+    say(*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv")
     for folder, reason in queue.failures.items():
-        print(f"failed: {folder}: {reason}", file=sys.stderr)
+        say(f"failed: {folder}: {reason}", file=sys.stderr)
     if queue.stop_signal is not None:
         print("stopped: the same command continues", file=sys.stderr)
         return 128 + queue.stop_signal
@@ -217,12 +225,21 @@ def _slots(devices: str, jobs: int) -> list[Slot]:
     return [Slot(name, threads) for name in names]
 
 
+_LIST_SECONDS = 120  # a driver that hangs must not hold the sweep
+
+
 def _devices_here() -> list[str]:
     # In a process of its own: a driver's state must not be forked into the runs.
     command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": path}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise MachineError(
+            f"--devices auto: no answer within {_LIST_SECONDS} s; name the devices, or run python -m bert_glue.doctor"
+        ) from None
     try:
         fact = json.loads(done.stdout)
         return fact["devices"]
@@ -272,9 +289,9 @@ class SweepTable:
         self.failed += event.kind is EventKind.FAILED
         of_all = "" if self.total is None else f"[{self.done}/{self.total}] "
         if self._live is None:
-            print(f"{of_all}{event.text}", flush=True)
+            say(f"{of_all}{event.text}")
         else:
-            self._live.console.print(f"{of_all}{event.text}", markup=False, highlight=False)
+            self._live.console.print(printable(f"{of_all}{event.text}"), markup=False, highlight=False)
 
     def show(self, running: list[Attempt]) -> None:
         """Draw the table anew, once a second at most."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import FLAGS, Arguments
-from bert_glue.errors import MachineError, first_line
+from bert_glue.errors import MachineError, first_line, printable, say
 from bert_glue.result_keys import is_measured
 from bert_glue.storage.files import make_own_folder
 
@@ -102,9 +102,9 @@ class ConsoleLog:
         if not self.is_shown:
             return
         if self._bar is None:
-            print(text, flush=True)
+            say(text)
         else:  # above the bar
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(printable(text), markup=False, highlight=False)
 
     def entry(self, entry: dict) -> None:
         """Print a line of the log with the numbers of an entry."""

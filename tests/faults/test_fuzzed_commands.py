@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from fuzzing import EXAMPLES, hypothesis_test
 from hypothesis import strategies as st
 from tiny_run import REPOSITORY
 
@@ -83,30 +83,25 @@ def outcome(words: list[str]) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(200, marks=pytest.mark.slow)])
+@EXAMPLES
 def test_command_lines(report, capsys, examples):
     found: Counter = Counter()
 
-    @seed(0)
-    @settings(max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(_words())
-    def check(words: list[str]) -> None:
+    @hypothesis_test(examples, _words())
+    def _(words: list[str]) -> None:
         found[outcome(words)] += 1
 
-    check()
     capsys.readouterr()
     assert found["refused"] > examples // 2
     report(f"{found.total()} command lines: {dict(found)}")
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(200, marks=pytest.mark.slow)])
+@EXAMPLES
 def test_config_files(tmp_path, report, capsys, examples):
     found: Counter = Counter()
 
-    @seed(0)
-    @settings(max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(_config(), _words())
-    def check(config: tuple[str, bytes], words: list[str]) -> None:
+    @hypothesis_test(examples, _config(), _words())
+    def _(config: tuple[str, bytes], words: list[str]) -> None:
         path = tmp_path / f"config{config[0]}"
         path.write_bytes(config[1])
         found[outcome([str(path), *words])] += 1
@@ -114,7 +109,6 @@ def test_config_files(tmp_path, report, capsys, examples):
         repeated.write_bytes(config[1])
         found[outcome(["--repeat", str(repeated)])] += 1
 
-    check()
     capsys.readouterr()
     assert found["refused"] > examples
     report(f"{found.total() // 2} config files, each as a run.json too: {dict(found)}")

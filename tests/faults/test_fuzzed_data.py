@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from fuzzing import EXAMPLES, hypothesis_test
 from hypothesis import strategies as st
 from tiny_run import make_model
 
@@ -177,36 +177,29 @@ def read(path: Path, tokenizer: TextTokenizer, task: str | None) -> str:
     return "read"
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(200, marks=pytest.mark.slow)])
+@EXAMPLES
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_broken_file_is_named_or_read(tmp_path, report, tokenizer, suffix, examples):
     """200 files of each of five formats are the thousand; each is read as own data and as MRPC."""
     found: Counter = Counter()
 
-    @seed(0)
-    @settings(
-        max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(_damaged(FORMATS[suffix]))
-    def check(content: bytes) -> None:
+    @hypothesis_test(examples, _damaged(FORMATS[suffix]))
+    def _(content: bytes) -> None:
         path = tmp_path / f"rows.{suffix}"
         path.write_bytes(content)
         found.update([read(path, tokenizer, None), read(path, tokenizer, "mrpc")])
 
-    check()
     assert found["named with a line"] and found.total() >= 2 * examples
     report(f"{found.total() // 2} {suffix} files, each as own data and as mrpc: {dict(found)}")
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(100, marks=pytest.mark.slow)])
+@EXAMPLES
 def test_a_broken_glue_folder_is_named_or_read(tmp_path, report, examples):
     """GLUE's own TSV files, which are not quoted and have columns of their own."""
     found: Counter = Counter()
 
-    @seed(0)
-    @settings(max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(_damaged(_glue()))
-    def check(content: bytes) -> None:
+    @hypothesis_test(examples, _damaged(_glue()))
+    def _(content: bytes) -> None:
         folder = tmp_path / "MRPC"
         folder.mkdir(exist_ok=True)
         (folder / "dev.tsv").write_bytes(content)
@@ -218,6 +211,5 @@ def test_a_broken_glue_folder_is_named_or_read(tmp_path, report, examples):
             assert error.exit_code == 3 and str(tmp_path) in str(error)
             found["named with a line" if re.search(r"dev\.tsv:\d+", str(error)) else "named"] += 1
 
-    check()
     assert found["named with a line"]
     report(f"{found.total()} GLUE folders: {dict(found)}")

@@ -8,22 +8,24 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from fuzzing import EXAMPLES, hypothesis_test
 from hypothesis import strategies as st
 from tiny_run import arguments, fit
 
 from bert_glue import check, soup, submission
 from bert_glue.config.parser import main_parse
 from bert_glue.errors import CheckpointError, UserError, exit_code_of
+from bert_glue.launch import results
 from bert_glue.model.bounds import check_config
 from bert_glue.model.loading import task_of_model
 from bert_glue.pipeline.run import run
+from bert_glue.predict import __main__ as predict
 from bert_glue.report import __main__ as report_command
+from bert_glue.result_keys import COLLAPSED
 from bert_glue.storage import checkpoint
 from bert_glue.storage.files import file_hash
 from bert_glue.training.checkpoint_contents import read_state
 
-EXAMPLES = pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 5), st.sampled_from([2**63, -(10**30), 10**9, 1e999, float("nan")]),
     st.floats(), st.text(max_size=6), st.sampled_from(["", "0", "../x", "/etc/passwd", "\ud800", "<b>", "a\nb"]),
@@ -57,17 +59,6 @@ def contents(draw, value) -> str:
     return json.dumps(value)
 
 
-def hypothesis_test(examples: int, strategy):
-    """Decorates a function of one drawn value and runs it."""
-
-    def decorate(function) -> None:
-        settings(max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck))(
-            seed(0)(given(strategy)(function))
-        )()
-
-    return decorate
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """The output folder of a finished run with all its files."""
@@ -78,7 +69,12 @@ def finished(tmp_path_factory) -> Path:
         model_name_or_path=None,
     )  # fmt: skip
     assert run(args) == 0
-    return Path(args.output_dir)
+    folder = Path(args.output_dir)
+    scores = json.loads((folder / "all_results.json").read_text())
+    learned = {name: value for name, value in scores.items() if COLLAPSED not in name}  # else a baseline refuses it
+    (folder / "all_results.json").write_text(json.dumps(learned))
+    (folder / "rows.csv").write_text("sentence1,sentence2\na dog runs,a cat sleeps\n", encoding="utf-8")
+    return folder
 
 
 @EXAMPLES
@@ -150,9 +146,13 @@ COMMANDS = {
     "repeat": lambda folder, out: exit_code_of(
         lambda: main_parse(["--repeat", str(folder / "run.json"), "--output_dir", str(out / "again")]) is None
     ),
+    "launcher": lambda folder, out: results.main(["report", str(folder), "--case", "perf"]),
+    "predict": lambda folder, out: predict.main(
+        ["--model", str(folder), "--input", str(folder / "rows.csv"), "--output", str(out / "rows.jsonl")]
+    ),
     "soup": lambda folder, out: soup.main([str(folder), str(folder), "--output_dir", str(out / "soup")]),
 }
-FILES = ("all_results.json", "run.json", "trainer_state.json", "analysis.json", "config.json")
+FILES = ("all_results.json", "run.json", "trainer_state.json", "analysis.json", "config.json", "bert_glue.json")
 
 
 @EXAMPLES
@@ -182,6 +182,23 @@ def test_a_run_folder(finished, tmp_path, report, capsys, command, examples):
 
     capsys.readouterr()
     report(f"{found.total()} run folders for {command}: {dict(found)}")
+
+
+@EXAMPLES
+def test_a_baseline(finished, tmp_path, report, capsys, examples):
+    found: Counter = Counter()
+    written, file = tmp_path / "written.json", tmp_path / "baseline.json"
+    assert check.main([str(finished), "--write", str(written)]) == 0
+
+    @hypothesis_test(examples, contents(json.loads(written.read_text())), st.booleans())
+    def _(text: str, writes: bool) -> None:
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        code = check.main([str(finished), "--write" if writes else "--baseline", str(file)])
+        assert code in (0, 2, 8, 9)
+        found[f"exit code {code}"] += 1
+
+    capsys.readouterr()
+    report(f"{found.total()} baselines: {dict(found)}")
 
 
 def test_a_resealed_checkpoint_with_other_tensors_is_refused(tmp_path):

@@ -80,3 +80,19 @@ def test_a_path_that_is_no_text_is_escaped(tmp_path):
     path = os.fsdecode(b"caf\xe9")
     files.write_json(tmp_path / "run.json", {"output_dir": path})
     assert files.json_object(tmp_path / "run.json") == {"output_dir": path}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "run.json"
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    for read in (files.json_object, files.file_hash, files.read_plain_text):
+        with pytest.raises(OSError, match="pipe|Is a directory"):
+            read(path)
+
+
+def test_a_text_has_a_largest_size(tmp_path):
+    (tmp_path / "a").write_text("12345")
+    assert files.read_plain_text(tmp_path / "a", 5) == "12345"
+    with pytest.raises(ValueError, match="larger than 4 bytes"):
+        files.read_plain_text(tmp_path / "a", 4)
