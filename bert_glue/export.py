@@ -9,6 +9,7 @@ installed, its logits are compared with torch's for several shapes, and a model 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from importlib.util import find_spec
@@ -102,6 +103,15 @@ def write_onnx(model: LoadedModel, path: Path) -> None:
         )  # fmt: skip
 
 
+def add_metadata(path: Path, values: dict[str, str]) -> None:
+    """Write texts into the metadata of a graph; the OM model that atc makes of it does not keep them."""
+    import onnx
+
+    graph = onnx.load(str(path))
+    onnx.helper.set_model_props(graph, values)
+    onnx.save(graph, str(path))
+
+
 def worst_difference(model: LoadedModel, path: Path) -> float:
     """Largest difference of onnxruntime's logits from torch's over several batch sizes and lengths."""
     import numpy as np
@@ -159,14 +169,19 @@ def export(name: str, path: Path, batch: int) -> list[str]:
                 if not worst <= _TOLERANCE:
                     raise MachineError(f"{path} was not kept: its logits differ from torch's by {worst:g}")
                 checked = f"in onnxruntime, logits equal torch's to {worst:.1e} for {len(_SHAPES)} shapes"
+            if calibration := model.description.get("calibration"):
+                add_metadata(aside, {"bert_glue.calibration": json.dumps(calibration, ensure_ascii=False)})
         script = path.with_suffix(".atc.sh")
         write_whole(script, atc_script(path, input_names(model), batch))
-    several = model.config["problem_type"] == MULTI_LABEL
-    return [
-        f"wrote {path} ({checked})",
-        f"wrote {script} (atc's command for an OM model; not run here)",
-        *(["several labels a row: the sigmoid of each logit is the probability of its class"] if several else []),
-    ]
+    lines = [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
+    if model.config["problem_type"] == MULTI_LABEL:
+        lines.append("several labels a row: the sigmoid of each logit is the probability of its class")
+    if calibration:
+        lines.append(
+            "note: the graph gives logits without the calibration of --calibrate; its metadata has temperature and "
+            "threshold under bert_glue.calibration"
+        )
+    return lines
 
 
 def main(argv: list[str]) -> int:

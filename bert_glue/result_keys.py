@@ -28,6 +28,7 @@ WINDOWS = "windows"
 WINDOWED_ROWS = "windowed_rows"
 # Rows that have text beyond the tokens that are read.
 CUT_ROWS = "cut_rows"
+CALIBRATION_ERROR = "ece"
 
 TRAIN_LOSS = "train_loss"
 TRAIN_RUNTIME = "train_runtime"
@@ -50,6 +51,7 @@ E2E_RUNTIME = "e2e_runtime"
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 SECONDS_TO_FIRST_STEP = "seconds_to_first_step"
 CLASS_WEIGHTS = "class_weights"
+CALIBRATION = "calibration"
 
 
 def evaluation_key(figure: str, suffix: str = "") -> str:
@@ -65,6 +67,11 @@ def evaluation_key(figure: str, suffix: str = "") -> str:
 def training_key(figure: str) -> str:
     """`train_<figure>` of the training data: one of the constants above."""
     return f"{TRAIN}{figure}"
+
+
+def calibrated_key(figure: str, suffix: str = "") -> str:
+    """A figure of the answers that `--calibrate` chose; `evaluation_key` has the figure without it."""
+    return evaluation_key(f"calibrated_{figure}", suffix)
 
 
 def without_eval(name: str) -> str:

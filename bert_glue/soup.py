@@ -112,7 +112,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     from safetensors.torch import save_file
 
     from bert_glue.data.tokenization import TextTokenizer
-    from bert_glue.model.description import read_description, write_description
+    from bert_glue.model.description import read_description, uncalibrated, write_description
     from bert_glue.storage import checkpoint, files
 
     if (output_dir / "config.json").exists():
@@ -126,7 +126,8 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
         (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_json(into / "soup.json", {"mean_of": made_of})
         TextTokenizer(folders[0], config).save(into)
-        write_description(into, read_description(folders[0]), str(next(iter(tensors.values())).dtype).split(".")[1])
+        dtype = str(next(iter(tensors.values())).dtype).split(".")[1]
+        write_description(into, uncalibrated(read_description(folders[0])), dtype)
 
     with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)

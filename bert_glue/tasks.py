@@ -85,10 +85,15 @@ class Decision:
     """How a model's probabilities become its answer; it belongs to the weights (`model/description.py`).
 
     Args:
-        threshold: a multi-label model gives a class whose probability is above it; in (0, 1).
+        threshold: a multi-label model gives a class whose probability is above it, a model of two classes the second
+            one; in (0, 1).
+        temperature: divides the logits, > 0.
+        is_calibrated: both were chosen by `--calibrate`.
     """
 
     threshold: float = 0.5
+    temperature: float = 1.0
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ OPTIONAL_PACKAGES = {
     "huggingface_hub",  # comes with transformers
     "markupsafe",  # comes with Jinja2
     "pyarrow", "pandas",  # come with datasets
-    "onnxruntime",  # export
+    "onnx", "onnxruntime",  # export
     "peft", "modelscope",  # --lora_rank, --hub
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
 }  # fmt: skip

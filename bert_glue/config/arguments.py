@@ -253,6 +253,9 @@ class EvaluationArguments:
     early_stopping_patience: int | None = flag(
         None, "evaluations without improvement that end training; default: off", "[1, inf)"
     )
+    calibrate: bool = flag(
+        False, "choose a temperature, and a threshold for two or several labels, on the validation split; kept with it"
+    )
     early_stopping_threshold: float = flag(0.0, "smallest improvement that counts, in the metric's unit", "[0, inf)")
     expect: str | None = flag(
         None, "bounds such as 'mrpc.f1>=0.88', in quotes, several allowed; exit code 8 if one is missed", many=True

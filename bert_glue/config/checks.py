@@ -20,7 +20,7 @@ def find_problems(args: Arguments) -> list[Problem]:
     """All conflicts between flags, in the order of the help. Reads no file."""
     checks = (_required, data_problems, task_problems, _padding, _batch, _schedule, _evaluation, _metric, _expect)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
-    checks += (tokenizer_problems, trained_problems, weight_problems, upload_problems)
+    checks += (tokenizer_problems, trained_problems, weight_problems, calibration_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
 
 
@@ -303,6 +303,26 @@ def weight_problems(args: Arguments) -> Iterator[Problem]:
         yield Problem(
             ("class_weights", "do_regression", "task_name"),
             f"--class_weights {shown(args.class_weights)}: a regression has no classes; leave the flag out",
+        )
+
+
+def calibration_problems(args: Arguments) -> Iterator[Problem]:
+    """What `--calibrate` needs, and the threshold that it would choose a second time."""
+    if not args.calibrate:
+        return
+    task = named_task(args)
+    if not args.do_train or not (args.do_eval or args.eval_strategy != "no"):
+        yield Problem(
+            ("calibrate", "do_train", "do_eval"),
+            "--calibrate needs --do_train and --do_eval: it is chosen for new weights, on the validation split",
+        )
+    if args.do_regression or (task and task.is_regression):
+        yield Problem(
+            ("calibrate", "do_regression", "task_name"), "--calibrate: scores of a regression have no probabilities"
+        )
+    if args.label_threshold is not None:
+        yield Problem(
+            ("calibrate", "label_threshold"), "--calibrate chooses the threshold, --label_threshold gives it: give one"
         )
 
 

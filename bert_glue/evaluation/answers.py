@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_glue.tasks import GlueTask
+from bert_glue.tasks import Decision, GlueTask
 
 
 def probabilities(task: GlueTask, logits: np.ndarray) -> np.ndarray:
@@ -16,7 +16,8 @@ def probabilities(task: GlueTask, logits: np.ndarray) -> np.ndarray:
     """
     if task.is_regression:
         return logits.astype(np.float64)
-    return sigmoid(logits) if task.is_multi_label else softmax(logits)
+    scaled = logits / task.decision.temperature
+    return sigmoid(scaled) if task.is_multi_label else softmax(scaled)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -35,12 +36,17 @@ def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
     """Class ids `[rows]` int64, scores `[rows]` float32, or of a multi-label task `[rows, labels]` bool."""
     if task.is_regression:
         return logits[:, 0]
-    return decided(task, probabilities(task, logits)) if task.is_multi_label else logits.argmax(1)
+    return decided(task, probabilities(task, logits))
 
 
 def decided(task: GlueTask, shares: np.ndarray) -> np.ndarray:
     """The same from `[rows, labels]` probabilities of classes."""
-    return shares > task.decision.threshold if task.is_multi_label else shares.argmax(1)
+    threshold = task.decision.threshold
+    if task.is_multi_label:
+        return shares > threshold
+    if task.num_labels == 2 and threshold != Decision().threshold:
+        return (shares[:, 1] > threshold).astype(np.int64)
+    return shares.argmax(1)
 
 
 def label_array(task: GlueTask, labels: Sequence) -> np.ndarray:
@@ -58,8 +64,9 @@ def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.nda
     x = logits.astype(np.float64)
     if task.is_regression:
         return (x[:, 0] - labels) ** 2
+    x /= task.decision.temperature
     if task.is_multi_label:
-        return class_losses(logits, labels).mean(1)
+        return class_losses(x, labels).mean(1)
     top = x.max(1, keepdims=True)
     log_sum = np.log(np.exp(x - top).sum(1)) + top[:, 0]
     return log_sum - x[np.arange(len(x)), labels]

@@ -58,11 +58,12 @@ def constant_loss(
         return float(labels.var())
     import numpy as np  # here: `check` and `sweep` read verdicts and import no numpy
 
+    weights = np.ones(task.num_labels) if weights is None else weights
     if task.is_multi_label:
         given = (1 - smoothing) * labels.mean(0, dtype=np.float64) + 0.5 * smoothing
-        outcomes = np.stack([given, 1 - given])
-        return float(-(outcomes * np.log(np.where(outcomes > 0, outcomes, 1.0))).sum() / task.num_labels)
-    weights = np.ones(task.num_labels) if weights is None else weights
+        outcomes = np.stack([weights * given, 1 - given])
+        shares = outcomes / np.maximum(outcomes.sum(0), np.finfo(float).tiny)
+        return float(-(outcomes * np.log(np.where(outcomes > 0, shares, 1.0))).sum() / task.num_labels)
     rows = np.bincount(labels, minlength=task.num_labels)
     # torch smooths towards the weights, not towards 1 / classes: the shares need not sum to 1.
     shares = ((1 - smoothing) * rows + smoothing * len(labels) / task.num_labels) * weights / (rows @ weights)

@@ -15,7 +15,7 @@ from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.storage.checkpoint import step_of
-from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, file_hash, json_object
+from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, file_hash, json_object, write_json
 from bert_glue.tasks import Decision, GlueTask
 
 if TYPE_CHECKING:
@@ -64,7 +64,24 @@ def decision_facts(decision: Decision) -> dict[str, Any]:
 
 def decision_of(description: dict[str, Any]) -> Decision:
     """The decision that a description holds; what it does not say is as in transformers."""
-    return Decision(description.get("label_threshold", Decision().threshold))
+    threshold, chosen = description.get("label_threshold", Decision().threshold), description.get("calibration")
+    if chosen is None:
+        return Decision(threshold)
+    return Decision(chosen.get("threshold", threshold), chosen["temperature"], is_calibrated=True)
+
+
+def add_calibration(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what `--calibrate` chose for the weights in `folder` into the file that lies there.
+
+    Args:
+        facts: temperature, and threshold where answers have one.
+    """
+    write_json(folder / FILE, {**json_object(folder / FILE), "calibration": facts})
+
+
+def uncalibrated(description: dict[str, Any]) -> dict[str, Any]:
+    """A description for other weights than those that `--calibrate` saw."""
+    return {name: value for name, value in description.items() if name != "calibration"}
 
 
 def with_decision(task: GlueTask, description: dict[str, Any], args: Arguments) -> GlueTask:
@@ -137,7 +154,14 @@ def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     for name in ("text_column_delimiter", "label_delimiter"):
         if not isinstance(found.get(name), str | None):
             raise MachineError(f"{path}: {name} is {found[name]!r}, not a text")
-    threshold = found.get("label_threshold", 0.5)
-    if not isinstance(threshold, float) or not 0 < threshold < 1:
-        raise MachineError(f"{path}: label_threshold is {str(threshold)[:40]!r}, not a probability between 0 and 1")
+    chosen = found.get("calibration", {"temperature": 1.0})
+    if not isinstance(chosen, dict):
+        raise MachineError(f"{path}: calibration is {str(chosen)[:40]!r}, not an object")
+    temperature = chosen.get("temperature")
+    if not isinstance(temperature, float) or not 0 < temperature < 1e6:
+        raise MachineError(f"{path}: temperature is {str(temperature)[:40]!r}, not a number above 0")
+    for name, threshold in (("label_threshold", found.get("label_threshold", 0.5)),
+                            ("threshold", chosen.get("threshold", 0.5))):  # fmt: skip
+        if not isinstance(threshold, float) or not 0 < threshold < 1:
+            raise MachineError(f"{path}: {name} is {str(threshold)[:40]!r}, not a probability between 0 and 1")
     return found

@@ -18,6 +18,7 @@ from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.rng import seed_generators
 from bert_glue.errors import DataError
 from bert_glue.evaluation.answers import label_array
+from bert_glue.evaluation.calibration import check_calibratable
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.description import read_description, with_decision
 from bert_glue.model.loading import finished_task, load_model, model_folder
@@ -86,6 +87,7 @@ def read_inputs(
         record = _provenance(given, data, model, ranks, log, by_name)
     with phase("tokenize"):
         splits = tokenize_splits(args, data, model, log)
+        check_calibratable(args, data.task, splits)
         compare_inputs(ranks, data.task, splits, model, by_name)
     return data, model, record, splits, weights
 
@@ -120,7 +122,8 @@ def weights_of_classes(args: Arguments, data: TaskData) -> np.ndarray | None:
     """What `--class_weights` gives each class, from the rows that are trained on."""
     if not args.do_train or args.class_weights is None:
         return None
-    return class_weights(args.class_weights, data.task, _chosen_rows(args, data, "train").labels)
+    labels = label_array(data.task, _chosen_rows(args, data, "train").labels)
+    return class_weights(args.class_weights, data.task, labels)
 
 
 def _provenance(

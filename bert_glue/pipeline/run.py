@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import missed, read_expectations
@@ -17,12 +18,13 @@ from bert_glue.config.resolve import for_ranks
 from bert_glue.data.batching import TokenSplit
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import ExpectationError, Failures, FollowUpError
+from bert_glue.evaluation.calibration import calibration_lines
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator
 from bert_glue.hub import upload
 from bert_glue.launch.requirements import stack_warnings
 from bert_glue.model import adapters
 from bert_glue.model.classifier import LoadedModel
-from bert_glue.model.description import describe
+from bert_glue.model.description import add_calibration, describe
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline.inputs import at_trained_length, read_inputs, with_sample_model
 from bert_glue.pipeline.rank_agreement import compare_settings
@@ -129,6 +131,8 @@ def _steps(
             scored = score_splits(args, data, model, splits, evaluator, failures=failures, phase=phase)
         results |= scored.results
         is_stopped = scored.is_stopped
+        if args.calibrate:
+            _save_calibration(args, results, ranks, log, failures)
     with phase("save"):
         if state is not None:
             _save_unfinished(state)
@@ -234,6 +238,19 @@ def _save_model(state: TrainState) -> None:
         checkpoint.replace_files(folder, lambda aside: model.adapter.save(aside, weights))
     elif folder.exists():
         state.observers.log.line(f"note: {folder}: of an earlier run, not of this one")
+
+
+def _save_calibration(
+    args: Arguments, results: dict, ranks: DistributedContext, log: ConsoleLog, failures: Failures
+) -> None:
+    """What `--calibrate` chose, beside the weights it was chosen for."""
+    chosen = results.get(keys.CALIBRATION)
+    if chosen is None or not ranks.is_first:
+        return
+    with failures.step("writing the calibration"), files.plain_errors(Path(args.output_dir)):
+        add_calibration(Path(args.output_dir), chosen)
+    for line in calibration_lines(results):
+        log.line(line)
 
 
 def _save_unfinished(state: TrainState) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,22 @@ from bert_glue.data.chunked_encoding import Windows
 from bert_glue.data.sources import TaskData
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.errors import DataError, Failures
-from bert_glue.evaluation.analysis import LABELLED_AX, analyse_splits, class_results, diagnostic, standard_errors
-from bert_glue.evaluation.answers import predictions_of
+from bert_glue.evaluation.analysis import (
+    LABELLED_AX,
+    analyse_splits,
+    calibration,
+    class_results,
+    diagnostic,
+    standard_errors,
+)
+from bert_glue.evaluation.answers import predictions_of, probabilities
+from bert_glue.evaluation.calibration import (
+    calibrated_results,
+    choose_decision,
+    cross_fitted,
+    facts_of,
+    without_calibration,
+)
 from bert_glue.evaluation.collapse import constant_loss, flat_loss
 from bert_glue.evaluation.evaluator import EvaluationStopped, Evaluator, evaluate
 from bert_glue.model.attention import PATHS_TAKEN
@@ -61,7 +75,7 @@ def score_splits(
     try:
         with phase("evaluate"), failures.step("evaluation", is_collective=True):
             if args.do_eval:
-                _evaluate_splits(args, data, model, splits, evaluator, failures=failures, scored=scored)
+                data = _evaluate_splits(args, data, model, splits, evaluator, failures=failures, scored=scored)
         with phase("predict"), failures.step("prediction", is_collective=True):
             if args.do_predict:
                 scored.results |= predict_splits(args, data, splits, evaluator, scored.analysis)
@@ -79,16 +93,54 @@ def _evaluate_splits(
     *,
     failures: Failures,
     scored: Scored,
-) -> None:
-    """`eval_*` results of every labelled split, and on the first rank their analysis."""
+) -> TaskData:
+    """`eval_*` results of every labelled split, and on the first rank their analysis.
+
+    Scores have the same keys with and without a calibration, and count the answers without one.
+
+    Returns:
+        The data with the decision that predictions go by.
+    """
     kept: dict[str, np.ndarray] = {}
-    scored.results |= evaluate(evaluator, data.task, splits, kept)
+    raw = replace(data, task=without_calibration(data.task))
+    scored.results |= evaluate(evaluator, raw.task, splits, kept)
     if evaluator.ranks.is_first:
         with failures.step("the analysis"):
-            found = analyse_splits(data, model, splits, evaluator, kept, args.explain)
+            found = analyse_splits(raw, model, splits, evaluator, kept, args.explain)
             scored.analysis["splits"] = found
             # What the metrics say exactly stays: shares of classes are rounded.
             scored.results |= {**standard_errors(data.task, found), **class_results(found), **scored.results}
+    if args.calibrate or data.task.decision.is_calibrated:
+        with failures.step("the calibration"):
+            data = _calibrate(args, data, splits, kept, scored)
+    return data
+
+
+def _calibrate(
+    args: Arguments, data: TaskData, splits: dict[str, TokenSplit], kept: dict[str, np.ndarray], scored: Scored
+) -> TaskData:
+    """Choose a decision on the first evaluated split if asked, and score every split by it; each rank does the same.
+
+    Args:
+        kept: logits of the evaluated splits.
+    """
+    task, first = data.task, next(iter(kept))
+    if args.calibrate:
+        task = replace(task, decision=choose_decision(task, kept[first], splits[first].labels))
+    for name, suffix, _ in task.evaluation:
+        if name not in kept:
+            continue
+        labels, logits = splits[name].labels, kept[name]
+        if args.calibrate and name == first:  # these rows chose the decision: it is not scored on them
+            shares, predictions = cross_fitted(data.task, logits, labels, args.seed)
+        else:
+            shares, predictions = probabilities(task, logits), predictions_of(task, logits)
+        before = calibration(probabilities(without_calibration(task), logits), labels)["ece"]
+        scored.results[keys.evaluation_key(keys.CALIBRATION_ERROR, suffix)] = before
+        scored.results |= calibrated_results(task, shares, predictions, labels, suffix)
+    chosen_on = {"chosen_on": first, "rows": len(splits[first].labels)} if args.calibrate else {}
+    scored.results[keys.CALIBRATION] = {**facts_of(task, task.decision), **chosen_on}
+    return replace(data, task=task)
 
 
 def predict_splits(

@@ -155,6 +155,7 @@ def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: st
     from bert_glue.model.weights import weight_files
     from bert_glue.storage.files import file_hash
 
+    temperatures = [one.task.decision.temperature for one in (labeller, *labeller.others)]
     files = [path for folder in folders for path in weight_files(folder, args.allow_pickle_weights)]
     windows = [one.windows and [one.windows.stride, one.windows.most] for one in (labeller, *labeller.others)]
     return {
@@ -168,6 +169,7 @@ def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: st
         "device": labeller.evaluator.ranks.device.kind,
         "output_format": kind,
         "label_threshold": labeller.threshold,
+        **({} if set(temperatures) == {1.0} else {"temperatures": temperatures}),
         "label_delimiter": labeller.delimiter,
     }
 

@@ -25,7 +25,7 @@ from bert_glue.model.loading import load_model
 from bert_glue.precision.native import InferencePrecision
 from bert_glue.precision.plan import plan_precision
 from bert_glue.predict.output import Columns
-from bert_glue.tasks import GlueTask
+from bert_glue.tasks import Decision, GlueTask
 from bert_glue.training.setup import build_collator
 
 
@@ -39,7 +39,8 @@ class Labeller:
         windows: how longer rows become several sequences; None where they are cut.
         lengths: counts rows that are cut or in windows.
         others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
-        threshold: a class whose mean probability is above it is given, where a row may have several; None elsewhere.
+        threshold: a class whose mean probability is above it is given: any where a row may have several, the second of
+            two; None elsewhere.
         delimiter: joins several labels of a row into one text; None leaves them a list.
     """
 
@@ -122,7 +123,7 @@ def _own_columns(task: GlueTask, answers: np.ndarray, delimiter: str | None) -> 
 
 
 def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | None) -> tuple[float | None, list[str]]:
-    """The threshold of several models' mean probability, None for models of one label a row; and log lines.
+    """The threshold of the models' mean probability, None for one label of three or more or for scores; and log lines.
 
     Args:
         names: of the models.
@@ -141,16 +142,28 @@ def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | N
         if sorted(task.labels) != sorted(first.labels):
             answers = [", ".join(one.labels) or "a score" for one in (task, first)]
             raise UsageError(f"--model {name} answers {answers[0]}, --model {names[0]} {answers[1]}")
-    if not first.is_multi_label:
-        if asked is not None:
-            raise UsageError(f"--label_threshold {asked:g}: the model gives one label a row, the most probable")
+    if not first.is_multi_label and asked is not None:
+        raise UsageError(f"--label_threshold {asked:g}: the model gives one label a row")
+    if not first.is_multi_label and first.num_labels != 2:
         return None, []
-    own = [task.decision.threshold for task in tasks]
+    # Of two classes the threshold is that of the second, which another model may have first.
+    own = [
+        task.decision.threshold if first.is_multi_label or task.labels == first.labels else 1 - task.decision.threshold
+        for task in tasks
+    ]
+    said = [
+        f"{name} is calibrated: temperature {task.decision.temperature:.4g}, threshold {task.decision.threshold:.4g}"
+        for name, task in zip(names, tasks, strict=True)
+        if task.decision.is_calibrated
+    ]
+    if not first.is_multi_label and set(own) == {Decision().threshold}:
+        return None, said
     if asked is None and len(set(own)) > 1:
         shown = ", ".join(f"{value:g}" for value in own)
         mean = float(np.mean(own))
-        return mean, [f"the models' thresholds are {shown}: {mean:g}, their mean, is used; --label_threshold overrules"]
-    return own[0] if asked is None else asked, []
+        overrules = "; --label_threshold overrules" if first.is_multi_label else ""
+        return mean, [*said, f"the models' thresholds are {shown}: {mean:g}, their mean, is used{overrules}"]
+    return own[0] if asked is None else asked, said
 
 
 def delimiter_of(asked: str | None, task: GlueTask, kind: str) -> str | None:

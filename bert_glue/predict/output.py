@@ -41,6 +41,7 @@ IDENTITY = (
     Fact("precision", "precision"),
     Fact("device", "device"),
     *flag_facts(("output_format", "label_threshold", "label_delimiter", "keep_formulas")),
+    Fact("temperatures", "temperatures of the models (--calibrate)"),
 )
 
 

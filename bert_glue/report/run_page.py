@@ -81,6 +81,7 @@ def _facts(results: Record) -> list[tuple[str, str]]:
         ("label_threshold", f"{threshold:g}" if threshold is not None else ""),
         ("trained", "" if trained == "all" else trained),
         ("class_weights", _weights(results.part(keys.CLASS_WEIGHTS))),
+        ("calibrated", _calibration(results)),
         ("fallback", results.text("fallback")),
     ]
     return [(word, value) for word, value in facts if value]
@@ -90,6 +91,19 @@ def _weights(weights: Record) -> str:
     found = [(name, weights.number(name)) for name in weights.values]
     text = ", ".join(f"{name} {weight:.4g}" for name, weight in found if weight is not None)
     return shortened(text, _LONGEST_FACT)
+
+
+def _calibration(results: Record) -> str:
+    chosen, error = results.part(keys.CALIBRATION), keys.CALIBRATION_ERROR
+    before, after = (results.number(key) for key in (keys.evaluation_key(error), keys.calibrated_key(error)))
+    figures = [
+        ("temperature", chosen.number("temperature")),
+        (f"threshold of {chosen.text('threshold_of')}", chosen.number("threshold")),
+        ("expected calibration error", before),
+        ("with it", after),
+    ]
+    found = [f"{name} {value:.4g}" for name, value in figures if value is not None]
+    return ", ".join(found) if keys.CALIBRATION in results else ""
 
 
 def _count(value: float | None) -> str:

@@ -24,6 +24,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "label_threshold": ("Several labels a row, given above the probability", "每行可有多个标签，概率高于此值时给出"),
     "trained": ("Trained", "训练的部分"),
     "class_weights": ("Weights of the classes in the loss", "损失中各类别的权重"),
+    "calibrated": ("Calibration", "校准"),
     "fallback": ("Fallback", "精度降级"),
     "accuracy": ("Accuracy", "准确率"),
     "f1": ("F1", "F1"),

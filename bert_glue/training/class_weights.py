@@ -1,4 +1,9 @@
-"""`--class_weights`: the weight of each class in the training loss, balanced by its rows or read from a file."""
+"""`--class_weights`: the weight of each class in the training loss, balanced by its rows or read from a file.
+
+
+Of one label a row it is torch's `weight` of cross_entropy, of several its `pos_weight`: what a row that has the class
+counts beside one that has not.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +22,13 @@ BALANCED = "balanced"
 _SHOWN_NAMES = 5
 
 
-def class_weights(choice: str | None, task: GlueTask, labels: list[int]) -> np.ndarray | None:
+def class_weights(choice: str | None, task: GlueTask, labels: np.ndarray) -> np.ndarray | None:
     """The weight of each class, `[labels]` float64 from 0 on; None without the flag.
 
     Args:
-        choice: the flag's value: `balanced` (rows / (classes * rows of the class), as scikit-learn has it), or the path
-            of a json file of {class: weight}.
-        labels: class ids of the rows that are trained on, `[rows]`.
+        choice: the flag's value: `balanced` (rows / (classes * rows of the class), as scikit-learn has it; of several
+            labels rows without the class / rows with it), or the path of a json file of {class: weight}.
+        labels: of the rows that are trained on, `[rows]` class ids or `[rows, labels]` bool.
 
     Raises:
         UsageError: the task is a regression, or a row may have several labels.
@@ -36,13 +41,8 @@ def class_weights(choice: str | None, task: GlueTask, labels: list[int]) -> np.n
             f"--class_weights {shown(choice)}: the labels of this data are scores, and a regression has no classes; "
             "leave the flag out"
         )
-    if task.is_multi_label:
-        raise UsageError(
-            f"--class_weights {shown(choice)}: a row of this data may have several labels, so that each class is a "
-            "decision of its own; leave the flag out, --label_threshold moves the decision"
-        )
-    rows = np.bincount(np.asarray(labels, np.int64), minlength=task.num_labels)
-    weights = _balanced(task, rows) if choice == BALANCED else _from_file(Path(choice), task)
+    rows = labels.sum(0) if task.is_multi_label else np.bincount(labels, minlength=task.num_labels)
+    weights = _balanced(task, rows, len(labels)) if choice == BALANCED else _from_file(Path(choice), task)
     if not (weights * rows).any():
         raise DataError(f"--class_weights {choice}: every class with training rows has weight 0: nothing is learned")
     return weights
@@ -63,14 +63,21 @@ def step_weight(weights: np.ndarray, labels: np.ndarray) -> float:
     return float(weights[labels].sum()) or 1.0
 
 
-def _balanced(task: GlueTask, rows: np.ndarray) -> np.ndarray:
+def _balanced(task: GlueTask, rows: np.ndarray, total: int) -> np.ndarray:
     absent = [task.labels[at] for at in np.flatnonzero(rows == 0)]
     if absent:
         raise DataError(
             f"--class_weights {BALANCED}: no training row has class {_listed(absent)}, and a weight follows from the "
             "rows of its class; give a json file of weights instead"
         )
-    return rows.sum() / (task.num_labels * rows)
+    if not task.is_multi_label:
+        return total / (task.num_labels * rows)
+    if everywhere := [task.labels[at] for at in np.flatnonzero(rows == total)]:
+        raise DataError(
+            f"--class_weights {BALANCED}: every training row has class {_listed(everywhere)}, so that nothing balances "
+            "it; give a json file of weights instead"
+        )
+    return (total - rows) / rows
 
 
 def _from_file(path: Path, task: GlueTask) -> np.ndarray:

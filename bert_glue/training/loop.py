@@ -37,8 +37,8 @@ def training_batches(state: TrainState) -> Iterator[tuple[list[Batch | None], in
         shares = [rank_share(rows, ranks.rank, ranks.world_size) for rows in passes]
         batches = [data.collate(data.split, rows) if len(rows) else None for rows in shares]
         # Every rank draws the whole permutation and knows the step's labels on all ranks, so that the sum of their
-        # weights needs no collective.
-        if data.class_weights is not None:
+        # weights needs no collective. The mean over several labels is over rows and classes, whatever their weights.
+        if data.class_weights is not None and not state.task.is_multi_label:
             total = step_weight(data.class_weights, data.split.labels[np.concatenate(passes)])
             on_device = data.collate.move(torch.tensor(total))
             batches = [batch and replace(batch, step_weight=on_device) for batch in batches]

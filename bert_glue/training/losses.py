@@ -38,7 +38,8 @@ def sample_losses(
     logits = logits.float()
     if task.is_multi_label:
         targets = labels.float() * (1 - smoothing) + 0.5 * smoothing
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / task.num_labels
+        total = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+        return total / task.num_labels
     if task.is_regression:
         return F.mse_loss(logits[:, 0], labels, reduction="sum")
     return F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=smoothing)

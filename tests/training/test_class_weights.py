@@ -23,6 +23,7 @@ from bert_glue.training.class_weights import class_weights
 from bert_glue.training.losses import disagreement, sample_losses
 
 THREE = own_task("own", ("text",), ("a", "b", "c"))
+SETS = own_task("own", ("text",), ("a", "b", "c"), is_multi_label=True)
 
 
 def weights_file(folder: Path, text: str = '{"yes": 0.25, "no": 3}') -> str:
@@ -32,11 +33,29 @@ def weights_file(folder: Path, text: str = '{"yes": 0.25, "no": 3}') -> str:
 
 
 def test_balanced_is_scikit_learns() -> None:
-    labels = np.random.default_rng(5).choice(3, 211, p=[0.7, 0.1, 0.2]).tolist()
+    labels = np.random.default_rng(5).choice(3, 211, p=[0.7, 0.1, 0.2])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(class_weights("balanced", THREE, labels), expected, rtol=1e-12)
     with pytest.raises(DataError, match="no training row has class 'b', and"):
-        class_weights("balanced", THREE, [0, 2, 2])
+        class_weights("balanced", THREE, np.array([0, 2, 2]))
+
+
+def test_several_labels_are_weighed_by_torchs_pos_weight() -> None:
+    labels = np.random.default_rng(2).random((40, 3)) < [0.1, 0.4, 0.8]
+    weights = class_weights("balanced", SETS, labels)
+    np.testing.assert_allclose(weights, (~labels).sum(0) / labels.sum(0))
+    torch.manual_seed(1)
+    logits, given = torch.randn(40, 3), torch.tensor(weights, dtype=torch.float32)
+    targets = torch.tensor(labels)
+    expected = F.binary_cross_entropy_with_logits(logits, targets.float(), pos_weight=given)
+    torch.testing.assert_close(sample_losses(SETS, logits, targets, 0.0, given) / 40, expected)
+    constant = constant_loss(SETS, labels, 0.1, weights)
+    best = torch.tensor(0.9 * labels.mean(0) + 0.05).logit() + given.log()
+    at_best = sample_losses(SETS, best.float().expand(40, 3), targets, 0.1, given) / 40
+    assert constant == pytest.approx(at_best.item(), rel=1e-5)
+    labels[:, 1] = True
+    with pytest.raises(DataError, match="every training row has class 'b'"):
+        class_weights("balanced", SETS, labels)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
