@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked_ranks import on_ranks
-from tiny_run import SUBJECTS, arguments, fit, label_sets, losses, make_label_sets, make_model, results_of
+from tiny_run import REPOSITORY, SUBJECTS, arguments, fit, label_sets, losses, make_label_sets, make_model, results_of
 
 from bert_glue.__main__ import main
+from bert_glue.config.parser import parse
 from bert_glue.data.own.label_sets import part_labels
 from bert_glue.errors import MachineError, UsageError
 from bert_glue.model.description import read_description
@@ -281,3 +284,24 @@ def test_an_exported_graph_gives_the_same_logits(done, tmp_path):
 
     lines = export(done.output_dir, tmp_path / "m.onnx", 1)
     assert "logits equal torch's" in lines[0] and any("sigmoid" in line for line in lines)
+
+
+def test_the_pages_commands_run(folder, tmp_path, monkeypatch):
+    """Those of docs/own-data.md as they stand, but for the model, which is a tiny one."""
+    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "--label_delimiter" in b)
+    first, second, third = (shlex.split(line) for line in block.replace("\\\n", " ").strip().splitlines())
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("topics.csv", 1), ("later.csv", 2), ("unlabelled.csv", 3)):
+        rows = [[row["text"], ";".join(row["label"])] for row in label_sets(30, seed)]
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([["text", "topics"], *rows])
+    quick = ["--report_to", "none", "--disable_tqdm", "--use_cpu"]
+    first[first.index("google-bert/bert-base-cased")] = str(folder / "model")
+    assert run(parse([*first[2:], *quick, "--max_steps", "2"])) == 0 and run(parse([*second[2:], *quick])) == 0
+    results = json.loads((tmp_path / "output" / "later-topics" / "all_results.json").read_text())
+    assert results["eval_samples"] == 30 and results["label_threshold"] == 0.3
+    assert predict.main(third[3:]) == 0
+    assert all(
+        set(part_labels(row["prediction"], ";")) <= set(CLASSES) for row in csv_rows(tmp_path / "topics-found.csv")
+    )
