@@ -65,12 +65,12 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
-        """As torch names it."""
+        """The device as a torch.device."""
         return torch.device(self.kind) if self.kind == "cpu" else torch.device(self.kind, self.index)
 
     @property
     def is_host(self) -> bool:
-        """True if tensors live in host memory and every operation has ended when its call returns."""
+        """True if tensors are in host memory and every operation is complete when its call returns."""
         return self.kind == "cpu"
 
     @property
@@ -94,11 +94,11 @@ class Device:
 
     @property
     def is_simulated(self) -> bool:
-        """True on the simulated NPU of the tests, which proves calls and flow, never kernels or speed."""
+        """True on the simulated NPU of the tests, which checks calls and control flow, but no kernels and no speed."""
         return self.kind == "npu" and bool(getattr(import_torch_npu(), "is_simulated", False))
 
     def activate(self, tf32: bool | None = None) -> None:
-        """Make this the process's current device, with the settings it trains best with.
+        """Make this the current device of the process, with the settings that train best on it.
 
         Args:
             tf32: TensorFloat-32 products on or off; None leaves the device's default.
@@ -106,35 +106,35 @@ class Device:
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = tf32
         if self.kind != "npu":
-            # Libraries that look for torch_npu import it unguarded; one that is broken must not end this run.
+            # Libraries that search for torch_npu import it unguarded; a broken one must not end this run.
             sys.modules.setdefault("torch_npu", None)
         if self.is_host:
             cpu.keep_freed_pages()
             return
         _module(self.kind).set_device(self.index)
         if self.kind == "npu" and not self.is_simulated:
-            # Kernels compiled ahead of time; just-in-time ones are rebuilt for every new shape.
+            # Kernels compiled ahead of time; a just-in-time kernel is compiled again for every new shape.
             torch.npu.set_compile_mode(jit_compile=False)
 
     @property
     def can_compile(self) -> bool:
-        """True if torch.compile is offered here: an NPU's graph compiler was never tried."""
+        """True if `--torch_compile` is available here; the graph compiler of an NPU has never been tried."""
         return self.kind != "npu"
 
     @property
     def can_record(self) -> bool:
-        """True if work given to the device can be recorded and replayed."""
+        """True if work on the device can be recorded and replayed."""
         return self.kind == "cuda"
 
     def synchronize(self) -> None:
-        """Wait until all work given to the device has ended; read no clock before."""
+        """Wait until the device has finished all work; a clock read before that is wrong."""
         if not self.is_host:
             _module(self.kind).synchronize()
 
     def mark(self) -> Any:
-        """A point in the work given to the device, for `seconds_between`; it waits for nothing.
+        """Mark the current point in the work of the device, for `seconds_between`; waits for nothing.
 
-        An event; the host's clock on a CPU and on devices without events.
+        The mark is an event, or the time of the host on a CPU and on devices without events.
         """
         kind = None if self.is_host else getattr(_module(self.kind), "Event", None)
         if kind is None:
@@ -144,11 +144,11 @@ class Device:
         return event
 
     def seconds_between(self, first: Any, second: Any) -> float:
-        """Seconds from one mark to a later one, once the device has passed both (`synchronize`)."""
+        """Seconds from one mark to a later one; call `synchronize` first, so that the device has passed both."""
         return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000.0
 
     def read_later(self, number: torch.Tensor) -> Callable[[], float]:
-        """The number in a `[1]` tensor as of now; the call waits for the work given so far and for no more."""
+        """A function that returns the current number of a `[1]` tensor; it waits only for the work queued so far."""
         if self.is_host:
             value = number.item()
             return lambda: value
@@ -163,7 +163,7 @@ class Device:
         return read
 
     def peak_memory(self) -> int:
-        """Highest memory in use so far, bytes: the allocator's on a device, the process's on a CPU."""
+        """Highest memory in use so far, in bytes: of the allocator on a device, of the process on a CPU."""
         if self.is_host:
             return cpu.peak_memory()
         return int(_module(self.kind).max_memory_allocated())
@@ -176,7 +176,7 @@ class Device:
         return torch.profiler.profile()
 
     def memory(self) -> tuple[int, int] | None:
-        """Free and total memory of the device, bytes; None for a CPU, whose memory is the host's."""
+        """Free and total memory of the device, in bytes; None for a CPU, which has no memory of its own."""
         if self.is_host:
             return None
         free, total = _module(self.kind).mem_get_info(self.index)
@@ -187,16 +187,16 @@ class Device:
         return None if self.is_host else _module(self.kind).get_rng_state().cpu()
 
     def set_random_state(self, state: torch.Tensor) -> None:
-        """Give the device's generator the state of `random_state`."""
+        """Restore the state that `random_state` returned."""
         if not self.is_host:
             _module(self.kind).set_rng_state(state)
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """True if the device computes in `dtype` natively, so that training in it makes sense."""
+        """True if the device computes natively in `dtype`, so that training in it makes sense."""
         if dtype == torch.float32:
             return True
         if self.is_host:
-            # oneDNN computes bf16 everywhere, in fp32 registers where there is nothing better.
+            # oneDNN computes bf16 everywhere, in fp32 registers if the CPU has nothing better.
             return dtype == torch.bfloat16 or cpu.has_fp16_products()
         if dtype == torch.bfloat16:
             return bool(_module(self.kind).is_bf16_supported())
@@ -204,7 +204,7 @@ class Device:
 
 
 def _here() -> str:
-    """Kinds that can be used now; a broken package of another kind is none."""
+    """The kinds that can be used now; a kind with a broken package does not count."""
     usable = []
     for kind in KINDS:
         with suppress(MachineError):
@@ -222,11 +222,11 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
 
     Args:
         requested: auto, a kind, kind:index, or an index of the best kind here.
-        local_rank: rank on this host; chooses the index where none is given.
+        local_rank: rank on this host; it is the index where `requested` has none.
 
     Raises:
-        UsageError: no such kind.
-        MachineError: the kind, or that index, is not here; the message has the fix.
+        UsageError: the kind does not exist.
+        MachineError: this machine lacks the kind or the index; the message names the fix.
     """
     if use_cpu:
         return Device("cpu")
@@ -254,7 +254,7 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
 def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
     """True if torch multiplies matrices of a 16-bit `dtype` in loops of its own, 10 to 40 times slower than fp32.
 
-    That is so on CPUs for which oneDNN has no kernels of that dtype (below AVX-512 on x86).
+    This happens on CPUs for which oneDNN has no kernels of that dtype (below AVX-512 on x86).
     """
     if kind != "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -263,9 +263,9 @@ def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
 
 
 def has_onednn_linear(kind: str, is_transposed: bool = False) -> bool:
-    """True if oneDNN multiplies here, by a matrix as it lies or by its transpose: on CPUs, with a torch that has it.
+    """True if oneDNN multiplies here by a matrix, or by its transpose: on CPUs, if torch is built with oneDNN.
 
-    Transposes take its AVX2 kernels up to twice as long as MKL's; its AVX-512 kernels take either in their stride.
+    With a transpose its AVX2 kernels take up to twice as long as MKL's; its AVX-512 kernels are equally fast with both.
     """
     if kind != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
