@@ -1,4 +1,4 @@
-"""The processes of one run, on accelerate's PartialState: torchrun's variables, collectives, waiting."""
+"""The processes of one run, by accelerate's PartialState: torchrun's variables, collectives and barriers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RELEASE_SECONDS = 0.05  # microseconds are enough on a host at rest
 
 
 class RankEnvironment(NamedTuple):
-    """Which process of a run this is: `rank` of `world_size`, `local_rank` on its host."""
+    """The place of this process in a run: `rank` of `world_size`, and `local_rank` on its host."""
 
     rank: int
     local_rank: int
@@ -30,13 +30,13 @@ class RankEnvironment(NamedTuple):
 
 
 def read_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
-    """What torchrun's variables say.
+    """Read torchrun's variables.
 
-    A process alone is rank 0 whatever RANK and LOCAL_RANK say: `--device npu:3` must not be moved by stale ones.
-    The reference sets RANK but no LOCAL_RANK: on its one host they are the same.
+    A single process is rank 0 whatever RANK and LOCAL_RANK are, so that stale variables cannot change `--device npu:3`.
+    The reference sets RANK but not LOCAL_RANK, which is the same on its single host.
 
     Raises:
-        UsageError: a variable is missing or has no sensible value; one line each.
+        UsageError: a variable is missing or has no valid value; one line each.
     """
     wrong: list[str] = []
 
@@ -45,7 +45,7 @@ def read_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
         if text.isdecimal() and int(text) >= least and (end is None or int(text) < end):
             return int(text)
         bounds = f"in [{least}, {'inf' if end is None else end})"
-        wrong.append(f"{name}={text or '(not set)'} in the environment: a whole number {bounds} is needed")
+        wrong.append(f"{name}={text or '(not set)'} in the environment: it must be a whole number {bounds}")
         return least
 
     world = number("WORLD_SIZE", 1, 1)
@@ -62,23 +62,23 @@ def read_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
 
 
 class DistributedContext:
-    """This process among its peers.
+    """This process among the ranks of its run.
 
-    Args:
+    Attributes:
         rank: 0 to `world_size - 1`; rank 0 writes files and log lines.
         world_size: processes of the run.
-        device: of this process.
+        device: device of this process.
 
     Raises:
-        UsageError: see `place_in`.
-        RankError: by every method that waits for the others, when one of them ended or did not answer
-            within `--ddp_timeout` seconds (nccl and hccl end the process themselves in the second case).
+        UsageError: a variable of `read_rank_environment` is missing or not valid.
+        RankError: from every method that waits for other ranks, if one of them has ended or does not answer within
+            `--ddp_timeout` seconds (in the second case nccl and hccl end the process themselves).
     """
 
     def __init__(self, args: Arguments):
         place = read_rank_environment(os.environ)
         world = place.world_size
-        # The reference launches eight processes with the same `--device 0`: ranks choose their own.
+        # The reference launches eight processes with the same `--device 0`, so each rank chooses its own device.
         requested = args.device if world == 1 or ":" not in args.device and not args.device.isdigit() else "auto"
         self.device: Device = resolve_device(requested, place.local_rank, args.use_cpu)
         self.device.activate(args.tf32)
@@ -107,10 +107,10 @@ class DistributedContext:
 
     @contextmanager
     def _ends_in_time(self) -> Iterator[None]:
-        """End the process with exit code 7 where the block takes longer than `--ddp_timeout`.
+        """End the process with exit code 7 if the block takes longer than `--ddp_timeout`.
 
-        torch's store has no bound of its own on a listener that accepts and never answers, and waits in C++, where
-        no exception reaches it: so a timer ends the process. Nothing is open yet that would have to be closed.
+        torch's store waits without a limit for a listener that accepts and never answers. It waits in C++, where no
+        exception reaches it, so a timer ends the process. Nothing is open at this time that would have to be closed.
         """
 
         def end() -> None:
@@ -131,7 +131,7 @@ class DistributedContext:
             timer.cancel()
 
     def _together(self, what: str, operation: Callable, *given: Any) -> None:
-        """Call an operation that all ranks take part in."""
+        """Call an operation in which all ranks take part."""
         began = time.monotonic()
         try:
             operation(*given)
@@ -155,7 +155,7 @@ class DistributedContext:
                 self._together("adding up numbers", torch.distributed.all_reduce, tensor)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, on every rank."""
+        """The `value` of every rank, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -163,7 +163,7 @@ class DistributedContext:
         return gathered
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this method."""
         if self.world_size > 1:
             self._together("waiting", torch.distributed.barrier)
 
