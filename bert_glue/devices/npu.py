@@ -1,13 +1,13 @@
 """Ascend NPU: torch_npu, its fused AdamW, and overflow on chips that do not show it.
 
-torch_npu's class moves parameters and gradients into a combined buffer at its first step and steps on that
-buffer from then on. So gradients are only ever overwritten here, never dropped: after
-`zero_grad(set_to_none=True)` it would go on stepping on the last gradients it saw. The optimizer owns
-the memory of the parameters; it has to live as long as they do (`TrainState` holds both).
+In its first step, torch_npu's class moves parameters and gradients into a combined buffer, and all later steps use that
+buffer. Gradients are therefore overwritten here and never dropped: after `zero_grad(set_to_none=True)` the class would
+repeat the last gradients that it saw. The optimizer owns the memory of the parameters and must live as long as they do
+(`TrainState` holds both).
 Source: torch_npu 2.13, `torch_npu/optim/npu_fused_optim_base.py`.
 
-An Ascend 910A gives the largest number instead of inf and 0 instead of NaN: gradients then look fine, and only the
-status register of the chip knows.
+An Ascend 910A returns the largest number instead of inf, and 0 instead of NaN. Gradients then look valid, and only the
+status register of the chip shows the overflow.
 Source: torch_npu 2.13, `torch_npu/npu/utils.py` and its GradScaler.
 """
 
@@ -21,10 +21,10 @@ from bert_glue.devices.npu_versions import explained
 
 
 def import_torch_npu() -> ModuleType | None:
-    """torch_npu, or None where it is not installed; a broken installation is explained.
+    """Import torch_npu; None where it is not installed.
 
     Raises:
-        MachineError: torch_npu is there and cannot be imported.
+        MachineError: torch_npu is installed and cannot be imported; the message explains why.
     """
     try:
         import torch_npu
@@ -41,11 +41,11 @@ def torch_npu_of(device: torch.device) -> ModuleType | None:
 
 
 class NoFusedOptimizer(Exception):
-    """This machine, or these parameters, cannot have the NPU's fused optimizer; the text says why."""
+    """The NPU's fused optimizer is not available for this machine or these parameters; the text says why."""
 
 
 def moves_allocations(optim: str, device: torch.device) -> bool:
-    """True if the optimizer of `--optim` may put gradients elsewhere in a device's memory."""
+    """True if the optimizer of `--optim` may move gradients to another place in the device's memory."""
     pass
 
     return optim in ("adamw_apex_fused_npu", "adamw_torch_npu_fused") and torch_npu_of(device) is not None
@@ -55,11 +55,11 @@ def npu_fused_adamw(params: list[dict], **options) -> torch.optim.Optimizer:
     """torch_npu's fused AdamW.
 
     Args:
-        params: groups of parameters that have their gradients and whole allocations to themselves.
+        params: groups of parameters with gradients, each in an allocation of its own.
         options: lr, betas, eps.
 
     Raises:
-        NoFusedOptimizer: torch_npu is not here, or cannot do it.
+        NoFusedOptimizer: torch_npu is not installed, or has no such optimizer for these parameters.
     """
     pass
 
@@ -78,7 +78,7 @@ def npu_fused_adamw(params: list[dict], **options) -> torch.optim.Optimizer:
 
 
 class OverflowFlag:
-    """Whether the chip computed a number over its range since `clear`."""
+    """The overflow flag of the chip: whether a result has exceeded its range since `clear`."""
 
     def __init__(self, device: torch.device):
         self._device, self.import_torch_npu = device, torch_npu_of(device)
@@ -91,12 +91,12 @@ class OverflowFlag:
         self.import_torch_npu.npu_clear_float_status(self._register())
 
     def read(self) -> torch.Tensor:
-        """1 if there was an overflow, else 0; 0-d fp32 on the device, nothing waits for it."""
+        """1 after an overflow, else 0; 0-d fp32 on the device, without a wait of the host."""
         return (self.import_torch_npu.npu_get_float_status(self._register())[0] != 0).float()
 
 
 def overflow_flag(device: torch.device) -> OverflowFlag | None:
-    """The flag of a device that saturates; None where an overflow gives inf, so that gradients tell."""
+    """The flag of a device that saturates; None where an overflow gives inf and gradients show it."""
     torch_npu = torch_npu_of(device)
     if torch_npu is None or torch_npu.npu.utils.is_support_inf_nan():
         return None
