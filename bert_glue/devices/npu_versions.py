@@ -1,4 +1,4 @@
-"""Why torch_npu cannot be imported: the versions of torch, torch_npu and CANN here, and which go together."""
+"""Explains why torch_npu cannot be imported: the versions of torch, torch_npu and CANN here, and the matching ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PAIRS = (
 
 
 def explained(error: BaseException) -> MachineError:
-    """What failed with its fix, what is here, and which versions go together."""
+    """The failure with its fix, the installed versions, and the versions that match."""
     text = first_line(error)
     torch, torch_npu = (installed_version(name) or "of unknown version" for name in ("torch", "torch_npu"))
     more = (
