@@ -1,4 +1,4 @@
-"""The state of every random generator of this process as tensors, and back: no pickle."""
+"""Saves and restores the state of every random generator of this process as tensors, without pickle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_tensors(device: Device) -> dict[str, torch.Tensor]:
 
 
 def set_random_tensors(state: dict[str, torch.Tensor], device: Device) -> None:
-    """Take back `random_tensors`."""
+    """Restore the states that `random_tensors` returned."""
     version, *numbers = state["python"].tolist()
     gauss = state["python_gauss"].tolist()
     random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
