@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent: written aside by a thread, flushed, hashed, renamed; no pickle.
+"""Checkpoints that are complete or absent: a thread writes, flushes, hashes and renames them. No pickle.
 
-A checkpoint folder holds the model as transformers reads it (config.json, model.safetensors,
-tokenizer), `optimizer.safetensors` (masters and moments in flat buffers), `random-<rank>.safetensors`,
-`trainer_state.json` and, written last, `manifest.json` with the hash and size of every other file and
-a hash of itself. A folder counts only if its manifest verifies; only what a manifest lists is deleted.
+A checkpoint folder holds the model in the format of transformers (config.json, model.safetensors, tokenizer),
+`optimizer.safetensors` (masters and moments in flat buffers), `random-<rank>.safetensors` and `trainer_state.json`. The
+last file is `manifest.json`, with the hash and size of every other file and a hash of itself. A folder is a checkpoint
+only if its manifest verifies, and only files that a manifest lists are deleted.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from bert_glue.errors import CheckpointError, UserError
 from bert_glue.storage.files import file_hash, json_object, plain_errors, read_plain_text, remove_abandoned
 
 MANIFEST = "manifest.json"
-_REMOVING = "removing.json"  # the manifest's name from the moment its checkpoint is given up
+_REMOVING = "removing.json"  # the name of the manifest while its checkpoint is being deleted
 _FORMAT = 2
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps done at a folder named `checkpoint-<step>`; -1 for another name."""
+    """The step in the name of a folder `checkpoint-<step>`; -1 for another name."""
     prefix, _, number = folder.name.partition("-")
     return int(number) if prefix == "checkpoint" and number.isdecimal() else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, sound or not, first written first.
+    """All checkpoint folders, valid or not, in the order of their writing.
 
-    By time and not by step: an earlier, longer run in the same folder may have left higher steps.
+    The order is by time and not by step, because an earlier and longer run may have left higher steps in the folder.
     """
     found = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) >= 0 and folder.is_dir()]
     return sorted(found, key=lambda folder: (_written(folder), step_of(folder)))
 
 
 def _written(folder: Path) -> float:
-    """When a checkpoint was written, seconds since 1970; a sound manifest's word survives copying."""
+    """The time at which a checkpoint was written, seconds since 1970; from its manifest, which survives copying."""
     try:
         return float(_read_manifest(folder)["written"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -52,14 +52,14 @@ def _written(folder: Path) -> float:
 
 
 def _manifest_text(files: dict, written: float) -> str:
-    """A manifest with its own hash, so that no bit of it can change unnoticed."""
+    """The text of a manifest with its own hash, so that no bit of it can change unnoticed."""
     content = {"format": _FORMAT, "written": written, "files": files}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": own}, indent=1)
 
 
 def _is_plain(name: str) -> bool:
-    """True for the name of a file in the folder itself."""
+    """True for the name of a file directly in the folder."""
     return name not in ("", ".", "..", MANIFEST) and not {"/", "\0"} & set(name)
 
 
@@ -79,7 +79,7 @@ def _read_manifest(folder: Path) -> dict:
 
 
 def verify(folder: Path) -> str:
-    """Why a checkpoint cannot be used; "" if it is sound."""
+    """The reason why a checkpoint cannot be used; "" if it is valid."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -99,7 +99,7 @@ def verify(folder: Path) -> str:
 
 
 def newest_sound(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line on each newer one that was rejected."""
+    """The newest checkpoint that verifies, and a line on each newer one that does not."""
     rejected = []
     for folder in reversed(list_checkpoints(output_dir)):
         reason = verify(folder)
@@ -118,20 +118,20 @@ def _flush(path: Path) -> None:
 
 
 def _flush_files(aside: Path) -> None:
-    """Bring all files to the disk, readable for whoever may enter the folder: safetensors writes them as 0600."""
+    """Flush all files to the disk, and let everyone with access to the folder read them (safetensors writes 0600)."""
     for path in aside.iterdir():
         path.chmod(aside.stat().st_mode & 0o666)
         _flush(path)
 
 
 def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Put files into `folder`, each of them whole; those of an earlier run stay until all are written.
+    """Put complete files into `folder`; the files of an earlier run stay until all new ones are written.
 
     Args:
-        write: called with a temporary folder to fill.
+        write: function that fills a temporary folder.
 
     Raises:
-        CheckpointError: no space, or the file system failed.
+        CheckpointError: the disk is full, or the file system fails.
     """
     aside = folder / f".writing-{os.getpid()}"
     with plain_errors(folder):
@@ -149,15 +149,15 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -> None:
-    """Write a checkpoint so that it appears whole or not at all.
+    """Write a checkpoint so that it appears complete or not at all.
 
     Args:
-        folder: final name, `checkpoint-<step>`; replaced if it exists, other people's files kept.
-        write: called with the temporary folder to fill.
-        expected_bytes: size to be written, checked against the free space first.
+        folder: final name, `checkpoint-<step>`; replaced if it exists, but files of others stay.
+        write: function that fills a temporary folder.
+        expected_bytes: size of the checkpoint, compared with the free space first.
 
     Raises:
-        CheckpointError: no space, or the file system failed; earlier checkpoints are untouched.
+        CheckpointError: the disk is full, or the file system fails; earlier checkpoints are untouched.
     """
     with plain_errors(folder):
         _publish(folder, write, expected_bytes)
@@ -187,10 +187,10 @@ def _publish(folder: Path, write: Callable[[Path], None], expected_bytes: int) -
 
 
 def finish_interrupted(output_dir: Path) -> None:
-    """Finish or undo what a killed process left half done; the folder's lock says that nobody else is at it.
+    """Finish or undo what a killed process began; the caller holds the folder's lock, so that nobody else is at work.
 
     Raises:
-        OSError: the file system failed.
+        OSError: the file system fails.
     """
     remove_abandoned(output_dir)
     for left in (*output_dir.glob(".writing-*"), *output_dir.glob("sample_bert/.making-*")):
@@ -203,7 +203,7 @@ def finish_interrupted(output_dir: Path) -> None:
 
 
 def _finish_replaced(old: Path) -> None:
-    """Decide between a checkpoint that was renamed away to be replaced and the one that has its name now."""
+    """Choose between a checkpoint that was renamed for its replacement and the one that has its name now."""
     if not _is_own(old):
         return
     folder = old.with_name(old.name.removeprefix(".replaced-").rpartition("-")[0])
@@ -212,7 +212,7 @@ def _finish_replaced(old: Path) -> None:
     elif verify(folder) and not verify(old):
         os.rename(folder, _free_name(folder, "damaged"))
         os.rename(old, folder)
-    elif _listed(old / MANIFEST) is None:  # not ours, or no longer to be told
+    elif _listed(old / MANIFEST) is None:  # not ours, or no longer recognisable
         os.rename(old, _free_name(folder, "kept"))
     else:
         _remove_listed(old / MANIFEST)
@@ -224,18 +224,18 @@ def _finish_replaced(old: Path) -> None:
 
 
 def _is_own(folder: Path) -> bool:
-    """True for a folder, False for a link to one: whatever it holds is not ours to delete."""
+    """True for a folder, False for a link to one, whose content is not ours to delete."""
     return folder.is_dir() and not folder.is_symlink()
 
 
 def _free_name(folder: Path, why: str) -> Path:
-    """`checkpoint-5.kept-1` or the next that is free: a name no checkpoint has, so that nothing deletes it."""
+    """`checkpoint-5.kept-1` or the next free name, which no checkpoint has, so that nothing deletes the folder."""
     names = (folder.with_name(f"{folder.name}.{why}-{n}") for n in count(1))
     return next(path for path in names if not path.exists())
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint: only files that its manifest lists; nothing where that cannot be read."""
+    """Delete the files of a checkpoint that its manifest lists; nothing if the manifest cannot be read."""
     if _is_own(folder) and _listed(folder / MANIFEST) is not None:
         # From this rename on the folder is no checkpoint, and what was begun is finished by `settle`.
         os.replace(folder / MANIFEST, folder / _REMOVING)
@@ -243,7 +243,7 @@ def remove(folder: Path) -> None:
 
 
 def _listed(manifest: Path) -> list[str] | None:
-    """Names of the files in a manifest; None where it cannot be read."""
+    """The names of the files in a manifest; None if it cannot be read."""
     try:
         return [name for name in json_object(manifest)["files"] if _is_plain(name)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -251,7 +251,7 @@ def _listed(manifest: Path) -> list[str] | None:
 
 
 def _remove_listed(manifest: Path) -> None:
-    """Delete what `manifest` lists, itself last, and the folder if nothing else is in it."""
+    """Delete the files that `manifest` lists, then the manifest, and the folder if it is empty."""
     for name in [*(_listed(manifest) or ()), manifest.name]:
         _remove_file(manifest.parent / name)
     with suppress(OSError):  # someone keeps files of their own there: not ours to delete
@@ -259,13 +259,13 @@ def _remove_listed(manifest: Path) -> None:
 
 
 def _remove_file(path: Path) -> None:
-    """Delete a file or a link; we made no folder, so one in its place stays."""
+    """Delete a file or a link; a folder in its place is not ours and stays."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
 
 
 def _remove_all_of(aside: Path) -> None:
-    """Delete a folder that only we write into; what lies in it and cannot be ours stays."""
+    """Delete a folder into which only we write; anything in it that cannot be ours stays."""
     if _is_own(aside):
         for path in aside.iterdir():
             _remove_file(path)
@@ -278,15 +278,15 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None, newest: P
 
     Args:
         best: name of the folder to keep whatever its age.
-        newest: just written; nothing is deleted before it was read back and verifies.
+        newest: the checkpoint just written; nothing is deleted before it has been read back and verified.
 
     Raises:
-        CheckpointError: it does not verify.
+        CheckpointError: the newest checkpoint does not verify.
     """
     if limit is None:
         return
     with plain_errors(output_dir):
-        # Folders of others that happen to have such a name are not counted and not touched.
+        # Folders of others with such a name do not count and are not touched.
         ours = [folder for folder in list_checkpoints(output_dir) if _listed(folder / MANIFEST) is not None]
         spare = [folder for folder in ours if folder not in (newest, output_dir / (best or ""))]
         spare = spare[: max(0, len(ours) - limit)]
@@ -298,10 +298,9 @@ def keep_newest(output_dir: Path, limit: int | None, best: str | None, newest: P
 
 
 class Saver:
-    """Runs one job at a time in a thread. As a context it waits for the last one.
+    """Runs one job at a time in a thread. As a context it waits for the last job.
 
-    An error of a job is raised by the next call of any method here, so it ends the run no later than the
-    next optimizer step.
+    The next call of any method raises the error of a job, so that the run ends no later than the next optimizer step.
     """
 
     def __init__(self) -> None:
@@ -309,7 +308,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Begin `job`, after the one before it."""
+        """Start `job` when the previous one has ended."""
         self.wait()
         # A daemon: a second signal ends the process at once, and what is half written is cleared later.
         self._thread = threading.Thread(target=self._run, args=(job,), daemon=True, name="checkpoint")
@@ -322,7 +321,7 @@ class Saver:
             self._error = error
 
     def wait(self) -> None:
-        """Until no job is running."""
+        """Wait until no job is running."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -342,7 +341,7 @@ class Saver:
             self.wait()
         elif not isinstance(error, SystemExit):  # a second signal does not wait
             try:
-                self.wait()  # what was sound when it was begun shall be there whole
+                self.wait()  # a job that began from a valid state must be complete on the disk
             except UserError as second:
                 if isinstance(error, UserError) and error is not second:
                     error.args = (f"{error}\n{second}",)
