@@ -1,7 +1,7 @@
-"""Files that are never seen half-written, and files of JSON that are read with an error that names them.
+"""Writes files so that nobody ever reads half of one, and reads JSON files with errors that name the file.
 
-A link is replaced by the file, never followed: an output folder may come from a stranger, and what its links
-point to is not ours.
+A link is replaced by the file and never followed, because an output folder may come from a stranger, and the targets of
+its links are not ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from bert_glue.errors import CheckpointError, MachineError
 from bert_glue.result_keys import wrong_value
 
-# Files of a run's output folder; users and harnesses know these names.
+# Files of a run's output folder; users and harnesses rely on these names.
 RESULTS_FILE = "all_results.json"
 RECORD_FILE = "run.json"
 ANALYSIS_FILE = "analysis.json"
@@ -76,10 +76,10 @@ def file_hash(path: Path, algorithm: str = "sha256", header: bytes = b"") -> str
 
 @contextmanager
 def plain_errors(target: Path) -> Iterator[None]:
-    """Turn a file system's refusal to write `target` into one line with exit code 6.
+    """Turn an error of the file system while writing `target` into one line with exit code 6.
 
     Raises:
-        CheckpointError: the block raised OSError, or what safetensors makes of one.
+        CheckpointError: the block raises OSError, or the error into which safetensors turns one.
     """
     from safetensors import SafetensorError  # here: launchers read results with the standard library alone
 
@@ -90,10 +90,10 @@ def plain_errors(target: Path) -> Iterator[None]:
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
-    """`all_results.json` of a run.
+    """Read the `all_results.json` of a run.
 
     Raises:
-        MachineError: there is none, it is not a JSON object, or a value is of another kind than its key has.
+        MachineError: the file is missing, is not a JSON object, or has a value of the wrong kind for its key.
     """
     results = read_json_object(output_dir / RESULTS_FILE)
     wrong = wrong_value(results)
@@ -103,10 +103,10 @@ def read_results(output_dir: Path) -> dict[str, Any]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A results file of a run.
+    """Read a results file of a run.
 
     Raises:
-        MachineError: there is none, or it is not a JSON object.
+        MachineError: the file is missing or is not a JSON object.
     """
     try:
         return json_object(file)
@@ -116,16 +116,16 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def json_text(content: dict) -> str:
-    """A JSON file's text.
+    """The text of a JSON file.
 
     Raises:
-        ValueError: a number is not finite, for which JSON has no word.
+        ValueError: a number is not finite; JSON cannot represent it.
     """
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, content: dict) -> None:
-    """JSON that is never seen half-written."""
+    """Write a JSON file so that nobody ever reads half of it."""
     write_whole(path, json_text(content))
 
 
@@ -133,15 +133,15 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is Git-LFS's stand-in for the real one."""
+    """Whether the beginning of a file shows a Git-LFS pointer instead of the real file."""
     return start.startswith(_LFS_POINTER)
 
 
 def check_not_lfs_pointer(path: Path) -> None:
-    """Refuse a Git-LFS pointer that stands where a file should be.
+    """Refuse a Git-LFS pointer in the place of a file.
 
     Raises:
-        MachineError: `path` is a pointer, and the message says how to get the file; or it cannot be read.
+        MachineError: `path` is a pointer (the message says how to get the file), or it cannot be read.
     """
     try:
         with open_plain(path) as file:
@@ -157,13 +157,13 @@ def check_not_lfs_pointer(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give `path` its content by one rename; a file there before stays until this one is whole.
+    """Write `path` through a temporary file and one rename; an earlier file stays until the new one is complete.
 
     Yields:
         The path to write to, an empty file of this process.
 
     Raises:
-        OSError: it cannot be written; nothing is left aside.
+        OSError: the file cannot be written; no temporary file remains.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
@@ -178,21 +178,21 @@ def written_aside(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `path` as `written_aside` does.
 
-    What is no text, such as the bytes of a path that the locale cannot decode, is escaped as JSON has it.
+    Characters that are not text, such as the bytes of a path that the locale cannot decode, are escaped as in JSON.
 
     Raises:
-        OSError: it cannot be written; nothing is left aside.
+        OSError: the file cannot be written; no temporary file remains.
     """
     with written_aside(path) as aside:
         aside.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
-# What `written_aside` leaves behind when it is killed: a dot, the name of a results file, a dot, a process id.
+# The temporary files of `written_aside` in a killed process: a dot, the name of a results file, a dot, a process id.
 _ABANDONED = re.compile(r"\..+\.(?:json|txt|tsv|csv|md|html|png|log)\.(\d{1,10})")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes left of files that were being written in `folder`; its lock must be held.
+    """Delete the temporary files of killed processes in `folder`; the caller must hold its lock.
 
     Raises:
         OSError: the file system failed.
@@ -214,10 +214,10 @@ def _is_alive(process: int) -> bool:
 
 
 def open_own(path: Path) -> BinaryIO:
-    """A file to read and append to, made if it is missing.
+    """Open a file to read and append; create it if it is missing.
 
     Raises:
-        OSError: it is a link, has a second name (a hard link), is no regular file, or cannot be written.
+        OSError: it is a link, has a second name (a hard link), is not a regular file, or cannot be written.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, 0o666)
@@ -229,10 +229,10 @@ def open_own(path: Path) -> BinaryIO:
 
 
 def make_own_folder(path: Path) -> None:
-    """Make a folder below one of ours.
+    """Create a folder inside one of ours.
 
     Raises:
-        OSError: it is a link, or cannot be made.
+        OSError: it is a link, or it cannot be created.
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link: remove it", str(path))
@@ -240,11 +240,12 @@ def make_own_folder(path: Path) -> None:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """What a file holds that is one JSON object.
+    """Read a file that is one JSON object.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON, is nested too deeply, is no object, or larger than 256 MiB.
+    """Write a JSON file so that nobody ever reads half of it."""
+    write_whole(path, json_text(content))
     """
     try:
         content = json.loads(read_plain_text(path))
@@ -257,12 +258,12 @@ def json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-# Spreadsheets run a cell that begins so (OWASP, "CSV injection"); the wide forms are those of Asian keyboards.
+# Spreadsheets run a cell with such a beginning (OWASP, "CSV injection"); Asian keyboards type the wide forms.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def without_formula(text: str) -> str:
-    """A cell of a table that a spreadsheet shows and does not run: an apostrophe before what is no number."""
+    """A cell that a spreadsheet shows and does not run: an apostrophe precedes a formula that is not a number."""
     if not text.startswith(_FORMULA_STARTS):
         return text
     try:
@@ -276,12 +277,12 @@ _LINE_ENDS = str.maketrans({c: c.encode("unicode_escape").decode() for c in "\\\
 
 
 def one_line(text: str) -> str:
-    """A text for a format without quoting: backslashes, tabs and line ends escaped as in Python."""
+    """A text for a format without quoting, with backslashes, tabs and line ends escaped as in Python."""
     return text.translate(_LINE_ENDS)
 
 
 def cache_folder() -> Path:
-    """Where tokenised splits are kept: $BERT_GLUE_CACHE, else $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of tokenized splits: $BERT_GLUE_CACHE, else in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("BERT_GLUE_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(base) / "bert_glue"
