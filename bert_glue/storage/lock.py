@@ -14,16 +14,17 @@ from bert_glue.storage.files import open_own, open_plain
 
 
 class FolderLock:
-    """Holds `folder` for this process while its block runs; the kernel frees it however the process ends.
+    """Locks `folder` for this process while its block runs; the kernel releases the lock however the process ends.
 
     Args:
-        folder: made if it does not exist.
-        is_holder: False does nothing: one rank holds the folder for all.
+        folder: the folder; created if it does not exist.
+        is_holder: False does nothing, because one rank holds the lock for all.
 
-    `note` is a line for the user where the file system knows no locks, else "".
+    Attributes:
+        note: a line for the user where the file system has no locks, else "".
 
     Raises:
-        CheckpointError: another run holds it, or it cannot be written.
+        CheckpointError: another run holds the lock, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, is_holder: bool = True):
@@ -54,7 +55,7 @@ class FolderLock:
             raise CheckpointError(
                 f"--output_dir {self.folder}: another run ({holder}) is writing there; choose another folder"
             ) from error
-        except OSError as error:  # some cluster file systems have none unless mounted so
+        except OSError as error:  # some cluster file systems have locks only with a mount option
             self.note = f"no file locks in {self.folder} ({error.strerror}): start no second run there"
 
     def __exit__(self, *error: object) -> None:
@@ -66,7 +67,7 @@ def wait_until_free(folders: list[Path], seconds: float) -> None:
     """Wait until no process holds any of the folders.
 
     Raises:
-        CheckpointError: one is still held after `seconds`.
+        CheckpointError: a folder is still locked after `seconds`.
     """
     until = time.monotonic() + seconds
     for folder in folders:
