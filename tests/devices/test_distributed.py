@@ -281,10 +281,10 @@ def test_the_environment_says_which_rank_this_is():
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("RANK", "8", "RANK=8 in the environment: a whole number in [0, 8) is needed"),
-        ("RANK", None, "RANK=(not set) in the environment: a whole number in [0, 8) is needed"),
-        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment: a whole number in [0, 8) is needed"),
-        ("WORLD_SIZE", "eight", "WORLD_SIZE=eight in the environment: a whole number in [1, inf) is needed"),
+        ("RANK", "8", "RANK=8 in the environment: it must be a whole number in [0, 8)"),
+        ("RANK", None, "RANK=(not set) in the environment: it must be a whole number in [0, 8)"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment: it must be a whole number in [0, 8)"),
+        ("WORLD_SIZE", "eight", "WORLD_SIZE=eight in the environment: it must be a whole number in [1, inf)"),
         ("MASTER_ADDR", None, "MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed"),
         ("MASTER_PORT", "70000", "MASTER_PORT=70000 in the environment: a whole number in [1, 65536) is needed"),
     ],
