@@ -1,7 +1,7 @@
-"""Runs that learned nothing: predictions of one class only, or a loss that stays where a constant would be.
+"""Detects runs that learn nothing: they predict a single class, or their loss stays at that of a constant.
 
-Fine-tuning a large encoder on a small task fails so for some seeds (Devlin et al. 2019, Mosbach et al.
-2021); a mean over seeds says little without knowing which they are.
+Fine-tuning a large encoder on a small task fails in this way for some seeds (Devlin et al. 2019, Mosbach et al. 2021).
+A mean over seeds says little unless these seeds are known.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-# Scores that vary less than this share of the labels' deviation rank nothing.
+# Scores whose deviation is below this share of the labels' deviation do not rank the rows.
 _CONSTANT_SHARE = 0.05
-# Above this share of a constant's loss nothing was learned: the mean over 20 batches of 32 is good to 2 %.
+# Above this share of a constant's loss nothing was learned. The mean over 20 batches of 32 is exact to 2 %.
 _FLAT_SHARE = 0.97
 _FEWEST_STEPS = 20
 
 
 def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: np.ndarray) -> str | None:
-    """Why predictions carry nothing of their input; None if they do.
+    """The reason why predictions do not depend on their input; None if they do.
 
     Args:
         predictions: class ids or scores, `[rows]`, or `[rows, labels]` of a multi-label task.
@@ -72,11 +72,11 @@ def constant_loss(
 
 
 def flat_loss(history: list[dict], constant: float) -> str | None:
-    """Why the training loss says that nothing was learned so far; None if it does not.
+    """The reason why the training loss shows no learning so far; None if it does.
 
     Args:
-        history: log entries; the later half of the steps they cover is looked at, 20 steps at least.
-        constant: of `constant_loss`.
+        history: log entries; the later half of their steps counts, and at least 20 steps.
+        constant: result of `constant_loss`.
     """
     entries = [entry for entry in history if "loss" in entry]
     if not entries:
@@ -95,7 +95,7 @@ def flat_loss(history: list[dict], constant: float) -> str | None:
 
 
 def collapse_reason(results: Mapping[str, Any]) -> str | None:
-    """Why a finished run learned nothing, by its results; None if it did.
+    """The reason in the results why a finished run learned nothing; None if it did learn.
 
     A run has collapsed if the predictions on any evaluated split carry nothing, or if its training loss stayed flat.
     """
@@ -113,8 +113,8 @@ class CollapseWatch:
     """Warns while a run trains, once for its loss and at each evaluation for its predictions.
 
     Args:
-        constant: of `constant_loss`.
-        total_steps: of the run; the loss is judged from half of them on, as it falls late on small tasks.
+        constant: result of `constant_loss`.
+        total_steps: steps of the run; the loss is judged only in their second half, as it falls late on small tasks.
     """
 
     constant: float
@@ -122,7 +122,7 @@ class CollapseWatch:
     _has_warned: bool = field(default=False, init=False)
 
     def warnings(self, history: list[dict]) -> list[str]:
-        """Warnings that the last of a run's log entries gives rise to."""
+        """The warnings for the last log entry of a run."""
         entry = history[-1]
         found = [f"{key}: {reason}" for key, reason in _collapsed_splits(entry).items()]
         if "loss" in entry and not self._has_warned and 2 * entry["step"] >= self.total_steps:
