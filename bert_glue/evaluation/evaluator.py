@@ -21,7 +21,7 @@ from bert_glue.tasks import GlueTask
 
 
 class EvaluationStopped(Exception):
-    """A signal asked some rank to stop; raised on all of them together."""
+    """A signal has asked a rank to stop; all ranks raise this together."""
 
 
 @dataclass(frozen=True)
