@@ -1,7 +1,7 @@
 """GLUE metrics on scikit-learn and scipy, named as in the `glue` metric of Hugging Face, and those of label sets.
 
-A value that does not exist is None, never NaN, and `Scores.reasons` says why. scikit-learn and
-scipy are imported when the first score is computed: 2 s that training and `--help` do not pay.
+A value that does not exist is None, never NaN, and `Scores.reasons` says why. scikit-learn and scipy are imported with
+the first score, which takes 2 s; training and `--help` do not need them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
         value = float(function(predictions, references).statistic)
     if not np.isfinite(value):
         return None, "values too large or too close to each other for a correlation"
-    # scipy still gives a number for nearly constant input, but says that it is rounding noise.
+    # scipy returns a number for nearly constant input, with a warning that it is a rounding error.
     return value, str(caught[0].message) if caught else ""
 
 
