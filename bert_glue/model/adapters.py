@@ -1,7 +1,7 @@
-"""What of a model is trained: all of it, its head alone (`--freeze_encoder`), or LoRA and the head (`--lora_rank`).
+"""Chooses the trained weights: all of them, the head alone (`--freeze_encoder`), or LoRA and the head (`--lora_rank`).
 
-The head is what stands above the encoder, BERT's pooler included. Adapters are peft's in names, start,
-scaling and files: a packed encoder computes them itself (layers.py), any other runs peft's own layers.
+The head is everything above the encoder, with BERT's pooler. Adapters have peft's names, initial values, scaling and
+files. A packed encoder computes them itself (layers.py); any other encoder runs peft's own layers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ALL = "all-linear"
 
 
 def choose_trained(args: Arguments, model: LoadedModel) -> None:
-    """Add adapters and freeze what `--lora_rank` and `--freeze_encoder` leave out, and note it in `model`.
+    """Add adapters, and freeze the weights that `--lora_rank` and `--freeze_encoder` exclude; record both in `model`.
 
     Args:
-        model: on the host, in fp32, before any cast.
+        model: the model, on the host, in fp32, before any cast.
 
     Raises:
-        MachineError: peft is not there or cannot adapt this model.
-        UsageError: `--lora_target_modules` fits no layer, or the head.
+        MachineError: peft is not installed or cannot adapt this model.
+        UsageError: `--lora_target_modules` matches no layer, or matches the head.
     """
     if args.lora_rank is None and not args.freeze_encoder:
         return
@@ -68,7 +68,7 @@ def _peft() -> Any:
         raise MachineError("--lora_rank: the package peft is not installed (pip install peft)")
     try:
         import peft
-    except Exception as error:  # made for another transformers or torch
+    except Exception as error:  # a peft for another transformers or torch fails in many ways
         raise MachineError(f"--lora_rank: peft cannot be imported ({error})") from error
     return peft
 
@@ -92,7 +92,7 @@ def _add(args: Arguments, model: LoadedModel, family: Family | None, head: set[s
         base_model_name_or_path=args.model_name_or_path,
     )  # fmt: skip
     if family is None:
-        # Only the adapted layers: the head is trained as it is, not as the copy that peft would make.
+        # Only the adapted layers: the head itself is trained, and not the copy that peft would make.
         inner = peft.LoraConfig(
             r=args.lora_rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules=list(found)
         )
@@ -104,7 +104,7 @@ def _add(args: Arguments, model: LoadedModel, family: Family | None, head: set[s
 
 
 def _fits(name: str, targets: Iterable[str]) -> bool:
-    """peft's rule for `target_modules`."""
+    """True if a layer matches `targets`, by peft's rule for `target_modules`."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -113,7 +113,7 @@ def _without_stock(names: Iterable[str]) -> list[str]:
 
 
 def _linear_layers(model: LoadedModel, family: Family | None, head: set[str]) -> tuple[list[str], list[str]]:
-    """Names in transformers of the linear layers of the head and of the encoder."""
+    """The names in transformers of the linear layers of the head, and of those of the encoder."""
     if family is None:
         linear = [f"{n}.weight" for n, part in model.module.named_modules() if isinstance(part, nn.Linear)]
         above = [name for name in linear if name in head]
@@ -144,7 +144,7 @@ def _targets(args: Arguments, model: LoadedModel, family: Family | None, layers:
 
 
 def _modules_to_save(model: LoadedModel, family: Family | None, above: list[str]) -> list[str]:
-    """The head's modules under the encoder's prefix or beside it, as peft is to be told of them."""
+    """The names of the head's modules for peft, inside the encoder's prefix or beside it."""
     prefix = family.prefix if family else model.module.stock.base_model_prefix
     return sorted({name.removeprefix(f"{prefix}.").split(".")[0] for name in above})
 
