@@ -1,7 +1,7 @@
-"""What a config.json may say before a model is built from it: kinds, ranges, and sizes that its weights can fill.
+"""Checks a config.json before a model is built from it: types, ranges, and sizes that the weights can fill.
 
-A model folder may come from anyone. Sizes decide how much memory is taken and how long a loop over layers runs, so
-they are checked while they are still numbers in a file.
+A model folder may come from anyone. Its sizes decide how much memory the model takes and how long a loop over layers
+runs, so they are checked while they are only numbers in a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_GROWTH, _ALWAYS_FITS = 16, 64 << 20
 
 
 class _Range(NamedTuple):
-    """Numbers that a key takes, `low` and `high` included."""
+    """The numbers that a key accepts, from `low` to `high` inclusive."""
 
     low: float
     high: float
@@ -30,7 +30,7 @@ class _Range(NamedTuple):
         return f"a {'whole ' if self.is_whole else ''}number in [{self.low:g}, {self.high:g}]"
 
     def has(self, value: Any) -> bool:
-        """True for a number of the right kind within the range."""
+        """True for a number of the right type within the range."""
         kind = int if self.is_whole else int | float
         return isinstance(value, kind) and not isinstance(value, bool) and self.low <= value <= self.high
 
@@ -56,7 +56,7 @@ _RANGES: dict[str, _Range] = {
     ),
 }  # fmt: skip
 _TEXTS = ("model_type", "hidden_act", "activation", "position_embedding_type", "finetuning_task", "problem_type")
-# Keys that may be null: the model's class then has its own value.
+# Keys that may be null; the model's class then uses its own value.
 _OPTIONAL = (
     "model_type",
     "classifier_dropout",
@@ -68,10 +68,10 @@ _OPTIONAL = (
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Check what `path`, a config.json, says about a model's sizes and classes.
+    """Check the sizes and classes of a model in `path`, its config.json.
 
     Raises:
-        MachineError: a value is of another kind or out of range; the key, the value and the range are named.
+        MachineError: a value has the wrong type or is out of range; the message names key, value and range.
     """
     for key, value in config.items():
         if value is None and key in _OPTIONAL:
@@ -101,13 +101,13 @@ def _check_classes(config: dict[str, Any], path: Path) -> None:
 
 
 def check_size(config: dict[str, Any], files: Iterable[Path], path: Path) -> None:
-    """Refuse sizes that the weights cannot fill, before memory is taken for them.
+    """Refuse sizes that the weights cannot fill, before memory is allocated for them.
 
     Args:
-        files: that hold the weights.
+        files: the files that hold the weights.
 
     Raises:
-        MachineError: the model would be many times as large as its files.
+        MachineError: the model would be many times larger than its files.
     """
     hidden, layers = _first(config, _HIDDEN), _first(config, _LAYERS)
     if not hidden:
