@@ -1,4 +1,4 @@
-"""A loaded model with all that belongs to it, and the padded classifier for encoders that cannot be packed."""
+"""A loaded model with everything that belongs to it, and the padded classifier for encoders that cannot be packed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from bert_glue.model.weights import load_packed, packed_tensors
 
 
 class PaddedClassifier(nn.Module):
-    """transformers' own classifier behind the interface of the packed one; its dropout is torch's."""
+    """transformers' own classifier with the interface of the packed one; its dropout is torch's."""
 
     def __init__(self, stock: nn.Module):
         super().__init__()
         self.stock = stock
         # FNet, for one, takes no attention_mask.
         self.accepted = frozenset(inspect.signature(stock.forward).parameters)
-        self.compiled: Callable | None = None  # `stock.forward`, where --torch_compile asks for it
+        self.compiled: Callable | None = None  # the compiled `stock.forward` with --torch_compile
 
     def forward(self, dropout_masks=None, **inputs: torch.Tensor) -> torch.Tensor:
         """`[batch, seq_len]` inputs -> logits `[batch, labels]`."""
-        # What is neither training nor evaluation looks into the model by hooks, which a compiled one does not call.
+        # Outside training and evaluation, hooks read the model's inner values; a compiled forward calls no hooks.
         is_usual = self.training or not torch.is_grad_enabled()
         run = self.compiled if self.compiled and is_usual else self.stock
         return run(**{name: value for name, value in inputs.items() if name in self.accepted}).logits
@@ -45,18 +45,18 @@ class LoadedModel:
 
     Args:
         module: PackedClassifier or PaddedClassifier; called with a batch's inputs.
-        tokenizer: of the same folder.
-        config: config.json with this task's labels.
-        is_packed: which of the two.
-        why_padded: reason of a padded run, for the log; "" if packed.
-        notes: lines for the log (head started anew, labels reordered).
-        files: the weights it was loaded from.
-        fresh: weights, such as the head's, that were not in the checkpoint and start at random.
-        frozen: parameters that are not trained, as they were loaded, on the host, by name.
-        adapter: LoRA, which `module` then holds; None without.
-        trained: what is trained, for results.
-        description: what lies beside its weights, see `description`; of a run that trains, what will.
-        depends_on_padding: padding changes the module's answers.
+        tokenizer: the tokenizer in the same folder.
+        config: config.json with the labels of this task.
+        is_packed: whether `module` is a PackedClassifier.
+        why_padded: reason for a padded run, for the log; "" if packed.
+        notes: lines for the log (a new head, reordered labels).
+        files: the files with the loaded weights.
+        fresh: names of weights, such as the head's, that are not in the checkpoint and start at random.
+        frozen: parameters that are not trained, as loaded, on the host, by name.
+        adapter: the LoRA adapters in `module`; None without LoRA.
+        trained: text for the results that says which weights are trained.
+        description: content of the file beside the weights (see description.py); in a training run, its future content.
+        depends_on_padding: whether padding changes the module's answers.
     """
 
     module: nn.Module
@@ -75,7 +75,7 @@ class LoadedModel:
 
     @cached_property
     def frozen_hash(self) -> str:
-        """SHA-256 of what is not trained; "" if all is."""
+        """SHA-256 of the weights that are not trained; "" if all are trained."""
         found = hashlib.sha256()
         for name, tensor in sorted(self.frozen.items()):
             found.update(name.encode() + tensor.numpy().tobytes())
@@ -83,7 +83,7 @@ class LoadedModel:
 
     @property
     def passes(self) -> int:
-        """Times an encoder's forward products are computed in a training step: forward, to inputs, to weights."""
+        """Products of a training step in forward passes: forward, gradients of inputs, gradients of weights."""
         if not self.frozen:
             return 3
         return 1 if self.adapter is None else 2
@@ -113,10 +113,10 @@ class LoadedModel:
 
     @property
     def position_limit(self) -> int:
-        """Longest sequence the position table allows, tokens."""
+        """Longest sequence that the position table allows, in tokens."""
         if self.is_packed:
             return self.module.shape.positions - self.module.shape.position_offset
-        # RoBERTa and its kin count positions from behind the padding id.
+        # RoBERTa and its relatives count positions from the padding id + 1.
         offsets = (
             part.padding_idx + 1
             for name, part in self.module.named_modules()
@@ -129,21 +129,21 @@ class LoadedModel:
         return min(max_seq_length, self.position_limit)
 
     def tensors(self, masters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Copies of the weights under transformers' names, on the host; an adapter's under peft's beside them.
+        """Copies of the weights on the host, under the names of transformers; adapters under the names of peft.
 
         Args:
-            masters: instead of parameters of the module, by name.
+            masters: replace parameters of the module, by name.
         """
         values = {**self.frozen, **(masters or {})}
         if self.is_packed:
             return packed_tensors(self.module, FAMILIES[self.config["model_type"]], values)
-        # By identity: one parameter may be stored under two names.
+        # The comparison is by identity, because one parameter may have two names.
         owner = {id(p): values[name] for name, p in self.module.named_parameters() if name in values}
         stock = self.module.stock.state_dict(keep_vars=True)
         return plain_names({name: owner.get(id(p), p).detach().cpu().clone() for name, p in stock.items()})
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `tensors` gave."""
+        """Restore what `tensors` returned."""
         if self.is_packed:
             load_packed(self.module, FAMILIES[self.config["model_type"]], tensors, resize_head=False)
         else:
@@ -159,7 +159,7 @@ class LoadedModel:
             tensors = self.adapter.merged(tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = {name: value for name, value in self.config.items() if name != "torch_dtype"}
-        # transformers loads with this dtype: the base model's would round the trained weights.
+        # transformers loads with this dtype; the dtype of the base model could round the trained weights.
         config["dtype"] = dtype = _stored_dtype(tensors)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
@@ -167,6 +167,6 @@ class LoadedModel:
 
 
 def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Name of the widest floating-point type among `tensors`, such as float32."""
+    """The name of the widest floating-point dtype among `tensors`, such as float32."""
     kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     return str(max(kinds, key=lambda kind: torch.finfo(kind).bits)).removeprefix("torch.")
