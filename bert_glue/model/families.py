@@ -1,8 +1,8 @@
-"""Which encoders run packed, and how transformers names their weights.
+"""The encoder families that run packed, and the names of their weights in transformers.
 
-A family is a row: the sizes found in its config.json and a translation of weight names. Everything is
-read from the JSON and safetensors files themselves, because importing transformers' model code costs
-seconds before the first step. Names checked against transformers 5.23 `*ForSequenceClassification`.
+A family is one row: how its config.json gives the sizes, and how its weight names translate. Everything is read from
+the JSON and safetensors files directly, because the import of transformers' model code takes seconds before the first
+step. The names were checked against transformers 5.23 `*ForSequenceClassification`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Family:
     """One family of encoders.
 
     Args:
-        prefix: of the encoder's weights in a `*ForSequenceClassification` file.
-        architecture: class name written into config.json.
-        shape: config.json and number of labels -> sizes.
+        prefix: prefix of the encoder's weights in a `*ForSequenceClassification` file.
+        architecture: class name for config.json.
+        shape: function of config.json and the number of labels that returns the sizes.
         outside: our name -> name of weights outside the layers, head included.
-        layer: name of layer `{n}` up to and including its dot.
+        layer: name of layer `{n}`, with its final dot.
         inside: our name -> name of a layer's weights; `qkv` lists three names.
         dropout_keys: config.json's names of hidden and attention dropout.
     """
@@ -207,7 +207,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def why_not_packed(config: dict) -> str | None:
-    """Why an encoder of this config.json has to run padded; None if it can run packed."""
+    """The reason why an encoder with this config.json must run padded; None if it can run packed."""
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         return f"model_type {config.get('model_type')!r} is not one of {', '.join(FAMILIES)}"
