@@ -1,4 +1,4 @@
-"""Weights between files and modules: safetensors in and out, pickles by torch's restricted reader."""
+"""Copies weights between files and modules: safetensors in both directions, pickles by torch's restricted reader."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from bert_glue.storage.files import check_not_lfs_pointer, json_object
 
 @torch.no_grad()
 def reinitialise(module: PackedClassifier, count: int, deviation: float) -> str:
-    """Start the top layers and BERT's pooler anew (Zhang et al. 2021, arXiv 2006.05987, section 4).
+    """Initialise the top layers and BERT's pooler again (Zhang et al. 2021, arXiv 2006.05987, section 4).
 
     Args:
-        count: of layers, >= 1.
-        deviation: standard deviation of new weights.
+        count: number of layers, >= 1.
+        deviation: standard deviation of the new weights.
 
     Returns:
         A line for the log.
 
     Raises:
-        UsageError: the model has not so many layers, or they are one set of weights.
+        UsageError: the model has fewer layers, or its layers share their weights.
     """
     total = module.shape.layers
     if module.shape.shared_layers:
-        raise UsageError(f"--reinit_layers {count}: the layers of this model are one set of weights")
+        raise UsageError(f"--reinit_layers {count}: the layers of this model share their weights")
     if count > total:
         raise UsageError(f"--reinit_layers {count}: the model has {total} layers")
     for part in (*module.layers[total - count :], module.head_dense):
@@ -53,10 +53,11 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     """The files that hold a model's weights: safetensors, or pickles where there are none.
 
     Args:
-        allow_pickle: True to read pickles with a torch whose restricted reader is not safe.
+        allow_pickle: True accepts pickles with a torch whose restricted reader is not safe.
 
     Raises:
-        MachineError: none there, a pointer instead, or pickles only, which this torch does not read safely.
+        MachineError: there are no weights, a pointer takes their place, or there are only pickles, which this torch
+            does not read safely.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -87,11 +88,11 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 
 def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    """All tensors of `files`, names as stored but for the `module.` that a model wrapped for DDP puts before each.
+    """All tensors of `files` under their stored names, without the prefix `module.` that DDP adds.
 
     Raises:
-        MachineError: a file is damaged or holds something else than named tensors; it is named.
-        DivergedError: a number in it is not finite: such weights came from a run that had diverged.
+        MachineError: a file is damaged or holds anything but named tensors; the message names it.
+        DivergedError: a number is not finite; such weights come from a run that has diverged.
     """
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -106,7 +107,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
             raise MachineError(f"{file} cannot be read as weights: {first_line(error)}") from error
     tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        # The extremes are NaN if any number is: one pass, no copy.
+        # Both extremes are NaN if any number is NaN: one pass over memory and no copy.
         if tensor.dtype in _CHECKED and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             where = ", ".join(map(str, files))
             raise DivergedError(f"{where}: the weights {name} are not finite (NaN or Inf)")
@@ -114,7 +115,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
 
 
 def _checked(stored: object) -> dict[str, torch.Tensor]:
-    """What a pickle holds, if that is a dict of tensors."""
+    """The content of a pickle, which must be a dict of tensors."""
     if not isinstance(stored, dict):
         raise ValueError(f"it holds a {type(stored).__name__}, not a dict of tensors")
     others = [str(name) for name, value in stored.items() if not isinstance(value, torch.Tensor)]
@@ -124,7 +125,7 @@ def _checked(stored: object) -> dict[str, torch.Tensor]:
 
 
 def normalise_names(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Names as in `*ForSequenceClassification`: the prefix added, TensorFlow's gamma and beta renamed."""
+    """Translate names to those of `*ForSequenceClassification`: add the prefix, rename TensorFlow's gamma and beta."""
     named = {}
     has_prefix = any(name.startswith(f"{prefix}.") for name in tensors)
     for name, tensor in tensors.items():
@@ -140,14 +141,14 @@ def load_packed(
     """Copy a checkpoint's tensors into a packed module, converted to its dtype.
 
     Args:
-        tensors: as stored, names of transformers.
-        resize_head: True to keep the random head where the stored one has another shape.
+        tensors: the stored tensors, under the names of transformers.
+        resize_head: True keeps the random head where the stored one has another shape.
 
     Returns:
-        Our names of head parameters left at their random start.
+        Our names of the head parameters that keep their random values.
 
     Raises:
-        MachineError: an encoder weight is missing or has another shape; up to 5 are named.
+        MachineError: an encoder weight is missing or has another shape; the message names up to 5.
     """
     stored = normalise_names(tensors, family.prefix)
     fresh, problems = [], []
@@ -180,10 +181,10 @@ def load_packed(
 def packed_tensors(
     module: PackedClassifier, family: Family, values: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The module's parameters under transformers' names, as contiguous host tensors; adapters under peft's.
+    """The module's parameters as contiguous host tensors under the names of transformers; adapters under peft's names.
 
     Args:
-        values: instead of the module's own, by our parameter name.
+        values: replace the module's own parameters, by our name.
     """
     parameters = {**dict(module.named_parameters()), **(values or {})}
     named: dict[str, torch.Tensor] = {}
@@ -206,7 +207,7 @@ def _pieces(value: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def initialise(module: nn.Module, deviation: float) -> None:
-    """BERT's start: normal weights of standard deviation `deviation`, zero biases, unit LayerNorm."""
+    """Initialise as BERT does: normal weights of standard deviation `deviation`, zero biases, unit LayerNorm."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             part.weight.normal_(0.0, deviation)
