@@ -1,7 +1,8 @@
-"""Names of the figures in a run's results: every `eval_...`, `train_...` and `predict_...` key is built here.
+"""The names of the figures in a run's results: this module builds every `eval_...`, `train_...` and `predict_...` key.
 
-Harnesses and users' scripts read these keys, so a name that is here once stays. Scores are 0..1 (correlations
--1..1), times are seconds. Standard library and the table of tasks only: launchers read results without torch.
+Harnesses and users' scripts read these keys, so no name is ever removed. Scores are in 0..1 (correlations in -1..1),
+times are in seconds. The module needs only the standard library and the table of tasks, because launchers read results
+without torch.
 """
 
 from __future__ import annotations
@@ -75,12 +76,12 @@ def calibrated_key(figure: str, suffix: str = "") -> str:
 
 
 def without_eval(name: str) -> str:
-    """The figure of `eval_<figure>`; a user may write either."""
+    """The figure of `eval_<figure>`; a user may write both forms."""
     return name.removeprefix(EVAL)
 
 
 def is_loss(key: str) -> bool:
-    """Whether a key of an evaluation is a loss, of which less is better, and no metric."""
+    """Whether a key of an evaluation is a loss, where less is better, and not a metric."""
     return key.startswith(evaluation_key(LOSS))
 
 
@@ -95,7 +96,7 @@ def is_of_training(key: str) -> bool:
 
 
 def is_measured(key: str) -> bool:
-    """Whether a key holds a figure that was measured; the others say what was run and how."""
+    """Whether a key holds a measured figure; the others describe the run."""
     return key.startswith((EVAL, TRAIN, PREDICT)) or key in (E2E_RUNTIME, PEAK_MEMORY_BYTES)
 
 
@@ -105,7 +106,7 @@ def predictions_file(task: str, suffix: str = "") -> str:
 
 
 def reason_key(key: str) -> str:
-    """Where it is said why the value of `key` is null, or why it should not be trusted."""
+    """The key of the reason why the value of `key` is null or should not be trusted."""
     return f"{key}_reason"
 
 
@@ -120,7 +121,7 @@ def headline_keys(task: GlueTask) -> list[str]:
 
 
 def headline_key_of(results: Mapping[str, Any], suffix: str = "") -> str:
-    """The headline metric's key by what the results themselves name as their headline metric."""
+    """The key of the headline metric that the results themselves name."""
     return evaluation_key(str(results.get("headline_metric")), suffix)
 
 
@@ -135,7 +136,7 @@ def predicted_samples_key(task: str, suffix: str = "") -> str:
 
 
 def predicted_samples_per_second_key(task: str, suffix: str = "") -> str:
-    """Rows predicted in a second."""
+    """The number of rows predicted per second; `suffix` as above."""
     return f"{PREDICT}samples_per_second_{task}{suffix}"
 
 
@@ -145,7 +146,7 @@ def predicted_key(figure: str, task: str, suffix: str = "") -> str:
 
 
 def diagnostic_reason_key(task: str) -> str:
-    """Why a task without training data has no scores by category."""
+    """The key of the reason why a task without training data has no scores by category."""
     return reason_key(f"diagnostic_{task}")
 
 
@@ -197,7 +198,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def wrong_value(results: Mapping[str, Any]) -> str:
-    """The first value of another kind than its key has, "" where there is none; keys that are not known pass."""
+    """A text on the first value whose kind does not fit its key; "" if all fit. Unknown keys are accepted."""
     for key, value in results.items():
         if key in _KINDS:
             is_right, kind = _KINDS[key]
