@@ -244,8 +244,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-    """Write a JSON file so that nobody ever reads half of it."""
-    write_whole(path, json_text(content))
+        ValueError: it is not JSON, is nested too deeply, is not an object, or is larger than 256 MiB.
     """
     try:
         content = json.loads(read_plain_text(path))

@@ -286,7 +286,7 @@ def test_the_environment_says_which_rank_this_is():
         ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment: it must be a whole number in [0, 8)"),
         ("WORLD_SIZE", "eight", "WORLD_SIZE=eight in the environment: it must be a whole number in [1, inf)"),
         ("MASTER_ADDR", None, "MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed"),
-        ("MASTER_PORT", "70000", "MASTER_PORT=70000 in the environment: a whole number in [1, 65536) is needed"),
+        ("MASTER_PORT", "70000", "MASTER_PORT=70000 in the environment: it must be a whole number in [1, 65536)"),
     ],
 )
 def test_a_wrong_place_is_one_line_that_names_it(name: str, value: str | None, says: str):
