@@ -1,7 +1,7 @@
-"""Which samples make up each step, on which rank, and how a batch is laid out.
+"""Chooses the samples of each step and rank, and collates them into batches.
 
-The order depends on the seed and the epoch alone, so that a resumed run continues where it was, and
-packed and padded runs, one rank or eight, see the same samples in the same step.
+The order depends only on the seed and the epoch. A resumed run therefore continues in the same order, and packed and
+padded runs on one rank or eight see the same samples in the same step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass takes.
+    """The input of one forward pass.
 
     Args:
         inputs: keyword arguments of the module.
@@ -75,12 +75,12 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """Rows in it."""
+        """Number of rows in the batch."""
         return len(self.lengths if self.windows is None else self.windows)
 
     @property
     def real_tokens(self) -> int:
-        """Tokens of those rows."""
+        """Number of tokens of those rows, without padding."""
         return sum(self.lengths)
 
     def row_means(self, logits: torch.Tensor) -> torch.Tensor:
@@ -96,11 +96,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of a split to a batch on a device.
+    """Makes a batch on a device of rows of a split.
 
     Args:
         padding: packed, longest or max_length.
-        max_length: tokens a max_length batch is padded to.
+        max_length: tokens to which a max_length batch is padded.
         pad_id: token id of padding.
         gives_types: the tokenizer gives token types (padded runs only).
         pads_left: padding goes before a sequence, not behind it.
@@ -124,7 +124,7 @@ class Collator:
     shapes: set[int] = field(default_factory=set)
 
     def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
-        """Batch of `rows` (`[samples]` int64), in that order."""
+        """The batch of `rows` (`[samples]` int64), in that order."""
         table, sequences = split.table, rows
         windows = None
         if table.first is not None:
@@ -170,13 +170,13 @@ class Collator:
         return {name: self.move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
 
     def move(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the batch's device."""
+        """The tensor, copied to the device of the batch."""
         return tensor.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class TrainingSampler:
-    """Samples of every optimizer step, all ranks alike.
+    """The samples of every optimizer step, equal on all ranks.
 
     Args:
         rows: samples of the split.
@@ -199,19 +199,19 @@ class TrainingSampler:
 
     @property
     def step_size(self) -> int:
-        """Samples of a full optimizer step."""
+        """Number of samples in a full optimizer step."""
         return self.micro_batch * self.accumulation
 
     @property
     def unit(self) -> int:
-        """Samples that an epoch is cut to a multiple of."""
+        """The samples of an epoch are a multiple of this number."""
         if not self.drop_last:
             return 1
         return self.step_size if self.whole_steps else self.micro_batch
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Forward passes of one epoch."""
+        """Number of forward passes in one epoch."""
         return math.ceil(self.rows // self.unit * self.unit / self.micro_batch)
 
     @property
@@ -220,7 +220,7 @@ class TrainingSampler:
         return math.ceil(self.micro_batches_per_epoch / self.accumulation)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Order of all samples in `epoch` (from 0), `[rows]` int64."""
+        """The order of all samples in `epoch` (from 0), `[rows]` int64."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         if self.lengths is None:
             return order
@@ -229,7 +229,7 @@ class TrainingSampler:
         return np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
 
     def step(self, permutation: np.ndarray, step_in_epoch: int) -> list[np.ndarray]:
-        """Rows of each forward pass of one optimizer step, all ranks together."""
+        """The rows of each forward pass in one optimizer step, of all ranks together."""
         first = step_in_epoch * self.accumulation
         last = min(first + self.accumulation, self.micro_batches_per_epoch)
         size = self.micro_batch
@@ -256,10 +256,10 @@ def evaluation_batches(
 
 
 def prefetch(batches: Iterable, depth: int = 2) -> Iterator:
-    """The same items, made by a thread up to `depth` before they are asked for.
+    """Yield the same items, which a thread prepares up to `depth` items in advance.
 
-    For devices that compute while the host assembles; on a CPU both want the same cores. An error in
-    the thread is raised here.
+    This helps on devices that compute while the host collates; on a CPU both would need the same cores. An error in the
+    thread is raised here.
     """
     import queue
     import threading
