@@ -1,9 +1,9 @@
 """Tokenizes rows in chunks and cuts long texts first, so that memory and time grow with the text alone.
 
-The tokenizers library keeps about a hundred bytes a character of all rows until the last one is done, and what it cuts
-off it keeps as well: for pairs, each rest of one text with each rest of the other. Here a text is read only as far as
-its tokens are needed, and the special tokens are put in by the library's own template. With `--doc_stride` a longer
-row is not cut but becomes several sequences, its windows.
+The tokenizers library keeps about a hundred bytes a character for all rows until the last one is done. It also keeps
+what it cuts off: for pairs, each rest of one text with each rest of the other. This module reads a text only as far as
+its tokens are needed, and inserts the special tokens by the library's own template. With `--doc_stride` a longer row is
+not cut but becomes several sequences, its windows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Windows:
 
     @classmethod
     def of(cls, args: Arguments) -> Windows | None:
-        """What the flags say; None where longer rows are cut."""
+        """The windows that the flags request; None where longer rows are cut."""
         if args.doc_stride is None or args.doc_stride < 0:
             return None
         return cls(args.doc_stride, args.max_windows)
@@ -110,7 +110,7 @@ def encode_rows(
 
 
 def _encode_ends(backend: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
-    """As `encode_rows`, by the library's own cut: a text has to be read to its end."""
+    """As `encode_rows`, by the library's own truncation, for which a text must be read to its end."""
     backend.enable_truncation(max_length, strategy="longest_first", direction="left")
     for first, last in _chunks(columns, max_length):
         rows = list(zip(*(column[first:last] for column in columns), strict=True))
@@ -120,7 +120,7 @@ def _encode_ends(backend: Any, columns: Sequence[Sequence[str]], max_length: int
 
 
 def encode_in_python(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
-    """As `encode_rows`, by a tokenizer of transformers that has no backend in Rust."""
+    """As `encode_rows`, with a tokenizer of transformers that has no backend in Rust."""
     for first, last in _chunks(columns, max_length):
         texts = [list(column[first:last]) for column in columns]
         found = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_attention_mask=False)
@@ -153,7 +153,7 @@ def encode_windows(
     if budget <= windows.stride:
         raise NoRoomError(None, budget)
     keeps_end = tokenizer.truncation_side == "left"
-    # Of a text whose end counts all tokens are needed, of others those of as many windows as are kept.
+    # If the end of a text counts, all of its tokens are needed; otherwise only those of the windows that are kept.
     needed = 1 << 40 if keeps_end else budget + (windows.most - 1) * (budget - windows.stride)
     if tokenizer.is_fast:
         read, assemble = _of_backend(tokenizer, len(columns))
@@ -187,7 +187,7 @@ def _of_backend(tokenizer: Any, texts: int) -> tuple[_Read, _Assemble]:
 
 
 def _of_python(tokenizer: Any) -> tuple[_Read, _Assemble]:
-    """The same of a tokenizer that has none."""
+    """As `_of_backend`, for a tokenizer without a backend."""
 
     def read(column: Sequence[str], needed: int) -> list[tuple[list[int], bool]]:
         return [(ids, True) for ids in tokenizer(list(column), add_special_tokens=False, verbose=False)["input_ids"]]
@@ -227,12 +227,12 @@ def _windows_of(
 
 
 def _is_longer(encoded: list[tuple[list[int], bool]], budget: int) -> bool:
-    """Whether a row's texts have more tokens than `budget`; those that are not read to their end do."""
+    """Whether a row's texts have more tokens than `budget`; a text that is not read to its end always has."""
     return sum(len(ids) for ids, _ in encoded) > budget or not all(is_whole for _, is_whole in encoded)
 
 
 def _template(backend: Any, texts: int) -> list[_Part]:
-    """Where the special tokens of a row stand and which type each part has."""
+    """The places of a row's special tokens, and the token type of each part."""
     sample = backend.encode("a", "b") if texts == 2 else backend.encode("a")
     parts: list[_Part] = []
     for token, sequence, type_id in zip(sample.ids, sample.sequence_ids, sample.type_ids, strict=True):
@@ -297,7 +297,7 @@ def _cut(backend: Any, texts: list[str], encoded: list[tuple[list[int], bool]], 
         return [encoded[0][0][:budget]]
     lengths = [len(ids) for ids, _ in encoded]
     half = budget // 2
-    # The odd token goes to the longer text: only then must the whole of both be counted.
+    # An odd token goes to the longer text. Only then must both texts be counted to their ends.
     if budget % 2 and min(lengths) > half and not all(is_whole for _, is_whole in encoded):
         known = [length for length, (_, is_whole) in zip(lengths, encoded, strict=True) if is_whole]
         if not known or known[0] >= budget:
