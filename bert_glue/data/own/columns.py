@@ -1,4 +1,4 @@
-"""Which columns of a user's table are the texts and which is the label: as told, or where it is certain, or refused."""
+"""Chooses the text and label columns of a user's table: by flags, or where the choice is certain; else it refuses."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _are_outcomes(values: list) -> bool:
 
 
 def _without_header(table: Table) -> str:
-    """What to say where the names of the columns look like the values of a row."""
+    """The hint for a table whose column names look like the values of a row; "" for others."""
     if table.unit == "line" and any(_NUMBER.fullmatch(str(n)) or len(str(n).split()) > 4 for n in table.columns):
         return "; the first line looks like a row: the file needs a first line (header) with the names of its columns"
     return ""
@@ -232,7 +232,7 @@ def _are_texts(values: list) -> bool:
 
 
 def _why_not_text(table: Table, name: Any, label: str | None) -> str | None:
-    """Why a column is no text, None if it may be one."""
+    """The reason why a column cannot be a text; None if it may be one."""
     values = [value for value in table.columns[name][:_LOOKED_AT] if value not in (None, "", [], {})]
     texts = [value for value in values if isinstance(value, str)]
     if not values:
@@ -257,12 +257,12 @@ def _is_prose(text: str) -> bool:
 
 
 def _are_identifiers(texts: list[str], distinct: int) -> bool:
-    """Values that tell rows apart: all different, in one piece, and with digits."""
+    """True for values that identify rows: all are different, without spaces, and with digits."""
     return distinct == len(texts) > 1 and all(re.search(r"\d", text) and " " not in text for text in texts)
 
 
 def _spells(table: Table, name: Any, label: str) -> bool:
-    """Whether a column has one value for each label, and another for each."""
+    """Whether a column has exactly one value for each label, and a different one for each."""
     pairs = list(zip(table.columns[name][:_LOOKED_AT], map(str, table.columns[label][:_LOOKED_AT]), strict=True))
     there = {(str(value), own) for value, own in pairs}
     values, labels = {value for value, _ in there}, {own for _, own in there}
