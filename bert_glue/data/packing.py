@@ -1,7 +1,7 @@
-"""Where each sequence of a packed batch lies, as host numbers, and how attention groups them.
+"""The positions of the sequences in a packed batch, as host numbers, and their groups for attention.
 
-A packed batch lays its sequences end to end, `[1, tokens]`, in the order of the samples. The borders stay on
-the host (`cu_seq_lens`), so that no kernel launch has to wait for a device-to-host copy.
+A packed batch holds its sequences end to end, `[1, tokens]`, in the order of the samples. Their cumulative lengths stay
+on the host (`cu_seq_lens`), so that no kernel launch has to wait for a copy from the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHORTEST_IN_GROUP = 0.75
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """Sequences of similar length, addressed as a padded block.
+    """Sequences of similar length, read as a padded block.
 
     Args:
         index: token position of each cell, `[sequences, longest]` int64; padding repeats the first token.
@@ -36,7 +36,7 @@ class LengthGroup:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Borders of the sequences of one packed batch.
+    """The borders of the sequences in one packed batch.
 
     Args:
         lengths: tokens of each sequence (host), all >= 1.
@@ -71,7 +71,7 @@ class PackedLayout:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, filler included."""
+        """Number of computed tokens, filler included."""
         return self.cu_seq_lens[-1]
 
     @property
@@ -81,7 +81,7 @@ class PackedLayout:
 
     @property
     def longest(self) -> int:
-        """Longest sequence, filler included."""
+        """Tokens of the longest sequence, filler included."""
         return max(self.all_lengths)
 
     @cached_property
@@ -107,7 +107,7 @@ class PackedLayout:
     @cached_property
     def groups(self) -> tuple[LengthGroup, ...]:
         """Sequences by similar length, longest first."""
-        # Fewer groups are fewer launches, of 2 products each forward and 4 backward; shorter blocks are less padding.
+        # Fewer groups mean fewer launches, with 2 products forward and 4 backward each. More groups mean less padding.
         order = sorted(range(len(self.all_lengths)), key=lambda i: -self.all_lengths[i])
         groups, begin = [], 0
         for end in range(1, len(order) + 1):
@@ -122,7 +122,7 @@ class PackedLayout:
         starts = np.array([self.cu_seq_lens[i] for i in members])[:, None]
         columns = np.arange(lengths.max())[None, :]
         is_padding = columns >= lengths
-        # Every cell must name a token that exists, since it is gathered; its result is masked or never read.
+        # Every cell must name an existing token, because it is gathered. The result of padding is masked or never read.
         index = starts + np.where(is_padding, 0, columns)
         padding = torch.from_numpy(is_padding) if is_padding.any() else None
         return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
@@ -133,7 +133,7 @@ class PackedLayout:
         Args:
             first_only: of the queries of each sequence's first token alone.
         """
-        # All layers have the same heads: each index is computed once and read by every layer, forward and backward.
+        # All layers have the same heads, so each index is computed once and read by every layer, forward and backward.
         if (heads, first_only) not in self._places:
             self._places[heads, first_only] = HeadRows(self, heads, first_only)
         return self._places[heads, first_only]
@@ -162,7 +162,7 @@ class HeadRows:
             self.rows.append(rows)
             self.bounds.append((begin, begin + math.prod(shape)))
             cells = torch.arange(*self.bounds[-1]).view(shape).transpose(1, 2)
-            # Only real cells are written: padded rows of a block are left behind when rows go back to token order.
+            # Only real cells are written: padded rows of a block are dropped when rows return to the order of tokens.
             is_real = slice(None) if first_only or group.padding is None else ~group.padding
             self.of_row[rows[is_real]] = cells[is_real]
             begin = self.bounds[-1][1]
