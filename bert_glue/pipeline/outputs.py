@@ -1,4 +1,4 @@
-"""What a run leaves behind: results as JSON, predictions, curves, a model card and a one-file report."""
+"""Writes the outputs of a run: results as JSON, predictions, curves, a model card and a one-file report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ConsoleLog) -> None:
-    """One training row as the model sees it: texts, tokens and label."""
+    """Log one training row as the model reads it: texts, tokens and label."""
     texts = [column[0] for column in data.splits[split.name].texts]
     ids = split.table.ids_of(0).tolist()
     tokens = " ".join(model.tokenizer.words(ids))
@@ -178,7 +178,7 @@ def figures(results: dict) -> list[str]:
 
 
 def curves(path: Path, history: list[dict], majority: float | None, data: TaskData) -> None:
-    """The training charts of the report as a PNG.
+    """Draw the training charts of the report as a PNG.
 
     Args:
         majority: the headline metric of the best constant answer, 0..1; None where unknown.
