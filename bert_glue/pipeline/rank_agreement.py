@@ -1,4 +1,4 @@
-"""Ranks compare what they run before the first step: gradients of different runs add up to a model of none of them."""
+"""Ranks compare settings and inputs before the first step: gradients of different runs must not be added up."""
 
 from __future__ import annotations
 
