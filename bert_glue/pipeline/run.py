@@ -1,6 +1,6 @@
-"""The recipe: arguments -> data -> model -> train -> evaluate -> predict -> results.
+"""The pipeline of a run: arguments, data, model, training, evaluation, prediction, results.
 
-Each step is one function below; `run` is their order and keeps the times.
+Each step is one function; `run` calls them in order and measures their times.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _steps(
 
 
 def _settle_flags(args: Arguments, ranks: DistributedContext, log: ConsoleLog) -> Arguments:
-    """The flags with what follows from the number of ranks; says on what and how the run goes."""
+    """The flags, with the values that follow from the number of ranks; logs the device and the notices."""
     log.line(f"device: {ranks.device.torch_device} ({ranks.device.model_name}), {ranks.world_size} rank(s)")
     args, derived = for_ranks(args, ranks.world_size)
     for notice in args.notices:
@@ -205,9 +205,9 @@ def _judged(args: Arguments, task: GlueTask, results: dict) -> dict:
 
 
 def _agree_to_leave(ranks: DistributedContext, signals: StopSignals) -> int:
-    """The exit code of all ranks: 0, or 128 + signal if any of them got one.
+    """The exit code of all ranks: 0, or 128 + signal if any of them has received one.
 
-    No rank goes before all results are written: a launcher ends the others when one has left.
+    No rank exits before all results are written, because a launcher ends the others when one has exited.
     """
     numbers = [number for number in ranks.all_gather_object(signals.number) if number is not None]
     signals.ignore()
@@ -215,7 +215,7 @@ def _agree_to_leave(ranks: DistributedContext, signals: StopSignals) -> int:
 
 
 def _is_stopped(ranks: DistributedContext, signals: StopSignals) -> bool:
-    """True on every rank if a signal asked any of them to stop; all end with that signal's exit code."""
+    """True on every rank if a signal has asked any of them to stop; all exit with the code of that signal."""
     found = next(filter(None, ranks.all_gather_object(signals.number)), None)
     if found is not None:  # never set to None: a signal may come at any moment
         signals.number = found
@@ -223,7 +223,7 @@ def _is_stopped(ranks: DistributedContext, signals: StopSignals) -> bool:
 
 
 def _save_model(state: TrainState) -> None:
-    """The model of a finished training, before it is scored: whatever fails there, the weights are safe."""
+    """Save the model after training and before scoring, so that no failure in scoring can lose the weights."""
     if not state.ranks.is_first:
         return
     say_if_gone(state)
@@ -254,7 +254,7 @@ def _save_calibration(
 
 
 def _save_unfinished(state: TrainState) -> None:
-    """If a signal came, the checkpoint that the run can be finished from."""
+    """After a signal, save the checkpoint from which the run can continue."""
     if _is_stopped(state.ranks, state.signals) and state.checkpoints.saved_step != state.progress.step:
         with state.checkpoints.saver:
             save_checkpoint(state)
