@@ -1,6 +1,6 @@
-"""What an output folder holds of an earlier command on the same weights: a later evaluation or prediction adds to it.
+"""Merges the results of a later evaluation or prediction into those that an output folder already holds.
 
-What describes the weights (how they were trained, their hashes) is only ever replaced together with them.
+The entries that describe the weights (their training, their hashes) are replaced only together with the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bert_glue.errors import UsageError
 from bert_glue.result_keys import EVAL, PREDICT
 from bert_glue.storage.files import ANALYSIS_FILE, RECORD_FILE, RESULTS_FILE, json_object
 
-# Of a trained model these are results of scoring it; the others say how it was made.
+# These results of a trained model come from scoring it; the others describe its training.
 _SCORED = (EVAL, PREDICT, "diagnostic_", "expectations")
 _OF_SCORING = ("eval_results.json", "predict_results.json", ANALYSIS_FILE)
 
@@ -53,7 +53,7 @@ def merged(
 
 
 def remove_scores_of_other_weights(folder: Path) -> None:
-    """After new weights were saved: delete the scores of those they replaced."""
+    """Delete the scores of the weights that newly saved ones have replaced."""
     for name in _OF_SCORING:
         (folder / name).unlink(missing_ok=True)
 
