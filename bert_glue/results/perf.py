@@ -1,4 +1,4 @@
-"""perf.json: how fast a run was, on what, and whether it is slower than an earlier one. Standard library only."""
+"""perf.json: the speed of a run, its setup, and a comparison with an earlier run. Standard library only."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def setup_of(results: dict[str, Any]) -> dict[str, Any]:
-    """What decides about speed; of a model its name, wherever it lies."""
+    """The settings that decide the speed; a model counts by its name and not by its folder."""
     setup = {name: results[name] for name in SETUP}
     setup["model"] = PurePath(results["model_name_or_path"] or "unnamed").name
     if "doc_stride" in results:
@@ -94,7 +94,7 @@ def read_baseline(file: Path) -> dict[str, Any]:
 
 
 def compare(perf: dict[str, Any], file: Path) -> str:
-    """Hold a run against its baseline.
+    """Compare a run with its baseline.
 
     Returns:
         One line with the ratio.
