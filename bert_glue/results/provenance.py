@@ -1,4 +1,4 @@
-"""run.json: what was run, on what, from which bits to which bits; enough to run it again (`repeat.py`)."""
+"""run.json: the flags, machine, inputs and outputs of a run, with hashes; enough to repeat it (`repeat.py`)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def provenance(
     ranks: DistributedContext,
     weights: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """run.json as far as it is known before training; no secret is in it.
+    """The part of run.json that is known before training; it holds no secrets.
 
     Args:
         args: as given, without what was made on the spot.
@@ -67,7 +67,7 @@ def provenance(
 def with_outcome(
     record: dict[str, Any], folder: Path, results: dict, is_saved: bool, changes: list[str]
 ) -> dict[str, Any]:
-    """The same with what came out.
+    """run.json with the outcome of the run.
 
     Args:
         is_saved: whether this run wrote `folder`'s model.safetensors.
@@ -85,7 +85,7 @@ def with_outcome(
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that decide a result; None where one is not installed."""
+    """The versions of the packages that can change a result; None for one that is not installed."""
     return {name: installed_version(name) for name in _PACKAGES}
 
 
