@@ -1,4 +1,4 @@
-"""The nine GLUE tasks and the AX diagnostic, one row each. Nothing else knows a task by its name.
+"""The nine GLUE tasks and the AX diagnostic, one row each. No other module compares the name of a task.
 
 Sources: Wang et al. 2018 (GLUE); columns and label names of the data set `nyu-mll/glue`; published
 figures of Ascend ModelZoo's "Bert_text_classification for PyTorch" (bert-large-cased) and of the
@@ -33,7 +33,7 @@ def base_epochs(name: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class TsvFile:
-    """Where the original GLUE folder keeps one split, and in which of its columns.
+    """The file of one split in the original GLUE folder, and its columns.
 
     `texts` and `label` name header columns, or are 0-based positions where the file has no header.
     `label` is None where the split is unlabelled.
@@ -421,7 +421,7 @@ def get_task(name: str) -> GlueTask:
 
 
 def also_predicted(task: GlueTask) -> tuple[GlueTask, ...]:
-    """Tasks without training data that are predicted with a model of `task` (AX with MNLI)."""
+    """The tasks without training data that a model of `task` predicts (AX with MNLI)."""
     return tuple(other for other in TASKS.values() if other.predicted_with == task.name)
 
 

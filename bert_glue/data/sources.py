@@ -1,4 +1,4 @@
-"""Where the rows come from. The user names one source; it is used or refused, never exchanged.
+"""The sources of the rows. The user names one source; it is used or refused, and never replaced by another.
 
 | flags | source |
 |---|---|
@@ -45,7 +45,7 @@ _NEEDED_BY = {
 
 @dataclass(frozen=True)
 class TaskData:
-    """What one run works on.
+    """The data of one run.
 
     Args:
         task: the row of the table, or a row made for the user's own data; use this one from here on.
@@ -304,7 +304,7 @@ def _described(own: data_splits.OwnData, parts: _Parts) -> GlueTask:
 
 
 def _vocabulary(task: GlueTask, finished: GlueTask | None, owner: str) -> data_splits.ClassVocabulary | None:
-    """Who says what the classes of `task` are; None where labels are scores, or GLUE's own."""
+    """The vocabulary that defines the classes of `task`; None where labels are scores, or GLUE's own."""
     if task.is_regression or task.is_official:
         return None
     return data_splits.ClassVocabulary(task.labels, owner, has_numbers=finished is not None and finished.is_official)

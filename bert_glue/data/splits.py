@@ -1,7 +1,7 @@
-"""One split of a task as plain lists, and how the columns of a user's own data become texts and labels.
+"""One split of a task as plain lists, and the conversion of a user's columns into texts and labels.
 
-The only place that turns a table's columns into labels, so that every source (hub, folder, file)
-is held to the same rules and no wrong label reaches training.
+Only this module turns the columns of a table into labels. Every source (hub, folder, file) therefore follows the same
+rules, and no wrong label reaches training.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _is_unlabelled(task: GlueTask, value: Any) -> bool:
 
 
 def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
-    """What may stand in the label column -> class id in the order of `task.labels`."""
+    """The accepted values of the label column -> class id in the order of `task.labels`."""
     by_name: dict[Any, int] = {name: at for at, name in enumerate(task.labels)}
     if task.is_official:
         # Numbers mean GLUE's own class order; a user's own classes are known by their text only.
@@ -152,7 +152,7 @@ def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
             f"{table.origin}: label names {', '.join(map(repr, names))} do not fit the task; "
             f"expected: {', '.join(task.labels)}"
         )
-    # The data set numbers its classes itself: by name, never by number.
+    # The data set numbers its classes itself, so they are matched by name and never by number.
     return {at: own.get(name, folded.get(name.casefold())) for at, name in enumerate(names)}
 
 

@@ -1,4 +1,4 @@
-"""Reads a file of any size, or standard input, as tables of so many rows each; memory stays the same.
+"""Reads a file of any size, or standard input, as tables with a fixed number of rows, in constant memory.
 
 The same parsers, rules and messages as `table_files`, which reads files whole: what differs is that an
 error in line 1,000,000 is found when the rows before it have been handed out.

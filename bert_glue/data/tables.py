@@ -1,4 +1,4 @@
-"""Columns that know where each row stands, and the list of problems a broken file is refused with."""
+"""Columns that know the line of each row, and the list of problems for which a broken file is refused."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Table:
         return len(self.places)
 
     def where(self, row: int) -> str:
-        """Place of 0-based `row` for an error message: "file:12" or "file row 12"."""
+        """The place of 0-based `row` for an error message: "file:12" or "file row 12"."""
         gap = ":" if self.unit == "line" else " row "
         return f"{self.origin}{gap}{self.places[row]}"
 
     @property
     def place(self) -> str:
-        """Where the names of the columns stand, for an error message."""
+        """The place of the column names, for an error message."""
         return f"{self.origin}:1" if self.unit == "line" else self.origin
 
     @property
@@ -108,7 +108,7 @@ class Table:
 
 
 def pieces(column: list) -> Iterator[list]:
-    """A column in parts of 10,000 rows: joined as a whole it would be a second copy of the text."""
+    """Parts of a column with 10,000 rows each; joining all of them would need a second copy of the text."""
     for first in range(0, len(column), 10_000):
         yield column[first : first + 10_000]
 

@@ -1,4 +1,4 @@
-"""Texts to token ids with the tokenizer that comes with a model, cached by content."""
+"""Converts texts to token ids with the tokenizer of a model, and caches them by content."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TokenTable:
         return replace(self, first=None)
 
     def ids_of(self, row: int) -> np.ndarray:
-        """Token ids of a row, one window behind the other."""
+        """The token ids of a row, one window after the other, `[tokens]` int32."""
         begin, end = row, row + 1
         if self.first is not None:
             begin, end = self.first[row], self.first[row + 1]
@@ -141,7 +141,7 @@ class TextTokenizer:
         self.fingerprint = hashlib.sha256(self._description().encode()).hexdigest()
 
     def _description(self) -> str:
-        """All that decides what a text becomes."""
+        """Everything that determines the tokens of a text; a part of the cache's key."""
         rules = f"{self.gives_types}|{self.stock.truncation_side}|"
         if self.backend is not None:
             return rules + self.backend.to_str()
@@ -310,7 +310,7 @@ def tokenize(
 def _key(tokenizer: TextTokenizer, split: Split, max_length: int, windows: Windows | None) -> str:
     digest = hashlib.sha256(f"{_FORMAT}|{tokenizer.fingerprint}|{max_length}|{windows}|{len(split)}".encode())
     for column in split.texts:
-        # Lengths first: without them two columns could trade characters and keep the hash.
+        # The lengths come first; without them two columns could exchange characters and keep the hash.
         digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
         for part in pieces(column):
             digest.update("".join(part).encode("utf-8", "surrogatepass"))
@@ -318,7 +318,7 @@ def _key(tokenizer: TextTokenizer, split: Split, max_length: int, windows: Windo
 
 
 def _read(folder: Path) -> TokenTable | None:
-    """A cached table, or None where it is absent or not what was written."""
+    """A cached table; None if it is absent or has changed since it was written."""
     try:
         manifest = json_object(folder / "manifest.json")
         cut_rows, hashes = int(manifest.pop("cut_rows")), manifest
@@ -356,7 +356,7 @@ def _write(folder: Path, table: TokenTable) -> None:
 
 
 def _remove_abandoned(tables: Path) -> None:
-    """Delete what killed jobs left a day ago and more; a job at work is done in minutes."""
+    """Delete the temporary files of killed jobs after a day; a running job finishes within minutes."""
     for making in tables.glob(f"{_MAKING}*"):
         with suppress(OSError):
             if time.time() - making.stat().st_mtime > _ABANDONED_SECONDS:
