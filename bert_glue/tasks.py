@@ -157,7 +157,7 @@ class GlueTask:
     @property
     def has_combined_score(self) -> bool:
         """Whether the mean of all metrics is a figure: averages of one F1 have no mean that says anything."""
-        return len(self.metrics) > 1 and not self.is_multi_label
+        return len(self.metrics) > 1 and (self.is_official or self.is_regression)
 
     @property
     def num_labels(self) -> int:

@@ -248,6 +248,9 @@ class EvaluationArguments:
     save_steps: float = flag(500, "optimizer steps; below 1, a fraction of all steps", "(0, 1) or [1, inf)")
     save_total_limit: int | None = flag(None, "number of checkpoints to keep; default: all", "[1, inf)")
     load_best_model_at_end: bool = flag(False, "end with the best checkpoint instead of the last one")
+    metric_name: str | None = flag(
+        None, "metric shown first of own data, and default of --metric_for_best_model; default: the headline metric"
+    )
     metric_for_best_model: str | None = flag(None, "a metric of the task, or loss; default: the task's headline metric")
     greater_is_better: bool | None = flag(None, "whether a higher metric is better; default: true, except for loss")
     early_stopping_patience: int | None = flag(

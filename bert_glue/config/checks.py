@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from bert_glue import result_keys as keys
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.config.data_checks import WORK, data_problems, named_task, task_problems
-from bert_glue.config.expectations import read_expectations
+from bert_glue.config.metric_checks import expectation_problems, metric_problems
 from bert_glue.config.values import is_hub_name, read_number, read_steps, shown
-from bert_glue.errors import Problem, UsageError, did_you_mean
-from bert_glue.tasks import COMBINED_SCORE, GlueTask, own_task
+from bert_glue.errors import Problem
 
 STEPS_OR_SHARE = ("logging_steps", "eval_steps", "save_steps")
 
 
 def find_problems(args: Arguments) -> list[Problem]:
     """All conflicts between flags, in the order of the help. Reads no file."""
-    checks = (_required, data_problems, task_problems, _padding, _batch, _schedule, _evaluation, _metric, _expect)
+    checks = (_required, data_problems, task_problems, _padding, _batch, _schedule, _evaluation)
+    checks += (metric_problems, expectation_problems)
     checks += (technique_problems, _precision, compiled_problems, recorded_problems, _trackers, _profile)
     checks += (tokenizer_problems, trained_problems, weight_problems, calibration_problems, upload_problems)
     return [problem for check in checks for problem in check(args)]
@@ -96,70 +95,6 @@ def _evaluation(args: Arguments) -> Iterator[Problem]:
             f"--load_best_model_at_end: --save_steps {args.save_steps} must be a multiple of"
             f" --eval_steps {args.eval_steps or args.logging_steps}",
         )
-
-
-def metric_names(task: GlueTask | None) -> list[str]:
-    """Names for `--metric_for_best_model`. A task of None is own data, whose kind is not known yet."""
-    classes = ("0", "1")
-    own = [own_task("own", (), classes), own_task("own", (), ()), own_task("own", (), classes, is_multi_label=True)]
-    rows = [task] if task else own
-    names = [keys.LOSS]
-    for row in rows:
-        combined = (COMBINED_SCORE,) if row.has_combined_score else ()
-        suffixes = [split.key_suffix for split in row.evaluation]
-        names += [metric + suffix for suffix in suffixes for metric in (*row.metrics, *combined)]
-        names += [keys.LOSS + suffix for suffix in suffixes if suffix]
-    return list(dict.fromkeys(names))
-
-
-def _metric(args: Arguments) -> Iterator[Problem]:
-    if args.metric_for_best_model is None:
-        return
-    known, given = metric_names(named_task(args)), keys.without_eval(args.metric_for_best_model)
-    if given not in known:
-        yield Problem(
-            ("metric_for_best_model", "task_name"),
-            f"--metric_for_best_model: {did_you_mean('metric', given, known)}",
-        )
-
-
-def check_metric_of_data(args: Arguments, task: GlueTask) -> None:
-    """Compare the metrics that flags name with those of the data, once it is known whether it has classes or scores.
-
-    Raises:
-        UsageError: `--metric_for_best_model` or `--expect` names a metric that the data does not have.
-    """
-    known = metric_names(task)
-    kind = "scores, a regression" if task.is_regression else f"{task.num_labels} classes"
-    kind += ", several a row" if task.is_multi_label else ""
-    if args.metric_for_best_model and keys.without_eval(args.metric_for_best_model) not in known:
-        raise UsageError(
-            f"--metric_for_best_model {args.metric_for_best_model}: the labels of this data are {kind}; "
-            f"choices: {', '.join(known)}"
-        )
-    if not args.expect:
-        return
-    try:
-        read_expectations(args.expect, args.task_name, known)
-    except ValueError as error:
-        raise UsageError(f"--expect: the labels of this data are {kind}: {error}") from None
-
-
-def _expect(args: Arguments) -> Iterator[Problem]:
-    if args.expect is None:
-        return
-    task = named_task(args)
-    try:
-        bounds = read_expectations(args.expect, task.name if task else None, metric_names(task))
-    except ValueError as error:
-        yield Problem(("expect", "task_name"), f"--expect: {error}")
-        return
-    evaluates = args.do_eval or (args.do_train and args.eval_strategy != "no")
-    for bound in bounds:
-        if keys.is_of_evaluation(bound.key) and not evaluates:
-            yield Problem(("expect", "do_eval"), f"--expect {bound.text} needs --do_eval")
-        if keys.is_of_training(bound.key) and not args.do_train:
-            yield Problem(("expect", "do_train"), f"--expect {bound.text} needs --do_train")
 
 
 def _precision(args: Arguments) -> Iterator[Problem]:

@@ -108,7 +108,6 @@ _WITHOUT_EFFECT = {
         "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor"
         " dataloader_multiprocessing_context dataloader_in_order dispatch_batches"
     ),
-    "every metric of the data is computed; --metric_for_best_model chooses one": "metric_name",
     "only the splits that a run needs are read": "remove_splits",
     "the task determines the columns": "remove_unused_columns length_column_name label_names",
     "the tokenizer's own config decides": "do_lower_case",

@@ -197,6 +197,8 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
         return None
     if task.is_regression:
         return float((1 - value**2) * np.sqrt((1 + value**2 / 2) / (rows - 3)))
+    if task.is_multi_label and task.headline != "f1_micro":
+        return None
     if task.is_multi_label:
         hits, given = 2 * (predictions & labels).sum(1), predictions.sum(1) + labels.sum(1)
         spread = np.sqrt(((hits - value * given) ** 2).sum() * rows / (rows - 1))
@@ -204,6 +206,8 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
     if task.headline == "accuracy":
         # The spread of those draws in closed form; the matrix of 1,200 classes drawn 2000 times is 23 GB.
         return float(np.sqrt(value * (1 - value) / rows))
+    if task.num_labels > _MATRIX_CLASSES:
+        return None
     counts = confusion(labels, predictions, task.num_labels)
     draws = np.random.default_rng(0).multinomial(rows, counts.ravel() / rows, _DRAWS).reshape(-1, *counts.shape)
     return float(METRICS_OF_COUNTS[task.headline](draws).std())

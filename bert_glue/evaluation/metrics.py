@@ -14,6 +14,8 @@ import numpy as np
 from bert_glue.errors import DataError, DivergedError
 from bert_glue.tasks import COMBINED_SCORE, GlueTask
 
+F1_MACRO = "f1_macro"
+
 
 class Scores(dict[str, float | None]):
     """Metric name -> value (0..1, correlations -1..1), or None where there is no value.
@@ -121,7 +123,7 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[float | None, str]]
     "pearson": _pearson,
     "spearmanr": _spearman,
     "f1_micro": _f1_over(None),
-    "f1_macro": _f1_over(0),
+    F1_MACRO: _f1_over(0),
     "f1_samples": _f1_over(1),
     "subset_accuracy": _subset_accuracy,
 }
@@ -150,7 +152,7 @@ def _matthews_of_counts(counts: np.ndarray) -> np.ndarray:
 # takes one matrix a call, about a millisecond each.
 METRICS_OF_COUNTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "f1": _f1_of_counts,
-    "f1_macro": _f1_macro_of_counts,
+    F1_MACRO: _f1_macro_of_counts,
     "matthews_correlation": _matthews_of_counts,
 }
 
@@ -176,7 +178,10 @@ def compute_metrics(task: GlueTask, predictions: np.ndarray, references: np.ndar
     predictions, references = _checked(task, predictions, references)
     scores = Scores()
     for metric in task.metrics:
-        if len(references):
+        if len(references) and metric == F1_MACRO and not task.is_multi_label:  # one label a row: sets of one class
+            sets = np.eye(task.num_labels, dtype=bool)
+            scores.put(metric, *_METRICS[metric](sets[predictions], sets[references]))
+        elif len(references):
             scores.put(metric, *_METRICS[metric](predictions, references))
         else:
             scores.put(metric, None, "no rows to score")

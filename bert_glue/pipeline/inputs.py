@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import check_metric_of_data
+from bert_glue.config.metric_checks import with_metric
 from bert_glue.config.repeat import check_inputs, read_run
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.chunked_encoding import Windows
@@ -96,7 +96,7 @@ def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
     data = load_task_data(args, needed_data(args), _finished(args))
     for line in (f"data: {data.source}", *data.warnings):
         log.line(line)
-    check_metric_of_data(args, data.task)
+    data = replace(data, task=with_metric(args, data.task))
     if args.do_predict:
         check_predictable(data.task)
     return data

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import missed, read_expectations
+from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.repeat import check_outcome, read_run
 from bert_glue.config.resolve import for_ranks
 from bert_glue.data.batching import TokenSplit

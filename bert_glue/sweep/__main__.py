@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import FLAGS
-from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import Expectation, missed, read_expectations
+from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.values import flag_value
 from bert_glue.errors import (
     CheckpointError,

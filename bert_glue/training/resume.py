@@ -179,7 +179,7 @@ _SETTINGS = (
     "max_grad_norm", "ema_decay", "rdrop_alpha", "fgm_epsilon", "label_smoothing_factor", "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
-    "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
+    "metric_name", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
     "torch_compile_backend", "torch_compile_mode", "cuda_graph",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
+from bert_glue.config.metric_checks import metric_for_best
 from bert_glue.config.resolve import with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
 from bert_glue.devices import cpu
@@ -115,7 +116,7 @@ def fine_tune(
     )  # fmt: skip
     args = with_step_counts(args, data.total_steps)
     learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks, class_weights)
-    metric = keys.without_eval(args.metric_for_best_model or task.headline)
+    metric = metric_for_best(args, task)
     state = TrainState(
         args=args, task=task, ranks=ranks, data=data, learner=learner, step=build_step(args, learner, data, ranks),
         validation=Validation(

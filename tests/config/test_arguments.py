@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_glue.config.arguments import FLAGS, Arguments
-from bert_glue.config.checks import metric_names
 from bert_glue.config.legacy import LEGACY_FLAGS
+from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.parser import as_config, main_parse, parse
 from bert_glue.config.values import in_range
 from bert_glue.errors import UsageError

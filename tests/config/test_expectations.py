@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny_run import arguments, results_of, start
 
-from bert_glue.config.checks import metric_names
 from bert_glue.config.expectations import missed, read_expectations
+from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
 from bert_glue.tasks import TASKS

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.checks import metric_names
 from bert_glue.config.files import FOLDER, recipe_names
+from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
 from bert_glue.tasks import TASKS, TRAINABLE
