@@ -1,4 +1,4 @@
-"""From `--model_name_or_path` to a folder, its config.json, and a module that maps batches to logits.
+"""Loads `--model_name_or_path`: finds its folder, reads its config.json, and builds a module from batches to logits.
 
 The folder written works with transformers (`pipeline("text-classification")` included), whichever
 path the model was trained on.
@@ -162,7 +162,7 @@ def _depends_on_padding(model: LoadedModel) -> bool:
             way_out = "name a padding token (pad_token) in tokenizer_config.json"
         why = f"the model cannot run texts of different length in one batch: {first_line(error)}"
         raise MachineError(f"{why}; {way_out}") from error
-    # Another order of summation changes about 1e-6 of a logit.
+    # A different order of summation changes a logit by about 1e-6.
     return bool((alone - padded).abs().max() > 1e-5 * alone.abs().max())
 
 
@@ -263,7 +263,7 @@ def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask, is_trained
 
 
 def _unnamed(count: int) -> list[str]:
-    """The names that transformers gives to classes without names."""
+    """The default names of transformers for classes without names."""
     return [f"LABEL_{number}" for number in range(count)]
 
 
@@ -326,7 +326,7 @@ def model_folder(name: str, args: Arguments) -> Path:
         return modelscope.fetch_model(name, args)
     from bert_glue.hub.client import start_probe
 
-    # The hub's client waits for minutes on a server that accepts and never answers.
+    # The hub's client waits for minutes if a server accepts a connection and never answers.
     probe = start_probe()
     unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     try:

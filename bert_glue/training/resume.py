@@ -1,4 +1,4 @@
-"""All that a run needs to continue bit for bit: into a checkpoint and back."""
+"""Saves and restores everything that a run needs to continue bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bert_glue.training.state import Learner, TrainState
 
 
 def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    """The model to be used, as `LoadedModel.tensors`: fp32 masters where there are some, the embedding table whole."""
+    """The final weights, as `LoadedModel.tensors`: fp32 masters where they exist, and the whole embedding table."""
     learner = state.learner
     with learner.averaged():
         tensors = learner.model.tensors(learner.precision.named_masters())
@@ -49,7 +49,7 @@ def save_checkpoint(state: TrainState) -> None:
     The same thread then deletes what `save_total_limit` no longer keeps.
 
     Raises:
-        CheckpointError: the previous checkpoint could not be written; earlier ones are untouched.
+        CheckpointError: the previous checkpoint cannot be written; earlier ones are untouched.
     """
     randoms = state.ranks.all_gather_object(random_tensors(state.ranks.device))
     state.checkpoints.saved_step = state.progress.step
@@ -79,7 +79,7 @@ def save_checkpoint(state: TrainState) -> None:
 
 
 def _state(state: TrainState) -> dict:
-    """trainer_state.json: progress, loss scale, what must not differ on resume and what may."""
+    """trainer_state.json: progress, loss scale, the facts that a resume must share and those that may change."""
     learner = state.learner
     return {
         **asdict(state.progress),
@@ -148,7 +148,7 @@ def _check_data(state: TrainState, folder: Path, stored: dict[str, object]) -> s
 
 
 def _must_be_same(state: TrainState) -> dict[str, object]:
-    """What a resumed run shares with the first one: the values of `_SAME`."""
+    """The facts that a resumed run must share with the first one: the values of `_SAME`."""
     learner, sampler = state.learner, state.data.sampler
     words = learner.narrowed.rows.numpy().tobytes() if learner.narrowed else b""
     shapes: dict[str, list[int]] = {}

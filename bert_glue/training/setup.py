@@ -1,4 +1,4 @@
-"""From arguments and loaded parts to a training run: built, resumed if asked, trained, best weights restored."""
+"""Builds a training run from arguments and loaded parts, resumes it, trains it, and restores the best weights."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def fine_tune(
     phases: Phases | None = None,
     class_weights: np.ndarray | None = None,
 ) -> TrainState:
-    """Build the run, resume it if asked, train, and end with the best weights if asked."""
+    """Build the run, resume it if requested, train, and load the best weights if requested."""
     split, ranks = splits["train"], evaluator.ranks
     sampler = _sampler(args, split, model, ranks)
     steps = max(1, math.ceil(args.num_train_epochs * sampler.steps_per_epoch))
@@ -158,7 +158,7 @@ def build_learner(
     ranks: DistributedContext,
     class_weights: np.ndarray | None = None,
 ) -> Learner:
-    """The model with its optimizer and what `--ema_decay`, `--rdrop_alpha` and `--fgm_epsilon` ask for."""
+    """The model with its optimizer, and the parts for `--ema_decay`, `--rdrop_alpha` and `--fgm_epsilon`."""
     optimizer, name = build_optimizer(args, precision.optimizer_groups(not is_elementwise(args.optim)))
     _set_rates(optimizer, precision, narrowed)
     return Learner(
@@ -173,7 +173,7 @@ def build_learner(
 
 
 def build_step(args: Arguments, learner: Learner, data: TrainData, ranks: DistributedContext) -> OptimizerStep:
-    """Steps as they come, or with `--cuda_graph` recorded ones."""
+    """Eager optimizer steps, or recorded ones with `--cuda_graph`."""
     eager = EagerStep(learner, args.max_grad_norm)
     if not args.cuda_graph:
         return eager
@@ -217,7 +217,7 @@ def _sampler(args: Arguments, split: TokenSplit, model: LoadedModel, ranks: Dist
 
 
 def _set_rates(optimizer: Optimizer, precision: TrainingPrecision, narrowed: NarrowedEmbedding | None) -> None:
-    """Give each group of the optimizer its factor of the learning rate."""
+    """Set the factor of the learning rate for each group of the optimizer."""
     for group, flat in zip(optimizer.param_groups, precision.groups, strict=True):
         group["rate_factor"] = flat.rate
         if narrowed and "words.weight" in flat.names:
@@ -225,7 +225,7 @@ def _set_rates(optimizer: Optimizer, precision: TrainingPrecision, narrowed: Nar
 
 
 def _tell_setup(state: TrainState) -> None:
-    """Say which optimizer runs, how gradients are kept, and what the techniques come to."""
+    """Log the optimizer, the storage of gradients, and the effect of the chosen techniques."""
     args, log, learner = state.args, state.observers.log, state.learner
     log.line(f"optimizer: {learner.optimizer_name}")
     log.line(f"gradients: {learner.precision.describe()}")
@@ -265,7 +265,7 @@ def _train(state: TrainState) -> None:
 
 
 def _trace(state: TrainState) -> NoTrace:
-    """Traces `--profile_steps`; what was begun is written when it is closed, whatever ended training."""
+    """A context that traces `--profile_steps`; at its end it writes the trace, whatever ends training."""
     steps = state.args.profile_steps
     if steps is None:
         return NoTrace()
@@ -305,7 +305,7 @@ def _say_if_stopped_early(state: TrainState) -> None:
 
 
 def _why_no_value(state: TrainState) -> str:
-    """Why the last evaluation gave no value for the metric that chooses; "" where it gave one."""
+    """The reason why the last evaluation has no value for the metric that chooses; "" if it has one."""
     best_key = state.validation.best_key
     last = next((entry for entry in reversed(state.progress.history) if best_key in entry), {})
     return "" if last.get(best_key) is not None else str(last.get(keys.reason_key(best_key)))
