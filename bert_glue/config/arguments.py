@@ -74,7 +74,9 @@ class DataArguments:
     text_column_names: str | None = flag(
         None, "text columns of own data: one, or two for a pair; default: chosen if there is no doubt", many=True
     )
-    label_column_name: str | None = flag(None, "label column of own data; default: label")
+    label_column_name: str | None = flag(
+        None, "label column of own data, or several columns of 0 and 1, one a class; default: label", many=True
+    )
     text_column_delimiter: str | None = flag(
         None, "joins all --text_column_names into one text; default: two columns stay a pair", verbatim=True
     )

@@ -174,7 +174,7 @@ def calibration(shares: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     confidence, is_right = shares.ravel(), labels.ravel()
     if labels.ndim == 1:
         confidence, is_right = shares.max(1), shares.argmax(1) == labels
-    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    bins = np.minimum((confidence * _BINS).astype(np.int8), _BINS - 1)
     rows, error = [], 0.0
     for number in range(_BINS):
         inside = bins == number

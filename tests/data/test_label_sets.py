@@ -248,3 +248,36 @@ def test_each_class_has_its_share_in_the_rows_held_out(percentage):
         share = sum(number in labels[row] for row in held)
         assert abs(share - whole * percentage / 100) <= max(2, 0.25 * whole * percentage / 100), number
     assert parted(split, percentage, 3)[1] == held != parted(split, percentage, 4)[1]
+
+
+def test_texts_among_lists_are_one_label(tmp_path):
+    labels = [["a", "b"] if n % 3 else "c" for n in range(18)]
+    assert names_of(load(jsonl(tmp_path / "a.jsonl", labels)))[:2] == [["c"], ["a", "b"]]
+
+
+@pytest.mark.parametrize("labels", [[[0.2, 0.8], [0.9, 0.1]], [[1.0, 0.5], [0.0, 1.0]]])
+def test_probabilities_are_no_names(tmp_path, labels):
+    with pytest.raises(DataError, match="a.jsonl:1: label 0.[25] in a list has a fraction"):
+        load(jsonl(tmp_path / "a.jsonl", labels * 9))
+
+
+def test_digits_with_spaces_between_are_not_names(tmp_path):
+    vectors = table(tmp_path / "a.csv", {"text": TEXTS, "label": ["0 1 0", "1 1 0", "0 0 0"] * 6})
+    ids = table(tmp_path / "b.csv", {"text": TEXTS, "label": ["3 17", "17", "3", "4 3", "4 17 3", "4"] * 3})
+    for path in (vectors, ids):
+        with pytest.raises(DataError, match='--label_delimiter " "'):
+            load(path)
+    assert load(vectors, label_delimiter=" ").splits["train"].labels[:3] == [(1,), (0, 1), ()]
+    assert load(ids, label_delimiter=" ").task.labels == ("3", "4", "17")
+    names = table(
+        tmp_path / "c.csv", {"text": TEXTS, "label": ["very good", "good", "very bad", "bad"] * 4 + ["bad"] * 2}
+    )
+    assert load(names).task.num_labels == 4
+
+
+def test_columns_are_named_with_commas_or_spaces(tmp_path):
+    for words in (["toxic,threat"], ["toxic", "threat"], ["toxic, threat"]):
+        line = ["--model_name_or_path", "m", "--output_dir", "o", "--do_train", "--train_file", "a.csv"]
+        path = table(tmp_path / "a.csv", {"text": TEXTS, "toxic": [0, 1] * 9, "threat": [1, 0, 1] * 6})
+        args = replace(parse([*line, "--label_column_name", *words]), train_file=path)
+        assert load_task_data(args, frozenset({"train"})).task.labels == ("toxic", "threat")

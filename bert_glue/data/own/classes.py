@@ -336,7 +336,10 @@ def _are_scores(table: Table, label: str) -> tuple[bool, list[str]]:
     commas = (row for row, v in enumerate(values) if isinstance(v, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", v))
     row = next(commas, None)
     if row is not None:
-        raise DataError(f"{table.where(row)}: label {values[row]!r} has a decimal comma; numbers have a point")
+        raise DataError(
+            f"{table.where(row)}: label {values[row]!r} has a decimal comma; numbers have a point. Several labels "
+            'a row need --label_delimiter ","'
+        )
     row = next((row for row, value in enumerate(values) if _is_pointed(value)), None)
     if row is not None and len(numbers) == len(values):
         raise DataError(

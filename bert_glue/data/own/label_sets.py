@@ -19,6 +19,7 @@ from bert_glue.tasks import MULTI_LABEL, SINGLE_LABEL
 
 DELIMITER = ";"  # joins the labels of a row where neither the data nor a flag names another
 _USUAL_DELIMITERS = (";", "|", ",")
+_VECTOR_CELLS = (0, 1, "0", "1")
 _OUTCOMES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -96,12 +97,13 @@ def _refuse_joined(table: Table, label: str) -> None:
             f"{table.origin}: label {written[:60]!r} is a list as text: --problem_type {MULTI_LABEL} reads its labels, "
             f"{both}"
         )
-    for delimiter in _USUAL_DELIMITERS:
+    for delimiter in (*_USUAL_DELIMITERS, " "):
         joined = [text for text in texts if len(part_labels(text, delimiter)) > 1]
         parts = {part for text in texts for part in part_labels(text, delimiter)}
-        # Texts that are made of fewer parts than there are texts; numbers may have a decimal comma.
-        is_number = delimiter == "," and all(part.strip("+-").isdecimal() for part in parts)
-        if joined and len(parts) < len(texts) and not is_number:
+        # Texts that are made of fewer parts than there are texts; numbers may have a decimal comma, names a space.
+        are_numbers = all(part.strip("+-").isdecimal() for part in parts)
+        is_plain = (delimiter == "," and are_numbers) or (delimiter == " " and not are_numbers)
+        if joined and len(parts) < len(texts) and not is_plain:
             raise DataError(
                 f"{table.origin}: {len(texts)} different labels, such as {min(joined)[:60]!r}, are made of "
                 f'{len(parts)} parts: --label_delimiter "{delimiter}" makes these the labels, several a row; {both}'
@@ -125,8 +127,11 @@ def labelled_sets(
     if label not in table.columns:
         table = _merged(table, label)
     else:
-        values = [_as_list(table, row, value, delimiter, known) for row, value in enumerate(table.column(label))]
+        given = table.column(label)
+        has_lists = any(isinstance(value, (list, tuple)) for value in given)
+        values = [_as_list(table, row, value, delimiter, known, has_lists) for row, value in enumerate(given)]
         table = replace(table, columns={**table.columns, label: values})
+        _refuse_fractions(table, label)
         if _are_vectors(table, label):
             table, notes = _positions(table, label), [*notes, f"{table.origin}: labels are vectors of 0 and 1"]
     table = _named(table, label, flags)
@@ -135,7 +140,9 @@ def labelled_sets(
     return table, notes
 
 
-def _as_list(table: Table, row: int, value: Any, delimiter: str | None, known: tuple[str, ...]) -> list | None:
+def _as_list(
+    table: Table, row: int, value: Any, delimiter: str | None, known: tuple[str, ...], has_lists: bool
+) -> list | None:
     if value is None or isinstance(value, (list, tuple)):
         return None if value is None else list(value)
     if not isinstance(value, str):
@@ -145,12 +152,24 @@ def _as_list(table: Table, row: int, value: Any, delimiter: str | None, known: t
     if value in known or not value.strip():
         return [value] if value.strip() else []
     written = _written_list(value)
+    if written is None and has_lists and not any(sign in value for sign in _USUAL_DELIMITERS):
+        return [value]  # among lists a plain text is one label
     if written is None:
         raise DataError(
             f"{table.where(row)}: label {value[:60]!r} is a text, and a row may have several labels: --label_delimiter "
             f'says what parts them, such as "{DELIMITER}"'
         )
     return written
+
+
+def _refuse_fractions(table: Table, label: str) -> None:
+    """Refuses lists of probabilities or scores: as names of classes they would train something else."""
+    for row, value in enumerate(table.column(label)):
+        if found := [one for one in value or () if isinstance(one, float) and not one.is_integer()]:
+            raise DataError(
+                f"{table.where(row)}: label {found[0]!r} in a list has a fraction: probabilities of classes and "
+                "several scores a row are not supported; give the classes of each row"
+            )
 
 
 def _written_list(text: str) -> list | None:
@@ -189,11 +208,13 @@ def _are_vectors(table: Table, label: str) -> bool:
     rows = [value for value in table.column(label) if value is not None]
     if label in table.class_names or not rows or len(rows[0]) < 2:
         return False
-    return all(len(row) == len(rows[0]) and all(one in (0, 1) for one in row) for row in rows)
+    if not all(len(row) == len(rows[0]) and all(one in _VECTOR_CELLS for one in row) for row in rows):
+        return False
+    return any(len(set(map(str, row))) < len(row) for row in rows) or type(rows[0][0]) is not str
 
 
 def _positions(table: Table, label: str) -> Table:
-    rows = [None if row is None else [at for at, one in enumerate(row) if one] for row in table.column(label)]
+    rows = [None if row is None else [at for at, v in enumerate(row) if v in (1, "1")] for row in table.column(label)]
     size = max(len(row) for row in table.column(label) if row is not None)
     names = {**table.class_names, label: tuple(map(str, range(size)))}
     return replace(table, columns={**table.columns, label: rows}, class_names=names)
