@@ -82,9 +82,14 @@ class Server:
 
     def start_ranks(self, argv: list[str], folder: Path, ranks: int, **more) -> list[Job]:
         """As many processes of one gloo group."""
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        numbers = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(ranks)]
-        return [self.start(argv, folder, **more, **world, **number) for number in numbers]
+        return self.start_each([argv] * ranks, folder, **more)
+
+    def start_each(self, argvs: list[list[str]], folder: Path, **more) -> list[Job]:
+        """The processes of one gloo group, each with flags of its own."""
+        world = {"WORLD_SIZE": str(len(argvs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [
+            self.start(argv, folder, **more, **world, RANK=str(n), LOCAL_RANK=str(n)) for n, argv in enumerate(argvs)
+        ]
 
     def close(self) -> None:
         """End the server; it has nothing to put in order."""
