@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_glue.errors import MachineError, exit_code_of, say
+from bert_glue.errors import MachineError, exit_code_of, printable, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 from bert_glue.tasks import MULTI_LABEL
@@ -196,6 +196,8 @@ def main(argv: list[str]) -> int:
     if args.batch < 1:
         parser.error(f"--batch {args.batch} is not in [1, inf)")
     path = Path(args.onnx or Path(args.run) / "model.onnx")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):  # bytes that the locale cannot decode
+        parser.error(f"--onnx {printable(str(path))}: torch takes names in UTF-8 alone; give another FILE")
 
     def write() -> int:
         refuse_unusable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.layers import Adapter, plain_names
 from bert_glue.model.weights import load_packed, packed_tensors
+from bert_glue.storage.files import open_plain
 
 
 class PaddedClassifier(nn.Module):
@@ -57,6 +59,7 @@ class LoadedModel:
         trained: text for the results that says which weights are trained.
         description: content of the file beside the weights (see description.py); in a training run, its future content.
         depends_on_padding: whether padding changes the module's answers.
+        code: Python files of the folder that `--trust_remote_code` lets the model run.
     """
 
     module: nn.Module
@@ -72,6 +75,7 @@ class LoadedModel:
     trained: str = "all"
     description: dict = field(default_factory=dict)
     depends_on_padding: bool = False
+    code: list[Path] = field(default_factory=list)
 
     @cached_property
     def frozen_hash(self) -> str:
@@ -163,7 +167,33 @@ class LoadedModel:
         config["dtype"] = dtype = _stored_dtype(tensors)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save(folder)
+        for file in self.code:  # without it nothing could load the folder
+            with open_plain(file) as source, (folder / file.name).open("xb") as target:
+                shutil.copyfileobj(source, target)
         write_description(folder, self.description, dtype)
+
+
+def why_own_code(config: dict) -> str | None:
+    """Why a model that may run its own code is not one of ours; None where it has no classifier of its own."""
+    classes = config.get("auto_map")
+    has_classifier = isinstance(classes, dict) and "AutoModelForSequenceClassification" in classes
+    return "its own code is what answers" if has_classifier else None
+
+
+def notes_on_code(config: dict, is_trusted: bool) -> list[str]:
+    """A line where a model brings code that is not run."""
+    if is_trusted or why_own_code(config) is None:
+        return []
+    kind = config.get("model_type")
+    return [
+        f"config.json names code of its own (auto_map), which is not run: read as {kind}; --trust_remote_code runs it"
+    ]
+
+
+def code_files(folder: Path) -> list[Path]:
+    """Python files of a model folder. A link that leads out of it, or out of the hub's cache, is not its code."""
+    inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    return [file for file in sorted(folder.glob("*.py")) if file.is_file() and file.resolve().parent in inside]
 
 
 def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:

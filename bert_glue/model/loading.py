@@ -23,8 +23,8 @@ from bert_glue.errors import MachineError, UsageError, first_line
 from bert_glue.hub import client
 from bert_glue.model.adapters import choose_trained
 from bert_glue.model.bounds import check_config, check_size
-from bert_glue.model.classifier import LoadedModel, PaddedClassifier
-from bert_glue.model.description import decision_of, read_description
+from bert_glue.model.classifier import LoadedModel, PaddedClassifier, code_files, notes_on_code, why_own_code
+from bert_glue.model.description import decision_of, notes_on_weights, read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
@@ -74,7 +74,10 @@ def finished_task(args: Arguments) -> GlueTask | None:
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
     model = _load(args, task)
-    model.description = read_description(model_folder(args.model_name_or_path, args))
+    folder = model_folder(args.model_name_or_path, args)
+    model.description = read_description(folder)
+    model.notes += notes_on_weights(folder, model.description)
+    model.code = code_files(folder) if args.trust_remote_code and why_own_code(model.config) else []
     if model.word_rows is not None and model.tokenizer.size > model.word_rows:
         raise MachineError(
             f"the tokenizer in {model.tokenizer.folder} has {model.tokenizer.size} ids, the model's table of words has "
@@ -98,16 +101,16 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
         _check_problem_type(config, task, config_folder)
     stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
     config = _with_labels(config, task)
-    reason = why_not_packed(config)
-    if reason is None and args.padding not in ("auto", "packed"):
+    reason = why_not_packed(config) if not args.trust_remote_code else why_own_code(config) or why_not_packed(config)
+    can_pack = reason is None
+    if can_pack and args.padding not in ("auto", "packed"):
         reason = f"--padding {args.padding}"
     elif reason is not None and args.padding == "packed":
         raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
     tokenizer = _tokenizer(tokenizer_folder, config, args)
-    can_pack = why_not_packed(config) is None
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
-    notes = guessed_type(config_folder) + tokenizer.notes
+    notes = guessed_type(config_folder) + tokenizer.notes + notes_on_code(config, args.trust_remote_code)
     files = weight_files(folder, args.allow_pickle_weights)
     check_size(config, files, config_folder / "config.json")
     packed: PackedClassifier | None = None
@@ -275,7 +278,7 @@ def _stock(
 
     files = weight_files(folder, args.allow_pickle_weights)
     # A class that comes with the folder is found through the folder; transformers then reads the weights itself.
-    has_own_code = args.trust_remote_code and "auto_map" in config
+    has_own_code = args.trust_remote_code and why_own_code(config) is not None
     tensors = None if has_own_code else read_tensors(files)
     try:
         settings = AutoConfig.for_model(**config)

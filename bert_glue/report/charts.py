@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from bert_glue.errors import printable
 from bert_glue.report.words import WORDS
 from bert_glue.result_keys import LOSS, evaluation_key
 from bert_glue.results.records import Record
@@ -369,5 +370,6 @@ def write_png(path: Path, charts: Sequence[Chart], title: str) -> None:
         axes.spines[:].set_visible(False)
         if chart.named:
             axes.legend(fontsize=8, frameon=False, labelcolor=colours["ink"])
-    figure.suptitle(title, fontsize=10, color=colours["ink"])
+    # Names of files may hold bytes that no font has, and dollar signs, which are no formulas here.
+    figure.suptitle(printable(title), parse_math=False, fontsize=10, color=colours["ink"])
     figure.savefig(path, dpi=130, format="png")
