@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bert_glue import result_keys as keys
-from bert_glue.config.arguments import Arguments
+from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.config.checks import STEPS_OR_SHARE, techniques_in_use
 from bert_glue.errors import UsageError
 from bert_glue.tasks import get_task
@@ -55,6 +55,7 @@ def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
     for name in ("cuda_graph", "class_weights"):
         if getattr(args, name) and not args.do_train:
             yield f"--{name} has no effect without --do_train"
+    yield from _schedules_without_effect(args, given)
     is_low = (args.fp16 or args.bf16) and args.fp16_opt_level != "O0"
     if "fp16_opt_level" in given and not (args.fp16 or args.bf16) and args.fp16_opt_level != "O0":
         yield f"--fp16_opt_level {args.fp16_opt_level} has no effect without --fp16 or --bf16; the run trains in fp32"
@@ -63,6 +64,23 @@ def _without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
         yield f"--loss_scale {args.loss_scale} has no effect: {why}"
     if args.amp_backend == "apex" and not (args.fp16 or args.bf16):
         yield "--amp_backend apex has no effect without --fp16; the run trains in fp32 natively"
+
+
+def _schedules_without_effect(args: Arguments, given: frozenset[str]) -> Iterator[str]:
+    """A line on each given flag about evaluating and saving while training that nothing in this run reads."""
+    chooses = args.load_best_model_at_end or args.early_stopping_patience is not None
+    choice = "--load_best_model_at_end or --early_stopping_patience"
+    conditions = {
+        "eval_steps": (args.eval_strategy == "steps", "--eval_strategy steps"),
+        "save_steps": (args.save_strategy == "steps", "--save_strategy steps"),
+        "metric_for_best_model": (chooses, choice),
+        "greater_is_better": (chooses, choice),
+        "early_stopping_threshold": (args.early_stopping_patience is not None, "--early_stopping_patience"),
+    }
+    for name, (is_read, needed) in conditions.items():
+        is_set = name in given and getattr(args, name) != FLAGS[name].default
+        if is_set and args.do_train and not is_read:
+            yield f"--{name} has no effect without {needed}"
 
 
 def techniques_without_effect(args: Arguments) -> Iterator[str]:

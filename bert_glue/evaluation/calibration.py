@@ -145,6 +145,8 @@ def calibration_lines(results: dict[str, Any]) -> list[str]:
     text = f"calibration: temperature {chosen['temperature']:.4g}"
     if "threshold" in chosen:
         text += f", threshold {chosen['threshold']:.4g} of {chosen['threshold_of']}"
+    if not 1.001 * LOWEST < chosen["temperature"] < 0.999 * HIGHEST:
+        text += f" (the end of the range {LOWEST:g} to {HIGHEST:g}: the logits tell nothing, or every row is right)"
     before, after = results[keys.evaluation_key(keys.CALIBRATION_ERROR)], results[keys.calibrated_key("ece")]
     return [
         f"{text}; expected calibration error {before:.4f}, cross-fitted {after:.4f}",

@@ -234,6 +234,12 @@ def _tell_setup(state: TrainState) -> None:
     if state.data.class_weights is not None:
         weights = named(state.task, state.data.class_weights)
         log.line(f"class weights: {', '.join(f'{name} {weight:.4g}' for name, weight in weights.items())}")
+    every = args.eval_steps or args.logging_steps
+    if args.eval_strategy == "steps" and every > state.data.total_steps:
+        log.line(
+            f"note: --eval_strategy steps evaluates nothing while this run trains: --eval_steps {every} is larger than "
+            f"its {state.data.total_steps} steps"
+        )
     if args.layerwise_lr_decay != 1.0:
         lowest = min(group.rate for group in learner.precision.groups)
         log.line(f"learning rates: head and top layer {args.learning_rate:g}, lowest {args.learning_rate * lowest:g}")

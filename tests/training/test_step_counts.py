@@ -49,6 +49,29 @@ def test_other_fractions_are_refused(name, value):
         parse([*BASE, f"--{name}={value}"])
 
 
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ("--eval_steps 10", "--eval_strategy steps"),
+        ("--save_steps 0.1 --save_strategy epoch", "--save_strategy steps"),
+        ("--metric_for_best_model f1", "--load_best_model_at_end or --early_stopping_patience"),
+        ("--greater_is_better False", "--load_best_model_at_end or --early_stopping_patience"),
+        ("--early_stopping_threshold 0.1", "--early_stopping_patience"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_said(words, needed):
+    name = words.split()[0]
+    assert f"{name} has no effect without {needed}" in parse([*BASE, *words.split()]).notices
+
+
+def test_an_evaluation_that_never_comes_is_said(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(ConsoleLog, "line", lambda self, text: lines.append(text))
+    fit(arguments(tmp_path, eval_strategy="steps", eval_steps=50, max_steps=2))
+    told = "evaluates nothing while this run trains: --eval_steps 50 is larger than its 2 steps"
+    assert any(told in line for line in lines)
+
+
 def test_whole_numbers_stay_whole():
     args = parse([*BASE, "--logging_steps", "1e2", "--save_steps", "10", "--eval_strategy", "steps"])
     assert (repr(args.logging_steps), repr(args.save_steps), repr(args.eval_steps)) == ("100", "10", "100")
