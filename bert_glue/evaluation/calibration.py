@@ -47,9 +47,15 @@ def check_calibratable(args: Arguments, task: GlueTask, splits: dict[str, TokenS
         )
 
 
-def without_calibration(task: GlueTask) -> GlueTask:
-    """The same task without what `--calibrate` chose."""
-    return replace(task, decision=Decision()) if task.decision.is_calibrated else task
+def without_calibration(task: GlueTask, threshold: float | None = None) -> GlueTask:
+    """The same task without what `--calibrate` chose.
+
+    Args:
+        threshold: of `--label_threshold`.
+    """
+    if not task.decision.is_calibrated:
+        return task
+    return replace(task, decision=Decision() if threshold is None else Decision(threshold))
 
 
 def choose_decision(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> Decision:

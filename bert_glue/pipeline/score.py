@@ -102,7 +102,7 @@ def _evaluate_splits(
         The data with the decision that predictions go by.
     """
     kept: dict[str, np.ndarray] = {}
-    raw = replace(data, task=without_calibration(data.task))
+    raw = replace(data, task=without_calibration(data.task, args.label_threshold))
     scored.results |= evaluate(evaluator, raw.task, splits, kept)
     if evaluator.ranks.is_first:
         with failures.step("the analysis"):
@@ -112,12 +112,18 @@ def _evaluate_splits(
             scored.results |= {**standard_errors(data.task, found), **class_results(found), **scored.results}
     if args.calibrate or data.task.decision.is_calibrated:
         with failures.step("the calibration"):
-            data = _calibrate(args, data, splits, kept, scored)
+            data = _calibrate(args, data, model, splits, kept, scored=scored)
     return data
 
 
 def _calibrate(
-    args: Arguments, data: TaskData, splits: dict[str, TokenSplit], kept: dict[str, np.ndarray], scored: Scored
+    args: Arguments,
+    data: TaskData,
+    model: LoadedModel,
+    splits: dict[str, TokenSplit],
+    kept: dict[str, np.ndarray],
+    *,
+    scored: Scored,
 ) -> TaskData:
     """Choose a decision on the first evaluated split if asked, and score every split by it; each rank does the same.
 
@@ -138,8 +144,8 @@ def _calibrate(
         before = calibration(probabilities(without_calibration(task), logits), labels)["ece"]
         scored.results[keys.evaluation_key(keys.CALIBRATION_ERROR, suffix)] = before
         scored.results |= calibrated_results(task, shares, predictions, labels, suffix)
-    chosen_on = {"chosen_on": first, "rows": len(splits[first].labels)} if args.calibrate else {}
-    scored.results[keys.CALIBRATION] = {**facts_of(task, task.decision), **chosen_on}
+    chosen = {**facts_of(task, task.decision), "chosen_on": first, "rows": len(splits[first].labels)}
+    scored.results[keys.CALIBRATION] = chosen if args.calibrate else model.description["calibration"]
     return replace(data, task=task)
 
 
