@@ -164,6 +164,10 @@ def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
 def _is_figure(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (is_number and abs(value) < 1e300 and math.isfinite(value))
@@ -191,6 +195,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(_NUMBERS, (_is_figure, "a finite number")),
     "seconds": (_is_figures, "seconds by name"),
     CLASS_WEIGHTS: (_is_figures, "weights by class"),
+    "sample_data": (_is_flag, "true or false"),
     "text_columns": (_is_names, "a list of names"),
     "attention": (_is_names, "a list of texts"),
     "expectations": (_is_objects, "a list of bounds"),

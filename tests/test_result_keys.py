@@ -63,3 +63,9 @@ def test_figures_by_class_are_read_as_they_are_written(value) -> None:
 @pytest.mark.parametrize("value", [[], "no", None, {"no": 0.5}, {"no": {"f1": "high"}}, {"no": {"f1": float("nan")}}])
 def test_figures_by_class_of_another_kind_are_named(value) -> None:
     assert "eval_classes" in keys.wrong_value({"eval_classes": value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1, "yes", []])
+def test_whether_data_were_samples_is_true_or_false(value):
+    assert "sample_data" in keys.wrong_value({"sample_data": value})
+    assert keys.wrong_value({"sample_data": True}) == keys.wrong_value({"sample_data": None}) == ""

@@ -142,7 +142,9 @@ COMMANDS = {
     "report": lambda folder, out: report_command.main([str(folder), "--output", str(out / "report.html")]),
     "suite": lambda folder, out: report_command.main([str(folder), str(folder), "--output", str(out / "suite.html")]),
     "check": lambda folder, out: check.main(["--write", str(out / "baseline.json"), str(folder)]),
-    "submission": lambda folder, out: submission.main([str(folder), "--output", str(out / "s.zip"), "--partial"]),
+    "submission": lambda folder, out: submission.main(
+        [str(folder), "--output", str(out / "s.zip"), "--partial", "--allow_sample"]
+    ),
     "repeat": lambda folder, out: exit_code_of(
         lambda: main_parse(["--repeat", str(folder / "run.json"), "--output_dir", str(out / "again")]) is None
     ),
