@@ -154,11 +154,14 @@ def calibration_lines(results: dict[str, Any]) -> list[str]:
     if not 1.001 * LOWEST < chosen["temperature"] < 0.999 * HIGHEST:
         text += f" (the end of the range {LOWEST:g} to {HIGHEST:g}: the logits tell nothing, or every row is right)"
     before, after = results[keys.evaluation_key(keys.CALIBRATION_ERROR)], results[keys.calibrated_key("ece")]
-    return [
+    lines = [
         f"{text}; expected calibration error {before:.4f}, cross-fitted {after:.4f}",
         f"note: --calibrate chose by the {chosen['rows']} rows of {chosen['chosen_on']}: their scores are no longer "
         "those of unseen rows. eval_* count answers without it, eval_calibrated_* answers with it",
     ]
+    if after >= before:
+        lines.append("warning: on rows that did not choose it the calibration error is no lower: more rows may help")
+    return lines
 
 
 def facts_of(task: GlueTask, decision: Decision) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from bert_glue.errors import DataError, MachineError, UsageError
 from bert_glue.evaluation.answers import decided, probabilities
 from bert_glue.evaluation.calibration import (
     FOLDS,
+    calibration_lines,
     choose_decision,
     cross_fitted,
     fit_temperature,
@@ -212,3 +213,10 @@ def test_a_damaged_calibration_is_refused(tmp_path: Path, calibration: object, w
 def test_other_weights_are_not_calibrated() -> None:
     """Such as the mean of several runs' weights."""
     assert uncalibrated({"max_seq_length": 9, "calibration": {"temperature": 2.0}}) == {"max_seq_length": 9}
+
+
+@pytest.mark.parametrize(("after", "warns"), [(0.02, False), (0.3, True)])
+def test_a_calibration_that_does_not_help_is_said(after: float, warns: bool) -> None:
+    chosen = {"temperature": 1.5, "chosen_on": "validation", "rows": 40}
+    lines = calibration_lines({"calibration": chosen, "eval_ece": 0.1, "eval_calibrated_ece": after})
+    assert ("warning: on rows that did not choose it" in lines[-1]) == warns
