@@ -8,6 +8,8 @@ import numpy as np
 
 from bert_glue.tasks import Decision, GlueTask
 
+_MOST_SHOWN = 20
+
 
 def probabilities(task: GlueTask, logits: np.ndarray) -> np.ndarray:
     """Probabilities of `[rows, labels]` logits, float64: they sum to 1 in a row, unless a row may have several labels.
@@ -79,12 +81,14 @@ def class_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def answer_text(task: GlueTask, answer: np.ndarray | float) -> str:
-    """One row's label or prediction for people: a name, several names, or a score of two decimals."""
+    """One row's label or prediction for people: a name, twenty names at most, or a score of two decimals."""
     if task.is_regression:
         return f"{answer:.2f}"
     if not task.is_multi_label:
         return task.labels[int(answer)]
-    return ", ".join(task.labels[at] for at in np.flatnonzero(answer)) or "(none)"
+    given = np.flatnonzero(answer)
+    more = f" and {len(given) - _MOST_SHOWN} more" if len(given) > _MOST_SHOWN else ""
+    return (", ".join(task.labels[at] for at in given[:_MOST_SHOWN]) or "(none)") + more
 
 
 def label_lists(task: GlueTask, predictions: np.ndarray) -> list[list[str]]:
