@@ -152,7 +152,7 @@ FORMATS = {
 WHOLE = re.compile(
     r"is empty|has no rows|cannot be read as parquet|cannot be read: |no column of texts|all labels are|no labels"
     r"|column name more than once|no column |do not fit|class names|is not UTF-8|the text may be|--drop_rows"
-    r"|lone CR|as pandas writes|several lists of rows|all rows have the labels"
+    r"|lone CR|as pandas writes|several lists of rows|--problem_type"
 )
 
 

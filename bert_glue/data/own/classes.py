@@ -317,7 +317,7 @@ def classes_of(
 def _classes_of_sets(table: Table, label: str) -> tuple[tuple[str, ...], list[str]]:
     sets = [value for value in table.column(label) if value is not None]
     if len({frozenset(value) for value in sets}) < 2:
-        only = f"all rows have the labels {sets[0]}" if sets else "there are no labels"
+        only = f"all labels are {sets[0]}" if any(sets) else "there are no labels"
         raise DataError(f"{table.origin}: {only}; at least two rows must differ")
     names = [name for value in sets for name in value]
     classes = table.class_names.get(label) or sorted_labels(set(names))
