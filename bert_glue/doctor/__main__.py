@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from bert_glue.devices.npu_versions import installed_version
@@ -134,17 +135,30 @@ def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> di
         out, err = child.communicate(timeout=time_limit)
     except subprocess.TimeoutExpired:
         kill_group(child.pid)
-        out, err = child.communicate()
+        out, err = _rest_of(child)
     except BaseException:
         kill_group(child.pid)
         raise
     facts: dict[str, list[dict[str, Any]]] = {}
     for line in out.decode(errors="replace").splitlines():
-        fact = json.loads(line)
-        facts.setdefault(fact.pop("fact"), []).append(fact)
+        with suppress(ValueError):  # the last line of a killed process may be half a line
+            fact = json.loads(line)
+            facts.setdefault(fact.pop("fact"), []).append(fact)
+    status = -signal.SIGKILL if child.returncode is None else child.returncode
     if "end" not in facts and not facts.get("torch", [{}])[0].get("problem"):
-        problems.append(_death(child.returncode, time_limit, list(facts), err.decode(errors="replace")))
+        problems.append(_death(status, time_limit, list(facts), err.decode(errors="replace")))
     return facts
+
+
+_KILLED_SECONDS = 10
+
+
+def _rest_of(child: subprocess.Popen) -> tuple[bytes, bytes]:
+    """What a killed process wrote. One that a driver holds cannot be killed, and is left behind."""
+    try:
+        return child.communicate(timeout=_KILLED_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        return error.output or b"", error.stderr or b""
 
 
 def _death(status: int, time_limit: float, known: list[str], errors: str) -> Problem:

@@ -375,3 +375,11 @@ def test_interruption_is_no_traceback(tmp_path: Path) -> None:
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=20)
     assert child.returncode == 130 and "Traceback" not in errors
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind() -> None:
+    class Held:
+        def communicate(self, timeout: float):
+            raise subprocess.TimeoutExpired("probe", timeout, output=b'{"fact": "torch"}\n{"fa', stderr=None)
+
+    assert doctor._rest_of(Held()) == (b'{"fact": "torch"}\n{"fa', b"")
