@@ -98,8 +98,8 @@ def with_metric(args: Arguments, task: GlueTask) -> GlueTask:
 
 def metric_for_best(args: Arguments, task: GlueTask) -> str:
     """The figure that chooses the best checkpoint: of `--metric_for_best_model`, `--metric_name`, or the headline."""
-    named = [_metric_of(args, flag, task) for flag in reversed(_FLAGS)]
-    return next(filter(None, named), task.headline)
+    given = next(filter(None, [args.metric_for_best_model, args.metric_name]), task.headline)
+    return _own_name(keys.without_eval(given), task)
 
 
 def _metric_of(args: Arguments, flag: str, task: GlueTask) -> str | None:
@@ -110,6 +110,10 @@ def _metric_of(args: Arguments, flag: str, task: GlueTask) -> str | None:
     known = choices_of(task)
     if value not in known:
         raise UsageError(f"--{flag} {value}: the labels of this data are {_kind(task)}; choices: {', '.join(known)}")
+    return _own_name(value, task)
+
+
+def _own_name(value: str, task: GlueTask) -> str:
     if task.is_official:
         return value
     names = _SEVERAL_NAMES if task.is_multi_label else _REGRESSION_NAMES if task.is_regression else {}

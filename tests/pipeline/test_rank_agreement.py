@@ -75,7 +75,7 @@ def test_a_library_that_differs_is_refused(tmp_path, monkeypatch):
 
 def test_rows_order_labels_and_weights_are_compared():
     def inputs(ids=(1, 2, 3), labels=(0, 1), weight=1.0):
-        table = SimpleNamespace(ids=np.array(ids, np.int32), offsets=np.array([0, 1, 3]), types=None)
+        table = SimpleNamespace(ids=np.array(ids, np.int32), offsets=np.array([0, 1, 3]), types=None, first=None)
         module = torch.nn.Linear(1, 1)
         torch.nn.init.constant_(module.weight, weight)
         torch.nn.init.zeros_(module.bias)
