@@ -13,19 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bert_glue.data.packing import PackedLayout
+from bert_glue.data.packing import PackedLayout, bucket, width_bucket
 from bert_glue.data.tokenization import TokenTable
 
 # Megabatches of group_by_length, in optimizer steps; as in transformers' LengthGroupedSampler.
 _MEGABATCH = 50
-# Sizes of buckets between one power of two and the next, and the least step from one size to the next, tokens.
-_BUCKETS, _LEAST_STEP = 16, 16
-
-
-def bucket(tokens: int) -> int:
-    """The smallest size of a bucket that holds `tokens` (> 0): 16 sizes an octave, so at most 1/16 is filler."""
-    step = max(_LEAST_STEP, (1 << (tokens - 1).bit_length()) // (2 * _BUCKETS))
-    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class Collator:
         lengths = np.array([len(i) for i in ids])
         width = self.max_length if self.padding == "max_length" else int(lengths.max())
         if self.is_rounded:
-            width = min(bucket(width), self.max_length)
+            width = min(width_bucket(width), self.max_length)
         columns = np.arange(width)[None]
         mask = columns >= width - lengths[:, None] if self.pads_left else columns < lengths[:, None]
         block = np.full((len(ids), width), self.pad_id, np.int64)

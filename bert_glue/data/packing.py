@@ -1,7 +1,11 @@
-"""The positions of the sequences in a packed batch, as host numbers, and their groups for attention.
+"""Where each sequence of a packed batch lies, as host numbers, and the blocks that attention computes.
 
-A packed batch holds its sequences end to end, `[1, tokens]`, in the order of the samples. Their cumulative lengths stay
-on the host (`cu_seq_lens`), so that no kernel launch has to wait for a copy from the device.
+A packed batch lays its sequences end to end, `[1, tokens]`, in the order of the samples. The borders stay on
+the host (`cu_seq_lens`), so that no kernel launch has to wait for a device-to-host copy.
+
+No two random batches have the same lengths, but their shapes recur: token counts are rounded up, and attention works
+on blocks of rows whose widths and counts are rounded up too. Libraries and compilers make a kernel for each new shape
+and keep it. oneDNN takes 3 ms for a bf16 product that then runs in 0.5 ms, and a run's memory grew with every step.
 """
 
 from __future__ import annotations
@@ -14,24 +18,79 @@ from itertools import groupby
 import numpy as np
 import torch
 
-# A group may pad its shorter sequences by this share of its longest before it is split: below it the
-# padded products cost less than the launches of another group (measured on 2 CPU cores).
-_SHORTEST_IN_GROUP = 0.75
+# Sizes of token counts between one power of two and the next, and the least step between sizes, tokens: a batch of 32
+# rows has 1 % of filler at 53 tokens a row and 2 % at 11.
+_COUNTS, _LEAST_COUNT_STEP = 32, 16
+# The same of the width and the number of a block's rows. Over 300 batches of 32 rows like MRPC's this makes 20 shapes.
+_SIZES, _WIDTH_STEP, _ROWS_STEP = 8, 16, 4
+# A row may have this share of its block's width or more: below it the padded products cost more than another block's
+# launches (measured on 2 CPU cores).
+_SHORTEST_IN_BLOCK = 0.75
+# Sequences up to this length share rows of this width, up to `_SLOTS` in one. Products of 32 x 32 cost as much as those
+# of 12 x 12, of which there would be three times as many.
+_SHARED_WIDTH, _SLOTS = 32, 8
+
+
+def _rounded_up(size: int, sizes: int, least_step: int) -> int:
+    """`size` (> 0) to the next of `sizes` steps between one power of two and the next."""
+    step = max(least_step, (1 << (size - 1).bit_length()) // (2 * sizes))
+    return -(-size // step) * step
+
+
+def bucket(tokens: int) -> int:
+    """The smallest token count in use that holds `tokens` (> 0)."""
+    return _rounded_up(tokens, _COUNTS, _LEAST_COUNT_STEP)
+
+
+def width_bucket(longest: int) -> int:
+    """The smallest width in use of padded rows that holds `longest` tokens (> 0)."""
+    return _rounded_up(longest, _SIZES, _WIDTH_STEP)
+
+
+def _row_count(rows: int) -> int:
+    return rows if rows <= 2 else _rounded_up(rows, _SIZES, _ROWS_STEP)
 
 
 @dataclass(frozen=True)
-class LengthGroup:
-    """Sequences of similar length, read as a padded block.
+class AttentionBlock:
+    """Rows of one width, each with one sequence or with several short ones.
 
     Args:
-        index: token position of each cell, `[sequences, longest]` int64; padding repeats the first token.
-        sequences: which sequences of the batch these are, `[sequences]` int64.
-        padding: True where a cell is padding, `[sequences, longest]` bool; None if there is none.
+        tokens: token of the batch in each cell, `[rows, width]` int64; -1 where there is none.
+        sequences: sequences of each row in their order, `[rows, slots]` int64; -1 where there is none.
+        owners: sequence of each cell, `[rows, width]` int64; -1 where there is none.
     """
 
-    index: torch.Tensor
+    tokens: torch.Tensor
     sequences: torch.Tensor
-    padding: torch.Tensor | None
+    owners: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width."""
+        return tuple(self.tokens.shape)
+
+    def hidden_keys(self, first_only: bool) -> torch.Tensor | None:
+        """True where a query must not read a key, `[rows, 1, queries or 1, width]` bool; None if each reads all.
+
+        Args:
+            first_only: queries are of the sequences' first tokens, `slots` in a row.
+        """
+        return self._hidden_from_first if first_only else self._hidden
+
+    @cached_property
+    def _hidden(self) -> torch.Tensor | None:
+        # A row's only sequence needs no mask a query: what is computed of padding is never read.
+        return self._keys_of_others(self.owners if self.sequences.shape[1] > 1 else self.sequences)
+
+    @cached_property
+    def _hidden_from_first(self) -> torch.Tensor | None:
+        return self._keys_of_others(self.sequences)
+
+    def _keys_of_others(self, queries: torch.Tensor) -> torch.Tensor | None:
+        # Padding reads padding, so that no query is left without a key: its softmax would not be finite.
+        hidden = (queries[:, :, None] != self.owners[:, None, :])[:, None]
+        return hidden if hidden.any() else None
 
 
 @dataclass(frozen=True)
@@ -40,8 +99,8 @@ class PackedLayout:
 
     Args:
         lengths: tokens of each sequence (host), all >= 1.
-        tail: tokens of filler after the last sequence, present where token counts are rounded to a
-            bucket; they form one sequence of their own that nothing reads.
+        tail: tokens of filler after the last sequence, which round up the token count; they form one sequence of
+            their own that nothing reads.
     """
 
     lengths: tuple[int, ...]
@@ -97,35 +156,59 @@ class PackedLayout:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        """Sequences of equal length that follow one another: (first, end) of each, in order."""
+        """Sequences of equal length that follow one another, without filler: (first, end) of each, in order."""
         found, begin = [], 0
-        for _, members in groupby(self.all_lengths):
+        for _, members in groupby(self.lengths):
             found.append((begin, begin + len(tuple(members))))
             begin = found[-1][1]
         return tuple(found)
 
     @cached_property
-    def groups(self) -> tuple[LengthGroup, ...]:
-        """Sequences by similar length, longest first."""
-        # Fewer groups mean fewer launches, with 2 products forward and 4 backward each. More groups mean less padding.
-        order = sorted(range(len(self.all_lengths)), key=lambda i: -self.all_lengths[i])
-        groups, begin = [], 0
-        for end in range(1, len(order) + 1):
-            longest = self.all_lengths[order[begin]]
-            if end == len(order) or self.all_lengths[order[end]] < _SHORTEST_IN_GROUP * longest:
-                groups.append(self._group(order[begin:end]))
-                begin = end
-        return tuple(groups)
+    def blocks(self) -> tuple[AttentionBlock, ...]:
+        """Blocks that hold each sequence once, the longest first; filler is in none."""
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        blocks, begin = [], 0
+        while begin < len(order) and (longest := self.lengths[order[begin]]) > _SHARED_WIDTH:
+            width = width_bucket(longest)
+            similar = sum(self.lengths[i] >= _SHORTEST_IN_BLOCK * width for i in order[begin:])
+            # Rows that round up the count hold the next shorter sequences, which costs no more than filler there.
+            rows = _row_count(max(similar, 1))
+            blocks.append(self._block([[i] for i in order[begin : begin + rows]], rows, width, 1))
+            begin += rows
+        if begin < len(order):
+            shared = self._shared_rows(order[begin:])
+            blocks.append(self._block(shared, _row_count(len(shared)), _SHARED_WIDTH, _SLOTS))
+        return tuple(blocks)
 
-    def _group(self, members: list[int]) -> LengthGroup:
-        lengths = np.array([self.all_lengths[i] for i in members])[:, None]
-        starts = np.array([self.cu_seq_lens[i] for i in members])[:, None]
-        columns = np.arange(lengths.max())[None, :]
-        is_padding = columns >= lengths
-        # Every cell must name an existing token, because it is gathered. The result of padding is masked or never read.
-        index = starts + np.where(is_padding, 0, columns)
-        padding = torch.from_numpy(is_padding) if is_padding.any() else None
-        return LengthGroup(torch.from_numpy(index), torch.tensor(members), padding)
+    def _shared_rows(self, order: list[int]) -> list[list[int]]:
+        """Short sequences, the longest first, each in the row that it leaves the least of."""
+        rows: list[list[int]] = []
+        by_space: dict[int, list[int]] = {}  # rows by how many tokens they still take
+        for sequence in order:
+            length = self.lengths[sequence]
+            space = next((space for space in range(length, _SHARED_WIDTH) if by_space.get(space)), _SHARED_WIDTH)
+            if space == _SHARED_WIDTH:
+                row = len(rows)
+                rows.append([])
+            else:
+                row = by_space[space].pop()
+            rows[row].append(sequence)
+            if len(rows[row]) < _SLOTS:
+                by_space.setdefault(space - length, []).append(row)
+        return rows
+
+    def _block(self, members: list[list[int]], rows: int, width: int, slots: int) -> AttentionBlock:
+        tokens, owners = np.full((2, rows, width), -1, np.int64)
+        sequences = np.full((rows, slots), -1, np.int64)
+        for row, own in enumerate(members):
+            sequences[row, : len(own)] = own
+            begin = 0
+            for sequence in own:
+                first, length = self.cu_seq_lens[sequence], self.lengths[sequence]
+                tokens[row, begin : begin + length] = np.arange(first, first + length)
+                owners[row, begin : begin + length] = sequence
+                begin += length
+        return AttentionBlock(*map(torch.from_numpy, (tokens, sequences, owners)))
 
     def head_rows(self, heads: int, first_only: bool) -> HeadRows:
         """Where rows of one head lie, made once a batch.
@@ -144,37 +227,48 @@ class PackedLayout:
 
 
 class HeadRows:
-    """Blocks `[sequences, heads, longest]` of a layout's groups laid end to end, by rows of one head.
+    """Blocks `[rows, heads, queries or width]` of a layout laid end to end, by rows of one head, and a row of zeros.
 
-    `bounds` has where each block begins and ends, `of_row` where each row of `[n, heads]` lies, `[n * heads]` int64.
+    Attributes:
+        bounds: where each block begins and ends.
+        rows: of all blocks and of zeros.
+        of_row: where each row of `[n, heads]` lies, `[n * heads]` int64; that of filler is the row of zeros.
     """
 
     def __init__(self, layout: PackedLayout, heads: int, first_only: bool):
         self.heads = heads
-        self.rows: list[torch.Tensor] = []
         self.bounds: list[tuple[int, int]] = []
-        begin = 0
+        self._cells = [block.sequences if first_only else block.tokens for block in layout.blocks]
         self._index: dict[int, list[torch.Tensor]] = {}
-        self.of_row = torch.empty(len(layout.all_lengths) if first_only else layout.tokens, heads, dtype=torch.int64)
-        for group in layout.groups:
-            rows = group.sequences[:, None] if first_only else group.index
-            shape = (len(rows), heads, rows.shape[1])
-            self.rows.append(rows)
+        self._empty: list[torch.Tensor] = []
+        begin, count = 0, len(layout.all_lengths) if first_only else layout.tokens
+        of_row = torch.full((count, heads), -1)
+        for cells in self._cells:
+            shape = (len(cells), heads, cells.shape[1])
             self.bounds.append((begin, begin + math.prod(shape)))
-            cells = torch.arange(*self.bounds[-1]).view(shape).transpose(1, 2)
-            # Only real cells are written: padded rows of a block are dropped when rows return to the order of tokens.
-            is_real = slice(None) if first_only or group.padding is None else ~group.padding
-            self.of_row[rows[is_real]] = cells[is_real]
+            places = torch.arange(*self.bounds[-1]).view(shape).transpose(1, 2)
+            is_real = cells >= 0
+            of_row[cells[is_real]] = places[is_real]
+            self._empty.append(places[~is_real].flatten() - begin)
             begin = self.bounds[-1][1]
-        self.of_row = self.of_row.flatten()
+        self.rows = begin + 1
+        self.of_row = torch.where(of_row < 0, begin, of_row).flatten()
 
     def index(self, number: int, pitch: int) -> torch.Tensor:
-        """Where the rows of a group's block come from, `[sequences * heads * longest]` int64.
+        """Where the rows of a block come from, `[rows * heads * width]` int64; empty cells repeat the first row.
 
         Args:
             pitch: rows of one head from one token to the next.
         """
         if pitch not in self._index:
             head = torch.arange(self.heads)[None, :, None]
-            self._index[pitch] = [(rows[:, None, :] * pitch + head).flatten() for rows in self.rows]
+            self._index[pitch] = [(cells.clamp(min=0)[:, None, :] * pitch + head).flatten() for cells in self._cells]
         return self._index[pitch][number]
+
+    def empty(self, number: int) -> torch.Tensor:
+        """Rows of a block that belong to no token, int64."""
+        return self._empty[number]
+
+    def count(self, number: int) -> tuple[int, int]:
+        """Rows of a block, and queries or keys in each."""
+        return tuple(self._cells[number].shape)

@@ -4,9 +4,8 @@ Every function takes `query [queries, heads, dim]`, `key` and `value [tokens, he
 query (`queries == tokens`), or only the first token of each sequence has one (`queries == sequences`), which is all
 that the last layer of a classifier needs. A new device needs one more function and its entry in `ATTENTION`.
 
-The CPU function has a backward pass of its own. torch's CPU kernel with dropout falls back to a dozen autograd nodes a
-call, and a batch of 32 sequences makes 5 to 8 calls a layer. The rows of a group are gathered in one copy and put back
-in one copy.
+By hand because torch's CPU kernel with dropout falls back to a chain of a dozen autograd nodes a call, and a
+batch of 32 sequences makes 1 to 5 calls a layer. A block's rows are gathered in one copy and put back in one.
 """
 
 from __future__ import annotations
@@ -18,22 +17,24 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from bert_glue.data.packing import HeadRows, LengthGroup, PackedLayout
+from bert_glue.data.packing import AttentionBlock, HeadRows, PackedLayout, width_bucket
 from bert_glue.devices.device import has_slow_products
 from bert_glue.devices.npu import torch_npu_of
 from bert_glue.model.layers import DropoutMasks, as_numbers
 
 # The kernels that have computed attention in this process; fallbacks have names of their own.
 PATHS_TAKEN: set[str] = set()
+# Rows and width of the padded blocks that it computed so far, with gradients: each is a kernel of its own.
+BLOCK_SHAPES: set[tuple[int, int]] = set()
 
 
-def grouped_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """CPU: sequences of similar length share one batched product."""
-    PATHS_TAKEN.add("packed: products grouped by length")
+def block_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
+    """CPU: one batched product a block, of sequences of similar length or of rows that short ones share."""
+    PATHS_TAKEN.add("packed: blocks of rows")
     dtype, kind = query.dtype, query.device.type
     # Gradients and our dropout masks need the probabilities in memory. Evaluation uses a kernel that writes none.
     drops = dropout_masks is not None and drop > 0.0
-    attention = GroupedAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
+    attention = BlockAttention.apply if drops or torch.is_grad_enabled() else _without_gradients
     if not has_slow_products(kind, dtype):
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     with torch.autocast(kind, enabled=False):
@@ -43,12 +44,12 @@ def grouped_attention(query, key, value, layout, first_only, drop, dropout_masks
 
 
 def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tensor:
-    """As `GroupedAttention`, by torch's fused kernel, which writes no probabilities.
+    """As `BlockAttention`, by torch's fused kernel, which writes no probabilities.
 
     Neighbours of equal length already form a block, so that nothing is gathered, padded or masked. Evaluation batches
     are sorted by length, which makes such runs long.
     """
-    out = torch.empty_like(query)
+    out = torch.zeros_like(query)  # of filler, which is in no run
     for first, end in layout.runs:
         tokens = slice(layout.cu_seq_lens[first], layout.cu_seq_lens[end])
         q_rows = slice(first, end) if first_only else tokens
@@ -59,18 +60,18 @@ def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tenso
 
 
 def padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """Any device: pad to the longest sequence inside attention only, and call torch's fused kernel.
+    """Any device: padded inside attention only, to a width that recurs, through torch's fused kernel.
 
-    This is the fallback where no kernel accepts cumulative lengths, or where that kernel has no dropout.
+    Taken where no kernel takes cumulative lengths, or where that kernel has no dropout. Of filler only the first token
+    is computed, for all of it: its width would be another in every batch.
     """
     PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
-    device, longest = key.device, layout.longest
-    # The index is built on the host from host numbers and sent without a wait. Reading lengths from the device would
-    # make the host wait in every layer. Padding repeats a sequence's first token, so that every index is valid; the
-    # mask hides it.
+    device, width = key.device, width_bucket(max(layout.lengths))
+    # Built on the host, from host numbers, and sent without a wait: asking the device for lengths would stop it here,
+    # in every layer. Padding repeats a sequence's first token, so that every index is valid; the mask hides it.
     starts = torch.tensor(layout.cu_seq_lens[:-1])[:, None]
-    lengths = torch.tensor(layout.all_lengths)[:, None]
-    columns = torch.arange(longest)[None, :]
+    lengths = torch.tensor((*layout.lengths, 1) if layout.tail else layout.lengths)[:, None]
+    columns = torch.arange(width)[None, :]
     is_real = columns < lengths
     index = torch.where(is_real, starts + columns, starts).to(device, non_blocking=True)
     mask = is_real[:, None, None, :]
@@ -79,13 +80,19 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
         # et al. 2019).
         mask = torch.where(mask, 0.0, -1e4).to(query.dtype)
     mask = mask.to(device, non_blocking=True)
-    sequences = torch.arange(len(layout.all_lengths), device=device)[:, None]
-    q_index = sequences if first_only else index
-    q, k, v = query[q_index].transpose(1, 2), key[index].transpose(1, 2), value[index].transpose(1, 2)
+    BLOCK_SHAPES.add((len(lengths), width))
+    sequences = torch.arange(len(lengths), device=device)[:, None]
+    q, k, v = (
+        x[rows].transpose(1, 2)
+        for x, rows in ((query, sequences if first_only else index), (key, index), (value, index))
+    )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop if dropout_masks else 0.0)
     out = out.transpose(1, 2)
-    # `nonzero` of a device mask would make the host wait for its size; that of a host mask does not.
-    return out[:, 0] if first_only else out.flatten(0, 1)[is_real.flatten().nonzero()[:, 0].to(device)]
+    if first_only:
+        return out[:, 0]
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(layout.all_lengths))
+    cells = rows * width + torch.from_numpy(layout.positions)
+    return out.flatten(0, 1)[cells.to(device, non_blocking=True)]
 
 
 def _varlen_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop):
@@ -202,7 +209,7 @@ def fusion_attention(query, key, value, layout, first_only, drop, dropout_masks,
 
 
 ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
-    "cpu": grouped_attention,
+    "cpu": block_attention,
     "cuda": varlen_attention,
     "npu": fusion_attention,
 }
@@ -238,8 +245,8 @@ def attend(
     return function(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
 
 
-class GroupedAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(dim)) v, group by group; the arguments are those of `attend`."""
+class BlockAttention(torch.autograd.Function):
+    """softmax(q k' / sqrt(dim)) v, block by block; the arguments are those of `attend`."""
 
     @staticmethod
     def forward(ctx, query, key, value, layout, first_only, drop, dropout_masks, mask_id):
@@ -249,19 +256,17 @@ class GroupedAttention(torch.autograd.Function):
         q_rows = layout.head_rows(heads, first_only)
         k_rows = layout.head_rows(heads, False)
         saved = []
-        # All groups write into one buffer, and one `index_select` then restores the order of the tokens.
-        out = query.new_empty(q_rows.bounds[-1][1], dim)
-        for number, group in enumerate(layout.groups):
-            q = _block(query, q_rows, number)
-            k = _block(key, k_rows, number)
-            v = _block(value, k_rows, number)
-            probabilities = _softmax_block(q, k, group, scale)
+        out = _block_buffer(query, q_rows)
+        for number, block in enumerate(layout.blocks):
+            BLOCK_SHAPES.add(block.shape)
+            q = _gathered(query, q_rows, number)
+            k = _gathered(key, k_rows, number)
+            v = _gathered(value, k_rows, number)
+            probabilities = _softmax_block(q, k, block, first_only, scale)
             keep, dropped = None, probabilities
             if drop > 0.0:
-                keep = dropout_masks.keep(
-                    (len(group.sequences), heads, *probabilities.shape[1:]), drop, mask_id * 4096 + number
-                )
-                keep = keep.flatten(0, 1)
+                shape = (len(block.tokens), heads, *probabilities.shape[1:])
+                keep = dropout_masks.keep(shape, drop, mask_id * 4096 + number).flatten(0, 1)
                 dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
             torch.bmm(dropped, v, out=_part(out, q_rows, number, q))
             # The mask is kept in bytes, a quarter of the size of the dropped probabilities in fp32. Backward computes
@@ -276,18 +281,17 @@ class GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        layout, first_only, scale = ctx.layout, ctx.first_only, ctx.scale
+        layout, scale = ctx.layout, ctx.scale
         heads, dim = grad.shape[1:]
-        q_rows, k_rows = layout.head_rows(heads, first_only), layout.head_rows(heads, False)
+        q_rows, k_rows = layout.head_rows(heads, ctx.first_only), layout.head_rows(heads, False)
         # Read once: under gradient checkpointing every access unpacks the tensors, and torch refuses the second.
         saved = ctx.saved_tensors
-        dq, dk, dv = (grad.new_empty(head_rows.bounds[-1][1], dim) for head_rows in (q_rows, k_rows, k_rows))
-        for number, group in enumerate(layout.groups):
+        dq, dk, dv = (_block_buffer(grad, head_rows) for head_rows in (q_rows, k_rows, k_rows))
+        for number in range(len(layout.blocks)):
             q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
-            g = _block(grad, q_rows, number)
-            # Padded query rows repeat the gradient of a real token, which would then count once for each cell.
-            if group.padding is not None and not first_only:
-                g.view(len(group.sequences), heads, -1, dim).transpose(1, 2)[group.padding] = 0.0
+            g = _gathered(grad, q_rows, number)
+            # Cells without a token repeat the first token's gradient, which would then count once for each cell.
+            g.view(-1, dim).index_fill_(0, q_rows.empty(number), 0.0)
             dp = torch.bmm(g, v.transpose(1, 2))
             dropped = probabilities
             if keep is not None:
@@ -302,21 +306,30 @@ class GroupedAttention(torch.autograd.Function):
         return *(d.index_select(0, head_rows.of_row).view(-1, heads, dim) for d, head_rows in pairs), *([None] * 5)
 
 
-def _block(x: torch.Tensor, head_rows: HeadRows, number: int) -> torch.Tensor:
-    """The block `[sequences * heads, length, dim]` of one group of `x`, `[n, heads, dim]`."""
-    # Rows of one head are copied whole, also from the joint product of query, key and value. This takes a fifth of the
-    # time of an index over tokens and heads.
+def _gathered(x: torch.Tensor, head_rows: HeadRows, number: int) -> torch.Tensor:
+    """`[n, heads, dim]` -> `[rows * heads, width, dim]`, of one block.
+
+    Rows of one head are copied whole, also out of the joint product of query, key and value: a fifth of the time that
+    an index over tokens and heads takes.
+    """
     heads, dim = x.shape[1:]
     if x.stride(1) != dim or x.stride(2) != 1 or x.stride(0) % dim:
         x = x.contiguous()
     pitch = x.stride(0) // dim
-    rows = x.as_strided(((len(x) - 1) * pitch + heads, dim), (dim, 1))
-    sequences, length = head_rows.rows[number].shape
-    return rows.index_select(0, head_rows.index(number, pitch)).view(sequences * heads, length, dim)
+    by_head = x.as_strided(((len(x) - 1) * pitch + heads, dim), (dim, 1))
+    rows, width = head_rows.count(number)
+    return by_head.index_select(0, head_rows.index(number, pitch)).view(rows * heads, width, dim)
+
+
+def _block_buffer(like: torch.Tensor, head_rows: HeadRows) -> torch.Tensor:
+    """Memory of all blocks, `[rows of a head, dim]`, which one `index_select` then puts back into token order."""
+    rows = like.new_empty(head_rows.rows, like.shape[-1])
+    rows[-1] = 0.0  # what filler gets: it is in no block
+    return rows
 
 
 def _part(rows: torch.Tensor, head_rows: HeadRows, number: int, like: torch.Tensor) -> torch.Tensor:
-    """The rows of one group as its block `[sequences * heads, length, dim]`."""
+    """One block's part of `_block_buffer`, `[rows * heads, width, dim]`."""
     return rows[slice(*head_rows.bounds[number])].view(like.shape)
 
 
@@ -324,10 +337,12 @@ def _scaled_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: 
     return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
 
-def _softmax_block(q: torch.Tensor, k: torch.Tensor, group: LengthGroup, scale: float) -> torch.Tensor:
+def _softmax_block(
+    q: torch.Tensor, k: torch.Tensor, block: AttentionBlock, first_only: bool, scale: float
+) -> torch.Tensor:
     scores = _scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
-    if group.padding is not None:
-        by_sequence = scores.view(len(group.sequences), -1, *scores.shape[1:])
-        # In place, because the scores `[sequences * heads, length, length]` are the largest tensor of a layer.
-        by_sequence.masked_fill_(group.padding[:, None, None, :], torch.finfo(scores.dtype).min)
+    hidden = block.hidden_keys(first_only)
+    if hidden is not None:
+        # In place: scores of `[rows * heads, width, width]` are the largest tensor of a layer.
+        scores.view(len(hidden), -1, *scores.shape[1:]).masked_fill_(hidden, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1)

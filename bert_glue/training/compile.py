@@ -104,7 +104,7 @@ def compile_model(
     seconds = time.perf_counter() - began
     log.line(
         f"torch_compile: {backend} made {compiled.graphs} graph(s) in {seconds:.1f} s, which are in no rate; "
-        "token counts are rounded up to buckets, 16 from one power of two to the next"
+        "token counts are rounded up to buckets, 32 from one power of two to the next"
     )
     return compiled
 

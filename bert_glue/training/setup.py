@@ -24,7 +24,7 @@ from bert_glue.devices.npu import moves_allocations
 from bert_glue.errors import CheckpointError, UsageError
 from bert_glue.evaluation.collapse import CollapseWatch, constant_loss
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
-from bert_glue.model.attention import PATHS_TAKEN
+from bert_glue.model.attention import BLOCK_SHAPES, PATHS_TAKEN
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.precision.native import InferencePrecision, NativePrecision
 from bert_glue.precision.plan import ModelPrecision, PrecisionPlan, TrainingPrecision
@@ -58,7 +58,7 @@ def build_collator(
         pads_left=model.tokenizer.pads_left,
         depends_on_padding=model.depends_on_padding,
         device=ranks.device.torch_device,
-        is_rounded=args.torch_compile or args.cuda_graph,
+        is_rounded=model.is_packed or args.torch_compile or args.cuda_graph,
         row_of_token=narrowed.row_of_token if narrowed else None,
     )
 
@@ -266,6 +266,8 @@ def _train(state: TrainState) -> None:
             log.line(summary)
         if PATHS_TAKEN:
             log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
+        # Each is a kernel of its own to libraries that make one for a shape, and a graph to a compiler.
+        log.line(f"shapes: {len(state.data.collate.shapes)} token count(s), {len(BLOCK_SHAPES)} block(s) of attention")
         with state.observers.phases("save"):
             state.ranks.barrier()
 

@@ -26,49 +26,79 @@ def test_without_filler():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_hold_every_token_once(seed):
+def test_blocks_hold_every_token_once_and_no_filler(seed):
     generator = np.random.default_rng(seed)
     lengths = tuple(int(n) for n in generator.integers(1, generator.choice([2, 20, 512]), size=seed + 1))
     layout = PackedLayout(lengths, tail=seed % 3)
-    tokens = torch.arange(layout.tokens)
-    real, sequences, longest_before = [], [], 10**6
-    for group in layout.groups:
-        sizes = [layout.all_lengths[i] for i in group.sequences]
-        assert group.index.shape == (len(sizes), max(sizes)) and max(sizes) <= longest_before
-        # No sequence is padded to more than 4/3 of its length.
-        assert min(sizes) >= 0.75 * max(sizes)
-        longest_before = min(sizes)
-        padding = torch.zeros_like(group.index, dtype=torch.bool) if group.padding is None else group.padding
-        assert (group.padding is None) == (min(sizes) == max(sizes))
-        assert (~padding).sum(1).tolist() == sizes
-        assert torch.equal(group.index[padding], group.index[:, :1].expand_as(group.index)[padding])
-        real.append(group.index[~padding])
-        sequences += group.sequences.tolist()
-    assert torch.equal(torch.cat(real).sort().values, tokens)
-    assert sorted(sequences) == list(range(len(layout.all_lengths)))
+    tokens, sequences = [], []
+    for block in layout.blocks:
+        rows, width = block.shape
+        assert block.tokens.shape == block.owners.shape and block.sequences.shape[0] == rows
+        is_real = block.tokens >= 0
+        assert torch.equal(is_real, block.owners >= 0)
+        for sequence in block.sequences[block.sequences >= 0].tolist():
+            cells = block.tokens[block.owners == sequence]  # in order, and all in one row
+            first = layout.cu_seq_lens[sequence]
+            assert cells.tolist() == list(range(first, first + lengths[sequence]))
+            assert int((block.owners == sequence).any(1).sum()) == 1
+        tokens.append(block.tokens[is_real])
+        sequences += block.sequences[block.sequences >= 0].tolist()
+    assert torch.equal(torch.cat(tokens).sort().values, torch.arange(layout.real_tokens))
+    assert sorted(sequences) == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("first_only", [False, True])
 @pytest.mark.parametrize("pitch", [3, 9], ids=["alone", "of a joint product"])
 def test_rows_of_a_head_are_found_and_put_back(first_only, pitch):
-    layout = PackedLayout((8, 1, 7, 6, 8, 2), tail=3)
+    layout = PackedLayout((80, 1, 7, 6, 40, 2), tail=3)
     head_rows, count = layout.head_rows(3, first_only), len(layout.all_lengths) if first_only else layout.tokens
-    rows = torch.arange(count * pitch)
-    taken = torch.cat([rows[head_rows.index(number, pitch)] for number in range(len(layout.groups))])
-    assert torch.equal(taken[head_rows.of_row].view(count, 3), rows.view(count, pitch)[:, :3])
-    assert [end - begin for begin, end in head_rows.bounds] == [
-        3 * group.index[:, : 1 if first_only else None].numel() for group in layout.groups
-    ]
-    assert layout.head_rows(3, first_only) is head_rows
+    filler = 1 if first_only else layout.tail
+    rows = torch.arange(1, count * pitch + 1)
+    taken = torch.cat([rows[head_rows.index(number, pitch)] for number in range(len(layout.blocks))])
+    found = torch.cat([taken, torch.zeros(1, dtype=torch.int64)])[head_rows.of_row].view(count, 3)
+    assert torch.equal(found[:-filler], rows.view(count, pitch)[:-filler, :3]) and (found[-filler:] == 0).all()
+    assert head_rows.rows == len(taken) + 1 and layout.head_rows(3, first_only) is head_rows
 
 
-def test_equal_lengths_are_one_group_without_padding():
-    (group,) = PackedLayout((7,) * 6).groups
-    assert group.padding is None and group.index.shape == (6, 7)
+def test_equal_lengths_that_fill_their_rows_need_no_mask():
+    (block,) = PackedLayout((48,) * 8).blocks
+    assert block.shape == (8, 48) and block.hidden_keys(False) is None and block.hidden_keys(True) is None
 
 
-def test_runs_are_neighbours_of_equal_length():
-    assert PackedLayout((7, 7, 4, 7, 1, 1, 1), tail=1).runs == ((0, 2), (2, 3), (3, 4), (4, 8))
+def test_short_sequences_share_rows():
+    (block,) = PackedLayout((10, 12, 9, 20, 11, 2)).blocks
+    assert block.shape == (2, 32) and (block.owners >= 0).sum() == 64
+
+
+def test_a_row_has_few_sequences_however_short_they_are():
+    (block,) = PackedLayout((1,) * 17).blocks
+    assert (block.sequences >= 0).sum(1).tolist() == [8, 8, 1, 0]
+
+
+def _lengths_like(mean: float, spread: float, count: int) -> np.ndarray:
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - spread**2 / 2, spread, count)
+    return np.clip(drawn.round().astype(int), 4, 128)
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "most_filler"),
+    [(53, 0.25, 0.03), (11, 0.35, 0.06), (68, 0.45, 0.04)],
+    ids=["mrpc", "cola", "rte"],
+)
+def test_shapes_recur_and_filler_is_little(mean, spread, most_filler):
+    """300 batches of 32 rows: token counts and attention blocks together."""
+    counts, blocks = set(), set()
+    for lengths in _lengths_like(mean, spread, 300 * 32).reshape(300, 32):
+        real = int(lengths.sum())
+        layout = PackedLayout(tuple(lengths.tolist()), bucket(real + 1) - real)
+        assert layout.tail <= most_filler * real
+        counts.add(layout.tokens)
+        blocks |= {block.shape for block in layout.blocks}
+    assert len(counts) + len(blocks) <= 64
+
+
+def test_runs_are_neighbours_of_equal_length_without_filler():
+    assert PackedLayout((7, 7, 4, 7, 1, 1, 1), tail=1).runs == ((0, 2), (2, 3), (3, 4), (4, 7))
     assert PackedLayout((5,)).runs == ((0, 1),)
 
 

@@ -78,7 +78,7 @@ def test_text_names_what_was_found_and_trained() -> None:
     done = subprocess.run(COMMAND, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("verdict: cpu trains\n")
-    for part in ("fp32                trains: O0 fp32, 2 steps, loss", "products grouped by length", "default recipe"):
+    for part in ("fp32                trains: O0 fp32, 2 steps, loss", "blocks of rows", "default recipe"):
         assert part in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 240
 
@@ -90,7 +90,7 @@ def test_json_holds_the_proof() -> None:
     for precision in ("fp32", "bf16"):
         first, second = report["training"][precision]["losses"]
         assert 0.5 < second < first < 0.9
-    assert report["training"]["fp32"]["attention"] == ["packed: products grouped by length"]
+    assert report["training"]["fp32"]["attention"] == ["packed: blocks of rows"]
     assert report["versions"]["torch"] == report["torch"]["version"].split("\n")[0]
     assert report["memory"]["total_bytes"] >= report["memory"]["available_bytes"] > 0
     assert report["hub"]["state"] == "offline" and "problem" not in problems(report)

@@ -16,8 +16,8 @@ from bert_glue.model import attention
 from bert_glue.model.attention import (
     ATTENTION,
     attend,
+    block_attention,
     fusion_attention,
-    grouped_attention,
     padded_attention,
     varlen_attention,
 )
@@ -27,8 +27,9 @@ LAYOUTS = {
     "one": PackedLayout((6,)),
     "single token": PackedLayout((1,)),
     "equal": PackedLayout((4, 4, 4)),
-    "padded group": PackedLayout((8, 7, 6, 8)),
-    "many groups": PackedLayout((9, 1, 5, 2, 8, 1)),
+    "padded rows": PackedLayout((8, 7, 6, 8)),
+    "shared rows": PackedLayout((9, 1, 5, 2, 8, 1, 30, 3)),
+    "many blocks": PackedLayout((40, 1, 70, 38, 2, 66, 33, 12, 31)),
     "runs": PackedLayout((7, 7, 7, 4, 1, 1)),
     "filler": PackedLayout((3, 5), tail=7),
 }
@@ -44,32 +45,36 @@ def _inputs(layout, first_only, heads=3, dim=4, dtype=torch.float64):
 
 
 def _keep_masks(layout, first_only, heads, drop, dropout_masks) -> dict[int, torch.Tensor]:
-    """Mask of each sequence, `[heads, queries, keys]`, cut from the masks of its group."""
+    """Mask of each sequence, `[heads, queries, keys]`, cut from the masks of its block."""
     masks = {}
-    for number, group in enumerate(layout.groups):
-        rows, longest = group.index.shape
-        shape = (rows, heads, 1 if first_only else longest, longest)
-        keep = dropout_masks.keep(shape, drop, SITE * 4096 + number)
-        for row, sequence in enumerate(group.sequences.tolist()):
-            length = layout.all_lengths[sequence]
-            masks[sequence] = keep[row, :, :length, :length]
+    for number, block in enumerate(layout.blocks):
+        rows, width = block.shape
+        queries = block.sequences.shape[1] if first_only else width
+        keep = dropout_masks.keep((rows, heads, queries, width), drop, SITE * 4096 + number)
+        for row, slot in (block.sequences >= 0).nonzero().tolist():
+            sequence = int(block.sequences[row, slot])
+            (own,) = (block.owners[row] == sequence).nonzero(as_tuple=True)
+            masks[sequence] = keep[row][:, [slot] if first_only else own][:, :, own]
     return masks
 
 
 def _naive(query, key, value, layout, first_only, masks=None, drop=0.0):
-    """A loop over sequences that knows nothing of groups."""
+    """A loop over sequences that knows nothing of blocks."""
     out = []
     for i, (begin, end) in enumerate(zip(layout.cu_seq_lens[:-1], layout.cu_seq_lens[1:], strict=True)):
         q = query[i : i + 1] if first_only else query[begin:end]
         scores = torch.einsum("qhd,khd->hqk", q, key[begin:end]) / math.sqrt(query.shape[-1])
         probabilities = scores.softmax(-1)
-        if masks is not None:
+        if masks is not None and i in masks:  # filler has none
             probabilities = probabilities * masks[i] / (1 - drop)
         out.append(torch.einsum("hqk,khd->qhd", probabilities, value[begin:end]))
     return torch.cat(out)
 
 
-def _assert_equal_with_gradients(ours, expected, inputs, **limits) -> None:
+def _assert_equal_with_gradients(ours, expected, inputs, layout, first_only, **limits) -> None:
+    """Nothing reads filler, so it is left out."""
+    real = len(layout.lengths) if first_only else layout.real_tokens
+    ours, expected = ours[:real], expected[:real]
     torch.testing.assert_close(ours, expected, **limits)
     weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     got = torch.autograd.grad((ours * weights).sum(), inputs)
@@ -80,11 +85,11 @@ def _assert_equal_with_gradients(ours, expected, inputs, **limits) -> None:
 
 @both_queries
 @every_layout
-@pytest.mark.parametrize("function", [grouped_attention, padded_attention])
+@pytest.mark.parametrize("function", [block_attention, padded_attention])
 def test_equals_the_naive_loop(function, layout, first_only):
     inputs = _inputs(layout, first_only)
     ours = function(*inputs, layout, first_only, 0.0, None, SITE)
-    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs, layout, first_only)
 
 
 @both_queries
@@ -94,7 +99,8 @@ def test_without_gradients_it_is_the_same_up_to_dropout(layout, first_only, drop
     inputs, drop = _inputs(layout, first_only), 0.4
     with torch.no_grad():
         ours = attend(*inputs, layout, first_only, drop, dropout_masks, SITE)
-    torch.testing.assert_close(ours, attend(*inputs, layout, first_only, drop, dropout_masks, SITE))
+    with_gradients = attend(*inputs, layout, first_only, drop, dropout_masks, SITE)
+    torch.testing.assert_close(ours, with_gradients)
 
 
 @both_queries
@@ -103,7 +109,7 @@ def test_dropout_has_the_same_masks_forward_and_backward(layout, first_only):
     inputs, dropout_masks, drop = _inputs(layout, first_only), DropoutMasks(5), 0.4
     ours = attend(*inputs, layout, first_only, drop, dropout_masks, SITE)
     masks = _keep_masks(layout, first_only, 3, drop, dropout_masks)
-    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only, masks, drop), inputs)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only, masks, drop), inputs, layout, first_only)
 
 
 @both_queries
@@ -162,7 +168,7 @@ def test_padded_attention_drops_only_where_there_are_masks():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_stays_in_its_dtype(dtype):
-    layout = LAYOUTS["padded group"]
+    layout = LAYOUTS["padded rows"]
     inputs = _inputs(layout, False, dtype=dtype)
     ours = attend(*inputs, layout, False, 0.2, DropoutMasks(0), SITE)
     ours.float().sum().backward()
@@ -209,7 +215,7 @@ def fusion_calls(monkeypatch):
 def test_npu_fusion_attention(fusion_calls, layout, first_only):
     inputs = _inputs(layout, first_only)
     ours = fusion_attention(*inputs, layout, first_only, 0.3, None, SITE)
-    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs, layout, first_only)
     assert len(fusion_calls) == 1 and fusion_calls[0]["keep_prob"] == 1.0
 
 
@@ -222,7 +228,7 @@ def test_npu_fusion_attention_drops_with_masks(fusion_calls):
 @both_queries
 def test_npu_without_the_packed_kernel_pads(monkeypatch, fusion_calls, first_only):
     monkeypatch.setattr(attention, "has_packed_npu_attention", lambda: False)
-    layout = LAYOUTS["many groups"]
+    layout = LAYOUTS["many blocks"]
     inputs = _inputs(layout, first_only)
     ours = fusion_attention(*inputs, layout, first_only, 0.0, None, SITE)
     torch.testing.assert_close(ours, _naive(*inputs, layout, first_only))
@@ -251,7 +257,7 @@ def test_cuda_gives_the_kernel_borders_and_longest(kernels, layout, first_only):
     kernels(loop=(_loop_kernel(calls), True))
     inputs = _inputs(layout, first_only)
     ours = varlen_attention(*inputs, layout, first_only, 0.3, None, SITE)
-    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs, layout, first_only)
     assert calls == [(2, 2, 0.0), (1 if first_only else layout.longest, layout.longest, 0.0)]  # the probe, the call
 
 
@@ -269,7 +275,7 @@ def test_cuda_takes_the_first_kernel_that_runs_and_drops(kernels, drop, expected
 
 def test_cuda_pads_inside_attention_where_no_kernel_runs(kernels):
     kernels(refuses=(_refuses, True))
-    layout = LAYOUTS["many groups"]
+    layout = LAYOUTS["many blocks"]
     inputs = _inputs(layout, False)
     torch.testing.assert_close(
         varlen_attention(*inputs, layout, False, 0.0, None, SITE), _naive(*inputs, layout, False)

@@ -220,8 +220,8 @@ def test_every_dropout_has_an_address_of_its_own(monkeypatch):
     packed, _ = random_batch((30, 7, 12, 100))
     module = _with_dropout(stock_model("bert"))
     module(**packed, dropout_masks=DropoutMasks(0))
-    groups = len(packed["layout"].groups)
-    assert groups == 4 and len(seen) == len(set(seen)) == 3 + module.shape.layers * (2 + groups)
+    blocks = len(packed["layout"].blocks)
+    assert blocks == 2 and len(seen) == len(set(seen)) == 3 + module.shape.layers * (2 + blocks)
 
 
 def test_gradients_with_dropout_match_finite_differences():

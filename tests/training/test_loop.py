@@ -139,11 +139,9 @@ def test_packed_is_the_padded_run(tmp_path, padding):
     assert packed.learner.model.is_packed and not padded.learner.model.is_packed
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-5)
     assert packed.observers.meter.computed_tokens < padded.observers.meter.computed_tokens
-    assert (
-        packed.observers.meter.real_tokens
-        == padded.observers.meter.real_tokens
-        == packed.observers.meter.computed_tokens
-    )
+    meter = packed.observers.meter
+    assert meter.real_tokens == padded.observers.meter.real_tokens
+    assert meter.real_tokens < meter.computed_tokens <= meter.real_tokens + 16 * meter.steps  # filler is not real
     assert_close(weights(packed), weights(padded), 1e-5)
 
 
