@@ -214,9 +214,9 @@ def test_each_row_is_moved_along_its_gradient_by_epsilon(tmp_path: Path, monkeyp
     padded = fit(arguments(tmp_path, fgm_epsilon=0.3, max_steps=2, padding="longest"))
     assert losses(packed) == pytest.approx(losses(padded), rel=1e-4)
     gradient, move, batch = moves[0]
-    for g, r in zip(
-        gradient.split(batch.inputs["layout"].lengths), move.split(batch.inputs["layout"].lengths), strict=True
-    ):
+    layout = batch.inputs["layout"]
+    assert layout.tail and (gradient[layout.real_tokens :] == 0).all() and (move[layout.real_tokens :] == 0).all()
+    for g, r in zip(*(x[: layout.real_tokens].split(layout.lengths) for x in (gradient, move)), strict=True):
         assert r.norm() == pytest.approx(0.3, rel=1e-5)
         torch.testing.assert_close(r, 0.3 * g / g.norm())
     torch.testing.assert_close(moves[2][1].norm(dim=(1, 2)), torch.full((len(moves[2][1]),), 0.3))

@@ -43,9 +43,9 @@ def test_flops_are_those_torch_counts():
     """On sequences of one length, where nothing is padded; the classifier's 2 outputs are left out."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    lengths = (9,) * 4
-    layout, module = PackedLayout(lengths), PackedClassifier(shape()).eval()
-    ids = torch.ones(1, 36, dtype=torch.int64)
+    lengths = (48,) * 4
+    layout, module = PackedLayout(lengths), PackedClassifier(shape(positions=48)).eval()
+    ids = torch.ones(1, sum(lengths), dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:  # it does not know oneDNN's product, which is for larger ones
         module(ids, ids * 0, torch.from_numpy(layout.positions)[None], layout)
     assert forward_flops(shape(), lengths) == counter.get_total_flops() - 2 * 16 * 2 * len(lengths)
