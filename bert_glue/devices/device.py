@@ -93,6 +93,11 @@ class Device:
         return f"simulated {name}" if self.is_simulated else name
 
     @property
+    def product_library(self) -> str | None:
+        """The library of large fp32 products on a CPU, MKL or oneDNN; None on devices, which have their own."""
+        return cpu.product_library() if self.is_host else None
+
+    @property
     def is_simulated(self) -> bool:
         """True on the simulated NPU of the tests, which checks calls and control flow, but no kernels and no speed."""
         return self.kind == "npu" and bool(getattr(import_torch_npu(), "is_simulated", False))
@@ -268,5 +273,7 @@ def has_onednn_linear(kind: str, is_transposed: bool = False) -> bool:
     With a transpose its AVX2 kernels take up to twice as long as MKL's; its AVX-512 kernels are equally fast with both.
     """
     if kind != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if cpu.product_library() != "oneDNN":
         return False
     return not is_transposed or torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -234,6 +234,8 @@ def _device_lines(report: dict[str, Any]) -> list[str]:
         rounded = device.get("fp32_products") or ()
         has = [name for name in ("fp32", "bf16", "fp16") if device.get(name)]
         parts.append("trains in " + ", ".join(f"{n} (products in fp32)" if n in rounded else n for n in has))
+        if device.get("product_library"):
+            parts.append(f"large fp32 products by {device['product_library']}")
         if device.get("problem"):
             parts.append(device["problem"])
         rows.append(_row(device["device"], "; ".join(parts)))

@@ -83,6 +83,7 @@ def _describe(device: Any) -> dict[str, Any]:
     from bert_glue.devices.device import has_slow_products
 
     about: dict[str, Any] = {"device": str(device.torch_device), "name": device.name, "fp32": True}
+    about["product_library"] = device.product_library
     memory = None
     try:
         about["bf16"], about["fp16"] = device.supports(torch.bfloat16), device.supports(torch.float16)

@@ -4,8 +4,8 @@ autograd puts a weight's gradient into a new tensor and then adds it to `.grad`.
 for every weight, and fresh pages for every temporary. With flat views (precision/flat_buffers.py) the product is added
 directly to `.grad`.
 
-On a CPU with AVX-512, oneDNN computes the products, forward and backward. torch would use MKL there, which leaves half
-of the vector width unused on AMD processors: it reaches 110 GFLOP/s a core, and oneDNN 230.
+On a CPU with AVX-512, other than Intel's, oneDNN computes the products, forward and backward. torch would use MKL. It
+leaves half of the vector width unused on AMD processors: it reaches 110 GFLOP/s a core, and oneDNN 230.
 
 torch's CPU dropout draws one Bernoulli number after another on one thread. Each takes about 12 ns on the machines we
 measured, in total as long as the matrix product beside it. Here 16-bit draws of numpy's SFC64 are compared with a

@@ -60,6 +60,7 @@ def provenance(
         **({} if weights is None else {"class_weights": weights}),
         "model_sha256": {path.name: file_hash(path) for path in model.files},
         "device_name": ranks.device.name,
+        "product_library": ranks.device.product_library,
         "world_size": ranks.world_size,
     }
 

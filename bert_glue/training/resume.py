@@ -194,6 +194,7 @@ _MAY_CHANGE = (
     Fact("world_size", "ranks"),
     Fact("precision", "precision"),
     Fact("device", "device"),
+    Fact("product_library", "library of fp32 products"),
 )
 
 
@@ -206,6 +207,7 @@ def _may_change(state: TrainState) -> dict[str, object]:
         "world_size": state.ranks.world_size,
         "precision": state.learner.precision.plan.name,
         "device": state.ranks.device.name,
+        "product_library": state.ranks.device.product_library,
     }
 
 
@@ -262,8 +264,10 @@ def _resume(state: TrainState, folder: Path) -> list[str]:
     other_data = _check_data(state, folder, stored["same"])
     # A flag that came after the checkpoint had its default.
     defaults = {name: FLAGS[name].default for name in (*_SETTINGS, "class_weights")}
-    then = defaults | with_current_keys(_MAY_CHANGE, stored["settings"])
     now = _may_change(state)
+    # Checkpoints of earlier versions do not name the library.
+    defaults["product_library"] = now["product_library"]
+    then = defaults | with_current_keys(_MAY_CHANGE, stored["settings"])
     learner = state.learner
     tensors = read_tensors(state, folder)
     _load_optimizer(learner, tensors)

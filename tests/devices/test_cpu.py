@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bert_glue.devices import cpu
+from bert_glue.devices.device import Device, has_onednn_linear
 
 MINILM = nn.Sequential(nn.Embedding(2, 384), nn.Linear(384, 1536), nn.Linear(1536, 384))
 TINY = nn.Sequential(nn.Embedding(30000, 64), nn.Linear(64, 128))
@@ -34,6 +35,26 @@ def test_the_user_decides_before_the_size(monkeypatch):
     assert cpu.use_threads(0, None) == "4 (OMP_NUM_THREADS)"
     assert cpu.use_threads(0, 2) == "2 (--num_cpu_threads_per_process)"
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("vendor", "has_mkl", "expected"),
+    [
+        ("GenuineIntel", True, "MKL"),
+        ("GenuineIntel", False, "oneDNN"),
+        ("AuthenticAMD", True, "oneDNN"),
+        ("", True, "oneDNN"),
+    ],
+)
+def test_the_library_of_products_follows_from_the_processor(monkeypatch, vendor, has_mkl, expected):
+    monkeypatch.setattr(cpu, "_facts", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    cpu.product_library.cache_clear()
+    try:
+        assert Device("cpu").product_library == expected
+        assert has_onednn_linear("cpu") <= (expected == "oneDNN")
+    finally:
+        cpu.product_library.cache_clear()
 
 
 def test_the_largest_product_is_no_embedding():
