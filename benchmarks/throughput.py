@@ -217,7 +217,9 @@ def main() -> int:
                 run_as, data = write_rows(Path(rows), task, args.data_path, args.rows)
                 for number in range(args.rounds):
                     scores = task in args.eval_tasks.split(",")
+                    load = os.getloadavg()[0]
                     rounds.append({run: measure(run, args, run_as, data, scores) for run in args.runs.split(",")})
+                    rounds[-1]["load_before"] = load  # how busy the cores were with other programs
                     print(task, "round", number + 1, json.dumps(rounds[-1]), flush=True)
             report["tasks"][task] |= ratios(rounds)
             args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -226,16 +228,21 @@ def main() -> int:
     return 0
 
 
-def _machine(threads: int) -> dict[str, str | int]:
+def _machine(threads: int) -> dict[str, object]:
     import torch
 
+    from bert_glue.devices import cpu
     from bert_glue.devices.device import resolve_device
 
     device = resolve_device("auto")
     return {
         "device": device.name,
         "processor": _processor(),
+        "vendor": cpu.vendor(),
+        "features": sorted(name for name in cpu.features() if name.startswith(("avx", "amx", "sve", "bf16", "asimd"))),
+        "product_library": device.product_library,
         "threads": threads,
+        "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
     }
 

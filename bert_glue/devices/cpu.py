@@ -44,6 +44,16 @@ def _threads_at_start() -> int:
     return torch.get_num_threads()
 
 
+def has_bf16_products() -> bool:
+    """True if the CPU multiplies matrices in bf16 natively, which is faster than fp32."""
+    return bool(features() & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def vendor() -> str:
+    """As the kernel names it, such as AuthenticAMD; "" where it does not, as on Arm."""
+    return _facts().get("vendor_id", "")
+
+
 @cache
 def product_library() -> str:
     """The library that multiplies large fp32 matrices, MKL or oneDNN; the processor decides, so it is always the same.
@@ -55,8 +65,7 @@ def product_library() -> str:
 
     Products in bf16 are always oneDNN's: MKL has none that torch calls.
     """
-    is_intel = _facts().get("vendor_id") == "GenuineIntel"
-    return "MKL" if is_intel and torch.backends.mkl.is_available() else "oneDNN"
+    return "MKL" if vendor() == "GenuineIntel" and torch.backends.mkl.is_available() else "oneDNN"
 
 
 def largest_product(module: nn.Module, tokens: int) -> int:

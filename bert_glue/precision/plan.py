@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
+from bert_glue.devices import cpu
 from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
 from bert_glue.precision.flat_buffers import GradientBuffers, NamedGroup
@@ -152,6 +153,8 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
     if level != "O0" and not device.supports(dtype):
         if args.fallback_precision == "fp32":
             note = f"this device has no native {short}: trained in fp32 (O0) instead of {short} {level}"
+            if args.fp16 and device.is_host and cpu.has_bf16_products():
+                note += "; its fast 16-bit format is bf16 (--bf16)"
             return PrecisionPlan("O0", fp32, 1.0, note)
         other = "no precision flag (fp32)" if args.bf16 else "--bf16, no precision flag (fp32)"
         raise MachineError(

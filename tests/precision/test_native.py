@@ -94,6 +94,12 @@ def test_fp16_is_refused_where_it_is_not_native(without_fp16):
     assert all(word in str(caught.value) for word in ("--fp16", "--bf16", "fp32", "--fallback_precision fp32"))
 
 
+def test_a_cpu_whose_fast_format_is_bf16_is_told_so(monkeypatch):
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512f", "avx512_bf16"}))
+    plan = plan_precision(Arguments(fp16=True, fallback_precision="fp32"), Device("cpu"))
+    assert plan.name == "O0 fp32" and plan.note.endswith("its fast 16-bit format is bf16 (--bf16)")
+
+
 def test_apex_is_refused_where_it_is_not():
     with pytest.raises(MachineError, match="apex"):
         plan_precision(Arguments(bf16=True, amp_backend="apex"), Device("cpu"))
@@ -106,7 +112,7 @@ def test_fallback_trains_fp32_and_says_so(without_fp16, tmp_path):
     assert pipeline.run(args) == 0
     results = results_of(args)
     assert results["precision"] == "O0 fp32"
-    assert "fp32 (O0) instead of fp16 O2" in results["fallback"]
+    assert "fp32 (O0) instead of fp16 O2" in results["fallback"] and "--bf16" not in results["fallback"]
     plain = fit(arguments(tmp_path, max_steps=2))
     assert losses(plain) == [e["loss"] for e in results_of(args, "trainer_state.json")["log_history"]]
 
