@@ -111,7 +111,9 @@ def _results(run: Path, allow_sample: bool) -> dict:
         raise DataError(f"{run}: {SAMPLE_NOTE}; give --allow_sample to make a marked archive for a dry run")
     if results.get("task_name") not in TASKS:
         raise DataError(f"{run}: {results.get('task_name')!r} is not a GLUE task")
-    arguments = provenance.get("arguments", {})
+    arguments = provenance.get("arguments")
+    if not isinstance(arguments, dict):
+        raise DataError(f"{run / RECORD_FILE}: it does not have the arguments of a run")
     for flag in ("test_file", "dataset_name"):
         if arguments.get(flag):
             raise DataError(f"{run} predicts --{flag} {arguments[flag]}, which may not be GLUE's test set")

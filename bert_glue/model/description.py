@@ -109,7 +109,9 @@ def write_description(folder: Path, description: dict[str, Any], dtype: str) -> 
     """
     if description:
         whole = {**description, "dtype": dtype, "weights_sha256": file_hash(folder / "model.safetensors")}
-        (folder / FILE).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+        # Half a surrogate pair may come from somebody else's file; escaped, it is JSON again.
+        (folder / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fuzzing import EXAMPLES, hypothesis_test
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_run import arguments, fit
 
 from bert_glue import check, soup, submission
@@ -157,7 +158,9 @@ COMMANDS = {
     "predict": lambda folder, out: predict.main(
         ["--model", str(folder), "--input", str(folder / "rows.csv"), "--output", str(out / "rows.jsonl")]
     ),
-    "soup": lambda folder, out: soup.main([str(folder), str(folder), "--output_dir", str(out / "soup")]),
+    "soup": lambda folder, out: soup.main(
+        [str(folder), str(folder.parent / "other"), "--output_dir", str(out / "soup")]
+    ),
 }
 FILES = ("all_results.json", "run.json", "trainer_state.json", "analysis.json", "config.json", "bert_glue.json")
 
@@ -168,6 +171,9 @@ def test_a_run_folder(finished, tmp_path, report, capsys, command, examples):
     found: Counter = Counter()
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
+    shutil.copytree(finished, tmp_path / "other")
+    weights = load_file(finished / "model.safetensors")
+    save_file({name: value * 2 for name, value in weights.items()}, tmp_path / "other" / "model.safetensors")
     whole = {name: (folder / name).read_text(encoding="utf-8") for name in FILES}
     damaged = st.sampled_from(FILES).flatmap(lambda name: st.tuples(st.just(name), contents(json.loads(whole[name]))))
 
@@ -211,7 +217,6 @@ def test_a_baseline(finished, tmp_path, report, capsys, examples):
 def test_a_resealed_checkpoint_with_other_tensors_is_refused(tmp_path):
     """Whoever can write the manifest can make its hashes fit: what it holds is compared all the same."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     first = fit(arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2))
     folder = first.output_dir / "checkpoint-2"
