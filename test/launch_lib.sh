@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Runs one recipe: flags, python, run_glue.py on one device or on ranks, final lines. Sourced by the
-# launchers, which set
-#   NETWORK     folder in the repository's root, if it is there
+# Runs one recipe: reads the flags, finds a Python, runs run_glue.py on one device or on ranks, and prints the final
+# lines. Sourced by the launchers, which set
+#   NETWORK     folder of the model in the repository's root, if it exists
 #   HUB_NAME    the same model on the hub
 #   CASE        acc (train and evaluate) or perf (train only)
-#   RECIPE      of configs/, unless --recipe names another
-#   CHANGES     flags that this launcher changes in RECIPE, as an array; another recipe is taken as it is
-#   FLAGS       flags of run_glue.py with any recipe, as an array
-#   EPOCHS      default number of epochs; base: those published for bert-base-cased; unset: the recipe's
+#   RECIPE      a recipe of configs/, unless --recipe names another
+#   CHANGES     flags that this launcher changes in RECIPE, as an array; another recipe is used unchanged
+#   FLAGS       flags of run_glue.py for any recipe, as an array
+#   EPOCHS      default number of epochs; base: as published for bert-base-cased; unset: the recipe's
 #   RANKS       default number of ranks on this host; unset: one process without torch's elastic launcher
-#   TASK        default task, if there is one
-#   HOSTS       set where ranks may be on several hosts
+#   TASK        default task, if any
+#   HOSTS       set if ranks may run on several hosts
 # and call `launch "$@"`.
 
-unset RANKS CHANGES TASK HOSTS # not those of the environment: a scheduler may have its own
+unset RANKS CHANGES TASK HOSTS # ignore the environment's: a scheduler may set its own
 EPOCHS=""
 LIB=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$LIB")
@@ -30,30 +30,30 @@ PERF_CHOICES=(--baseline)
 
 case_usage() {
   if [[ $CASE == perf ]]; then
-    echo "  --baseline=FILE      perf.json of an earlier run; more than 5 % slower ends with exit code 9"
+    echo "  --baseline=FILE      perf.json of an earlier run; exit code 9 if this run is more than 5 % slower"
   else
-    echo "  --recipe=NAME        stable: what we recommend; or a config file; default: $RECIPE, as published"
+    echo "  --recipe=NAME        stable (recommended) or a config file; default: $RECIPE (as published)"
   fi
 }
 
 usage() {
   local devices="0, npu:1, cuda, cpu, ..." epochs="the recipe's"
   [[ -z $EPOCHS ]] || epochs=${EPOCHS/base/as published}
-  [[ -z ${RANKS:-} ]] || devices="npu, cuda or cpu; each rank has its own"
+  [[ -z ${RANKS:-} ]] || devices="npu, cuda or cpu; each rank uses its own"
   cat <<TEXT
 bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
 
   --TASK=NAME          GLUE task, e.g. mrpc${TASK:+; default: $TASK}
-  --sample             generated sample data (not GLUE) and a tiny BERT, if no --model is given; no network
+  --sample             use generated sample data (not GLUE), and a tiny BERT without --model; no network
   --model=NAME         folder or hub name; default: ./$NETWORK, else $HUB_NAME
-  --data_path=FOLDER   data on this machine; default: the hub's
+  --data_path=FOLDER   local data; default: the hub's
   --train_epochs=N     default: $epochs
-  --batch_size=N       samples per device; default: the recipe's, 32 as published
-  --device=NAME        $devices; default: the best there is
+  --batch_size=N       samples per device; default: the recipe's (32 as published)
+  --device=NAME        $devices; default: the best available
   --output_dir=FOLDER  default: test/output/<task>/<ranks>p
 $(case_usage; rank_usage)
 Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed,
-8 a bound of --expect missed, 9 slower than the baseline, 130/143 signals.
+8 a bound of --expect was missed, 9 slower than the baseline, 130/143 signals.
 TEXT
 }
 
@@ -63,7 +63,7 @@ unknown_flag() {
     plain=${choice//[-_]/}
     [[ ${plain,,} == *"${wanted,,}"* || ${plain:0:4} == "${wanted:0:4}" ]] && hint=" Did you mean $choice?"
   done
-  fail 2 "unknown flag $1.$hint Choices: ${CHOICES[*]}; flags of run_glue.py go after --"
+  fail 2 "unknown flag $1.$hint Choices: ${CHOICES[*]}; put flags of run_glue.py after --"
 }
 
 parse_flags() { # fills SETTING (by flag), SAMPLE and EXTRA (flags of run_glue.py)
@@ -75,7 +75,7 @@ parse_flags() { # fills SETTING (by flag), SAMPLE and EXTRA (flags of run_glue.p
     case $1 in
       --)
         EXTRA=("${@:2}")
-        [[ " ${EXTRA[*]}" != *" --output_dir"* ]] || fail 2 "--output_dir goes before --"
+        [[ " ${EXTRA[*]}" != *" --output_dir"* ]] || fail 2 "put --output_dir before --"
         return
         ;;
       --help | -h) usage && exit 0 ;;
@@ -108,12 +108,12 @@ extra_value() { # extra_value <flag of run_glue.py> <default>: its value after -
   printf '%s' "$value"
 }
 
-check_settings() { # what can be known before an installation of minutes; run_glue.py checks the rest
+check_settings() { # checks before the installation, which takes minutes; run_glue.py checks the rest
   local number='^[0-9]+(\.[0-9]+)?$' answer
-  [[ ${SETTING[batch_size]:-32} =~ ^[1-9][0-9]*$ ]] || fail 2 "--batch_size: ${SETTING[batch_size]} is no number >= 1"
-  [[ ${SETTING[train_epochs]:-1} =~ $number ]] || fail 2 "--train_epochs: ${SETTING[train_epochs]} is no number > 0"
+  [[ ${SETTING[batch_size]:-32} =~ ^[1-9][0-9]*$ ]] || fail 2 "--batch_size: ${SETTING[batch_size]} is not a number >= 1"
+  [[ ${SETTING[train_epochs]:-1} =~ $number ]] || fail 2 "--train_epochs: ${SETTING[train_epochs]} is not a number > 0"
   [[ -z ${SETTING[data_path]:-} || -d ${SETTING[data_path]} ]] ||
-    fail 3 "--data_path: there is no folder ${SETTING[data_path]}"
+    fail 3 "--data_path: the folder ${SETTING[data_path]} does not exist"
   check_rank_settings
   base_python
   if [[ -n ${SETTING[baseline]:-} ]]; then
@@ -132,7 +132,7 @@ build_command() { # fills COMMAND and OUTPUT
     --recipe "${SETTING[recipe]:-$RECIPE}")
   if [[ -z ${SETTING[recipe]:-} || ${SETTING[recipe]} == "$RECIPE" ]]; then
     COMMAND+=(${CHANGES[@]+"${CHANGES[@]}"})
-    # Learning rate and epochs as published teach a tiny BERT nothing: run_glue.py has its own for --sample.
+    # A tiny BERT learns nothing with the published learning rate and epochs: run_glue.py has its own for --sample.
     [[ -n $SAMPLE ]] || epochs=${epochs:-${EPOCHS/base/$BASE_EPOCHS}}
   fi
   if [[ -n $SAMPLE ]]; then
@@ -179,7 +179,7 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
   wait "$child" || status=$?
   trap - INT TERM HUP QUIT USR1
-  kill -KILL -- "-$child" 2>/dev/null || true # whatever it left behind would hold the log open
+  kill -KILL -- "-$child" 2>/dev/null || true # any child left behind would keep the log open
   wait "${loggers[@]}" || true
   if ((status == 0 && SIGNALLED)); then status=$((128 + SIGNALLED)); fi
   return "$status"
@@ -191,12 +191,12 @@ run_one() { # one process
   keep_previous "$log"
   run_and_log "$log" "$PYTHON" "${COMMAND[@]}" || status=$?
   if ((status)); then
-    echo "error: run_glue.py stopped with exit code $status; its output: $log" >&2
+    echo "error: run_glue.py stopped with exit code $status; see its output in $log" >&2
     exit "$status"
   fi
 }
 
-run_ranks() { # one process a rank
+run_ranks() { # one process per rank
   local first=$((NODE_RANK * NPROC)) rank status=0
   for ((rank = first; rank < first + NPROC; rank++)); do keep_previous "$OUTPUT/train_rank_$rank.log"; done
   elastic_command
@@ -208,7 +208,7 @@ keep_previous() {
   [[ ! -e $1 ]] || mv -f -- "$1" "$1.previous"
 }
 
-prepare_python() { # sets PYTHON; where there is an NPU, one with torch_npu
+prepare_python() { # sets PYTHON; on a machine with an NPU, one with torch_npu
   # shellcheck disable=SC2144
   if [[ -e /dev/davinci0 || -e /dev/davinci_manager ]]; then
     setup_python requirements/npu.txt
@@ -225,12 +225,12 @@ launch() {
   check_settings
   local group_timeout
   group_timeout=$(extra_value ddp_timeout 1800)
-  [[ $group_timeout =~ ^[1-9][0-9]*$ ]] || fail 2 "--ddp_timeout: $group_timeout is no number of seconds >= 1"
+  [[ $group_timeout =~ ^[1-9][0-9]*$ ]] || fail 2 "--ddp_timeout: $group_timeout is not a number of seconds >= 1"
   npu_environment "$group_timeout"
   prepare_python
   build_command
   preload_libgomp
-  mkdir -p -- "$OUTPUT" || fail 6 "--output_dir: cannot make $OUTPUT"
+  mkdir -p -- "$OUTPUT" || fail 6 "--output_dir: $OUTPUT cannot be created"
   export PYTHONUNBUFFERED=1
   SIGNALLED=0
   SCRATCH=$(mktemp -d)

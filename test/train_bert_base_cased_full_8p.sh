@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes bert-base-cased on eight devices of one host and evaluates it; epochs of Hugging Face's README.
+# Fine-tunes bert-base-cased on eight devices of one host and evaluates it, with the epochs of Hugging Face's README.
 #   bash test/train_bert_base_cased_full_8p.sh --TASK=mrpc [--nproc=8] [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains bert-base-cased on eight devices of one host for one epoch, for its speed: no checkpoints, no evaluation.
+# Trains bert-base-cased on eight devices of one host for one epoch to measure speed, without checkpoints or evaluation.
 #   bash test/train_bert_base_cased_performance_8p.sh --TASK=mrpc [--nproc=8] [--baseline=perf.json] [--sample]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes bert-large-cased on one device and evaluates it: the published recipe of one task.
+# Fine-tunes bert-large-cased on one device and evaluates it, with the published recipe of a task.
 #   bash test/train_full_1p.sh --TASK=mrpc [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes bert-large-cased on eight devices of one host and evaluates it: the published recipe of one task.
+# Fine-tunes bert-large-cased on eight devices of one host and evaluates it, with the published recipe of a task.
 #   bash test/train_full_8p.sh --TASK=mrpc [--nproc=8] [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

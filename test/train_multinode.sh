@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fine-tunes bert-large-cased on the devices of several hosts. Once on each host, with a shared --output_dir:
+# Fine-tunes bert-large-cased on the devices of several hosts. Run it once on each host, with a shared --output_dir:
 #   bash test/train_multinode.sh --TASK=mrpc --nnodes=2 --node_rank=0 --master_addr=HOST --output_dir=SHARED [--help]
-# A launch goes on from the newest sound checkpoint in --output_dir.
+# A launch resumes from the newest sound checkpoint in --output_dir.
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch_lib.sh"

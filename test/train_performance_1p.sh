@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains bert-large-cased on one device for one epoch, for its speed: no checkpoints, no evaluation.
+# Trains bert-large-cased on one device for one epoch to measure speed, without checkpoints or evaluation.
 #   bash test/train_performance_1p.sh --TASK=mrpc [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

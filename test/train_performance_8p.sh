@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains bert-large-cased on eight devices of one host for one epoch, for its speed: no checkpoints, no evaluation.
+# Trains bert-large-cased on eight devices of one host for one epoch to measure speed, without checkpoints or evaluation.
 #   bash test/train_performance_8p.sh --TASK=mrpc [--nproc=8] [--baseline=perf.json] [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

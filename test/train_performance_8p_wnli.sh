@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Speed of bert-large-cased on eight devices for WNLI: 635 rows are two steps an epoch, so 80 epochs are run.
+# Measures the speed of bert-large-cased on eight devices for WNLI. 635 rows give two steps per epoch, so it runs 80 epochs.
 #   bash test/train_performance_8p_wnli.sh [--nproc=8] [--baseline=perf.json] [--sample] [--help]
 set -euo pipefail
 # shellcheck source=test/launch_lib.sh

@@ -237,7 +237,7 @@ def prediction(clone: Clone, command: str) -> None:
 def report(clone: Clone, command: str) -> None:
     clone.trained("output/cola", "output/mrpc")
     assert clone.run(command) == "wrote report.html\n"
-    assert "2 runs of 2 task(s)" in (clone.root / "report.html").read_text()
+    assert "Runs: 2, tasks: 2" in (clone.root / "report.html").read_text()
 
 
 def onnx(clone: Clone, command: str) -> None:

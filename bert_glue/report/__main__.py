@@ -1,8 +1,8 @@
-"""Reports from finished runs: `python -m bert_glue.report FOLDER...`
+"""Writes reports of finished runs: `python -m bert_glue.report FOLDER...`
 
-One run's folder gets its `report.html` anew, from the files it left. Several folders, or one that holds
-runs, get one page over tasks and seeds (`suite_page`). Nothing is computed on a device and no network
-is used; every run of `run_glue.py` calls this by itself.
+For the folder of one run it rewrites `report.html` from the run's files. For several folders, or a folder that contains
+runs, it writes one page for all tasks and seeds (`suite_page`). It uses no device and no network. Every run of
+`run_glue.py` writes its own report.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from bert_glue.storage.files import RESULTS_FILE
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 4 no results, 6 not written."""
     parser = argparse.ArgumentParser(prog="python -m bert_glue.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder that holds runs")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run, or a folder that contains runs"
+    )
     parser.add_argument("--output", type=Path, help="default: report.html in the folder; in . for several folders")
     args = parser.parse_args(argv)
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no text in this locale
+    sys.stdout.reconfigure(errors="backslashreplace")  # this locale may not be able to show a folder's name
 
     def write() -> int:
         from bert_glue.report.suite_page import find_runs, suite_page

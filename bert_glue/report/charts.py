@@ -1,7 +1,7 @@
 """Charts of the reports and of curves.png: one description of what is drawn, as inline SVG or as PNG.
 
-Positions are computed here; `templates/charts.svg` holds the SVG elements, and their colours come from the page's
-style, so that they fit light and dark.
+Positions are computed here. `templates/charts.svg` has the SVG elements. Their colours come from the page's style, so
+they suit light and dark mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bert_glue.results.records import Record
 
 Point = tuple[float, float]
 
-# Colours by role: the style of the pages and curves.png use the same.
+# Colours by role, shared by the style of the pages and curves.png.
 COLOURS = {
     "light": {
         "paper": "#ffffff", "ink": "#1c2126", "soft": "#56606a", "line": "#dfe3e8", "card": "#f6f7f9",
@@ -35,20 +35,20 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 34, 36
 _LATIN, _CHINESE = 5.4, 10.5  # width of a letter in the legend, user units
 _MOST_POINTS = 400
 _FEWEST_SMOOTHED = 20
-_LEAST_POINTS = 4.0  # what an axis of scores spans at least
-_LARGEST = 1e300  # differences of two such numbers are finite
+_LEAST_POINTS = 4.0  # smallest span of an axis of scores
+_LARGEST = 1e300  # the difference of two such numbers is finite
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Limits of an axis; both are ticks."""
+    """Limits of an axis. Both have ticks."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one; values beyond are put at the end."""
+        """Position of a value, from 0 at the low end to 1 at the high end. Values beyond an end are moved to it."""
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
@@ -57,7 +57,7 @@ class Line:
     """One series.
 
     Args:
-        points: (x, y), two at least.
+        points: at least two (x, y).
         role: CSS class and colour: train, eval, raw or rule.
         word: key of its name in the legend; "" for none.
     """
@@ -69,11 +69,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Axes with what is drawn on them.
+    """Axes and the marks on them.
 
     Args:
         word: key of the title.
-        below: key of what the horizontal axis shows.
+        below: key of the name of the horizontal axis.
         dots: points without a line.
         bars: (left, right, height, text).
     """
@@ -99,13 +99,13 @@ class Chart:
 
     @property
     def named(self) -> list[Line]:
-        """Lines of the legend, where there is something to tell apart."""
+        """Lines of the legend, if there is more than one kind of line."""
         named = [line for line in self.lines if line.word]
         return named if len(named) > 1 else []
 
     @property
     def legend(self) -> list[tuple[Line, float]]:
-        """(line, left end of its entry) of the legend, which ends at the right."""
+        """(line, left end of its entry) of the legend, which is aligned to the right."""
         x, entries = float(self.right), []
         for line in reversed(self.named):
             x -= 34 + max(_LATIN * len(WORDS[line.word][0]), _CHINESE * len(WORDS[line.word][1]))
@@ -117,8 +117,8 @@ def axis(values: Iterable[float], count: int = 4, low: float | None = None, leas
     """Round limits around values, about `count` steps apart.
 
     Args:
-        low: where the axis starts, if no value lies below.
-        least_span: of the axis; values that differ by less lie in its middle.
+        low: start of the axis, unless a value is lower.
+        least_span: smallest span of the axis. Values with a smaller span are centred.
     """
     found = [min(_LARGEST, max(-_LARGEST, value)) for value in values]
     least, most = min(found), max(found)
@@ -147,7 +147,7 @@ def number(value: float) -> str:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean over a twentieth of the points around each one; the window is symmetric, so that nothing lags."""
+    """The mean over a window of a twentieth of the points. The window is symmetric, so the curve does not lag."""
     sums = [0.0, *accumulate(y for _, y in points)]
     widest = max(1, len(points) // 40)
     found = []
@@ -158,7 +158,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most some hundred points that keep the highs and lows."""
+    """At most a few hundred points that keep the highs and lows."""
     size = math.ceil(2 * len(points) / _MOST_POINTS)
     if size < 2:
         return list(points)
@@ -171,13 +171,13 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def curves(history: Sequence[Record], headline: str, majority: float | None, constant: str = "majority") -> list[Chart]:
-    """Charts of a training run. A series of one point is no curve and is left out.
+    """Charts of a training run. A series with a single point is left out.
 
     Args:
         history: the log entries of trainer_state.json.
         headline: name of the metric.
-        majority: the metric of the best constant answer, 0..1; None where unknown.
-        constant: what that is, see `sections.Score`.
+        majority: the metric of the best constant answer, 0..1; None if unknown.
+        constant: the kind of that answer, see `sections.Score`.
     """
 
     def series(key: str, factor: float = 1.0) -> list[Point]:
@@ -190,7 +190,7 @@ def curves(history: Sequence[Record], headline: str, majority: float | None, con
         "loss": _loss_lines(series("loss"), series(evaluation_key(LOSS))),
         "score_chart": _score_lines(series(evaluation_key(headline), 100.0), majority, f"{constant}_line"),
         "learning_rate": [Line(thinned(rates))] if rates else [],
-        # A scale that never moves shows nothing.
+        # A loss scale that never changes is not worth a chart.
         "loss_scale": [Line(thinned(scales))] if len({value for _, value in scales}) > 1 else [],
     }
     last = max((step for found in lines.values() for line in found for step, _ in line.points), default=0)
@@ -198,14 +198,14 @@ def curves(history: Sequence[Record], headline: str, majority: float | None, con
 
 
 def _step_axis(last: float) -> Axis:
-    """Steps from 0 to the last one, with round ticks between."""
+    """Steps from 0 to the last one, with round ticks in between."""
     round_axis = axis((0, last))
     return Axis(0.0, last, tuple(tick for tick in round_axis.ticks if tick <= last))
 
 
 def _curve(word: str, lines: list[Line], steps: Axis) -> Chart:
     values = [y for line in lines for _, y in line.points]
-    # Losses and rates are seen against zero; a score against the majority class, with round limits.
+    # Axes of losses and rates start at zero. An axis of scores includes the majority class and has round limits.
     limits = axis(values, least_span=_LEAST_POINTS) if word == "score_chart" else axis(values, low=0.0)
     return Chart(word, "steps", steps, limits, tuple(lines))
 
@@ -229,7 +229,7 @@ def _score_lines(score: list[Point], majority: float | None, word: str) -> list[
 
 
 def scatter(pairs: Sequence[Sequence[float]]) -> Chart:
-    """A point a row, (label, prediction), and the diagonal on which both are equal."""
+    """One point per row, (label, prediction), and the diagonal on which both are equal."""
     both_axes = axis(value for pair in pairs for value in pair)
     ends = (both_axes.low, both_axes.low), (both_axes.high, both_axes.high)
     points = tuple((float(x), float(y)) for x, y in pairs)
@@ -237,7 +237,7 @@ def scatter(pairs: Sequence[Sequence[float]]) -> Chart:
 
 
 def reliability(bins: Sequence[Sequence[float]]) -> Chart:
-    """Share that is right by confidence, a bar a bin, and the diagonal of perfect calibration.
+    """Share of correct predictions by confidence, one bar per bin, and the diagonal of perfect calibration.
 
     Args:
         bins: [low, high, rows, mean confidence, accuracy].
@@ -252,9 +252,9 @@ class SeedRow:
     """One row of a chart of seeds, points x100.
 
     Args:
-        label: of the row.
+        label: text of the row.
         seeds: (value, whether it collapsed).
-        mean, interval: None where there are too few seeds.
+        mean, interval: None if there are too few seeds.
     """
 
     label: str
@@ -268,8 +268,8 @@ class SeedChart:
     """Seeds of the settings of one task on one scale.
 
     Args:
-        majority: points of the most frequent class; far below everything else it would squeeze the rest, and is
-            left out.
+        majority: points of the most frequent class. It is left out if it is far below everything else, where it would
+            compress the rest.
     """
 
     rows: tuple[SeedRow, ...]
@@ -306,10 +306,10 @@ def seed_chart(rows: Sequence[SeedRow], published: Sequence[float], majority: fl
 
 @dataclass(frozen=True)
 class Strip:
-    """The narrow picture in a row of the comparison: this run's score and its noise, and the figure of the row.
+    """The narrow picture in a row of the comparison: this run's score, its margin of error, and the figure of the row.
 
     Args:
-        zones: (low, score, high) of each split, None where a split has no score.
+        zones: (low, score, high) of each split; None if a split has no score.
     """
 
     zones: tuple[tuple[float, float, float] | None, ...]
@@ -323,7 +323,7 @@ class Strip:
 
 
 def strip(zones: Sequence[tuple[float, float, float] | None], others: Iterable[float]) -> Strip:
-    """Pictures of all rows on one scale that holds the zones and the figures of the rows."""
+    """The scale for the pictures of all rows. It covers the zones and the figures of the rows."""
     values = [value for zone in zones if zone for value in zone] + list(others)
     low, high = min(values), max(values)
     margin = 0.04 * (high - low) or 1.0

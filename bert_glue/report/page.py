@@ -18,9 +18,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: object) -> str:
-    """A whole document; it opens in Chinese where this process's locale is Chinese.
+    """A whole document. It opens in Chinese if this process's locale is Chinese.
 
-    Every value that a template shows is escaped. What stands unescaped are our own files: the style and the script.
+    Every value that a template shows is escaped, except our own style and script.
 
     Args:
         template: a file of `templates/`.
@@ -31,7 +31,7 @@ def render(template: str, **values: object) -> str:
     text = _environment().get_template(template).render(
         values, script=script, script_hash=digest, colours=COLOURS, starts_chinese=starts_chinese()
     )  # fmt: skip
-    # A lone surrogate, which JSON can carry, has no UTF-8.
+    # JSON can contain a lone surrogate, which has no UTF-8 form.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -50,17 +50,17 @@ def _environment() -> Environment:
 
 
 def points(value: float | None, digits: int = 2) -> str:
-    """A share as points, x100; "-" for none."""
+    """A fraction as points, x100; "-" for None."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def rate(value: float | None) -> str:
-    """Samples per second; "-" for none."""
+    """Samples per second; "-" for None."""
     return f"{value:,.1f}" if value else "-"
 
 
 def duration(seconds: float | None) -> str:
-    """A time such as 41 s, 12 min 5 s or 3 h 20 min; "-" for none."""
+    """A time such as 41 s, 12 min 5 s or 3 h 20 min; "-" for None."""
     if seconds is None:
         return "-"
     if seconds < 60:
@@ -70,12 +70,12 @@ def duration(seconds: float | None) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """A text of at most `length` characters."""
+    """The text, shortened to at most `length` characters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page; a page there before stays until this one is whole.
+    """Write a page. An earlier page stays until the new one is complete.
 
     Raises:
         CheckpointError: the page cannot be written.

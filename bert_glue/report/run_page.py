@@ -1,4 +1,4 @@
-"""One page over one finished run: its score, how it compares, how it was trained, where it errs."""
+"""One page for one finished run: its score, the comparison, the training, and the errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def run_page(folder: Path) -> str:
     """report.html of one run, from the files in its folder.
 
     Raises:
-        MachineError: there are no results, or a file is not what its name says.
+        MachineError: there are no results, or a file has another content than its name says.
     """
     results = Record(read_json_object(folder / RESULTS_FILE), RESULTS_FILE)
     if not results.text("task_name"):
-        raise MachineError(f"{folder / 'all_results.json'}: no results of a run (task_name is missing)")
+        raise MachineError(f"{folder / 'all_results.json'} does not have the results of a run (task_name is missing)")
     task = task_of(results)
     found = sections.scores(task, results, shown_metrics(task))
-    # Files of an earlier run may lie there too: only what this run did is shown.
+    # The folder may also have files of an earlier run, so only what this run did is shown.
     analysis = read_record(folder, ANALYSIS_FILE) if found else Record({})
     state = read_record(folder, STATE_FILE) if keys.TRAIN_STEPS in results else Record({})
     origin = read_record(folder, RECORD_FILE)
@@ -53,20 +53,20 @@ def run_page(folder: Path) -> str:
 
 
 def task_of(results: Record) -> GlueTask:
-    """The run's GLUE task, or a stand-in for a task of the user's own."""
+    """The run's GLUE task, or a substitute for the user's own task."""
     name = results.text("task_name")
     return TASKS.get(name) or own_task(name, (), (), results.text("problem_type") == MULTI_LABEL)
 
 
 def title(task: GlueTask, results: Record, origin: Record) -> str:
-    """Task, model and date; never a path."""
+    """Task, model and date, but never a path."""
     started = origin.text("started")[:10]
     date = f", {started}" if re.fullmatch(r"\d{4}-\d\d-\d\d", started, re.ASCII) else ""
     return f"{task_title(task, origin.part('arguments'))}: {last_part(results.text('model_name_or_path', '?'))}{date}"
 
 
 def _facts(results: Record) -> list[tuple[str, str]]:
-    """(word, value) of what was run on what."""
+    """(word, value) pairs: data, model, device and settings."""
     threshold = results.number("label_threshold")
     trained, ranks = results.text("trained"), results.number("world_size") or 1
     facts = [
@@ -111,7 +111,7 @@ def _count(value: float | None) -> str:
 
 
 def _tables(results: Record, origin: Record) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, rows) of the details."""
+    """(title, rows) of the tables of details."""
     seconds = results.part("seconds")
     given = {
         "everything": {name: value for name, value in results.values.items() if not isinstance(value, dict)},

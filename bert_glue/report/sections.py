@@ -1,4 +1,4 @@
-"""The parts of a run's page: its scores beside published ones, and what single rows show about its errors."""
+"""The parts of a run's page: its scores beside published ones, and its errors on single rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from bert_glue.results.model_card import other_rows
 from bert_glue.results.records import Record
 from bert_glue.tasks import GlueTask
 
-_NOISE = 2.0 * 2**0.5  # standard errors of one score: a difference of two has the square root of two of them
+# Margin of error of a difference, in standard errors of one score. The error of a difference is sqrt(2) times that.
+_MARGIN = 2.0 * 2**0.5
 _MOST_PAIRS = 10
-# A matrix has percentages up to the first size and counts up to the second; above, it would not be legible.
-_ROOMY_CLASSES, _MOST_CLASSES = 10, 50
+# A larger matrix shows counts without percentages, and a still larger one is not legible and left out.
+_MOST_WITH_PERCENTAGES = 10
+_MOST_CLASSES = 50
 _LONGEST_TEXT = 600
 
 
@@ -28,8 +30,8 @@ class Score:
 
     Args:
         others: (metric, value) of the other metrics.
-        reason: why there is no value, or why it is to be mistrusted.
-        constant: the beginning of the words for `majority`: "majority", or "constant" for several labels a row.
+        reason: why there is no value, or why it should not be trusted.
+        constant: prefix of the words for `majority`: "majority", or "constant" for several labels a row.
     """
 
     split: str
@@ -43,15 +45,17 @@ class Score:
 
     @property
     def is_at_majority(self) -> bool:
-        """True if always answering the most frequent class is as good."""
-        return None not in (self.value, self.majority) and self.value <= self.majority
+        """Whether predicting only the most frequent class is as good."""
+        if self.value is None or self.majority is None:
+            return False
+        return self.value <= self.majority
 
 
 def scores(task: GlueTask, results: Record, metrics: Sequence[str]) -> list[Score]:
     """The score of each split that the run evaluated.
 
     Args:
-        metrics: names that are shown where the results have them.
+        metrics: names of the metrics to show, if the results have them.
     """
     headline = results.text("headline_metric")
     found = []
@@ -84,8 +88,8 @@ class ComparedRow:
     """A row of the comparison: a published run, or the most frequent class.
 
     Args:
-        values, differences: of each split, in 0..1.
-        verdicts: of each split; none where the figures cannot be compared.
+        values, differences: one per split, in 0..1.
+        verdicts: one per split; empty if the figures cannot be compared.
     """
 
     where: str
@@ -98,9 +102,8 @@ class ComparedRow:
     @property
     def styled(self) -> list[tuple[float | None, str]]:
         """(value, CSS class) of each split, for the picture of the row."""
-        return [
-            (v, verdict.style if verdict else "soft") for v, verdict in zip(self.values, self.verdicts, strict=False)
-        ]
+        styles = [verdict.style if verdict else "soft" for verdict in self.verdicts]
+        return list(zip(self.values, styles, strict=False))
 
     @property
     def distinct_verdicts(self) -> list[Verdict]:
@@ -113,9 +116,9 @@ class Comparison:
     """A run beside published ones.
 
     Args:
-        counts: of each split, how many published figures have which verdict; empty where not comparable.
-        other_rows: (rows evaluated, GLUE's) where they differ.
-        picture: None where nothing can be drawn.
+        counts: for each split, the number of published figures with each verdict; empty if not comparable.
+        other_rows: (rows evaluated, GLUE's) if they differ.
+        picture: None if nothing can be drawn.
     """
 
     counts: list[tuple[Score, list[tuple[Verdict, int]]]]
@@ -125,7 +128,7 @@ class Comparison:
 
 
 def comparison(task: GlueTask, results: Record, found: list[Score]) -> Comparison | None:
-    """The section; None where nothing was published, nothing was evaluated, or the data is the sample."""
+    """The section; None if nothing was published or evaluated, or if the data is the sample."""
     if not task.published or not found or results.flag("sample_data"):
         return None
     samples = [keys.evaluation_key(keys.SAMPLES, split.key_suffix) for split in task.evaluation]
@@ -134,14 +137,14 @@ def comparison(task: GlueTask, results: Record, found: list[Score]) -> Compariso
         _compared(run.where, run.epochs, [score / 100 for score in run.scores], run.samples_per_second, found, other)
         for run in task.published
     ]
+    rows = list(published)
     majority = [score.majority for score in found]
-    rows = [_compared("", None, majority, None, found, None)] if any(v is not None for v in majority) else []
-    return Comparison(
-        [] if other else [_counted(at, score, published) for at, score in enumerate(found)],
-        rows + published,
-        other,
-        None if other else _picture(found, published),
-    )
+    if any(value is not None for value in majority):
+        rows.insert(0, _compared("", None, majority, None, found, None))
+    if other:
+        return Comparison([], rows, other, None)
+    counts = [(score, _verdict_counts(at, published)) for at, score in enumerate(found)]
+    return Comparison(counts, rows, None, _picture(found, published))
 
 
 def _compared(
@@ -152,15 +155,13 @@ def _compared(
     found: list[Score],
     other: tuple[int, int] | None,
 ) -> ComparedRow:
-    pairs = list(zip(found, values, strict=False))
-    return ComparedRow(
-        where,
-        epochs,
-        tuple(values),
-        () if other else tuple(_difference(score.value, value) for score, value in pairs),
-        () if other else tuple(_verdict(score, value) for score, value in pairs),
-        speed,
-    )
+    differences: list[float | None] = []
+    verdicts: list[Verdict | None] = []
+    if not other:
+        for score, value in zip(found, values, strict=False):
+            differences.append(_difference(score.value, value))
+            verdicts.append(_verdict(score, value))
+    return ComparedRow(where, epochs, tuple(values), tuple(differences), tuple(verdicts), speed)
 
 
 def _difference(mine: float | None, theirs: float | None) -> float | None:
@@ -171,19 +172,20 @@ def _verdict(score: Score, theirs: float | None) -> Verdict | None:
     difference = _difference(score.value, theirs)
     if difference is None or score.standard_error is None:
         return None
-    if abs(difference) <= _NOISE * score.standard_error:
-        return Verdict.NOISE
+    if abs(difference) <= _MARGIN * score.standard_error:
+        return Verdict.WITHIN
     return Verdict.HIGHER if difference > 0 else Verdict.LOWER
 
 
-def _counted(at: int, score: Score, published: list[ComparedRow]) -> tuple[Score, list[tuple[Verdict, int]]]:
+def _verdict_counts(at: int, published: list[ComparedRow]) -> list[tuple[Verdict, int]]:
+    """How often each verdict occurs for split number `at`."""
     counts = Counter(row.verdicts[at] for row in published if at < len(row.verdicts))
-    return score, [(verdict, counts[verdict]) for verdict in Verdict if counts[verdict]]
+    return [(verdict, counts[verdict]) for verdict in Verdict if counts[verdict]]
 
 
 def _picture(found: list[Score], published: list[ComparedRow]) -> charts.Strip | None:
     zones = [_zone(score) for score in found]
-    # The most frequent class is often far away, and would squeeze the rest: its dot may lie at the end.
+    # The scale leaves out the most frequent class, which is often far away. Its dot may lie at the end.
     others = [value for row in published for value in row.values if value is not None]
     return charts.strip(zones, others) if any(zones) else None
 
@@ -191,7 +193,7 @@ def _picture(found: list[Score], published: list[ComparedRow]) -> charts.Strip |
 def _zone(score: Score) -> tuple[float, float, float] | None:
     if score.value is None or score.standard_error is None:
         return None
-    reach = _NOISE * score.standard_error
+    reach = _MARGIN * score.standard_error
     return score.value - reach, score.value, score.value + reach
 
 
@@ -200,10 +202,10 @@ def _zone(score: Score) -> tuple[float, float, float] | None:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Shares of one class, 0..1; None where a share has no rows.
+    """Precision, recall and F1 of one class, 0..1; None if there are no rows to compute them from.
 
     Args:
-        predicted: rows that were given the class; None where each row has one class.
+        predicted: rows that the model assigned to the class; None if each row has one class.
     """
 
     label: str
@@ -216,7 +218,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Rows of `label` that were taken for `prediction`; `share` is of the label's rows, None where unknown."""
+    """Rows of `label` that were classified as `prediction`. `share` is of the label's rows; None if unknown."""
 
     label: str
     prediction: str
@@ -226,11 +228,11 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Classes:
-    """What a split says of single classes; any part may be empty.
+    """The results of a split by class; any part may be empty.
 
     Args:
-        rows: from the lowest F1.
-        macro: mean precision, recall and F1 over the classes, an undefined one counting as 0.
+        rows: sorted by F1, lowest first.
+        macro: mean precision, recall and F1 over the classes; an undefined value counts as 0.
         matrix: (label, [(rows, share of the label's rows)]) of each class.
     """
 
@@ -245,23 +247,19 @@ class Classes:
         return any(row.predicted is not None for row in self.rows)
 
     @property
-    def is_roomy(self) -> bool:
+    def shows_percentages(self) -> bool:
         """Whether the matrix has space for percentages."""
-        return len(self.matrix) <= _ROOMY_CLASSES
+        return len(self.matrix) <= _MOST_WITH_PERCENTAGES
 
 
 def classes(part: Record) -> Classes:
-    """Classes of one split of analysis.json."""
+    """The classes of one split of analysis.json."""
     rows = [_class_row(row) for row in part.records("classes")]
     totals = {row.label: row.rows for row in rows}
-    pairs = [
-        ConfusedPair(label, row.text("prediction"), count, count / totals[label] if totals.get(label) else None)
-        for row in part.records("confused")[:_MOST_PAIRS]
-        for label, count in [(row.text("label"), _count(row.number("rows")))]
-    ]
+    pairs = [_confused_pair(row, totals) for row in part.records("confused")[:_MOST_PAIRS]]
     shares = [(row.precision or 0.0, row.recall or 0.0, row.f1 or 0.0) for row in rows]
     macro = tuple(fmean(column) for column in zip(*shares, strict=True))
-    rows.sort(key=lambda row: (row.f1 is None, row.f1, -row.rows))
+    rows.sort(key=lambda row: (row.f1 is None, row.f1 or 0.0, -row.rows))  # classes without an F1 come last
     return Classes(rows, macro, pairs, _matrix(part))
 
 
@@ -269,6 +267,13 @@ def _class_row(row: Record) -> ClassRow:
     shares = [row.number(name) for name in ("precision", "recall", "f1")]
     predicted = _count(row.number("predicted")) if "predicted" in row else None
     return ClassRow(row.text("label"), *shares, _count(row.number("rows")), predicted)
+
+
+def _confused_pair(row: Record, totals: dict[str, int]) -> ConfusedPair:
+    """A pair; `totals` has the number of rows of each label."""
+    label, count = row.text("label"), _count(row.number("rows"))
+    total = totals.get(label)
+    return ConfusedPair(label, row.text("prediction"), count, count / total if total else None)
 
 
 def _count(value: float | None) -> int:
@@ -300,7 +305,7 @@ class HardRow:
 
 @dataclass(frozen=True)
 class Explained:
-    """One row with (token, score, strength in 0..1) of each of its tokens."""
+    """One row, with (token, score, strength in 0..1) for each of its tokens."""
 
     row: float | None
     label: str
@@ -310,7 +315,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class SplitAnalysis:
-    """What analysis.json says of one split."""
+    """The content of analysis.json for one split."""
 
     name: str
     rows: float | None
@@ -323,7 +328,7 @@ class SplitAnalysis:
 
 
 def split_analysis(name: str, part: Record) -> SplitAnalysis:
-    """One split of analysis.json."""
+    """Reads one split of analysis.json."""
     calibration, points = part.part("calibration"), part.table("points", 2)
     bins = calibration.table("bins", 5)
     return SplitAnalysis(
@@ -362,7 +367,9 @@ def diagnostic(analysis: Record) -> list[tuple[str, float | None, int]]:
     found = []
     part = analysis.part("diagnostic")
     for category, pair in part.values.items():
-        value, rows = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        value = rows = None
+        if isinstance(pair, list) and len(pair) == 2:
+            value, rows = pair
         entry = Record({"value": value, "rows": rows}, f"{part.name} {category}", part.ignored)
         found.append((category, entry.number("value"), int(entry.number("rows") or 0)))
     return found

@@ -1,4 +1,4 @@
-"""One page over many runs: each task, model and setting over its seeds, and settings compared seed by seed."""
+"""One page for many runs: each task, model and setting over its seeds, and settings compared seed by seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bert_glue.results.records import Record, as_text, read_record
 from bert_glue.storage.files import RECORD_FILE, RESULTS_FILE, read_json_object
 from bert_glue.tasks import TASKS, GlueTask
 
-# Flags that say how a model is found and read, not what is trained.
+# Flags that say where a model is found and how it is read, not what is trained.
 _NOT_SETTINGS = {
     "model_name_or_path", "tokenizer_name", "config_name", "cache_dir", "hub", "token", "trust_remote_code",
     "allow_pickle_weights",
@@ -29,9 +29,9 @@ _GROUPS = (ModelArguments, TrainingArguments, EvaluationArguments, PrecisionArgu
 _SETTINGS = {found.name for group in _GROUPS for found in fields(group)} - _NOT_SETTINGS
 _SETTINGS |= {"recipe", "max_seq_length", "doc_stride", "max_windows", "padding", "pad_to_max_length"}
 _SETTINGS |= {"max_train_samples", "max_eval_samples"}
-# What the results hold themselves; it is known of runs without run.json too.
+# Values that the results contain, so they are known even without run.json.
 _FROM_RESULTS = ("learning_rate", "precision", "global_batch_size", "world_size", "max_seq_length", "trained")
-# Shown with every setting, or said by the precision.
+# Shown with every setting, or part of the precision.
 _SHOWN_ANYWAY = {"learning_rate", "recipe", "precision", "fp16", "bf16", "fp16_opt_level", "data"}
 
 
@@ -40,8 +40,8 @@ class SuiteRun:
     """One finished run.
 
     Args:
-        value: headline metric of the first evaluated split, 0..1 (correlations -1..1); None where it has none.
-        majority: the metric of the most frequent class; None where unknown.
+        value: headline metric of the first evaluated split, 0..1 (correlations -1..1); None if there is none.
+        majority: the metric of the most frequent class; None if unknown.
     """
 
     folder: Path
@@ -57,12 +57,12 @@ class SuiteRun:
 
     @property
     def task(self) -> GlueTask:
-        """The row of the task, or a stand-in for own data."""
+        """The row of the task, or a substitute for own data."""
         return task_of(self.results)
 
     @property
     def seed(self) -> float | None:
-        """The seed, where the results have one."""
+        """The seed, if the results have one."""
         return self.results.number("seed")
 
     def setting(self) -> dict[str, str]:
@@ -75,7 +75,7 @@ class SuiteRun:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in the folders.
+    """The runs found in the folders.
 
     Args:
         unfinished: output folders without results.
@@ -127,7 +127,7 @@ class Setting:
     """Runs that differ in their seed only.
 
     Args:
-        differs: (flag, value) of what tells it from the other settings of its task and model.
+        differs: (flag, value) pairs that distinguish it from the other settings of its task and model.
     """
 
     runs: list[SuiteRun]
@@ -151,12 +151,12 @@ class Setting:
 
     @property
     def precision(self) -> str:
-        """As the run calls it."""
+        """The precision as the run names it."""
         return self.runs[0].results.text("precision")
 
     @property
     def label(self) -> str:
-        """One line for a chart."""
+        """One line of text for a chart."""
         parts = [
             self.model,
             self.rate,
@@ -178,7 +178,7 @@ class Setting:
 
     @property
     def deviation(self) -> float | None:
-        """Points; None for one seed."""
+        """Points; None for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -193,7 +193,7 @@ class Setting:
 
     @property
     def collapsed(self) -> int:
-        """How many runs learned nothing."""
+        """The number of runs that learned nothing."""
         return sum(run.has_collapsed for run in self.runs)
 
     def mean_of(self, key: str) -> float | None:
@@ -202,7 +202,7 @@ class Setting:
         return fmean(found) if found else None
 
     def by_seed(self) -> dict[float, float]:
-        """Points of each seed; the mean where a seed ran twice."""
+        """Points of each seed; the mean if a seed ran more than once."""
         found: dict[float, list[float]] = {}
         for run in self.runs:
             if run.seed is not None and run.value is not None:
@@ -222,7 +222,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Paired:
-    """A setting against the best one of its task, over common seeds.
+    """A setting compared with the best one of its task, over the common seeds.
 
     Args:
         difference: mean over the seeds, points.
@@ -237,14 +237,14 @@ class Paired:
 
 
 def paired(setting: Setting, best: Setting) -> Paired:
-    """Whether the difference of two settings is more than noise."""
+    """Compares two settings over their common seeds."""
     mine, theirs = setting.by_seed(), best.by_seed()
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     ends = interval(differences)
     if ends is None:
         verdict = Verdict.TOO_FEW
     elif ends[0] <= 0.0 <= ends[1]:
-        verdict = Verdict.NOISE
+        verdict = Verdict.WITHIN
     else:
         verdict = Verdict.HIGHER if ends[0] > 0.0 else Verdict.LOWER
     return Paired(setting, best, len(differences), fmean(differences) if differences else None, ends, verdict)
@@ -262,19 +262,19 @@ class TaskGroup:
 
     @property
     def best(self) -> Setting | None:
-        """The setting of the highest mean, where there are several."""
+        """The setting with the highest mean, if there are several settings."""
         scored = [setting for setting in self.settings if setting.mean is not None]
         return max(scored, key=lambda setting: setting.mean) if len(scored) > 1 else None
 
     @property
     def pairs(self) -> list[Paired]:
-        """Every setting that has scores beside the best one."""
+        """Every setting with scores, compared with the best one."""
         best = self.best
         return [paired(one, best) for one in self.settings if best and one is not best and one.mean is not None]
 
     @property
     def chart(self) -> SeedChart | None:
-        """Seeds of all settings; None where no run has a value."""
+        """The chart of the seeds of all settings; None if no run has a value."""
         scored = [setting for setting in self.settings if setting.values]
         rows = [SeedRow(one.label, _dots(one), one.mean, one.interval) for one in scored]
         majority = next((one.majority for one in scored if one.majority is not None), None)
@@ -327,14 +327,14 @@ def _settings(runs: list[SuiteRun]) -> list[Setting]:
 
 
 def _varying(settings: Iterable[dict[str, str]]) -> list[str]:
-    """Names whose values are not the same everywhere."""
+    """Names whose values differ between runs."""
     found = list(settings)
     names = dict.fromkeys(name for setting in found for name in setting)
     return [name for name in names if len({setting.get(name, "-") for setting in found}) > 1]
 
 
 def suite_page(found: Found) -> str:
-    """report.html over the runs."""
+    """report.html for the runs."""
     groups = task_groups(found.runs)
     return render(
         "suite.html",

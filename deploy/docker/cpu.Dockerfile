@@ -1,6 +1,6 @@
 # docker build -f deploy/docker/cpu.Dockerfile -t bert-glue:cpu .
 # docker run --rm -v "$PWD/output:/output" bert-glue:cpu train --sample --task_name mrpc --do_train --do_eval --output_dir /output/mrpc
-# TORCH_INDEX: address of an index that has torch without CUDA, some gigabytes less; without it pip's own index is used.
+# TORCH_INDEX: address of an index with torch without CUDA, which saves some gigabytes. Default: pip's own index.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 ARG TORCH_INDEX=
@@ -12,7 +12,7 @@ COPY pyproject.toml README.md LICENSE run_glue.py config.json bert_base_cased_co
 COPY bert_glue/ bert_glue/
 COPY configs/ configs/
 COPY test/ test/
-# Editable: recipes and launchers lie beside the package.
+# Editable, because recipes and launchers are beside the package.
 RUN pip install --no-cache-dir --no-deps --editable . \
     && useradd --create-home --uid 1000 user && mkdir /output && chown user /output
 USER user

@@ -1,6 +1,6 @@
 # docker build -f deploy/docker/cuda.Dockerfile -t bert-glue:cuda .
 # docker run --rm --gpus all --shm-size 2g -v "$PWD/output:/output" bert-glue:cuda doctor
-# torch's wheel brings CUDA's libraries; of the machine only the driver and its container toolkit are needed.
+# torch's wheel contains CUDA's libraries. The machine needs only the driver and its container toolkit.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 WORKDIR /opt/bert-glue
@@ -10,7 +10,7 @@ COPY pyproject.toml README.md LICENSE run_glue.py config.json bert_base_cased_co
 COPY bert_glue/ bert_glue/
 COPY configs/ configs/
 COPY test/ test/
-# Editable: recipes and launchers lie beside the package.
+# Editable, because recipes and launchers are beside the package.
 RUN pip install --no-cache-dir --no-deps --editable . \
     && useradd --create-home --uid 1000 user && mkdir /output && chown user /output
 USER user

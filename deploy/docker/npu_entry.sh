@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bert-glue with CANN's environment: what the launchers do on a machine, done in a container.
+# Runs bert-glue with CANN's environment, as the launchers do outside a container.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=test/env_npu.sh

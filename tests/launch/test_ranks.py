@@ -91,9 +91,9 @@ def test_one_log_a_rank_and_the_first_one_is_shown(repo: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "flags", "says"),
     [
-        ("train_full_8p.sh", ["--TASK=mrpc", "--nproc=0"], "--nproc: 0 is no number >= 1"),
+        ("train_full_8p.sh", ["--TASK=mrpc", "--nproc=0"], "--nproc: 0 is not a number >= 1"),
         ("train_full_8p.sh", ["--TASK=mrpc", "--nproc=many"], "--nproc: many"),
-        ("train_full_8p.sh", ["--TASK=mrpc", "--device=npu:3"], "each rank takes a device of its own; give npu"),
+        ("train_full_8p.sh", ["--TASK=mrpc", "--device=npu:3"], "each rank uses its own device; give npu"),
         ("train_full_8p.sh", ["--TASK=mrpc", "--nnodes=2"], "unknown flag --nnodes"),
         ("train_full_1p.sh", ["--TASK=mrpc", "--nproc=2"], "unknown flag --nproc"),
         ("train_full_8p.sh", ["--TASK=mrpc", "--baseline=x"], "unknown flag --baseline"),
@@ -101,7 +101,7 @@ def test_one_log_a_rank_and_the_first_one_is_shown(repo: Path) -> None:
         ("train_multinode.sh", ["--TASK=mrpc", "--nnodes=2"], "--nnodes 2 needs --master_addr"),
         ("train_multinode.sh", ["--TASK=mrpc", "--nnodes=2", "--node_rank=2"], "--node_rank: 2 is not one of 0 to 1"),
         ("train_multinode.sh", ["--TASK=mrpc", "--nnodes=2", "--node_rank=08"], "--node_rank: 08"),
-        ("train_multinode.sh", ["--TASK=mrpc", "--master_port=70000"], "--master_port: 70000 is no port"),
+        ("train_multinode.sh", ["--TASK=mrpc", "--master_port=70000"], "--master_port: 70000 is not a port"),
         ("train_full_8p.sh", ["--TASK=mrpc", "--", "--ddp_timeout", "soon"], "--ddp_timeout: soon"),
     ],
 )

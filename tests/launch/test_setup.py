@@ -93,7 +93,7 @@ def test_after_an_interrupted_installation_the_environment_is_made_anew(repo: Pa
     (repo / ".venv/installed").touch()  # the metadata may look complete
     done = launch(repo, "--TASK=mrpc", **bare_settings(repo, bare))
     assert done.returncode == 0, done.stderr
-    assert "an installation was cut off" in done.stderr
+    assert "an earlier installation was interrupted" in done.stderr
     assert len(pip_calls(repo)) == 2
     assert not half.exists()  # made anew: pip takes half a package for a whole one
 
@@ -223,7 +223,7 @@ def test_a_longer_hccl_timeout_is_kept_and_named(home_with_cann: Path) -> None:
     script = f'source "{REPOSITORY}/test/env_npu.sh"; npu_environment 600; echo "$HCCL_CONNECT_TIMEOUT"'
     settings = {"PATH": os.environ["PATH"], "HOME": str(home_with_cann), "HCCL_CONNECT_TIMEOUT": "900"}
     done = subprocess.run(["bash", "-c", script], env=settings, capture_output=True, text=True, check=True)
-    assert done.stdout == "900\n" and "should be below --ddp_timeout 600" in done.stderr
+    assert done.stdout == "900\n" and "should be less than --ddp_timeout 600" in done.stderr
 
 
 def test_a_prepared_environment_or_none_is_left_alone(home_with_cann: Path, tmp_path: Path) -> None:

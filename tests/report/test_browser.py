@@ -106,7 +106,7 @@ def pages(folder: Path) -> dict[str, str]:
 def test_in_a_browser(tmp_path, width, dark):
     expected = {
         "classes": ("Comparison with published figures", "与公布的结果对比"),
-        "regression": ("Hardest errors", "最难的错误"),
+        "regression": ("Errors with the highest loss", "损失最高的错误"),
         "many": ("Confusion matrix", "混淆矩阵"),
         "suite": ("Scores by seed", "各种子的得分"),
     }

@@ -108,20 +108,26 @@ def test_the_table_beside_published_figures(run):
     own = next(row for row in rows if row[0].startswith("This run"))
     assert own == ["This run , Some Device", "57.75", "-", "-", "321.5"]
     majority = next(row for row in rows if row[0] == "Most frequent class")
-    assert majority == ["Most frequent class", "56.34", "+1.41", "within noise", "-"]
+    assert majority == ["Most frequent class", "56.34", "+1.41", "within the margin of error", "-"]
     npu = next(row for row in rows if "1p Ascend NPU" in row[0])
-    assert npu == ["Published: bert-large-cased, 1p Ascend NPU, 1 epochs", "54.69", "+3.06", "within noise", "205.8"]
+    assert npu == [
+        "Published: bert-large-cased, 1p Ascend NPU, epochs: 1",
+        "54.69",
+        "+3.06",
+        "within the margin of error",
+        "205.8",
+    ]
 
 
 def test_a_sentence_for_who_reads_nothing_else(tmp_path):
     """Above the table: the score, its standard error and where the published figures lie."""
     text = english(run_page(make_run(tmp_path / "a", value=0.5775)))
     assert (
-        "The score 57.75 (validation) has a standard error of 5.90. It is within noise of 5 published figure(s)."
+        "The score 57.75 (validation) has a standard error of 5.90. Published figures: 5 within the margin of error."
         in text
     )
     text = english(run_page(make_run(tmp_path / "b", value=0.71)))
-    assert "It is within noise of 3 published figure(s); higher than 2, beyond noise." in text
+    assert "Published figures: 3 within the margin of error; 2 lower, beyond the margin of error." in text
 
 
 def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
@@ -138,7 +144,9 @@ def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
     assert seen == ["soft", "good", "soft", "good", "soft", "soft"]  # the majority, then as published
 
 
-@pytest.mark.parametrize(("value", "verdict"), [(0.20, "lower, beyond noise"), (0.90, "higher, beyond noise")])
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(0.20, "lower, beyond the margin of error"), (0.90, "higher, beyond the margin of error")]
+)
 def test_a_large_difference_is_no_noise(tmp_path, value, verdict):
     rows = rows_of(run_page(make_run(tmp_path / "run", value=value)))
     assert all(row[3] == verdict for row in rows if "Published" in row[0])
@@ -146,7 +154,10 @@ def test_a_large_difference_is_no_noise(tmp_path, value, verdict):
 
 def test_noise_ends_at_twice_the_error_of_a_difference(tmp_path):
     edge = 0.5469 + 2 * 2**0.5 * 0.059
-    for value, verdict in ((edge - 1e-4, "within noise"), (edge + 1e-4, "higher, beyond noise")):
+    for value, verdict in (
+        (edge - 1e-4, "within the margin of error"),
+        (edge + 1e-4, "higher, beyond the margin of error"),
+    ):
         rows = rows_of(run_page(make_run(tmp_path / f"run{value}", value=value)))
         assert next(row for row in rows if "1p Ascend NPU" in row[0])[3] == verdict
 
@@ -155,7 +166,7 @@ def test_other_rows_are_not_compared(tmp_path):
     page = run_page(make_run(tmp_path / "run", eval_samples=30))
     published = [row for row in rows_of(page) if "Published" in row[0]]
     assert len(published) == 5 and all(row[2:4] == ["-", "not comparable"] for row in published)
-    assert "Not comparable: this run evaluated 30 rows, GLUE has 71." in page and 'class="strip"' not in page
+    assert "Not comparable: this run evaluated 30 rows, but GLUE has 71." in page and 'class="strip"' not in page
 
 
 def test_a_sample_is_not_held_beside_glue(tmp_path):
