@@ -189,8 +189,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "collapsed_one": ("collapsed", "训练失败"),
     "suite_how": (
         "Each row is one task, model and setting. The runs of a row differ only in their seed. The 95 % interval "
-        "below the mean is Student's t over the seeds. A run has collapsed if its predictions do not depend on the text "
-        "or its training loss stayed flat. Means include these runs.",
+        "below the mean is Student's t over the seeds. A run has collapsed if its predictions do not depend on the "
+        "text or its training loss stayed flat. Means include these runs.",
         "每个任务、模型和设置一行；同一行的运行只有随机种子不同。平均值下方是其 95 % 区间（各种子的学生 t 区间）。"
         "训练失败是指预测与文本无关，或训练损失没有下降；平均值包含这些运行。",
     ),
