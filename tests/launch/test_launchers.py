@@ -187,7 +187,7 @@ def test_performance_launcher_trains_one_epoch_and_saves_nothing(repo: Path) -> 
         (["--TASK=mrpc", "--batch_size=0"], 2, "--batch_size: 0"),
         (["--TASK=mrpc", "--train_epochs=many"], 2, "--train_epochs: many"),
         (["--TASK=mrpc", "--", "--output_dir=x"], 2, "put --output_dir before --"),
-        (["--TASK=mrpc", "--data_path=nowhere"], 3, "there is no folder nowhere"),
+        (["--TASK=mrpc", "--data_path=nowhere"], 3, "the folder nowhere does not exist"),
     ],
 )
 def test_usage_errors_are_one_line_before_anything_is_set_up(
