@@ -16,6 +16,8 @@ SAMPLE_NOTE = "sample data, not GLUE"
 COMBINED_SCORE = "combined_score"
 # transformers' names of the kinds of answers.
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+# The name of a task that a user's own files make.
+OWN = "own"
 
 
 def base_epochs(name: str) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 from bert_glue import result_keys as keys
 from bert_glue.config.values import read_number, shown
 from bert_glue.errors import did_you_mean
-from bert_glue.tasks import TASKS
+from bert_glue.tasks import OWN, TASKS
 
 _PATTERN = re.compile(r"(?:(?P<task>[a-z0-9]+)\.)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<sign>>=|<=|>|<)(?P<bound>\S+)")
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -70,7 +70,7 @@ def _read(text: str, task: str | None, metrics: list[str]) -> Expectation:
         hint = "; put it in quotes, because the shell reads > as a redirection" if re.fullmatch(r"[\w.]+", text) else ""
         raise ValueError(f"{shown(text)} is not a bound such as 'mrpc.f1>=0.88'{hint}")
     name, bound = keys.without_eval(match["name"]), float(read_number(match["bound"]))
-    if match["task"] and match["task"] != task:
+    if match["task"] and match["task"] != (task or OWN):
         known = "" if match["task"] in TASKS else f" ({did_you_mean('task', match['task'], list(TASKS))})"
         raise ValueError(f"{shown(text)} is for {match['task']}{known}, but this run's task is {task or 'own data'}")
     if name in FIGURES:

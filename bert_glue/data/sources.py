@@ -28,7 +28,7 @@ from bert_glue.data.readers import read_table
 from bert_glue.data.splits import Split, make_split
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, UsageError
-from bert_glue.tasks import GlueTask, also_predicted, get_task
+from bert_glue.tasks import OWN, GlueTask, also_predicted, get_task
 
 if TYPE_CHECKING:
     from bert_glue.config.arguments import Arguments
@@ -204,7 +204,7 @@ def _from_files(args: Arguments, task: GlueTask | None, needed: frozenset[str], 
         # Predictions are known by the number of their row, so that none of a test file is left out.
         return read_table(Path(paths[part]), args.drop_broken_rows and part != "test")
 
-    return _own(args, task, needed, finished, _Parts("own", set(paths), read, " ".join(map(str, paths.values()))))
+    return _own(args, task, needed, finished, _Parts(OWN, set(paths), read, " ".join(map(str, paths.values()))))
 
 
 def _from_dataset(

@@ -29,6 +29,9 @@ _GROUPS = (ModelArguments, TrainingArguments, EvaluationArguments, PrecisionArgu
 _SETTINGS = {found.name for group in _GROUPS for found in fields(group)} - _NOT_SETTINGS
 _SETTINGS |= {"recipe", "max_seq_length", "doc_stride", "max_windows", "padding", "pad_to_max_length"}
 _SETTINGS |= {"max_train_samples", "max_eval_samples"}
+_SETTINGS |= {"label_column_name", "label_map", "drop_rows", "drop_broken_rows", "do_regression", "remove_columns"}
+_SETTINGS |= {"text_column_delimiter", "validation_split_percentage", "problem_type", "label_delimiter"}
+_SETTINGS |= {"label_threshold"}
 # Values that the results contain, so they are known even without run.json.
 _FROM_RESULTS = ("learning_rate", "precision", "global_batch_size", "world_size", "max_seq_length", "trained")
 # Shown with every setting, or part of the precision.

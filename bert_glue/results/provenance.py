@@ -56,7 +56,7 @@ def provenance(
         "argv": [without_secrets(word, args) for word in sys.argv],
         "working_directory": os.getcwd(),
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
-        "data": {"source": data.source, "sample_data": data.is_sample, "sha256": _data_hashes(data)},
+        "data": {"source": data.source, "sample_data": data.is_sample, "sha256": data_hashes(data)},
         **({} if weights is None else {"class_weights": weights}),
         "model_sha256": {path.name: file_hash(path) for path in model.files},
         "device_name": ranks.device.name,
@@ -90,7 +90,8 @@ def package_versions() -> dict[str, str | None]:
     return {name: installed_version(name) for name in _PACKAGES}
 
 
-def _data_hashes(data: TaskData) -> dict[str, str]:
+def data_hashes(data: TaskData) -> dict[str, str]:
+    """SHA-256 of the texts and labels of each split."""
     hashes = {}
     for name, split in data.splits.items():
         digest = hashlib.sha256()

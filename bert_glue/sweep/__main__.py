@@ -2,6 +2,8 @@
 
     python -m bert_glue.sweep --sample --tasks mrpc,rte --seeds 1-3
     python -m bert_glue.sweep --model ./bert-large-cased --devices npu:0,npu:1 -- --bf16
+    python -m bert_glue.sweep --tasks own --train_file reviews.csv --validation_file later.csv \\
+        --text_column_names text --label_column_name label --model bert-base-cased --learning_rates 2e-5,3e-5
 
 Eight devices on one small task are not the way: the published eight-device figures lie 3 to 10 points
 below the one-device ones, because a global batch of 256 leaves a few hundred updates. Eight one-device
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,18 @@ from bert_glue.errors import (
     ExpectationError,
     MachineError,
     UsageError,
+    UserError,
     exit_code_of,
+    first_line,
     printable,
     say,
 )
 from bert_glue.storage.lock import FolderLock, wait_until_free
+from bert_glue.sweep.own_data import DATA_FLAGS, add_flags, check_flags, data_flags, read_own_data
 from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
 from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_line
 from bert_glue.sweep.summary import best_mean, lines, summarise, write
-from bert_glue.tasks import GlueTask
+from bert_glue.tasks import OWN, GlueTask
 
 
 class Listed:
@@ -75,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Flags of run_glue.py go behind -- and are the same for all runs.", allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
-    add("--tasks", default="all", metavar="LIST", help="comma-separated, or all (default)")
+    add("--tasks", metavar="LIST", help="comma-separated, all (default), or own: the data of --train_file")
     add("--seeds", default="1-3", metavar="LIST", help="such as 1,2,7 or 1-5; default 1-3")
     add("--learning_rates", default="", metavar="LIST", help="one run each; default: the recipe's only")
     add("--sample", action="store_true", help="generated sample data (not GLUE); without --model a tiny BERT")
     add("--data_path", metavar="FOLDER", help="the original GLUE folder; default: the hub's data")
     add("--model", "--model_name_or_path", metavar="NAME", help="folder or hub name; default: bert-large-cased")
-    add("--recipe", default="reference", metavar="NAME", help="reference (default), stable, ... or a config file")
+    add("--recipe", metavar="NAME", help="reference (default), stable, ... or a config file; own data: none")
     add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
     add("--devices", default="auto", metavar="LIST", help="such as npu:0,npu:1; auto (default): all of the best kind")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
@@ -92,13 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", type=int, metavar="N", help="instead of fixed settings, N trials of Optuna a task")
     add("--storage", metavar="URL", help="of the study, shared by several machines; default: sqlite in --output_dir")
     add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search, or FLAG=A,B,C")
+    add_flags(parser)
     return parser
 
 
 def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
+    args.tasks = args.tasks or (OWN if any(getattr(args, name) for name in DATA_FLAGS) else "all")
+    check_flags(args, extra)
     suite = _suite(args, extra)
     tasks, seeds = tasks_of(args.tasks), seeds_of(args.seeds)
     rates = [rate.strip() for rate in args.learning_rates.split(",")] if args.learning_rates else []
+    if args.tasks == OWN:
+        chosen = {"learning_rate": rates[0]} if rates else {}
+        own = read_own_data(suite.run(tasks[0], seeds[0], chosen).flags)
+        say(*own.lines)
+        suite, tasks = replace(suite, data_sha256=own.sha256), [own.task]
     if args.jobs < 1 or (args.search is not None and args.search < 1):
         raise UsageError("--jobs and --search: at least 1")
     if args.search is not None:
@@ -141,9 +155,22 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
                 write(suite.output_dir, summary)
             except OSError as error:
                 raise CheckpointError(f"{suite.output_dir}/summary.json cannot be written: {error.strerror}") from error
+            if any(run.results() is not None for run in runs):
+                _write_report(suite.output_dir)
         if not args.keep_checkpoints:
             _drop_checkpoints(runs)
     return _close(queue, summary, suite.output_dir) or _gate(bounds, runs)
+
+
+def _write_report(output_dir: Path) -> None:
+    """report.html over all finished runs; without it the sweep is still whole, so a failure costs one line."""
+    from bert_glue.report.page import write_page
+    from bert_glue.report.suite_page import find_runs, suite_page
+
+    try:
+        write_page(output_dir / "report.html", suite_page(find_runs([output_dir])))
+    except UserError as error:
+        say(f"note: no report.html: {first_line(error)}", file=sys.stderr)
 
 
 def _close(queue: Queue, summary: dict, output_dir: Path) -> int:
@@ -152,7 +179,7 @@ def _close(queue: Queue, summary: dict, output_dir: Path) -> int:
         if "best" in study:
             best = ", ".join(f"{flag} {value}" for flag, value in study["best"].items())
             print(f"best of {study['COMPLETE']} trials, {name}: {100 * study['best_value']:.2f} with {best}")
-    say(*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv")
+    say(*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv; report.html")
     for folder, reason in queue.failures.items():
         say(f"failed: {folder}: {reason}", file=sys.stderr)
     if queue.stop_signal is not None:
@@ -195,9 +222,11 @@ def _suite(args: argparse.Namespace, extra: tuple[str, ...]) -> Suite:
     source = ["--sample"] if args.sample else []
     if args.data_path:
         source.append(f"--data_path={args.data_path}")
+    source += data_flags(args)
+    recipe = args.recipe or (None if args.tasks == OWN else "reference")
     local = Path(__file__).resolve().parents[2] / "bert-large-cased"
     default = None if args.sample else str(local) if local.is_dir() else "google-bert/bert-large-cased"
-    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, args.recipe)
+    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, recipe)
 
 
 def _state(run: SweepRun) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import FLAGS
-from bert_glue.config.files import CONFIG_SUFFIXES, SAMPLE_RECIPE, read_config, recipe_file, value_text
+from bert_glue.config.files import CONFIG_SUFFIXES, SAMPLE_RECIPE, read_config, recipe_file, recipe_names, value_text
 from bert_glue.config.parser import as_config, parse
-from bert_glue.errors import UsageError
+from bert_glue.errors import UsageError, did_you_mean
 from bert_glue.result_keys import headline_keys
 from bert_glue.storage.files import RESULTS_FILE, json_object, write_json
-from bert_glue.tasks import TASKS, TRAINABLE, GlueTask, base_epochs
+from bert_glue.tasks import OWN, TASKS, TRAINABLE, GlueTask, own_task
 
 SETTINGS_FILE = "sweep_run.json"
 # What may differ between the sittings of one run: where and how it is shown, not what is computed.
@@ -35,6 +35,10 @@ _OURS = (
     "seed", "task_name", "output_dir", "device", "resume_from_checkpoint", "expect", "sample", "do_train", "do_eval",
     "recipe",
 )  # fmt: skip
+
+
+# Among the settings of a run on own data: hashes of its splits.
+_DATA = "data_sha256"
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ class SweepRun:
         if stored is None:
             foreign = [name for name in (RESULTS_FILE, "model.safetensors") if (self.folder / name).exists()]
             return [f"{foreign[0]} is not of a sweep"] if foreign else []
-        return [
-            f"--{name} {stored.get(name, FLAGS[name].default)}, now {value}"
-            for name, value in self.settings.items()
-            if stored.get(name, FLAGS[name].default) != value
-        ]
+        defaults = {name: FLAGS[name].default if name in FLAGS else None for name in self.settings}
+        changed = {name: value for name, value in self.settings.items() if stored.get(name, defaults[name]) != value}
+        found = [f"--{name} {stored.get(name, defaults[name])}, now {value}" for name, value in changed.items()
+                 if name in FLAGS]  # fmt: skip
+        if _DATA in changed:
+            found.append("the texts or labels of the data have changed since")
+        return found
 
     def is_started(self) -> bool:
         """True if an earlier sitting began this run."""
@@ -120,14 +126,19 @@ def _read_object(file: Path) -> dict[str, Any] | None:
 
 
 def tasks_of(text: str) -> list[GlueTask]:
-    """Tasks of "all" or a comma-separated list.
+    """Tasks of "all" or a comma-separated list; of "own" a stand-in until the data is read.
 
     Raises:
-        UsageError: no task, or one without training data.
+        UsageError: no task, one without training data, or own data beside others.
     """
     names = list(TRAINABLE) if text == "all" else [part.strip() for part in text.split(",")]
+    if names == [OWN]:
+        return [own_task(OWN, (), ("0", "1"))]
+    if OWN in names:
+        raise UsageError(f"--tasks {text}: {OWN} goes alone, because its flags name other data than the tasks have")
     for name in names:
-        base_epochs(name)  # its error names the choices
+        if name.lower() not in TRAINABLE:
+            raise UsageError(f"--tasks: {did_you_mean('task', name.lower(), [*TRAINABLE, OWN])}")
     return [TASKS[name] for name in dict.fromkeys(name.lower() for name in names)]
 
 
@@ -159,14 +170,16 @@ class Suite:
         model: `--model_name_or_path`; None with `--sample` for the tiny BERT.
         source: flags that choose the data.
         extra: flags behind `--`; they go before all others.
-        recipe: as `--recipe` of run_glue.py.
+        recipe: as `--recipe` of run_glue.py; None: the defaults of run_glue.py.
+        data_sha256: hashes of own data, which all runs share.
     """
 
     output_dir: Path
     model: str | None
     source: tuple[str, ...]
     extra: tuple[str, ...] = ()
-    recipe: str = "reference"
+    recipe: str | None = "reference"
+    data_sha256: dict[str, str] = field(default_factory=dict)
 
     def run(self, task: GlueTask, seed: int, chosen: dict[str, str], trial: int | None = None) -> SweepRun:
         """One run, its command line checked.
@@ -177,9 +190,9 @@ class Suite:
         recipe = self._recipe(task)
         if self.model is not None:
             recipe["model_name_or_path"] = self.model
-        recipe |= {**chosen, "seed": str(seed), "task_name": task.name}
+        recipe |= {**chosen, "seed": str(seed), **({"task_name": task.name} if task.is_official else {})}
         config, given = self._given()
-        clash = sorted(given & {*chosen, *_OURS})
+        clash = sorted(given & {*chosen, *_OURS, *(word[2:].partition("=")[0] for word in self.source)})
         if clash:
             raise UsageError(f"--{clash[0]} cannot go behind --: the sweep has it, or sets it itself")
         folder = self._folder(task, seed, chosen, trial)
@@ -189,12 +202,21 @@ class Suite:
         flags = [*config, *(f"--{name}={value}" for name, value in recipe.items() if name not in given)]
         flags += [*self.source, f"--output_dir={folder}", *self.extra[len(config) :]]
         settings = {name: value for name, value in as_config(parse(flags)).items() if name not in _FREE}
+        if self.data_sha256:
+            settings[_DATA] = self.data_sha256
         run = SweepRun(task, seed, chosen, folder, tuple(flags), trial)
         return replace(run, settings=json.loads(json.dumps(settings)))
 
     def _recipe(self, task: GlueTask) -> dict[str, str]:
         """The flags of the recipe for a task, each as text, and those that every launcher adds."""
         flags = dict(_LAUNCHER)
+        if self.recipe is None:
+            return flags
+        if self.recipe in recipe_names() and not task.is_official:
+            raise UsageError(
+                f"--recipe {self.recipe} has settings by GLUE task, none for own data: give a .json or .yaml file, or "
+                "flags behind --"
+            )
         for entry in read_config(recipe_file(self.recipe, task.name)):
             try:
                 flags[entry.key] = value_text(entry) or "none"
@@ -226,7 +248,7 @@ def plan(suite: Suite, tasks: list[GlueTask], seeds: list[int], rates: list[str]
         UsageError: a command line is wrong, or a folder holds a run with other settings.
     """
     by_size = sorted(tasks, key=lambda task: -task.rows["train"])
-    choices = [{"learning_rate": rate} for rate in rates] or [{}]
+    choices = [{"learning_rate": rate} for rate in dict.fromkeys(rates)] or [{}]
     runs = [suite.run(task, seed, chosen) for task in by_size for chosen in choices for seed in seeds]
     refuse_other_settings(runs)
     return sorted(runs, key=lambda run: not (run.is_started() and run.results() is None))

@@ -222,6 +222,6 @@ class Search:
     def _write_best(self, name: str, chosen: dict[str, str]) -> None:
         task = next(task for task in self.tasks if task.name == name)
         settings = self.suite.run(task, self.seeds[0], chosen, 0).settings
-        config = {k: v for k, v in settings.items() if k != "seed" and v != FLAGS[k].default}
+        config = {k: v for k, v in settings.items() if k != "seed" and k in FLAGS and v != FLAGS[k].default}
         file = self.suite.output_dir / f"best_{name}.json"
         write_json(file, config)

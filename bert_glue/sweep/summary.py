@@ -72,7 +72,9 @@ def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, di
     # 0 is that of a perfect score; that of a constant prediction says only that redrawing it gives the same again.
     errors = [error for seed, error in given if error is not None and (error > 0 or seed not in lost)]
     baseline_key = keys.evaluation_key(keys.MAJORITY_BASELINE, split.key_suffix)
-    baseline = next((r.get(baseline_key) for _, _, r in done), None)
+    # One value, but where each seed holds out other rows of own data.
+    baselines = {found for _, _, r in done if (found := r.get(baseline_key)) is not None}
+    baseline = statistics.fmean(baselines) if baselines else None
     return {
         "task": task.name,
         "split": split.name,

@@ -116,7 +116,7 @@ def test_operations_of_other_encoders_are_null_with_the_reason(tmp_path):
 
 
 def totals(meter: Meter) -> dict[str, float]:
-    keys = ("samples", "real_tokens", "computed_tokens", "flops")
+    keys = ("samples", "windows", "real_tokens", "computed_tokens", "flops")
     return {key: getattr(meter, key) for key in keys}
 
 
