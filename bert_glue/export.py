@@ -48,8 +48,10 @@ def load(name: str) -> LoadedModel:
     model = load_model(args, task_of_model(model_folder(name, args))[0])
     if model.fresh:
         raise MachineError(f"{name} has no classifier; fine-tune it first")
-    # The tracer writes plain matrix products, for which every runtime has kernels.
-    model.module.stock.set_attn_implementation("eager")
+    # Eager attention is traced as plain matrix products, for which every runtime has kernels. transformers before 4.50
+    # cannot switch; there the exporter writes out the fused operator.
+    if hasattr(model.module.stock, "set_attn_implementation"):
+        model.module.stock.set_attn_implementation("eager")
     model.module.eval()
     return model
 

@@ -33,7 +33,7 @@ check_rank_settings() { # sets NPROC, NNODES and NODE_RANK
 
 use_network_of() { # use_network_of <first host>: ranks communicate over the interface that leads there
   local address interface
-  read -r address interface < <("$PYTHON" -P "$ROOT/bert_glue/launch/ranks.py" network "$1") ||
+  read -r address interface < <("$PYTHON" "$ROOT/bert_glue/launch/ranks.py" network "$1") ||
     fail 4 "--master_addr $1: the host does not exist or cannot be reached"
   [[ -z $interface ]] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
   [[ -z $interface ]] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
@@ -44,7 +44,7 @@ elastic_command() { # fills ELASTIC: torch's launcher; the command of a rank mus
   local group_timeout below=(below)
   group_timeout=$(extra_value ddp_timeout 1800)
   ((NNODES == 1)) || below=(meet "$SCRATCH" "$group_timeout")
-  ELASTIC=("$PYTHON" -P "$ROOT/bert_glue/launch/ranks.py" "${below[@]}"
+  ELASTIC=("$PYTHON" "$ROOT/bert_glue/launch/ranks.py" "${below[@]}"
     "$PYTHON" -m torch.distributed.run --nproc-per-node="$NPROC" --max-restarts=0 --monitor-interval=0.1)
   if ((NNODES > 1)); then
     use_network_of "${SETTING[master_addr]}"
@@ -53,7 +53,7 @@ elastic_command() { # fills ELASTIC: torch's launcher; the command of a rank mus
   else
     ELASTIC+=(--standalone --local-addr=127.0.0.1) # the kernel chooses the port
   fi
-  ELASTIC+=(--no-python "$PYTHON" -P "$ROOT/bert_glue/launch/ranks.py" rank "$SCRATCH" "$OUTPUT")
+  ELASTIC+=(--no-python "$PYTHON" "$ROOT/bert_glue/launch/ranks.py" rank "$SCRATCH" "$OUTPUT")
   local cores
   cores=$(nproc 2>/dev/null || echo "$NPROC")
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
@@ -71,6 +71,6 @@ start_ranks() { # start_ranks <command>...
 }
 
 judge_ranks() { # judge_ranks <status of torch's launcher>: names the rank that failed first; returns the launcher's status
-  "$PYTHON" -P "$ROOT/bert_glue/launch/ranks.py" verdict "$SCRATCH" "$OUTPUT" \
+  "$PYTHON" "$ROOT/bert_glue/launch/ranks.py" verdict "$SCRATCH" "$OUTPUT" \
     --launcher_log "$(launcher_log)" --status "$1" --signal "$SIGNALLED"
 }

@@ -80,11 +80,15 @@ class DamagedFileError(Exception):
     """A cached file does not have the hub's hash. The message names it and the remedy."""
 
 
+# urllib and httpx read the first, requests the second, curl the third.
+_CA_BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
 def use_ca_bundle() -> None:
-    """Make urllib and the hub's client, which read SSL_CERT_FILE, also follow the variables of requests and curl."""
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if os.environ.get(name):
-            os.environ.setdefault("SSL_CERT_FILE", os.environ[name])
+    """Make urllib and every version of the hub's client trust the authority that one of the variables names."""
+    bundle = next(filter(None, map(os.environ.get, _CA_BUNDLES)), None)
+    for name in _CA_BUNDLES if bundle else ():
+        os.environ.setdefault(name, bundle)
 
 
 @cache
@@ -99,7 +103,7 @@ def prepare_client() -> None:
     """Limit the requests of all later calls of `huggingface_hub`."""
     import huggingface_hub
 
-    default = _default_client()
+    default = _default_client()  # before the hub asks our factory for one
     asked: Counter[str] = Counter()
 
     def count(request: Any) -> None:
@@ -108,11 +112,26 @@ def prepare_client() -> None:
         if asked[address] > MOST_REQUESTS:
             raise OSError(f"{address} was cut off {MOST_REQUESTS} times")
 
-    def factory() -> Any:
-        hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], count]}
-        return type(default)(event_hooks=hooks, follow_redirects=default.follow_redirects, timeout=default.timeout)
+    if hasattr(huggingface_hub, "set_client_factory"):
+        huggingface_hub.set_client_factory(lambda: _counting_client(default, count))
+    else:  # below 1.0, on requests
+        huggingface_hub.configure_http_backend(lambda: _counting_session(default, count))
 
-    huggingface_hub.set_client_factory(factory)
+
+def _counting_client(default: Any, count: Callable[[Any], None]) -> Any:
+    """A client of httpx like the hub's own that reports each request before it is sent."""
+    hooks = {**default.event_hooks, "request": [*default.event_hooks["request"], count]}
+    return type(default)(event_hooks=hooks, follow_redirects=default.follow_redirects, timeout=default.timeout)
+
+
+def _counting_session(default: Any, count: Callable[[Any], None]) -> Any:
+    """A session of requests like the hub's own that reports each request when its answer begins."""
+    import requests
+
+    session = requests.Session()
+    session.adapters = default.adapters
+    session.hooks["response"].append(lambda response, **_: count(response.request))
+    return session
 
 
 def with_retries(action: Callable[[], T]) -> T:
