@@ -126,9 +126,7 @@ def _counting_client(default: Any, count: Callable[[Any], None]) -> Any:
 
 def _counting_session(default: Any, count: Callable[[Any], None]) -> Any:
     """A session of requests like the hub's own that reports each request when its answer begins."""
-    import requests
-
-    session = requests.Session()
+    session = type(default)()
     session.adapters = default.adapters
     session.hooks["response"].append(lambda response, **_: count(response.request))
     return session
