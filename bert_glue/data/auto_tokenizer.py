@@ -65,7 +65,7 @@ def library_errors(folder: Path) -> Iterator[None]:
 def _cause(folder: Path, error: BaseException) -> str:
     """Why a tokenizer could not be made; transformers advises another package where a sentencepiece file is bad."""
     if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
-        return _NO_VOCABULARY
+        return f"{_NO_VOCABULARY} ({first_line(error)})"
     for file in sorted(folder.glob("*.model")):
         try:
             import google.protobuf  # noqa: F401
