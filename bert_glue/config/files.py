@@ -172,8 +172,6 @@ def without_effect_of(names: Iterable[str], chosen: Mapping[str, Any]) -> tuple[
         The settings to leave out, and lines about them: fp16 if `--bf16` is given, and with `--sample` the learning
         rate and epochs of a named recipe, which suit GLUE and not the generated rows.
     """
-    pass
-
     unused = {"fp16", "loss_scale"} if chosen.get("bf16") else set()
     for_glue: set[str] = set()
     if chosen.get("sample") and chosen["recipe"] in recipe_names():

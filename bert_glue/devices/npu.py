@@ -46,8 +46,6 @@ class NoFusedOptimizer(Exception):
 
 def moves_allocations(optim: str, device: torch.device) -> bool:
     """True if the optimizer of `--optim` may move gradients to another place in the device's memory."""
-    pass
-
     return optim in ("adamw_apex_fused_npu", "adamw_torch_npu_fused") and torch_npu_of(device) is not None
 
 
@@ -61,8 +59,6 @@ def npu_fused_adamw(params: list[dict], **options) -> torch.optim.Optimizer:
     Raises:
         NoFusedOptimizer: torch_npu is not installed, or has no such optimizer for these parameters.
     """
-    pass
-
     first = params[0]["params"][0]
     torch_npu = torch_npu_of(first.device)
     if torch_npu is None:

@@ -110,7 +110,7 @@ def test_a_bad_value_is_one_line(value):
 
 
 def test_values_that_cannot_go_together():
-    with pytest.raises(UsageError, match="--profile_steps 10:15: --max_steps 9 ends before"):
+    with pytest.raises(UsageError, match="--profile_steps 10:15: --max_steps 9 ends the run before that"):
         parse([*BASE, "--profile_steps", "10:15", "--max_steps", "9"])
     with pytest.raises(UsageError, match="--profile_steps needs --do_train"):
         parse([*BASE[:-1], "--do_eval", "--profile_steps", "10:15"])
