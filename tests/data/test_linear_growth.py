@@ -52,7 +52,7 @@ def test_pieces_are_the_column(rows) -> None:
 def test_the_hash_of_rows_is_that_of_earlier_versions() -> None:
     from bert_glue.data.sources import TaskData
     from bert_glue.data.splits import Split
-    from bert_glue.results.provenance import _data_hashes
+    from bert_glue.results.provenance import data_hashes
     from bert_glue.tasks import own_task
 
     texts, labels = [f"row {n}" for n in range(10_003)], [0, 1]
@@ -61,4 +61,4 @@ def test_the_hash_of_rows_is_that_of_earlier_versions() -> None:
     digest.update("\0".join(texts[::-1]).encode())
     digest.update(repr(labels).encode())
     data = TaskData(own_task("own", ("a", "b"), ("x", "y")), {"train": split}, "")
-    assert _data_hashes(data) == {"train": digest.hexdigest()}
+    assert data_hashes(data) == {"train": digest.hexdigest()}
