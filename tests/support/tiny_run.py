@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,18 +101,27 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
     return found
 
 
-def make_data(folder: Path, train: int = 29, validation: int = 13, test: int = 5) -> dict[str, str]:
-    """Three csv files; returns the flags that name them."""
+def _three_files(folder: Path, suffix: str, counts: tuple[int, ...], write: Callable[[Path, int, int], None]) -> dict:
+    """Training, validation and test file, each by `write(path, rows, seed)`; returns the flags that name them."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = {}
-    for seed, (part, count) in enumerate((("train", train), ("validation", validation), ("test", test))):
-        path = folder / f"{part}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["sentence1", "sentence2", "label"])
-            writer.writeheader()
-            writer.writerows(rows(count, seed))
+    for seed, (part, count) in enumerate(zip(("train", "validation", "test"), counts, strict=True)):
+        path = folder / f"{part}{suffix}"
+        write(path, count, seed)
         flags[f"{part}_file"] = str(path)
     return flags
+
+
+def _write_csv(path: Path, count: int, seed: int) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["sentence1", "sentence2", "label"])
+        writer.writeheader()
+        writer.writerows(rows(count, seed))
+
+
+def make_data(folder: Path, train: int = 29, validation: int = 13, test: int = 5) -> dict[str, str]:
+    """Three csv files; returns the flags that name them."""
+    return _three_files(folder, ".csv", (train, validation, test), _write_csv)
 
 
 def label_sets(count: int, seed: int) -> list[dict]:
@@ -125,15 +135,13 @@ def label_sets(count: int, seed: int) -> list[dict]:
     return found
 
 
+def _write_label_sets(path: Path, count: int, seed: int) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in label_sets(count, seed)))
+
+
 def make_label_sets(folder: Path, train: int = 61, validation: int = 23, test: int = 9) -> dict[str, str]:
     """Three jsonl files of `label_sets`; returns the flags that name them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = {}
-    for seed, (part, count) in enumerate((("train", train), ("validation", validation), ("test", test))):
-        path = folder / f"{part}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in label_sets(count, seed)))
-        flags[f"{part}_file"] = str(path)
-    return flags
+    return _three_files(folder, ".jsonl", (train, validation, test), _write_label_sets)
 
 
 def arguments(folder: Path, **changes) -> Arguments:

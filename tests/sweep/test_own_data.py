@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sweep_stubs import Sweep, stub_repository
+from sweep_stubs import Sweep
 
 from bert_glue.config.arguments import FLAGS
 from bert_glue.errors import DataError, UsageError
@@ -15,18 +15,6 @@ from bert_glue.sweep.own_data import DATA_FLAGS, read_own_data
 from bert_glue.sweep.plan import SweepRun, tasks_of
 
 WORDS = ["river", "stone", "cloud", "green", "seven", "paper", "night"]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    return stub_repository(tmp_path_factory.mktemp("clone"))
-
-
-@pytest.fixture
-def sweep(clone: Path, tmp_path: Path) -> Sweep:
-    found = Sweep(clone)
-    found.output = tmp_path / "out"
-    return found
 
 
 def write(path: Path, labels: list, **more: str) -> str:

@@ -8,25 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep_stubs import Sweep, stub_repository, wait_until
+from sweep_stubs import Sweep, wait_until
 
 from bert_glue.config.arguments import without_login
 from bert_glue.errors import UsageError
 from bert_glue.sweep.search import read_space
 
 SEARCH = ("--tasks", "mrpc", "--seeds", "1")
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    return stub_repository(tmp_path_factory.mktemp("clone"))
-
-
-@pytest.fixture
-def sweep(clone: Path, tmp_path: Path) -> Sweep:
-    found = Sweep(clone)
-    found.output = tmp_path / "out"
-    return found
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch_stubs import clean_environment
-from sweep_stubs import REPOSITORY, Sweep, is_alive, stub_repository, wait_until
+from sweep_stubs import REPOSITORY, Sweep, is_alive, wait_until
 
 from bert_glue.errors import UsageError
 from bert_glue.evaluation.analysis import standard_errors
@@ -23,19 +23,6 @@ from bert_glue.sweep.__main__ import _slots
 from bert_glue.sweep.plan import Suite, plan, seeds_of, tasks_of
 from bert_glue.sweep.summary import lines, summarise, write
 from bert_glue.tasks import TASKS, TRAINABLE
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    return stub_repository(tmp_path_factory.mktemp("clone"))
-
-
-@pytest.fixture
-def sweep(clone: Path, tmp_path: Path) -> Sweep:
-    found = Sweep(clone)
-    found.output = tmp_path / "out"
-    return found
-
 
 MRPC = ("--tasks", "mrpc", "--seeds")
 
