@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from bert_glue.launch.requirements import pins
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "stacks.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
@@ -44,7 +46,7 @@ STACKS = (
         {"torch": "2.7.1", "transformers": "4.57.1", "datasets": "4.4.1", "accelerate": "1.11.0"},
     ),
     Stack("middle", "3.12", {"torch": "2.9.1", "transformers": "5.0.0", "datasets": "4.5.0", "accelerate": "1.12.0"}),
-    Stack("pinned", "3.13", {"torch": "2.13.0", "transformers": "5.23.0", "datasets": "5.2.0", "accelerate": "1.15.0"}),
+    Stack("pinned", "3.13", dict(pins(ROOT / "requirements.txt"))),
     Stack("newest", "3.13", {"torch": "", "transformers": "", "datasets": "", "accelerate": ""}),
 )  # fmt: skip
 # What no stack decides and every one needs.

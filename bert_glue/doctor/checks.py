@@ -68,14 +68,13 @@ def stack(found: dict[str, str | None]) -> list[dict[str, str]]:
     Args:
         found: as from `versions`.
     """
-    ranges = {"python": requirements.PYTHON} | requirements.RANGES
     rows = [
         (
             name,
             version,
             f"{'within' if requirements.is_tested(version, known) else 'outside'} the tested range, {known}",
         )
-        for name, known in ranges.items()
+        for name, known in requirements.STACK.items()
         if (version := found.get(name))
     ]
     if torch_npu := found["torch_npu"]:

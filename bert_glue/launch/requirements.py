@@ -50,6 +50,7 @@ RANGES = {
     "huggingface_hub": Range((0, 26), (1,)),
 }
 PYTHON = Range((3, 10), (3, 13), (3, 10), "its syntax is used")
+STACK = {"python": PYTHON, **RANGES}
 TESTED_SET_FROM = (3, 11)  # Python; requirements.txt has no versions for 3.10
 SEE = "docs/stacks.md lists what runs"
 # Built for one driver or for one torch: never exchanged by us.
@@ -78,7 +79,7 @@ def pins(file: Path) -> Iterator[tuple[str, str]]:
 
 def gap(name: str) -> Gap | None:
     """What is wrong with the installed version of a package; None if it can work."""
-    installed, known = installed_version(name), RANGES.get(name)
+    installed, known = _version(name), STACK.get(name)
     if installed is None:
         return Gap(name, None, "")
     if known and known.works_from and _numbers(installed)[:2] < known.works_from:
@@ -88,14 +89,13 @@ def gap(name: str) -> Gap | None:
 
 def gaps(files: list[Path]) -> list[Gap]:
     """Every package of `files` that this python lacks or that cannot work, python itself included."""
-    found = [gap(name) for file in files for name, _ in pins(file)]
-    return [*filter(None, [_python_gap(), *found])]
+    named = ("python", *(name for file in files for name, _ in pins(file)))
+    return [*filter(None, map(gap, named))]
 
 
-def _python_gap() -> Gap | None:
-    if sys.version_info[:2] >= PYTHON.works_from:
-        return None
-    return Gap("python", _text(sys.version_info[:2]), f"{_text(PYTHON.works_from)}: {PYTHON.reason}")
+def _version(name: str) -> str | None:
+    """The version of a package, or of this python; None if it is not installed."""
+    return _text(sys.version_info[:2]) if name == "python" else installed_version(name)
 
 
 def refuse_unusable() -> None:
@@ -104,7 +104,7 @@ def refuse_unusable() -> None:
     Raises:
         MachineError: an installed version cannot work.
     """
-    for found in filter(None, (_python_gap(), *map(gap, RANGES))):
+    for found in filter(None, map(gap, STACK)):
         if found.installed:
             raise MachineError(
                 f"{found.name} {found.installed} cannot run this: it needs {found.needs}; see docs/stacks.md"
@@ -113,12 +113,10 @@ def refuse_unusable() -> None:
 
 def stack_warnings() -> list[str]:
     """One line for each installed version outside its tested range. The run goes on."""
-    versions = {"python": _text(sys.version_info[:2])} | {name: installed_version(name) for name in RANGES}
-    ranges = {"python": PYTHON} | RANGES
     return [
-        f"{name} {version} is outside the tested range, {ranges[name]}; the run goes on"
-        for name, version in versions.items()
-        if version and not is_tested(version, ranges[name])
+        f"{name} {version} is outside the tested range, {known}; the run goes on"
+        for name, known in STACK.items()
+        if (version := _version(name)) and not is_tested(version, known)
     ]
 
 

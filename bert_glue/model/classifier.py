@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from bert_glue.data.tokenization import TextTokenizer
-from bert_glue.model.description import write_description
+from bert_glue.model.description import FILE, write_description
 from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.layers import Adapter, plain_names
 from bert_glue.model.weights import load_packed, packed_tensors
-from bert_glue.storage.files import open_plain
+from bert_glue.storage.files import file_hash, open_plain
 
 
 class PaddedClassifier(nn.Module):
@@ -76,6 +76,24 @@ class LoadedModel:
     description: dict = field(default_factory=dict)
     depends_on_padding: bool = False
     code: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def file_hashes(self) -> dict[Path, str]:
+        """SHA-256 of each file with the loaded weights. Costs a second or so for each 1.5 GB, once."""
+        return {path: file_hash(path) for path in self.files}
+
+    def notes_on_description(self, folder: Path) -> list[str]:
+        """A line where the file beside the weights in `folder` was written with other ones.
+
+        A note and no refusal: weights that another program stored anew, in another dtype say, are read in the same way.
+        """
+        stored, weights = self.description.get("weights_sha256"), folder / "model.safetensors"
+        if stored is None or weights not in self.files or self.file_hashes[weights] == stored:
+            return []
+        return [
+            f"{folder / FILE} was written with other weights than model.safetensors: its length, columns and "
+            "threshold are used all the same; if they are of another model, remove it and give the flags"
+        ]
 
     @cached_property
     def frozen_hash(self) -> str:

@@ -135,20 +135,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def notes_on_weights(folder: Path, description: dict[str, Any]) -> list[str]:
-    """A line where the file beside the weights was written with other ones. Costs a SHA-256 of them.
-
-    A note and no refusal: weights that another program stored anew, in another dtype say, are read in the same way.
-    """
-    stored, weights = description.get("weights_sha256"), folder / "model.safetensors"
-    if stored is None or not weights.is_file() or file_hash(weights) == stored:
-        return []
-    return [
-        f"{folder / FILE} was written with other weights than model.safetensors: its length, columns and "
-        "threshold are used all the same; if they are of another model, remove it and give the flags"
-    ]
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json_object(path)

@@ -24,7 +24,7 @@ from bert_glue.hub import client
 from bert_glue.model.adapters import choose_trained
 from bert_glue.model.bounds import check_config, check_size
 from bert_glue.model.classifier import LoadedModel, PaddedClassifier, code_files, notes_on_code, why_own_code
-from bert_glue.model.description import decision_of, notes_on_weights, read_description
+from bert_glue.model.description import decision_of, read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
@@ -76,7 +76,7 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     model = _load(args, task)
     folder = model_folder(args.model_name_or_path, args)
     model.description = read_description(folder)
-    model.notes += notes_on_weights(folder, model.description)
+    model.notes += model.notes_on_description(folder)
     model.code = code_files(folder) if args.trust_remote_code and why_own_code(model.config) else []
     if model.word_rows is not None and model.tokenizer.size > model.word_rows:
         raise MachineError(

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         else ToFile(
             options.output,
             output_kind,
-            {**_identity(args, labeller, folders, output_kind), "keep_formulas": options.keep_formulas},
+            {**_identity(args, labeller, output_kind), "keep_formulas": options.keep_formulas},
             overwrite=options.overwrite,
             keep_formulas=options.keep_formulas,
         )
@@ -150,19 +150,16 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
             say(f"note: {line}", file=log)
 
 
-def _identity(args: Arguments, labeller: Labeller, folders: list[Path], kind: str) -> dict[str, Any]:
+def _identity(args: Arguments, labeller: Labeller, kind: str) -> dict[str, Any]:
     """The values of `labelled_output.IDENTITY`."""
-    from bert_glue.model.weights import weight_files
-    from bert_glue.storage.files import file_hash
-
-    temperatures = [one.task.decision.temperature for one in (labeller, *labeller.others)]
-    files = [path for folder in folders for path in weight_files(folder, args.allow_pickle_weights)]
-    windows = [one.windows and [one.windows.stride, one.windows.most] for one in (labeller, *labeller.others)]
+    members = (labeller, *labeller.others)
+    temperatures = [one.task.decision.temperature for one in members]
+    windows = [one.windows and [one.windows.stride, one.windows.most] for one in members]
     return {
-        "model_sha256": [file_hash(path) for path in files],
-        "tokenizers": [one.model.tokenizer.fingerprint for one in (labeller, *labeller.others)],
-        "text_columns": [name for one in (labeller, *labeller.others) for name in one.task.columns],
-        "max_seq_lengths": [one.limit for one in (labeller, *labeller.others)],
+        "model_sha256": [found for one in members for found in one.model.file_hashes.values()],
+        "tokenizers": [one.model.tokenizer.fingerprint for one in members],
+        "text_columns": [name for one in members for name in one.task.columns],
+        "max_seq_lengths": [one.limit for one in members],
         **({"windows": windows} if any(windows) else {}),
         "per_device_eval_batch_size": args.per_device_eval_batch_size,
         "precision": labeller.evaluator.precision.plan.name,

@@ -58,7 +58,7 @@ def provenance(
         "arguments": {name: getattr(args, name) for name, flag in FLAGS.items() if not flag.secret},
         "data": {"source": data.source, "sample_data": data.is_sample, "sha256": data_hashes(data)},
         **({} if weights is None else {"class_weights": weights}),
-        "model_sha256": {path.name: file_hash(path) for path in model.files},
+        "model_sha256": {path.name: found for path, found in model.file_hashes.items()},
         "device_name": ranks.device.name,
         "product_library": ranks.device.product_library,
         "world_size": ranks.world_size,

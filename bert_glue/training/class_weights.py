@@ -1,6 +1,5 @@
 """`--class_weights`: the weight of each class in the training loss, balanced by its rows or read from a file.
 
-
 Of one label a row it is torch's `weight` of cross_entropy, of several its `pos_weight`: what a row that has the class
 counts beside one that has not.
 """
@@ -16,6 +15,7 @@ import numpy as np
 
 from bert_glue.config.values import shown
 from bert_glue.errors import DataError, UsageError, did_you_mean
+from bert_glue.storage.files import read_plain_text
 from bert_glue.tasks import GlueTask
 
 BALANCED = "balanced"
@@ -31,7 +31,7 @@ def class_weights(choice: str | None, task: GlueTask, labels: np.ndarray) -> np.
         labels: of the rows that are trained on, `[rows]` class ids or `[rows, labels]` bool.
 
     Raises:
-        UsageError: the task is a regression, or a row may have several labels.
+        UsageError: the task is a regression.
         DataError: the file does not give each class a weight, a class has no rows to be balanced by, or no row counts.
     """
     if choice is None:
@@ -106,7 +106,7 @@ def _is_weight(value: Any) -> bool:
 def _read(path: Path) -> list[tuple[str, Any]]:
     """The pairs of the file's JSON object, in its order: a dict would lose the first value of a name given twice."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
+        content = json.loads(read_plain_text(path), object_pairs_hook=tuple)
     except FileNotFoundError:
         raise DataError(
             f"--class_weights {path}: no such file; give {BALANCED}, or a json file of {{class: weight}}"
