@@ -60,6 +60,21 @@ class Windows:
         return cls(args.doc_stride, args.max_windows)
 
 
+def cut_note(rows: str, max_length: int, windows: Windows | None) -> str:
+    """A line on rows that have text beyond their tokens, with the flag that changes it.
+
+    Args:
+        rows: subject and verb, such as "3 rows were".
+        max_length: tokens of a sequence.
+    """
+    if windows is not None:
+        return f"{rows} truncated after {windows.most} windows (--max_windows)"
+    return (
+        f"{rows} truncated to {max_length} tokens (--max_seq_length); --doc_stride N reads them whole, in overlapping "
+        "windows"
+    )
+
+
 class NoRoomError(Exception):
     """A window has no room for more than `stride` tokens of text.
 

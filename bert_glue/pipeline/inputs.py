@@ -11,7 +11,7 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.config.metric_checks import with_metric
 from bert_glue.config.repeat import check_inputs, read_run
 from bert_glue.data.batching import TokenSplit
-from bert_glue.data.chunked_encoding import Windows
+from bert_glue.data.chunked_encoding import Windows, cut_note
 from bert_glue.data.sources import Split, TaskData, load_task_data
 from bert_glue.data.tokenization import TokenTable, tokenize
 from bert_glue.devices.distributed import DistributedContext
@@ -177,13 +177,8 @@ def _length_notes(table: TokenTable, limit: int, windows: Windows | None) -> lis
     found, of_all = [], f"of {len(table)} rows are"
     if table.windowed_rows:
         found.append(f"{table.windowed_rows} {of_all} longer than {limit} tokens: {table.windows} windows in all")
-    if table.cut_rows and windows is None:
-        found.append(
-            f"{table.cut_rows} {of_all} truncated to {limit} tokens (--max_seq_length); --doc_stride N reads them "
-            "whole, in overlapping windows"
-        )
-    elif table.cut_rows:
-        found.append(f"{table.cut_rows} {of_all} truncated after {windows.most} windows (--max_windows)")
+    if table.cut_rows:
+        found.append(cut_note(f"{table.cut_rows} {of_all}", limit, windows))
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
-from bert_glue.data.chunked_encoding import Windows
+from bert_glue.data.chunked_encoding import Windows, cut_note
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.own.label_sets import DELIMITER, join_labels
 from bert_glue.data.splits import make_split
@@ -76,13 +76,8 @@ class Labeller:
         found = []
         if windowed:
             found.append(f"{windowed} rows are longer than {self.limit} tokens and were read in windows (--doc_stride)")
-        if cut and self.windows is None:
-            found.append(
-                f"{cut} rows were truncated to {self.limit} tokens (--max_seq_length); --doc_stride N reads them "
-                "whole, in overlapping windows"
-            )
-        elif cut:
-            found.append(f"{cut} rows were truncated after {self.windows.most} windows (--max_windows)")
+        if cut:
+            found.append(cut_note(f"{cut} rows were", self.limit, self.windows))
         return found
 
     def order_of(self, task: GlueTask) -> list[int]:
