@@ -155,7 +155,7 @@ def table(report: dict) -> str:
 
 
 def summary(small: dict, large: dict) -> list[str]:
-    """Lines of the READMEs' table, a task each, of two reports over the same tasks."""
+    """Lines of the table in docs/results.md, a task each, of two reports over the same tasks."""
     speed, share = "real_tokens_per_second_vs_hf_default", "share_of_gemm"
     keys = (
         speed, "real_tokens_per_second_vs_hf_best", share, "seconds_to_first_step_vs_hf_default",
@@ -167,6 +167,13 @@ def summary(small: dict, large: dict) -> list[str]:
         cells = [_cell(key, ours[key]) for key in keys] + [_cell(key, larger[key]) for key in (speed, share)]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return lines
+
+
+def spans(report: dict) -> list[tuple[float, float]]:
+    """The smallest and the largest ratio to "HF best" over the tasks: speed, time of the run, peak memory."""
+    found = [ratios(result["rounds"]) for result in report["tasks"].values()]
+    keys = ("real_tokens_per_second_vs_hf_best", "seconds_to_end_vs_hf_best", "peak_bytes_vs_hf_best")
+    return [(min(ratio[key] for ratio in found), max(ratio[key] for ratio in found)) for key in keys]
 
 
 def _cell(key: str, value: float | None) -> str:

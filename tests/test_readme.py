@@ -1,4 +1,4 @@
-"""The READMEs: both languages alike, and every command in them run here, as it stands there.
+"""The READMEs and the pages beside them: both languages alike, and every command in them run here, as it stands there.
 
 They run in a copy of the repository beside a tiny BERT under the names of the real ones, a hub on this machine, and
 the small data that the commands name. What needs hardware is marked in the READMEs, and runs on a stand-in for it.
@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,17 +32,20 @@ from bert_glue.data.sample import make_tiny_bert
 from bert_glue.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+# The pages whose commands are run, each in both languages.
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("running", "launchers", "outputs"))]
+CHINESE = [page.with_suffix(".zh-CN.md") for page in PAGES]
 
 
 def _blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def _commands(page: Path) -> dict[str, str]:
-    """Each command of the page's bash blocks, continued lines joined -> what the comment above says it needs."""
+def _commands(pages: list[Path]) -> dict[str, str]:
+    """Each command of the pages' bash blocks, continued lines joined -> what the comment above says it needs."""
     found, needs = {}, ""
-    for line in "\n\n".join(_blocks(page, "bash")).replace("\\\n", " ").splitlines():
+    blocks = [block for page in pages for block in _blocks(page, "bash")]
+    for line in "\n\n".join(blocks).replace("\\\n", " ").splitlines():
         if line.startswith("#"):
             needs = " ".join(re.findall(r"needs (?:an?|two|eight) \w+", line))
         elif not line.strip():
@@ -51,13 +55,14 @@ def _commands(page: Path) -> dict[str, str]:
     return found
 
 
-def test_both_languages_show_the_same_commands_outputs_and_tables():
-    english, chinese = READMES
+@pytest.mark.parametrize(("english", "chinese"), [*zip(PAGES, CHINESE, strict=True)], ids=lambda page: page.name)
+def test_both_languages_show_the_same_commands_outputs_and_tables(english, chinese):
     for language in ("bash", "text"):
         assert _blocks(english, language) == _blocks(chinese, language)
-    counts = [[text.count(mark) for mark in ("\n## ", "\n### ", "\n|")] for text in map(Path.read_text, READMES)]
+    texts = [page.read_text(encoding="utf-8") for page in (english, chinese)]
+    counts = [[text.count(mark) for mark in ("\n## ", "\n### ", "\n|", "\n- ")] for text in texts]
     assert counts[0] == counts[1]
-    figures = [re.findall(r"^\|.*\d\.\d.*\|$", page.read_text(encoding="utf-8"), re.MULTILINE) for page in READMES]
+    figures = [re.findall(r"^\|.*\d\.\d.*\|$", text, re.MULTILINE) for text in texts]
     numbers = [[re.findall(r"\d+\.\d+", line) for line in lines] for lines in figures]
     assert numbers[0] == numbers[1]
 
@@ -97,7 +102,7 @@ class Clone:
         return word.replace("/data/glue", str(self.root / "glue"))
 
     def trained(self, *folders: str) -> None:
-        """Runs that later commands name: the README's own training command, in few steps on the GLUE folder."""
+        """Runs that later commands name: the training command of docs/running.md, in few steps on the GLUE folder."""
         for folder in (self.root / name for name in folders if not (self.root / name).is_dir()):
             words = [*shlex.split(TRAINING)[2:], "--task_name", folder.name, "--output_dir", str(folder), "--use_cpu"]
             words += ["--data_path", str(self.root / "glue"), "--model_name_or_path", str(self.root / "tiny")]
@@ -129,12 +134,13 @@ def clone(tmp_path_factory) -> Iterator[Clone]:
         yield Clone(folder / "clone", server.url)
 
 
+LAUNCHERS, OUTPUTS = PAGES[2:]
 NOTE = " (sample data, not GLUE)"
 
 
 def launched(clone: Clone, out: str, folder: str) -> dict:
-    """Results of a launcher that ended as the README shows and left what it names."""
-    shown = [line.partition(" : ")[0] for line in _blocks(READMES[0], "text")[0].splitlines()]
+    """Results of a launcher that ended as docs/launchers.md shows and left what it names."""
+    shown = [line.partition(" : ")[0] for line in _blocks(LAUNCHERS, "text")[0].splitlines()]
     last = [line for line in out.splitlines() if not line.startswith("Performance :")][-4:]
     assert [line.partition(" : ")[0] for line in last] == shown, out[-2000:]
     place = clone.root / folder
@@ -144,8 +150,20 @@ def launched(clone: Clone, out: str, folder: str) -> dict:
     return results
 
 
+def installation(clone: Clone, command: str) -> None:
+    """Of what this python has: pip finds it on PYTHONPATH, and asks no index."""
+    settings = {"PIP_NO_INDEX": "1", "PYTHONPATH": sysconfig.get_path("purelib")}
+    out = clone.run(shlex.join(["bash", "-c", command]), **settings)
+    assert (clone.root / ".venv/bin/python").is_file() and "already satisfied: torch" in out
+    shutil.rmtree(clone.root / ".venv")
+
+
 def sample(clone: Clone, command: str) -> None:
-    results = launched(clone, clone.run(command), "test/output/mrpc/1p")
+    """The line of the score is that of the README but for its figures."""
+    out = clone.run(command)
+    (shown,) = _blocks(PAGES[0], "text")
+    assert re.sub(r"\d+", "#", shown) in re.sub(r"\d+", "#", out)
+    results = launched(clone, out, "test/output/mrpc/1p")
     assert results["sample_data"] and results["eval_f1"] > 0.85
 
 
@@ -169,15 +187,34 @@ def on_an_npu(clone: Clone, command: str) -> None:
 
 
 def training(clone: Clone, command: str) -> None:
-    """All the files that the README names."""
+    """All the files that docs/outputs.md names."""
     clone.run(command)
-    named = READMES[0].read_text(encoding="utf-8").partition("## What a run leaves")[2].partition("A launcher ends")[0]
+    named = OUTPUTS.read_text(encoding="utf-8").partition("## What a run leaves")[2].partition("the model itself")[0]
     files = [name.replace("<task>", "mrpc") for name in re.findall(r"`([\w<>]+\.\w+)`", named)]
     assert len(files) == 10 and not [name for name in files if not (clone.root / "output/mrpc" / name).is_file()]
     from transformers import pipeline
 
     answer = pipeline("text-classification", str(clone.root / "output/mrpc"))({"text": "a", "text_pair": "b"})
     assert answer["label"] in ("equivalent", "not_equivalent")
+
+
+def own_rows(clone: Clone, command: str) -> None:
+    """A csv of one's own."""
+    rows = [f"the {food} was {word},{label}" for word, label in WORDS for food in ("soup", "tea", "rice")] * 10
+    (clone.root / "reviews.csv").write_text("\n".join(["text,label", *rows, ""]))
+    clone.run(command)
+    results = json.loads((clone.root / "output/reviews/all_results.json").read_text())
+    assert results["eval_samples"] == 12 and (clone.root / "output/reviews/report.html").is_file()
+
+
+def own_labels(clone: Clone, command: str) -> None:
+    """After the command above it on the page."""
+    if not (clone.root / "output/reviews").is_dir():
+        own_rows(clone, next(command for command in _commands(PAGES) if "reviews.csv" in command))
+    (clone.root / "unlabelled.csv").write_text("text\nthe bread was good\nthe beer was bad\n")
+    clone.run(command)
+    with (clone.root / "labelled.csv").open(newline="") as file:
+        assert {row["prediction"] for row in csv.DictReader(file)} <= {"pos", "neg"}
 
 
 def on_two_ranks(clone: Clone, command: str) -> None:
@@ -260,13 +297,17 @@ def gate(clone: Clone, command: str) -> None:
 
 
 LABELS = {"equivalent", "not_equivalent"}
-TRAINING = next(command for command in _commands(READMES[0]) if command.startswith("python run_glue.py"))
+WORDS = (("good", "pos"), ("fine", "pos"), ("bad", "neg"), ("stale", "neg"))
+TRAINING = next(command for command in _commands(PAGES) if "--recipe stable" in command)
 # beginning of a command -> how it is run here; slow: more than the gate has time for
 FAST: dict[str, Callable[[Clone, str], None]] = {
     "bash test/train_full_1p.sh --TASK=mrpc --data_path": from_the_glue_folder,
-    "python run_glue.py": training,
+    "python3 -m venv": installation,
+    "python run_glue.py --model_name_or_path google-bert/bert-base-cased --task_name": training,
+    "python run_glue.py --model_name_or_path google-bert/bert-base-cased --train_file": own_rows,
+    "python -m bert_glue.predict --model output/reviews": own_labels,
     "python -m bert_glue.submission": submission,
-    "python -m bert_glue.predict": prediction,
+    "python -m bert_glue.predict --model output/mrpc": prediction,
     "python -m bert_glue.report": report,
     "python -m bert_glue.export": onnx,
 }
@@ -291,15 +332,15 @@ def way_of(command: str) -> str:
 
 
 def test_every_command_is_run_once_and_what_needs_hardware_is_marked():
-    """A command that is new in the README has no way to be run here, and fails."""
-    for page in READMES:
-        commands = _commands(page)
+    """A command that is new on a page has no way to be run here, and fails."""
+    for pages in (PAGES, CHINESE):
+        commands = _commands(pages)
         assert sorted(map(way_of, commands)) == sorted({**FAST, **SLOW})
         for command, needs in commands.items():
             assert STAND_INS.get({**FAST, **SLOW}[way_of(command)], "") == needs, command
 
 
-ALL = [pytest.param(c, marks=pytest.mark.slow if way_of(c) in SLOW else ()) for c in _commands(READMES[0])]
+ALL = [pytest.param(c, marks=pytest.mark.slow if way_of(c) in SLOW else ()) for c in _commands(PAGES)]
 
 
 @pytest.mark.parametrize("command", ALL)

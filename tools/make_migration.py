@@ -19,7 +19,7 @@ REFERENCE = {
     "--skip_steps": "the same; the device is synchronised before the clock is read",
     "--optim adamw_apex_fused_npu": "the same; if it is not available, the log names the nearest, which is used",
     "--distributed_process_group_timeout": "`--ddp_timeout`, seconds",
-    "--data_path": "the same, and it is really read; layouts: README, “Where rows come from”",
+    "--data_path": "the same, and it is really read; layouts: [running](running.md#where-rows-come-from)",
     "--half_precision_backend": "`--amp_backend`: `auto`, `native`, `apex`",
     "--overwrite_output_dir": "accepted; the folder is never deleted, only single files are replaced",
     "--local_rank, RANK, WORLD_SIZE, MASTER_*": "read from the environment; the eight-device launchers set them",

@@ -47,7 +47,7 @@ RANGES = {
     "transformers": Range((4, 44), (5,)),
     "datasets": Range((3, 0), (5,)),
     "accelerate": Range((1, 0), (1,)),
-    "huggingface_hub": Range((0, 26), (1,)),
+    "huggingface_hub": Range((0, 26), (2,)),
 }
 PYTHON = Range((3, 10), (3, 13), (3, 10), "its syntax is used")
 STACK = {"python": PYTHON, **RANGES}
