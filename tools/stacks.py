@@ -150,7 +150,7 @@ def examine(stack: Stack, python: Path, losses: list[float], areas: tuple[str, .
         "stack": stack.name,
         "versions": versions(python),
         "loss_difference": difference,
-        "areas": {area: tested(python, AREAS[area]) for area in areas},
+        "areas": {area: tested(python, AREAS[area], python.parents[1] / f"{area}.xml") for area in areas},
     }
 
 
@@ -184,18 +184,22 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(_run(python, "-c", code).stdout)
 
 
-def tested(python: Path, tests: list[str]) -> dict[str, int]:
-    """How many tests passed, failed and were skipped. What did not run counts as failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.xml"
-        # A test that is named alone is wanted even if it is slow.
-        selection = [] if all("::" in name for name in tests) else ["-m", "not slow"]
-        done = _run(python, "-m", "pytest", "-q", *selection, f"--junitxml={file}", *tests)
-        if not file.exists():
-            print(done.stdout[-3000:], done.stderr[-2000:], file=sys.stderr)
-            return {"passed": 0, "failed": 1, "skipped": 0}
-        print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))))
-        return _counts(file)
+def tested(python: Path, tests: list[str], report: Path) -> dict[str, int]:
+    """How many tests passed, failed and were skipped, with the reasons on the screen. What did not run counts as failed.
+
+    Args:
+        report: what pytest writes about each test; kept for whoever looks into a failure.
+    """
+    report.unlink(missing_ok=True)
+    # A test that is named alone is wanted even if it is slow.
+    selection = [] if all("::" in name for name in tests) else ["-m", "not slow"]
+    done = _run(python, "-m", "pytest", "-q", "-ra", "--tb=short", *selection, f"--junitxml={report}", *tests)
+    if not report.exists():
+        print(done.stdout[-3000:], done.stderr[-2000:], file=sys.stderr)
+        return {"passed": 0, "failed": 1, "skipped": 0}
+    kinds = ("FAILED", "ERROR", "SKIPPED")
+    print(*(line for line in done.stdout.splitlines() if line.startswith(kinds)), sep="\n", flush=True)
+    return _counts(report)
 
 
 def _counts(report: Path) -> dict[str, int]:
