@@ -185,7 +185,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def tested(python: Path, tests: list[str], report: Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, with the reasons on the screen. What did not run counts as failed.
+    """How many tests passed, failed and were skipped; reasons go to the screen. What did not run counts as failed.
 
     Args:
         report: what pytest writes about each test; kept for whoever looks into a failure.

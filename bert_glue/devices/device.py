@@ -18,6 +18,7 @@ from bert_glue.errors import MachineError, UsageError, did_you_mean
 
 KINDS = ("npu", "cuda", "cpu")
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 _FIXES = {
     "npu": "install torch_npu of torch's own version (2.13.0 with 2.13.0) and source CANN's set_env.sh",
     "cuda": "install a CUDA build of torch and check `nvidia-smi`",
@@ -248,12 +249,21 @@ def resolve_device(requested: str, local_rank: int = 0, use_cpu: bool = False) -
         raise MachineError(f"--device {requested}: there is no {kind} device here (there is: {_here()})", _fix(kind))
     if kind == "cpu":
         return Device("cpu")
-    number, count = int(index) if index else local_rank, _module(kind).device_count()
+    count = _module(kind).device_count()
+    number = int(index) if index else _index_of_rank(kind, local_rank, count)
     if number >= count:
         raise MachineError(
             f"--device {requested}: {kind} device {number} is not here, there are {count}", f"choose one below {count}"
         )
     return Device(kind, number)
+
+
+def _index_of_rank(kind: str, local_rank: int, count: int) -> int:
+    """Index of a rank's own device: 0 where its launcher lets each rank find one device, else its number on this host.
+
+    With two ranks on one device that both can find, the collective's library refuses to start.
+    """
+    return 0 if count == 1 and os.environ.get(_VISIBLE[kind]) else local_rank
 
 
 def has_slow_products(kind: str, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""The processes of one run, by accelerate's PartialState: torchrun's variables, collectives and barriers."""
+"""The processes of one run, by accelerate's PartialState: meeting, collectives and barriers."""
 
 from __future__ import annotations
 
@@ -6,59 +6,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.devices.device import Device, resolve_device
-from bert_glue.errors import RankError, UsageError
+from bert_glue.devices.rank_environment import read_rank_environment
+from bert_glue.errors import RankError
 
 _GRACE_SECONDS = 1.0  # for torch's own message, which names more, where it keeps its bound
 _RELEASE_SECONDS = 0.05  # microseconds are enough on a host at rest
-
-
-class RankEnvironment(NamedTuple):
-    """The place of this process in a run: `rank` of `world_size`, and `local_rank` on its host."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-
-def read_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
-    """Read torchrun's variables.
-
-    A single process is rank 0 whatever RANK and LOCAL_RANK are, so that stale variables cannot change `--device npu:3`.
-    The reference sets RANK but not LOCAL_RANK, which is the same on its single host.
-
-    Raises:
-        UsageError: a variable is missing or has no valid value; one line each.
-    """
-    wrong: list[str] = []
-
-    def number(name: str, default: int | None, least: int, end: int | None = None) -> int:
-        text = environment.get(name, "" if default is None else str(default))
-        if text.isdecimal() and int(text) >= least and (end is None or int(text) < end):
-            return int(text)
-        bounds = f"in [{least}, {'inf' if end is None else end})"
-        wrong.append(f"{name}={text or '(not set)'} in the environment: it must be a whole number {bounds}")
-        return least
-
-    world = number("WORLD_SIZE", 1, 1)
-    if world > 1:
-        rank = number("RANK", None, 0, world)
-        local = number("LOCAL_RANK", rank, 0, world)
-        if not environment.get("MASTER_ADDR"):
-            wrong.append("MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed")
-        number("MASTER_PORT", None, 1, 65536)
-    if wrong:
-        wrong.append("without WORLD_SIZE a process runs alone; torchrun and test/train_full_8p.sh set all of these")
-        raise UsageError("\n".join(wrong))
-    return RankEnvironment(rank, local, world) if world > 1 else RankEnvironment(0, 0, 1)
 
 
 class DistributedContext:
@@ -86,7 +47,7 @@ class DistributedContext:
         self.timeout, self._is_lost = args.ddp_timeout, False
         if world > 1:
             self.rank, self.world_size = place.rank, world
-            os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # accelerate asks for it
+            os.environ.update(place.variables())  # accelerate and torch read them; srun sets others
             # Imported before the timer runs, which a slow disk would use up. The functions have the group that there is
             # at their import as a default argument. Held by them, gloo's threads outlive `close`, and one that frees a
             # tensor while the interpreter ends aborts the process [ran].

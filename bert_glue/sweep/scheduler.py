@@ -171,7 +171,8 @@ class Queue:
         resume = ["--resume_from_checkpoint=auto"] if run.is_started() else []
         command = [sys.executable, str(RUN_GLUE), *run.flags, f"--device={slot.device}", "--disable_tqdm", *resume]
         threads = str(slot.threads)
-        limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.threads else {}
+        own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.threads else {}
+        own["WORLD_SIZE"] = "1"  # each run is alone, even if srun started this sweep on several hosts
         try:
             run.note_settings()
             (run.folder / _ERROR_NAME).unlink(missing_ok=True)
@@ -180,7 +181,7 @@ class Queue:
                 log.flush()
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(run.folder / _ERROR_NAME), **limits},
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(run.folder / _ERROR_NAME), **own},
                     start_new_session=True, preexec_fn=signalled_with_parent(signal.SIGTERM),
                 )  # fmt: skip
         except OSError as error:

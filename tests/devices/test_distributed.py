@@ -17,8 +17,8 @@ from forked_ranks import GLOBAL_BATCH, SIZES, on_ranks
 from tiny_run import REPOSITORY, arguments, flags_of, make_data, make_model, results_of, start
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.devices.distributed import DistributedContext, RankEnvironment, read_rank_environment
-from bert_glue.errors import RankError, UsageError
+from bert_glue.devices.distributed import DistributedContext
+from bert_glue.errors import RankError
 from bert_glue.precision.flat_buffers import GradientBuffers
 from bert_glue.training.loop import StopVote
 
@@ -264,34 +264,3 @@ def test_a_launch_of_ours_saves_on_a_signal_and_goes_on(tmp_path: Path) -> None:
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert f"resumed after step {step} from" in again.stdout and "Final Train Accuracy" in again.stdout
-
-
-_PLACE = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-
-
-def test_the_environment_says_which_rank_this_is():
-    assert read_rank_environment(_PLACE) == RankEnvironment(3, 1, 8)
-    assert read_rank_environment({**_PLACE, "LOCAL_RANK": "3"}) == RankEnvironment(3, 3, 8)
-    del (reference := dict(_PLACE))["LOCAL_RANK"]
-    assert read_rank_environment(reference) == RankEnvironment(3, 3, 8)
-    for alone in ({}, {"RANK": "5", "LOCAL_RANK": "x"}, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "no"}):
-        assert read_rank_environment(alone) == RankEnvironment(0, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("RANK", "8", "RANK=8 in the environment: it must be a whole number in [0, 8)"),
-        ("RANK", None, "RANK=(not set) in the environment: it must be a whole number in [0, 8)"),
-        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1 in the environment: it must be a whole number in [0, 8)"),
-        ("WORLD_SIZE", "eight", "WORLD_SIZE=eight in the environment: it must be a whole number in [1, inf)"),
-        ("MASTER_ADDR", None, "MASTER_ADDR=(not set) in the environment: the address of rank 0's host is needed"),
-        ("MASTER_PORT", "70000", "MASTER_PORT=70000 in the environment: it must be a whole number in [1, 65536)"),
-    ],
-)
-def test_a_wrong_place_is_one_line_that_names_it(name: str, value: str | None, says: str):
-    environment = {key: text for key, text in {**_PLACE, name: value}.items() if text is not None}
-    with pytest.raises(UsageError) as error:
-        read_rank_environment(environment)
-    first, *_, last = str(error.value).splitlines()
-    assert first == says and last.startswith("without WORLD_SIZE")

@@ -32,6 +32,7 @@ plan = json.loads(os.environ.get("STUB", "{}")).get(f"{task}-{seed}", {})
 attempts = folder / "attempts"
 with attempts.open("a") as file:
     about = {"argv": sys.argv[1:], "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
+    about["world"] = os.environ.get("WORLD_SIZE")
     file.write(json.dumps(about) + "\\n")
 tries = len(attempts.read_text().splitlines())
 asked = []

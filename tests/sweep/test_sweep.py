@@ -64,6 +64,11 @@ def test_the_stable_recipe_by_name_and_the_tiny_berts_own_settings(sweep: Sweep)
     assert done.returncode == 2 and "Did you mean stable?" in done.stderr
 
 
+def test_runs_are_alone_in_a_step_of_several_tasks(sweep: Sweep) -> None:
+    sweep.run(*MRPC, "1", SLURM_STEP_NUM_TASKS="2", WORLD_SIZE="2")
+    assert sweep.attempts("mrpc", 1)[0]["world"] == "1"
+
+
 def test_threads_are_divided_and_the_users_own_kept(sweep: Sweep) -> None:
     assert sweep.run(*MRPC, "1,2", "--jobs", "2").returncode == 0
     cores = len(os.sched_getaffinity(0))
