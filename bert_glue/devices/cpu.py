@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from functools import cache
@@ -110,12 +111,24 @@ def keep_freed_pages() -> None:
 
     Costs nothing but memory the process had already used; 10 to 30 % of a CPU training step.
     """
-    import ctypes
+    libc = _glibc()
+    if libc is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
+
+def return_freed_pages() -> None:
+    """Give the kernel back the pages that no block uses, as a counterweight to `keep_freed_pages`.
+
+    Batches of all lengths leave free blocks between used ones, and none is large enough for the next long batch. The
+    heap grows by such blocks for hours. A call takes 0.06 s after steps of 1.2 GB; the next step has the pages zeroed.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

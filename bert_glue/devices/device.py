@@ -103,6 +103,11 @@ class Device:
         """True on the simulated NPU of the tests, which checks calls and control flow, but no kernels and no speed."""
         return self.kind == "npu" and bool(getattr(import_torch_npu(), "is_simulated", False))
 
+    def return_freed_pages(self) -> None:
+        """Keep the memory of a long training on the host flat; devices manage their memory themselves."""
+        if self.is_host:
+            cpu.return_freed_pages()
+
     def activate(self, tf32: bool | None = None) -> None:
         """Make this the current device of the process, with the settings that train best on it.
 
