@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,24 @@ def _read_choices(flag: Flag, text: str) -> str:
         if part not in flag.choices:
             raise ValueError(did_you_mean("value", part[:_SHOWN_LENGTH], list(flag.choices)))
     return ",".join(dict.fromkeys(chosen))
+
+
+_MOST_SECONDS = 1e8  # three years; the system's timers end not far above
+
+
+def read_seconds(text: str) -> float:
+    """A time limit of a command, above 0, as a `type` of argparse; nan and inf would be none.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        seconds = float(read_number(text))
+    except ValueError as error:
+        raise ArgumentTypeError(error) from None
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise ArgumentTypeError(f"{shown(text)} is not a number of seconds in (0, {_MOST_SECONDS:g}]")
+    return seconds
 
 
 def read_number(text: str, kind: str = "float") -> float | int:

@@ -23,6 +23,7 @@ from bert_glue.data.own.classes import (
     class_text,
     classes_of,
     labelled_rows,
+    texts_of,
     translated,
 )
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
@@ -121,6 +122,16 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _check_names(table: Table, label: str, classes: tuple[str, ...]) -> None:
+    """Raises DataError where a class's name is no text, with the first row that has it, or else the file."""
+    broken = next((name for name in classes if not _is_encodable(name)), None)
+    if broken is not None:
+        rows = (row for row, value in enumerate(table.column(label)) if broken in texts_of(value))
+        row = next(rows, None)
+        where = table.origin if row is None else table.where(row)
+        raise DataError(f"{where}: the class name {broken!r} has half a surrogate pair, which is no text")
 
 
 def _shown(value: Any) -> str:
@@ -265,6 +276,7 @@ class OwnData:
             kept, _ = labelled_rows(table, columns.label, self.labels)
         classes, notes = classes_of(kept, columns.label, self.labels, has_sets)
         self.notes += notes
+        _check_names(kept, columns.label, classes)
         task = self._task(_plain(name), columns.texts, columns.label, classes, has_sets)
         return replace(task, label_delimiter=self.labels.delimiter)
 
@@ -309,9 +321,6 @@ class OwnData:
         if len(texts) > 2 and delimiter is None:
             delimiter = " "
             self.notes.append(f"{len(texts)} text columns are joined by a space; --text_column_delimiter changes that")
-        broken = [label for label in classes if not _is_encodable(label)]
-        if broken:
-            raise DataError(f"the class name {broken[0]!r} has half a surrogate pair, which is no text")
         task = own_task(name, texts, classes, has_sets)
         return replace(task, label_column=label or LABEL, text_delimiter=delimiter)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -32,7 +33,7 @@ from bert_glue.data.chunked_encoding import (
 from bert_glue.data.sources import Split
 from bert_glue.data.tables import pieces
 from bert_glue.errors import DataError, MachineError, UsageError
-from bert_glue.storage.files import cache_folder, file_hash, json_object, write_json
+from bert_glue.storage.files import cache_folder, file_hash, is_inside, json_object, write_json
 
 _FORMAT = "3"
 # Classes of transformers that read any tokenizer.json; its version 4 has other names for them.
@@ -147,7 +148,7 @@ class TextTokenizer:
             return rules + self.backend.to_str()
         from transformers import __version__
 
-        hashes = [file_hash(self.folder / name) for name in self._files() if (self.folder / name).is_file()]
+        hashes = [file_hash(self.folder / name) for name in self._files()]
         return f"{rules}{type(self.stock).__name__}|{__version__}|{hashes}|{sorted(self._chosen)}"
 
     @property
@@ -230,8 +231,24 @@ class TextTokenizer:
         return table
 
     def _files(self) -> list[str]:
-        """Names of the files that a tokenizer of this class is read from."""
-        return sorted({*_SETTINGS, *self.stock.vocab_files_names.values()})
+        """Names of the files in `folder` that a tokenizer of this class is read from."""
+        names = {*_SETTINGS, *self.stock.vocab_files_names.values()}
+        return sorted(name for name in names if (self.folder / name).is_file())
+
+    def check_files(self) -> None:
+        """Refuse links that lead out of the folder: `save` would copy what they name into a model that is given away.
+
+        Raises:
+            MachineError: a file is such a link.
+        """
+        for name in self._files():
+            file = self.folder / name
+            if not is_inside(file, self.folder):
+                raise MachineError(
+                    f"{file} is a link to {file.resolve()}, out of the model's folder: it would be copied into the "
+                    f"trained model; if it belongs to the model, give a copy without links: "
+                    f"cp -rL {shlex.quote(str(self.folder))} NEW"
+                )
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files as they are, so that transformers makes the same tokenizer of them.
@@ -239,8 +256,12 @@ class TextTokenizer:
         What they do not say is added to tokenizer_config.json: the class, and the choices of `notes`. A folder
         without tokenizer.json gets one, for programs that read nothing else; but not beside a sentencepiece
         vocabulary, of which transformers makes another tokenizer than of that file.
+
+        Raises:
+            MachineError: as `check_files`.
         """
-        names = [name for name in self._files() if (self.folder / name).is_file()]
+        self.check_files()
+        names = self._files()
         if folder.resolve() != self.folder.resolve():
             for name in names:
                 shutil.copyfile(self.folder / name, folder / name)

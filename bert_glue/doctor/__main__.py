@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from bert_glue.config.values import read_seconds
 from bert_glue.devices.npu_versions import installed_version
 from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
 from bert_glue.errors import MachineError, UsageError, printable
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--time_limit",
-        type=float,
+        type=read_seconds,
         default=300.0,
         metavar="SECONDS",
         help="seconds that the device may take; default: 300",

@@ -95,9 +95,20 @@ def _check_classes(config: dict[str, Any], path: Path) -> None:
     numbers = {str(number) for number in range(len(named))} if isinstance(named, dict) else set()
     if not isinstance(named, dict) or {str(key) for key in named} != numbers:
         raise MachineError(f'{path}: id2label is {_shown(named)}, not the names of classes "0", "1", ... without a gap')
-    wrong = [name for name in named.values() if not isinstance(name, str | int | float) or isinstance(name, bool)]
+    wrong = [name for name in named.values() if not _is_name(name)]
     if wrong:
         raise MachineError(f"{path}: id2label has the name {_shown(wrong[0])}, which is no text")
+
+
+def _is_name(value: Any) -> bool:
+    """True for a text or a number. JSON can write half a surrogate pair, which is no text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_size(config: dict[str, Any], files: Iterable[Path], path: Path) -> None:

@@ -20,7 +20,7 @@ from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.layers import Adapter, plain_names
 from bert_glue.model.weights import load_packed, packed_tensors
-from bert_glue.storage.files import file_hash, open_plain
+from bert_glue.storage.files import file_hash, is_inside, open_plain
 
 
 class PaddedClassifier(nn.Module):
@@ -210,8 +210,7 @@ def notes_on_code(config: dict, is_trusted: bool) -> list[str]:
 
 def code_files(folder: Path) -> list[Path]:
     """Python files of a model folder. A link that leads out of it, or out of the hub's cache, is not its code."""
-    inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    return [file for file in sorted(folder.glob("*.py")) if file.is_file() and file.resolve().parent in inside]
+    return [file for file in sorted(folder.glob("*.py")) if file.is_file() and is_inside(file, folder)]
 
 
 def _stored_dtype(tensors: Mapping[str, torch.Tensor]) -> str:

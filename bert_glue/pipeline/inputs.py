@@ -80,6 +80,8 @@ def read_inputs(
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
+        if args.do_train:  # refused before the training, not when the model is saved
+            model.tokenizer.check_files()
         for line in settle_threads(args, ranks.device, [model]):  # before run.json is begun, which holds their number
             log.line(line)
     data = replace(data, task=with_decision(data.task, model.description, args))

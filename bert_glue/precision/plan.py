@@ -27,7 +27,7 @@ from torch import nn
 from bert_glue.config.arguments import Arguments
 from bert_glue.devices import cpu
 from bert_glue.devices.device import Device
-from bert_glue.errors import DivergedError, MachineError
+from bert_glue.errors import DivergedError, MachineError, UsageError
 from bert_glue.precision.flat_buffers import GradientBuffers, NamedGroup
 
 # fp16 loses gradients below 6e-8. A factor of 1024 lifts those above 6e-11 into its range; gradients above 64 then
@@ -142,6 +142,7 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
     Raises:
         MachineError: the device cannot train at this precision and `--fallback_precision` is none, or the flags
             request apex and it cannot do what they need.
+        UsageError: `--adam_epsilon` is 0 in the precision of the update.
     """
     level = args.fp16_opt_level
     fp32 = torch.float32
@@ -167,8 +168,26 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
     backend = "apex" if args.amp_backend == "apex" else "native"
     if level == "O0":
         return PrecisionPlan("O0", fp32, 1.0, backend=backend)
+    if backend == "apex" and level == "O3" and args.do_train:
+        _check_epsilon(args)
     # bf16 has the exponent range of fp32, so that no gradient underflows that a scale would save.
     return PrecisionPlan(level, dtype, 1.0 if args.bf16 else _scale(args), backend=backend)
+
+
+_LARGEST_FP16_ZERO = 2.0**-25  # up to here, fp16 rounds to 0
+
+
+def _check_epsilon(args: Arguments) -> None:
+    """Refuse an epsilon that fp16 has not. The optimizer then divides a mean of 0 by 0, and small ones by next to 0.
+
+    Only apex updates fp16 weights in fp16: the native O3 computes the update in fp32.
+    """
+    if args.adam_epsilon <= _LARGEST_FP16_ZERO and args.optim != "adafactor":
+        raise UsageError(
+            f"--adam_epsilon {args.adam_epsilon:g} is 0 in fp16, in which --amp_backend apex --fp16_opt_level O3 "
+            "computes the update: a gradient of 0 makes a weight NaN. Give a larger one, such as --adam_epsilon 1e-4; "
+            "or --fp16_opt_level O2, which updates fp32 weights; or leave out --amp_backend"
+        )
 
 
 def _scale(args: Arguments) -> float | None:

@@ -47,6 +47,15 @@ def open_plain(path: Path) -> BinaryIO:
     raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file", str(path))
 
 
+def is_inside(file: Path, folder: Path) -> bool:
+    """True unless a link leads from `file` out of `folder`; into its own blobs, where the hub's cache keeps it, is in.
+
+    A model folder may come from a stranger, and what its links name on this machine is not the stranger's to publish.
+    """
+    real, home = file.resolve(), folder.resolve()
+    return real.is_relative_to(home) or real.parent == home.parent.parent / "blobs"
+
+
 def read_plain_text(path: Path, most: int = _LARGEST_TEXT, encoding: str = "utf-8") -> str:
     """The text of a regular file of at most `most` bytes.
 

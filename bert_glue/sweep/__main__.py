@@ -33,7 +33,7 @@ from typing import Any
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.expectations import Expectation, missed, read_expectations
 from bert_glue.config.metric_checks import metric_names
-from bert_glue.config.values import flag_value
+from bert_glue.config.values import flag_value, read_seconds
 from bert_glue.errors import (
     CheckpointError,
     ExpectationError,
@@ -91,12 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
     add("--devices", default="auto", metavar="LIST", help="such as npu:0,npu:1; auto (default): all of the best kind")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
-    add("--grace", type=float, default=300.0, metavar="SECONDS", help="for saving after a signal; default 300")
+    add("--grace", type=read_seconds, default=300.0, metavar="SECONDS", help="for saving after a signal; default 300")
     add("--keep_checkpoints", action="store_true", help="of finished runs too; default: only the model is kept")
     add("--expect", nargs="+", default=[], metavar="BOUND", help="such as 'mrpc.f1>=0.88', of the mean over seeds")
     add("--dry_run", action="store_true", help="show the runs and how far they are, start nothing")
     add("--search", type=int, metavar="N", help="instead of fixed settings, N trials of Optuna a task")
     add("--storage", metavar="URL", help="of the study, shared by several machines; default: sqlite in --output_dir")
+    add("--storage_timeout", type=read_seconds, metavar="SECONDS", help="for one answer of --storage; default 60")
     add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search, or FLAG=A,B,C")
     add_flags(parser)
     return parser
@@ -116,15 +117,16 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
     if args.jobs < 1 or (args.search is not None and args.search < 1):
         raise UsageError("--jobs and --search: at least 1")
     if args.search is not None:
-        from bert_glue.sweep.search import Search, read_space
+        from bert_glue.sweep.search import STORAGE_SECONDS, Search, read_space
 
         if rates:
             raise UsageError("--learning_rates and --search: the search chooses learning rates; give one")
-        source = Search(suite, tasks, seeds, args.search, args.storage, read_space(args.space, args.sample))
+        space = read_space(args.space, args.sample)
+        source = Search(suite, tasks, seeds, args.search, args.storage, space, args.storage_timeout or STORAGE_SECONDS)
         runs = source.runs  # grows while the search goes on
     else:
-        if args.storage or args.space:
-            raise UsageError("--storage and --space belong to --search")
+        if args.storage or args.space or args.storage_timeout:
+            raise UsageError("--storage, --storage_timeout and --space belong to --search")
         runs = plan(suite, tasks, seeds, rates)
     bounds = _bounds(args.expect, tasks)
     if args.dry_run:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+import threading
 import uuid
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from bert_glue.config.arguments import FLAGS, without_login
 from bert_glue.config.values import flag_value
@@ -35,6 +38,8 @@ _SPACE = {
 # The tiny BERT of the sample starts from random weights.
 _SAMPLE_SPACE = {**_SPACE, "learning_rate": "1e-4:1e-3"}
 _OWNER = "sweep_folder"
+STORAGE_SECONDS = 60.0
+T = TypeVar("T")
 
 
 def read_space(words: list[str], is_sample: bool) -> dict[str, str]:
@@ -81,6 +86,48 @@ class _Trial:
     left: int
 
 
+class BoundedCalls:
+    """Runs calls in a thread of its own, one after the other, and waits for each of them for a limited time.
+
+    A database driver waits as long as it likes, in C code that no signal interrupts. The thread is a daemon, so that
+    one which waits forever does not keep the process from ending.
+
+    Args:
+        seconds: the limit of one call, > 0.
+        name: of what is called, for errors; without a login.
+    """
+
+    def __init__(self, seconds: float, name: str):
+        self._seconds, self._name = seconds, name
+        self._calls: SimpleQueue[tuple[futures.Future, Callable[[], Any]]] = SimpleQueue()
+        self._is_hanging = False
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            result, action = self._calls.get()
+            try:
+                result.set_result(action())
+            except BaseException as error:  # whatever a driver raises is the caller's
+                result.set_exception(error)
+
+    def __call__(self, action: Callable[[], T]) -> T:
+        """The result of `action`, or what it raises.
+
+        Raises:
+            MachineError: there is no answer in time, or there was none to an earlier call.
+        """
+        result: futures.Future = futures.Future()
+        if not self._is_hanging:
+            self._calls.put((result, action))
+            self._is_hanging = not futures.wait([result], self._seconds).done
+        if self._is_hanging:
+            raise MachineError(
+                f"{self._name}: no answer within {self._seconds:g} s (--storage_timeout); the same command continues"
+            )
+        return result.result()
+
+
 class Search:
     """A source of runs for the queue: asks the study for trials and tells it their values.
 
@@ -88,14 +135,17 @@ class Search:
         trials: of each task's study in all, whichever machine runs them.
         storage: of Optuna; None: a file in the sweep's folder.
         space: of `read_space`.
+        timeout: seconds that one call of the storage may take.
     """
 
     def __init__(
         self, suite: Suite, tasks: list[GlueTask], seeds: list[int], trials: int, storage: str | None,
-        space: dict[str, str],
+        space: dict[str, str], timeout: float = STORAGE_SECONDS,
     ):  # fmt: skip
         self.suite, self.tasks, self.seeds, self.trials, self.space = suite, tasks, seeds, trials, space
         self.storage = storage or f"sqlite:///{suite.output_dir.resolve()}/search.db"
+        self._storage_name = f"--storage {without_login(self.storage)}"
+        self._bounded = BoundedCalls(timeout, self._storage_name)
         self.runs: list[SweepRun] = []
         self._studies: dict[str, Any] = {}
         self._waiting: deque[SweepRun] = deque()
@@ -107,7 +157,7 @@ class Search:
         """Open or make the studies, and take up the trials that this folder left unfinished.
 
         Raises:
-            MachineError: Optuna is not installed, or the storage does not open.
+            MachineError: Optuna is not installed, or the storage does not open in time.
             UsageError: an unfinished trial's folder has other settings.
         """
         try:
@@ -116,28 +166,36 @@ class Search:
             raise MachineError(f"--search needs Optuna ({error}): python -m pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._owner = optuna, self._folder_id()
-        with self._storage_errors():
-            storage = optuna.storages.RDBStorage(self.storage)
-            for task in self.tasks:
-                self._studies[task.name] = optuna.create_study(
-                    storage=storage, study_name=self._study_name(task), direction="maximize", load_if_exists=True,
-                    sampler=optuna.samplers.TPESampler(constant_liar=True),
-                )  # fmt: skip
-            for task in self.tasks:
-                for trial in self._studies[task.name].get_trials(deepcopy=False, states=(self._state("RUNNING"),)):
-                    if trial.user_attrs.get(_OWNER) == self._owner:
-                        self._begin(task, trial.number, trial.user_attrs["chosen"])
+        storage = self._asked(lambda: optuna.storages.RDBStorage(self.storage))
+        for task in self.tasks:
+            self._studies[task.name] = self._asked(partial(self._study, storage, task))
+        for task in self.tasks:
+            for trial in self._trials(task, states=(self._state("RUNNING"),)):
+                if trial.user_attrs.get(_OWNER) == self._owner:
+                    self._begin(task, trial.number, trial.user_attrs["chosen"])
 
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        """One line for whatever a storage raises: Optuna, SQLAlchemy and every database driver have their own."""
+    def _study(self, storage: Any, task: GlueTask) -> Any:
+        return self._optuna.create_study(
+            storage=storage, study_name=self._study_name(task), direction="maximize", load_if_exists=True,
+            sampler=self._optuna.samplers.TPESampler(constant_liar=True),
+        )  # fmt: skip
+
+    def _trials(self, task: GlueTask, **which: Any) -> list[Any]:
+        return self._asked(lambda: self._studies[task.name].get_trials(deepcopy=False, **which))
+
+    def _asked(self, action: Callable[[], T]) -> T:
+        """The result of a call of the storage, in a limited time.
+
+        Raises:
+            MachineError: no answer, or one line for whatever Optuna, SQLAlchemy or a database driver raises.
+        """
         try:
-            yield
+            return self._bounded(action)
         except UserError:
             raise
         except Exception as error:
             first = first_line(error).replace(self.storage, "it")
-            raise MachineError(f"--storage {without_login(self.storage)}: {first}") from error
+            raise MachineError(f"{self._storage_name}: {first}") from error
 
     def _state(self, name: str) -> Any:
         return getattr(self._optuna.trial.TrialState, name)
@@ -159,16 +217,18 @@ class Search:
 
     def next_run(self) -> SweepRun | None:
         """A run of an open trial, else of a new one; None where every study has its trials."""
-        with self._storage_errors():
-            for task in self.tasks:
-                study = self._studies[task.name]
-                if not self._waiting and len(study.get_trials(deepcopy=False)) < self.trials:
-                    trial = study.ask()
-                    chosen = {name: _suggest(trial, name, text) for name, text in self.space.items()}
-                    trial.set_user_attr("chosen", chosen)
-                    trial.set_user_attr(_OWNER, self._owner)
-                    self._begin(task, trial.number, chosen)
+        for task in self.tasks:
+            if not self._waiting and len(self._trials(task)) < self.trials:
+                self._begin(task, *self._asked(partial(self._new_trial, self._studies[task.name])))
         return self._waiting.popleft() if self._waiting else None
+
+    def _new_trial(self, study: Any) -> tuple[int, dict[str, str]]:
+        """The number of a new trial, and the values chosen for it."""
+        trial = study.ask()
+        chosen = {name: _suggest(trial, name, text) for name, text in self.space.items()}
+        trial.set_user_attr("chosen", chosen)
+        trial.set_user_attr(_OWNER, self._owner)
+        return trial.number, chosen
 
     def _begin(self, task: GlueTask, number: int, chosen: dict[str, str]) -> None:
         runs = [self.suite.run(task, seed, chosen, number) for seed in self.seeds]
@@ -188,8 +248,7 @@ class Search:
         if not is_done:
             del self._open[trial.task.name, trial.number]
             self._waiting = deque(other for other in self._waiting if other not in trial.runs)
-            with self._storage_errors():
-                self._studies[trial.task.name].tell(trial.number, state=self._state("FAIL"))
+            self._fail(trial)
         elif trial.left == 0:
             self._tell(trial)
 
@@ -197,24 +256,28 @@ class Search:
         del self._open[trial.task.name, trial.number]
         key = headline_keys(trial.task)[0]
         values = [(run.results() or {}).get(key) for run in trial.runs]
-        study = self._studies[trial.task.name]
-        with self._storage_errors():
-            if None in values:  # scores without a correlation: nothing to compare
-                study.tell(trial.number, state=self._state("FAIL"))
-            else:
-                study.tell(trial.number, statistics.fmean(values))
+        if None in values:  # scores without a correlation: nothing to compare
+            self._fail(trial)
+        else:
+            self._asked(lambda: self._studies[trial.task.name].tell(trial.number, statistics.fmean(values)))
+
+    def _fail(self, trial: _Trial) -> None:
+        self._asked(lambda: self._studies[trial.task.name].tell(trial.number, state=self._state("FAIL")))
 
     def summary(self) -> dict[str, Any]:
-        """Best trial and counts of each task's study, over all machines; writes `best_<task>.json`."""
-        with self._storage_errors():
-            return {name: self._about(name, study) for name, study in self._studies.items()}
+        """Best trial and counts of each task's study, over all machines; writes `best_<task>.json`.
+
+        Raises:
+            MachineError: as `open`.
+        """
+        return {name: self._about(name, study) for name, study in self._studies.items()}
 
     def _about(self, name: str, study: Any) -> dict[str, Any]:
-        trials = study.get_trials(deepcopy=False)
+        trials = self._asked(lambda: study.get_trials(deepcopy=False))
         counts = {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
         about = {"study": study.study_name, "storage": without_login(self.storage), "space": self.space, **counts}
         if counts["COMPLETE"]:
-            best = study.best_trial
+            best = self._asked(lambda: study.best_trial)
             about |= {"best_trial": best.number, "best_value": best.value, "best": best.user_attrs["chosen"]}
             self._write_best(name, best.user_attrs["chosen"])
         return about

@@ -233,3 +233,33 @@ def test_the_pages_three_commands_run(tmp_path, monkeypatch):
     assert results["eval_samples"] == 2 * N and results["text_columns"] == ["text"]
     with (tmp_path / "labelled.csv").open(newline="") as file:
         assert {row["prediction"] for row in csv.DictReader(file)} <= {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "place"),
+    [
+        (["no", "yes", "\udfff"], "train.jsonl:3: "),
+        (["\ud800", "no", "yes"], "train.jsonl:1: "),
+        ([["no"], ["no", "a\ud800"], []], "train.jsonl:2: "),
+    ],
+)
+def test_half_a_surrogate_pair_in_a_label_is_named_with_its_line(tmp_path, labels, place):
+    path = tmp_path / "train.jsonl"
+    rows = [json.dumps({"text": f"a film {number}", "label": label}) for number, label in enumerate(labels)]
+    path.write_text("\n".join(rows))
+    with pytest.raises(DataError, match="half a surrogate pair") as caught:
+        load_task_data(Arguments(train_file=str(path), do_train=True), frozenset({"train"}))
+    assert place in str(caught.value)
+
+
+def test_half_a_surrogate_pair_in_the_metadata_is_named_with_the_file(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "train.parquet"
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["no", "yes", "\ud800"]}}}}
+    columns = pyarrow.table({"text": ["a film", "a book"], "label": [0, 1]})
+    parquet.write_table(columns.replace_schema_metadata({"huggingface": json.dumps(names)}), path)
+    with pytest.raises(DataError, match="half a surrogate pair") as caught:
+        load_task_data(Arguments(train_file=str(path), do_train=True), frozenset({"train"}))
+    assert str(path) in str(caught.value)

@@ -32,6 +32,7 @@ def test_what_models_have_is_accepted():
         ("num_attention_heads", 0), ("num_attention_heads", 7),
         ("vocab_size", 10**18), ("layer_norm_eps", "x"), ("layer_norm_eps", float("nan")), ("hidden_dropout_prob", 2),
         ("id2label", {"a": "b"}), ("id2label", ["a"]), ("id2label", {"0": ["a"]}), ("id2label", {"0": "a", "2": "b"}),
+        ("id2label", {"0": "a", "1": "\ud800"}),
         ("hidden_act", []), ("model_type", {}), ("something_else", 10**30),
     ],
 )  # fmt: skip

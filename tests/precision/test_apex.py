@@ -129,6 +129,30 @@ def test_apex_knows_no_bf16():
     assert parse([*words, "--fp16", "--half_precision_backend", "auto"]).amp_backend == "auto"
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 2e-8, 1e-12])
+def test_an_epsilon_that_is_0_in_fp16_is_refused_where_fp16_weights_are_updated(amp, tmp_path, epsilon):
+    """A parameter with a gradient of 0 would become NaN: 0 / (sqrt(0) + 0)."""
+    assert torch.tensor(epsilon).half() == 0
+    with pytest.raises(UsageError, match="--adam_epsilon .* is 0 in fp16.*--adam_epsilon 1e-4") as caught:
+        fit(apex_arguments(tmp_path, fp16_opt_level="O3", adam_epsilon=epsilon))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"fp16_opt_level": "O3", "adam_epsilon": 1e-7},
+        {"fp16_opt_level": "O2", "adam_epsilon": 1e-8},
+        {"fp16_opt_level": "O3", "adam_epsilon": 1e-8, "amp_backend": "auto"},
+        {"fp16_opt_level": "O3", "adam_epsilon": 1e-8, "optim": "adafactor"},
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())),
+)
+def test_other_epsilons_and_levels_train(amp, tmp_path, flags):
+    run = fit(apex_arguments(tmp_path, max_steps=2, learning_rate=1e-5, **flags))
+    assert all(torch.isfinite(p).all() for p in run.learner.precision.masters)
+
+
 def test_auto_is_native(amp, tmp_path):
     run = fit(apex_arguments(tmp_path, amp_backend="auto", max_steps=1))
     assert run.learner.precision.plan.backend == "native" and not amp.CALLS
@@ -213,7 +237,7 @@ def test_bad_gradients_under_a_static_scale_make_no_update(amp, tmp_path, combin
         {"fp16_opt_level": "O1", "loss_scale": "dynamic"},
         {"fp16_opt_level": "O2", "use_combine_grad": True, "optim": "adamw_apex_fused_npu"},
         {"fp16_opt_level": "O2", "optim": "adamw_apex_fused"},
-        {"fp16_opt_level": "O3", "adam_epsilon": 1e-4},  # the usual 1e-8 is 0 in fp16: an update may divide 0 by 0
+        {"fp16_opt_level": "O3", "adam_epsilon": 1e-4},  # 1e-8 is refused
     ],
     ids=lambda flags: " ".join(map(str, flags.values())),
 )

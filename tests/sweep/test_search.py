@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from sweep_stubs import Sweep, wait_until
 
 from bert_glue.config.arguments import without_login
 from bert_glue.errors import UsageError
-from bert_glue.sweep.search import read_space
+from bert_glue.sweep.search import BoundedCalls, read_space
 
 SEARCH = ("--tasks", "mrpc", "--seeds", "1")
 
@@ -154,6 +155,47 @@ def test_two_machines_share_one_study(optuna, sweep: Sweep, tmp_path: Path) -> N
 def test_a_storage_that_does_not_open(optuna, sweep: Sweep, storage: str) -> None:
     done = sweep.run(*SEARCH, "--search", "1", "--storage", storage)
     assert done.returncode in (2, 4) and "--storage" in done.stderr and "secret" not in done.stderr
+
+
+@pytest.mark.parametrize(("at", "limit"), [("open", "1"), ("later", "15")])
+def test_a_storage_that_does_not_answer_ends_the_search_in_time(
+    optuna, sweep: Sweep, tmp_path: Path, at: str, limit: str
+) -> None:
+    """The driver would wait for 1,000 s: another program holds the database."""
+    file = tmp_path / "study.db"
+    flags = (*SEARCH, "--search", "2", "--storage", f"sqlite:///{file}?timeout=1000", "--storage_timeout", limit)
+    sweep.stub = {"mrpc-1": {"steps": 60}}
+    if at == "later":
+        child = sweep.start(*flags)
+        folder = sweep.output / "mrpc/trial0000/seed1"
+        wait_until(lambda: (folder / "step").exists(), 60)
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    if at == "open":
+        child = sweep.start(*flags)
+    _, errors = child.communicate(timeout=120)
+    other.close()
+    assert child.returncode == 4, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert f"no answer within {limit} s (--storage_timeout)" in line and "Traceback" not in errors
+    assert str(file) in line
+    sweep.stub = {}
+    assert sweep.run(*flags, "--storage_timeout", "60").returncode == 0
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e300", "soon", ""])
+def test_a_time_limit_is_a_number_of_seconds(sweep: Sweep, text: str) -> None:
+    for flag in ("--grace", "--storage_timeout"):
+        done = sweep.run(*SEARCH, "--search", "1", f"{flag}={text}")
+        assert done.returncode == 2 and flag in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_call_has_its_own_errors_and_results() -> None:
+    asked = BoundedCalls(5, "it")
+    assert asked(lambda: 3) == 3
+    with pytest.raises(TimeoutError, match="of the driver"):
+        asked(lambda: (_ for _ in ()).throw(TimeoutError("of the driver")))
+    assert asked(lambda: 4) == 4
 
 
 def test_modules_of_the_search_need_no_optuna() -> None:
