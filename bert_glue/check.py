@@ -23,6 +23,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from bert_glue import result_keys as keys
+from bert_glue.config.command_line import CommandParser
 from bert_glue.config.files import FOLDER as CONFIGS
 from bert_glue.errors import (
     BaselineError,
@@ -190,7 +191,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 4 no run found, 6 not written, 8 a score missed, 9 slower by more than 5 %."""
-    parser = argparse.ArgumentParser(prog="bert-glue check", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="bert-glue check", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, or of a suite of runs")
     add("--baseline", type=Path, metavar="FILE", help="default: configs/baselines/<device>.json")

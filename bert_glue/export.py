@@ -8,7 +8,6 @@ installed, its logits are compared with torch's for several shapes, and a model 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.errors import MachineError, exit_code_of, printable, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
@@ -188,7 +188,12 @@ def export(name: str, path: Path, batch: int) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 4 no classifier or a graph that differs, 6 not written."""
-    parser = argparse.ArgumentParser(prog="python -m bert_glue.export", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(
+        same={"model_name_or_path": "RUN", "output_dir": "onnx", "per_device_eval_batch_size": "batch",
+              "per_device_train_batch_size": "batch"},
+        prog="python -m bert_glue.export",
+        description=(__doc__ or "").split("\n")[0],
+    )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="output folder of a run, a checkpoint, or a hub name")
     parser.add_argument("--onnx", nargs="?", const="", metavar="FILE", help="default: model.onnx in RUN")
     parser.add_argument("--batch", type=int, default=1, help="rows per batch in the OM model; default: 1")

@@ -8,13 +8,13 @@ soup before you use it.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.errors import MachineError, UsageError, exit_code_of, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import RECORD_FILE, json_object, write_json
@@ -140,7 +140,9 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage or runs that do not match, 4 no model found, 5 weights not finite, 6 not written."""
-    parser = argparse.ArgumentParser(prog="bert-glue soup", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(
+        same={"model_name_or_path": "RUN"}, prog="bert-glue soup", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run or a checkpoint")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the new model")
     options = parser.parse_args(argv)

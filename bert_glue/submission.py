@@ -11,13 +11,13 @@ nothing is written. The same predictions give the same archive, byte for byte.
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.data.readers import read_tsv
 from bert_glue.data.tables import Problems, Table
 from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of, say
@@ -233,7 +233,11 @@ def build(runs: list[Path], output: Path, partial: bool, allow_sample: bool) -> 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 3 the leaderboard would not accept the predictions, 6 not written."""
-    parser = argparse.ArgumentParser(prog="python -m bert_glue.submission", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(
+        same={"output_dir": "output"},
+        prog="python -m bert_glue.submission",
+        description=(__doc__ or "").split("\n")[0],
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run with --do_predict")
     parser.add_argument("--output", type=Path, default=Path("submission.zip"), help="default: submission.zip")
     parser.add_argument("--partial", action="store_true", help="fill the files of missing runs with a constant")

@@ -1,13 +1,13 @@
 """Finds the flag that an unknown name means: by a table of other tools' names, by its beginning, or as a typing error.
 
 A flag is suggested only if it means the same. Similar letters alone would suggest `--save_only_model` for
-`--use_lazy_mode`.
+`--use_lazy_mode`. The flags of `run_glue.py` and those of every other command are found in the same way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 
 from bert_glue.config.arguments import FLAGS
@@ -131,34 +131,62 @@ _LEAST_SHARE_OF_NAME = 3 / 8
 
 
 def suggested_flag(name: str) -> str:
-    """The one flag that an unknown `name` means; "" if none is certain.
+    """The one flag of `run_glue.py` that an unknown `name` means; "" if none is certain.
 
     Args:
         name: the name as typed, without the leading dashes.
     """
+    kept = [old for old, legacy in LEGACY_FLAGS.items() if not legacy.refused]
+    own = {known: known for known in (*FLAGS, *kept, *OWN_SWITCHES)}
+    refused = [old for old in LEGACY_FLAGS if old not in own]
+    return _meant(name, own, {flag: flag for flag in _MEANINGS}, refused)
+
+
+def suggested_option(name: str, options: Collection[str], same: Mapping[str, str]) -> str:
+    """The one option of another command that an unknown `name` means; "" if none is certain.
+
+    Args:
+        options: names of the command's options.
+        same: flag of `run_glue.py` -> what is the same in the command, where it has another name.
+    """
+    flags = {**{name: name for name in options if name in FLAGS}, **same}
+    renamed = {old: flags[legacy.flag] for old, legacy in LEGACY_FLAGS.items() if legacy.flag in flags}
+    own = {**renamed, **flags, **{name: name for name in options}}
+    return _meant(name, own, {flag: own[flag] for flag in _MEANINGS if flag in own}, ())
+
+
+def _meant(name: str, own: Mapping[str, str], meant: Mapping[str, str], refused: Collection[str]) -> str:
+    """The flag that `name` means, by all means of this module.
+
+    Args:
+        own: spelling -> flag.
+        meant: flag of `_MEANINGS` -> flag.
+        refused: names that are flags too, and never suggested.
+    """
     letters = _letters(name[:80])
     if not letters or letters in _OTHER_THINGS:
         return ""
-    names = [*FLAGS, *(old for old, legacy in LEGACY_FLAGS.items() if not legacy.refused), *OWN_SWITCHES]
-    respelt = [known for known in names if _letters(known) == letters]
-    if respelt or letters in _FLAG_OF_MEANING:
-        return (respelt or [_FLAG_OF_MEANING[letters]])[0]
-    return _begun(name.lower()) or _mistyped(name.lower(), names)
+    respelt = [flag for known, flag in own.items() if _letters(known) == letters]
+    if respelt or _FLAG_OF_MEANING.get(letters) in meant:
+        return (respelt or [meant[_FLAG_OF_MEANING[letters]]])[0]
+    if letters in _FLAG_OF_MEANING:
+        return ""  # it means something that the command does not have
+    return _begun(name.lower(), own, refused) or _mistyped(name.lower(), own, meant)
 
 
-def _begun(name: str) -> str:
-    longer = [known for known in (*FLAGS, *LEGACY_FLAGS) if known.startswith(name)]
+def _begun(name: str, own: Mapping[str, str], refused: Collection[str]) -> str:
+    longer = [known for known in (*own, *refused) if known.startswith(name) and known not in OWN_SWITCHES]
     if len(name) < _SHORTEST_BEGINNING or len(longer) != 1 or len(name) < _LEAST_SHARE_OF_NAME * len(longer[0]):
         return ""
-    legacy = LEGACY_FLAGS.get(longer[0])
-    return "" if legacy and legacy.refused else longer[0]
+    return own.get(longer[0], "")
 
 
-def _mistyped(name: str, names: Collection[str]) -> str:
+def _mistyped(name: str, own: Mapping[str, str], meant: Mapping[str, str]) -> str:
     """The flag that `name` is a misspelling of; "" if two flags are equally close."""
-    long_words = {w: flag for flag, words in _MEANINGS.items() for w in words.split() if len(w) > _SHORTEST_BEGINNING}
-    flag_of = {**long_words, **{known: known for known in names}}
-    vocabulary = {"text", *(word for known in (*flag_of, *LEGACY_FLAGS) for word in known.split("_"))}
+    words = {word: meant[flag] for flag in meant for word in _MEANINGS[flag].split() if len(word) > _SHORTEST_BEGINNING}
+    flag_of = {**words, **own}
+    others = [*_MEANINGS, *(word for words in _MEANINGS.values() for word in words.split())]
+    vocabulary = {"text", *(word for known in (*flag_of, *others, *FLAGS, *LEGACY_FLAGS) for word in known.split("_"))}
     slips = {known: slip for known in flag_of if (slip := _slips(name, known, vocabulary))}
     best = {flag_of[known] for known, slip in slips.items() if slip == min(slips.values())}
     return best.pop() if len(best) == 1 else ""

@@ -19,11 +19,13 @@ NONE_WORDS = ("none", "null")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _LARGEST_INT = 2**63 - 1
 _SHOWN_LENGTH = 80
-# A placeholder of a template in a path or name: <model>, ${MODEL}, {{ model }}, %MODEL%, REPLACE_ME, YOUR_MODEL, ...
+# A placeholder of a template as a whole part of a path or name: %MODEL%, REPLACE_ME, YOUR_MODEL, hf_xxx, ...
 _PLACEHOLDER = re.compile(
-    r"<[^<>]+>|\$\w+|\$?\{+[^{}]+\}+|%\w+%|(?i:(replace|change|fill|insert|edit|fix)[ _-]?(me|this|in))"
-    r"|(?i:your[ _-].+)|TO_?DO|TBD|\.{3}|\u2026"
+    r"\$\w+|\$?\{+[^{}]+\}+|%\w+%|(?i:(replace|change|fill|insert|edit|fix)[ _-]?(me|this|in))"
+    r"|(?i:your[ _-].+)|TO_?DO|TBD|(hf_)?(\.{3}|\u2026|\*+)|hf_[xX]{3,}"
 )
+# The same within a part: <model>.csv, runs-${SEED}, $NAME.csv. A shell leaves $NAME as it is in single quotes.
+_PLACEHOLDER_WITHIN = re.compile(r"(?<!\w)<[^\W\d][^<>]*>(?!\w)|\$[^\W\d]\w*|\$\{[^{}]+\}|\{\{[^{}]+\}\}")
 
 
 def shown(text: str) -> str:
@@ -49,7 +51,8 @@ def is_placeholder(text: str) -> bool:
     """Whether the value is an unfilled placeholder. A name that exists as a file or folder is not one."""
     parts = text.split("/")
     is_example = ("path", "to") in zip(parts, parts[1:], strict=False)
-    return (is_example or any(map(_PLACEHOLDER.fullmatch, parts))) and not Path(text).exists()
+    is_unfilled = is_example or _PLACEHOLDER_WITHIN.search(text) or any(map(_PLACEHOLDER.fullmatch, parts))
+    return bool(is_unfilled) and not Path(text).exists()
 
 
 def read_bool(text: str) -> bool:

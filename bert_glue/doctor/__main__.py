@@ -9,7 +9,6 @@ Other problems are listed with their fix and do not change the exit code.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.config.values import read_seconds
 from bert_glue.devices.npu_versions import installed_version
 from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
@@ -31,7 +31,7 @@ _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 def main(argv: list[str]) -> int:
     """Examine, print, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="bert_glue.doctor", description=(__doc__ or "").partition("\n\n")[0])
+    parser = CommandParser(prog="bert_glue.doctor", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="device that must train: auto, 0, npu, npu:1, cuda, cpu"
     )

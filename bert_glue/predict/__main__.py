@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
 from bert_glue.errors import DataError, UsageError, exit_code_of, say
 from bert_glue.launch.requirements import refuse_unusable
@@ -190,8 +191,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bert_glue.predict", description=(__doc__ or "").split("\n")[0])
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        same={"model_name_or_path": "model", "test_file": "input", "output_dir": "output",
+              "per_device_train_batch_size": "per_device_eval_batch_size"},
+        prog="python -m bert_glue.predict",
+        description=(__doc__ or "").split("\n")[0],
+    )  # fmt: skip
     add = parser.add_argument
     add("--model", required=True, nargs="+", action="extend", metavar="NAME",
         help="output folder of a run, checkpoint, or hub name; several: the mean of their probabilities")  # fmt: skip

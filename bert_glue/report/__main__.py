@@ -7,10 +7,10 @@ runs, it writes one page for all tasks and seeds (`suite_page`). It uses no devi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from bert_glue.config.command_line import CommandParser
 from bert_glue.errors import MachineError, exit_code_of
 from bert_glue.report.page import write_page
 from bert_glue.report.run_page import run_page
@@ -19,7 +19,11 @@ from bert_glue.storage.files import RESULTS_FILE
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 usage, 4 no results, 6 not written."""
-    parser = argparse.ArgumentParser(prog="python -m bert_glue.report", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(
+        same={"output_dir": "output"},
+        prog="python -m bert_glue.report",
+        description=(__doc__ or "").split("\n")[0],
+    )
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run, or a folder that contains runs"
     )

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import FLAGS
+from bert_glue.config.command_line import CommandParser
 from bert_glue.config.expectations import Expectation, missed, read_expectations
 from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.values import flag_value, read_seconds
@@ -75,10 +76,13 @@ def main(argv: list[str]) -> int:
     return exit_code_of(lambda: _sweep(args, extra))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bert_glue.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Flags of run_glue.py go behind -- and are the same for all runs.", allow_abbrev=False,
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        same={"model_name_or_path": "model", "learning_rate": "learning_rates", "seed": "seeds",
+              "task_name": "tasks", "device": "devices"},
+        passes_on=True, prog="bert_glue.sweep", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags of run_glue.py go behind -- and are the same for all runs.",
     )  # fmt: skip
     add = parser.add_argument
     add("--tasks", metavar="LIST", help="comma-separated, all (default), or own: the data of --train_file")

@@ -18,7 +18,8 @@ BASE = {"model_name_or_path": "m", "task_name": "rte", "do_train": True, "output
         "your-name/bert", "/path/to/model", "path/to/glue", "$MODEL", "${MODEL}", "$HOME/bert", "{{ model }}",
         "{model}",
         "%MODEL%",
-        "...", ".../bert", "out/<run>", "/data/REPLACE_ME/mrpc",
+        "...", ".../bert", "out/<run>", "/data/REPLACE_ME/mrpc", "hf_xxxxx", "<model>.csv", "runs-${SEED}", "$OUT.csv",
+        "a/b-<name>/c", "***",
     ],
 )  # fmt: skip
 def test_placeholders(text):
