@@ -6,9 +6,7 @@ Exit codes: 0 done, 2 usage, 3 data, 4 environment or device, 5 diverged, 6 chec
 after a checkpoint was saved.
 """
 
-import sys
-
-from bert_glue.errors import exit_code_of
+from bert_glue.errors import exit_code_of, run_program
 from bert_glue.launch.requirements import refuse_unusable
 
 
@@ -30,4 +28,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from bert_glue import __version__
-from bert_glue.errors import UsageError, did_you_mean, exit_code_of
+from bert_glue.errors import UsageError, did_you_mean, exit_code_of, run_program
 
 
 class Command(NamedTuple):
@@ -41,9 +41,14 @@ COMMANDS = {
 }
 
 
+# Another name -> the command: the module of `submit` is bert_glue.submission.
+ALIASES = {"submission": "submit"}
+
+
 def usage() -> str:
     """The text of `bert-glue --help`."""
-    lines = [f"  {name:<9}{command.text}" for name, command in COMMANDS.items()]
+    also = {command: f" (also: {name})" for name, command in ALIASES.items()}
+    lines = [f"  {name:<9}{command.text}{also.get(name, '')}" for name, command in COMMANDS.items()]
     last = "For completion in bash: source <(bert-glue completion)"
     return "\n".join(["usage: bert-glue COMMAND ...   (COMMAND --help lists its flags)", "", *lines, "", last])
 
@@ -56,7 +61,7 @@ def completion() -> str:
     return (
         "_bert_glue() {\n"
         '  local word=${COMP_WORDS[COMP_CWORD]} words=""\n'
-        f'  if ((COMP_CWORD == 1)); then words="{" ".join(COMMANDS)}"\n'
+        f'  if ((COMP_CWORD == 1)); then words="{" ".join((*COMMANDS, *ALIASES))}"\n'
         f'  elif [[ ${{COMP_WORDS[1]}} == train || ${{COMP_WORDS[1]}} == eval ]]; then words="{flags}"; fi\n'
         '  mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")\n'
         "}\n"
@@ -74,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("--version", "completion"):
         print(__version__ if name == "--version" else completion())
         return 0
-    command = COMMANDS.get(name)
+    command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
 
         def refuse() -> int:
-            raise UsageError(did_you_mean("command", name, list(COMMANDS)))
+            raise UsageError(did_you_mean("command", name, [*COMMANDS, *ALIASES]))
 
         return exit_code_of(refuse)
     run: Callable[[list[str]], int] = import_module(command.module).main
@@ -93,5 +98,10 @@ def _config_first(argv: list[str], before: tuple[str, ...]) -> list[str]:
     return [*argv[:has_config], *before, *argv[has_config:]]
 
 
+def program() -> None:
+    """The installed command."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

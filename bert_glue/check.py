@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from enum import Enum
 from math import sqrt
 from pathlib import Path
@@ -32,6 +31,7 @@ from bert_glue.errors import (
     MachineError,
     UsageError,
     exit_code_of,
+    run_program,
     say,
 )
 from bert_glue.evaluation.collapse import collapse_reason
@@ -331,4 +331,4 @@ def write_entries(file: Path, new: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

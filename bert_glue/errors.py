@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, NoReturn, TextIO
 
 ERROR_FILE = "BERT_GLUE_ERROR_FILE"  # names a file that receives the error that ends a command
 
@@ -174,6 +175,40 @@ def exit_code_of(action: Callable[[], int]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+
+
+def run_program(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs the `main` of a program and exits. A reader that leaves early, as `head` does, causes no traceback.
+
+    Help that was cut off is no failure, so its exit code is 0. Anything else ends with `READER_GONE`.
+    """
+    argv = sys.argv[1:]
+    code: str | int | None
+    try:
+        try:
+            code = main(argv)
+        except SystemExit as ending:  # argparse, after its help or an error
+            code = ending.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout):
+            raise  # a socket
+        is_help = not {"-h", "--help"}.isdisjoint(argv)
+        code = 0 if is_help else READER_GONE
+        if not is_help:
+            print("error: the reader of this program's output has ended", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+    sys.exit(code)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is closed: the kernel reports an error on it without being asked for one."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _hand_over(error: UserError) -> None:

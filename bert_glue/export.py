@@ -9,14 +9,13 @@ installed, its logits are compared with torch's for several shapes, and a model 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, exit_code_of, printable, say
+from bert_glue.errors import MachineError, exit_code_of, printable, run_program, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 from bert_glue.tasks import MULTI_LABEL
@@ -215,4 +214,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

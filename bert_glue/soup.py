@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, UsageError, exit_code_of, say
+from bert_glue.errors import MachineError, UsageError, exit_code_of, run_program, say
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import RECORD_FILE, json_object, write_json
 
@@ -158,4 +157,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -12,7 +12,6 @@ nothing is written. The same predictions give the same archive, byte for byte.
 from __future__ import annotations
 
 import io
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.readers import read_tsv
 from bert_glue.data.tables import Problems, Table
-from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of, say
+from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of, run_program, say
 from bert_glue.result_keys import predicted_samples_key, predictions_file
 from bert_glue.storage.files import RECORD_FILE, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, also_predicted, get_task
@@ -254,4 +253,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -17,6 +17,7 @@ import pytest
 
 from bert_glue import __version__
 from bert_glue.__main__ import COMMANDS, completion, main
+from bert_glue.errors import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "sklearn", "matplotlib", "pyarrow")
@@ -57,6 +58,12 @@ def test_words_are_passed_on(monkeypatch, argv, expected):
     assert main(argv) == 5 and seen == [expected]
 
 
+def test_submission_is_another_name_of_submit(monkeypatch):
+    seen = []
+    monkeypatch.setattr("bert_glue.submission.main", lambda words: seen.append(words) or 5)
+    assert main(["submission", "run"]) == main(["submit", "run"]) == 5 and seen == [["run"], ["run"]]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("words", [["--help"], ["--no_such_flag_at_all"]])
 def test_help_and_usage_errors_import_nothing_heavy(name, words):
@@ -70,6 +77,42 @@ def test_help_and_usage_errors_import_nothing_heavy(name, words):
     spent = time.monotonic() - begin
     assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert done.stdout.rstrip().endswith("LOADED") and spent < 20  # 0.3 s on a machine at rest
+
+
+def without_reader(*words: str) -> tuple[int, str]:
+    """(exit code, stderr) of a program whose stdout is a pipe that nobody reads any more, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, *words], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS, "submission"])
+def test_help_that_nobody_reads_on_ends_quietly(name):
+    assert without_reader("-m", "bert_glue", *filter(None, [name]), "--help") == (0, "")
+
+
+@pytest.mark.parametrize("words", [("run_glue.py", "--help", "all"), ("-m", "bert_glue.soup", "-h")])
+def test_programs_of_their_own_end_as_quietly(words):
+    assert without_reader(*words) == (0, "")
+
+
+def test_work_that_nobody_reads_on_says_so():
+    gone = "error: the reader of this program's output has ended\n"
+    assert without_reader("-m", "bert_glue", "completion") == (141, gone)
+    assert without_reader(
+        "run_glue.py", "--print_config", "--sample", "--task_name", "mrpc", "--output_dir", "x", "--do_train"
+    ) == (141, gone)
+
+
+def test_a_broken_socket_is_no_reader_that_left(monkeypatch):
+    def main(argv: list[str]) -> int:
+        raise BrokenPipeError("a socket")
+
+    with pytest.raises(BrokenPipeError), (REPOSITORY / "LICENSE").open() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        run_program(main)
 
 
 def bash(script: str) -> str:

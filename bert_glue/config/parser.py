@@ -1,4 +1,4 @@
-"""Turns argv into `Arguments`, with every problem in one error, and prints --help. Imports no torch.
+"""Turns argv into `Arguments`, with every problem in one error. Imports no torch.
 
 It does not use argparse, which stops at the first problem, or transformers.HfArgumentParser, whose import takes
 a second. Grammar: [config.json|config.yaml] (--flag [value] | --flag=value | --no_flag)...
@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import sys
-import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +17,12 @@ from bert_glue import __version__
 from bert_glue.config.arguments import FLAGS, Arguments, Flag
 from bert_glue.config.checks import find_problems
 from bert_glue.config.files import CONFIG_SUFFIXES, Entry, read_config, recipe_file, value_text, without_effect_of
+from bert_glue.config.help import help_text
 from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switches_off
 from bert_glue.config.resolve import resolve
 from bert_glue.config.suggestions import suggested_flag
 from bert_glue.config.values import flag_value, shown
 from bert_glue.errors import UsageError, say
-from bert_glue.tasks import TASKS
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -64,11 +63,11 @@ def main_parse(argv: list[str]) -> Arguments | None:
     """`parse`, or None after printing the output of --help, --version or --print_config.
 
     Raises:
-        UsageError: see `parse`.
+        UsageError: see `parse`; or there is no help on what follows --help.
     """
     asked = {_flag_name(word) for word in argv if word.startswith("--")}
     if "-h" in argv or "help" in asked:
-        print(help_text(shutil.get_terminal_size().columns))
+        print(help_text(_help_topic(argv), shutil.get_terminal_size().columns))
     elif "version" in asked:
         print(__version__)
     elif "print_config" in asked:
@@ -79,6 +78,12 @@ def main_parse(argv: list[str]) -> Arguments | None:
     else:
         return parse(argv)
     return None
+
+
+def _help_topic(argv: list[str]) -> str:
+    """What follows --help or -h: a group, a flag or `all`; "" if nothing does."""
+    _, flags = _split(["--help" if word == "-h" else word for word in argv])
+    return next((words[0] for written, words in flags if _flag_name(written) == "help" and words), "")
 
 
 def as_config(args: Arguments) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def _word_limits(found: Flag | Legacy, is_negated: bool) -> tuple[int, int]:
 def _unknown(origin: str, name: str) -> tuple[str, str]:
     """The problem for an unknown flag, and the flag that was probably meant ("" if none)."""
     meant = suggested_flag(name)
-    hint = f"Did you mean --{meant}?" if meant else "--help lists all flags."
+    hint = f"Did you mean --{meant}?" if meant else "--help all lists all flags."
     return f"{origin}: unknown flag. {hint}", meant
 
 
@@ -295,65 +300,3 @@ class _Settings:
         problem, nearest = _unknown(origin, name)
         legacy = LEGACY_FLAGS.get(nearest)
         self._report(problem, (legacy.flag if legacy else nearest) or "")
-
-
-_KIND_NAMES = {"int": "INT", "float": "NUMBER", "str": "TEXT"}
-_LEFT = 34  # columns; a longer flag gets its own line
-_INTRODUCTION = """\
-Fine-tune, evaluate and predict GLUE tasks with BERT-family encoders.
-
-usage: python run_glue.py [settings.json|settings.yaml] [--flag value | --flag=value | --no_flag] ...
-
-A config file has flags as keys. Flags after it override it. The value `none` leaves a flag unset.
-"""
-_OWN = {
-    "--help, -h": "print this text",
-    "--version": "print the version",
-    "--print_config": "print all settings as a config file and run nothing",
-}
-
-
-def help_text(columns: int) -> str:
-    """The text of --help, at most `columns` wide (at least 48, for the longest flag)."""
-    width = max(48, min(columns, 120))
-    lines = [textwrap.fill(part, width) for part in _INTRODUCTION.splitlines()]
-    lines += [line for name, text in _OWN.items() for line in _entry(name, text, width)]
-    group = ""
-    for flag in FLAGS.values():
-        if flag.group != group:
-            group = flag.group
-            lines += ["", group]
-        lines += _entry(_usage(flag), _description(flag), width)
-    lines += ["", *_wrapped(f"Tasks: {', '.join(TASKS)}", "", width)]
-    return "\n".join(lines)
-
-
-def _usage(flag: Flag) -> str:
-    if flag.kind == "bool":
-        return f"--[no_]{flag.name}"
-    return f"--{flag.name} {_KIND_NAMES[flag.kind]}"
-
-
-def _description(flag: Flag) -> str:
-    parts = [" | ".join(flag.choices)] if flag.choices else []
-    if flag.range:
-        parts.append(flag.range)
-    if flag.default is not None:
-        shown = str(flag.default).lower() if flag.kind == "bool" else flag.default
-        parts.append(f"default {shown}")
-    return f"{flag.text} ({'; '.join(parts)})" if parts else flag.text
-
-
-def _wrapped(text: str, indent: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
-
-
-def _entry(usage: str, text: str, width: int) -> list[str]:
-    """One flag, beside its description if the terminal is wide enough, else above it."""
-    if width < 80:
-        return [f"  {usage}", *_wrapped(text, " " * 6, width)]
-    described = _wrapped(text, " " * _LEFT, width)
-    head = f"  {usage}"
-    if len(head) > _LEFT - 2:
-        return [head, *described]
-    return [head.ljust(_LEFT) + described[0].lstrip(), *described[1:]]

@@ -22,7 +22,7 @@ from bert_glue.config.command_line import CommandParser
 from bert_glue.config.values import read_seconds
 from bert_glue.devices.npu_versions import installed_version
 from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
-from bert_glue.errors import MachineError, UsageError, printable
+from bert_glue.errors import MachineError, UsageError, printable, run_program
 from bert_glue.launch.ranks import kill_group
 
 _NO_FIX = "python -m bert_glue.doctor --device auto lists the devices"
@@ -294,4 +294,4 @@ def _host(report: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

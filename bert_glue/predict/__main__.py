@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
-from bert_glue.errors import DataError, UsageError, exit_code_of, say
+from bert_glue.errors import DataError, UsageError, exit_code_of, run_program, say
 from bert_glue.launch.requirements import refuse_unusable
 
 if TYPE_CHECKING:
@@ -247,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

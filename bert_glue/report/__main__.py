@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, exit_code_of
+from bert_glue.errors import MachineError, exit_code_of, run_program
 from bert_glue.report.page import write_page
 from bert_glue.report.run_page import run_page
 from bert_glue.storage.files import RESULTS_FILE
@@ -49,4 +49,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -44,6 +44,7 @@ from bert_glue.errors import (
     exit_code_of,
     first_line,
     printable,
+    run_program,
     say,
 )
 from bert_glue.storage.lock import FolderLock, wait_until_free
@@ -351,4 +352,4 @@ class SweepTable:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_glue.config.arguments import FLAGS, Arguments
+from bert_glue.config.help import COMMON, topics
 from bert_glue.config.legacy import LEGACY_FLAGS
 from bert_glue.config.metric_checks import metric_names
 from bert_glue.config.parser import as_config, main_parse, parse
@@ -301,10 +303,35 @@ def test_unreadable_config(tmp_path):
     assert len(problems(base=[str(tmp_path / "latin.json")])) == 1
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"], [*BASE, "--help"]])
+def test_help_shows_the_flags_that_people_use(monkeypatch, capsys, words):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main_parse(words) is None
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  --(?:\[no_\])?(\w+) ?", text, re.MULTILINE)
+    assert set(flags) - {"help", "version", "print_config"} == COMMON and 25 <= len(COMMON) <= 35
+    assert f"{len(FLAGS) - len(COMMON)} more flags: --help all" in text
+
+
+def test_help_on_a_group_on_a_flag_and_on_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = []
+    for topic in topics():
+        assert main_parse(["--help", topic.upper()]) is None
+        shown += re.findall(r"^  --(?:\[no_\])?(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [*FLAGS]  # every flag is in one group
+    for topic in ("learning_rate", "--learning-rate", "lr"):
+        assert main_parse([f"--help={topic}"]) is None
+        assert capsys.readouterr().out.startswith("  --learning_rate NUMBER ")
+    for topic in ("presicion", "nothing at all", ","):
+        with pytest.raises(UsageError, match="unknown topic .*precision, device, or the name of a flag"):
+            main_parse(["--help", topic])
+
+
 @pytest.mark.parametrize("columns", [20, 60, 80, 200])
 def test_help_fits_the_terminal_and_names_every_flag(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main_parse([*BASE, "--help"]) is None
+    assert main_parse([*BASE, "--help", "all"]) is None
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= max(columns, 48)
     for name, flag in FLAGS.items():
