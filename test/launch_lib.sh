@@ -204,8 +204,8 @@ run_ranks() { # one process per rank
   judge_ranks "$status" || exit $?
 }
 
-keep_previous() {
-  [[ ! -e $1 ]] || mv -f -- "$1" "$1.previous"
+keep_previous() { # a link too, also one to nothing: what it points to is not ours
+  [[ ! -e $1 && ! -L $1 ]] || mv -fT -- "$1" "$1.previous"
 }
 
 prepare_python() { # sets PYTHON; on a machine with an NPU, one with torch_npu

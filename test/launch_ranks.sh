@@ -66,6 +66,7 @@ launcher_log() { # output of torch's launcher; one file per host, because all ho
 }
 
 start_ranks() { # start_ranks <command>...
+  rm -f -- "$(launcher_log)" # it may be a link, and what it points to is not ours
   # torch's launcher keeps the two pipes open until it ends; the first rank opens them by name.
   exec 3>&1 4>&2 "${ELASTIC[@]}" "$@" >"$(launcher_log)" 2>&1
 }

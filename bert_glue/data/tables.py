@@ -184,14 +184,27 @@ def read_text(path: Path) -> str:
     return decoded(str(path), raw)
 
 
+# How a file begins that is no text in UTF-8. UTF-32 first: its mark begins with that of UTF-16.
+_FOREIGN_STARTS = {
+    codecs.BOM_UTF32_LE: "UTF-32; save it as UTF-8",
+    codecs.BOM_UTF32_BE: "UTF-32; save it as UTF-8",
+    codecs.BOM_UTF16_LE: "UTF-16; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"PK\x03\x04": "a zip archive, as Excel's workbooks are; unpack it, or save it as csv in UTF-8",
+    b"PAR1": "parquet; let its name end in .parquet",
+}
+
+
 def without_mark(origin: str, raw: bytes) -> bytes:
     """The beginning of a text file without its byte order mark.
 
     Raises:
-        DataError: it is UTF-16 or a Git-LFS pointer.
+        DataError: it is UTF-16 or UTF-32, a Git-LFS pointer, an archive or parquet.
     """
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{origin}:1: is UTF-16; save it as UTF-8")
+    for start, what in _FOREIGN_STARTS.items():
+        if raw.startswith(start):
+            raise DataError(f"{origin}:1: is {what}")
     if is_lfs_pointer(raw):
         raise DataError(f"{origin}:1: is a Git-LFS pointer, not the data; run git lfs pull")
     return raw.removeprefix(codecs.BOM_UTF8)

@@ -60,7 +60,8 @@ def finished_task(args: Arguments) -> GlueTask | None:
     Raises:
         MachineError: no such model, or it has no config.json.
     """
-    folder = model_folder(args.config_name or args.model_name_or_path, args)
+    flag = "--config_name" if args.config_name else "--model_name_or_path"
+    folder = model_folder(args.config_name or args.model_name_or_path, args, flag)
     config = read_config(folder)
     architectures = [str(name) for name in config.get("architectures") or ()]
     is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
@@ -89,8 +90,8 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
 
 def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     folder = model_folder(args.model_name_or_path, args)
-    config_folder = model_folder(args.config_name, args) if args.config_name else folder
-    tokenizer_folder = model_folder(args.tokenizer_name, args) if args.tokenizer_name else folder
+    config_folder = model_folder(args.config_name, args, "--config_name") if args.config_name else folder
+    tokenizer_folder = model_folder(args.tokenizer_name, args, "--tokenizer_name") if args.tokenizer_name else folder
     config = read_config(config_folder)
     family = FAMILIES.get(config.get("model_type", ""))
     flags = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -312,7 +313,7 @@ def _stock(
     return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task, args.do_train) if heads else []
 
 
-def model_folder(name: str, args: Arguments) -> Path:
+def model_folder(name: str, args: Arguments, flag: str = "--model_name_or_path") -> Path:
     """A local folder as it is, or the hub's files of a model name, downloaded or cached.
 
     Raises:
@@ -322,15 +323,13 @@ def model_folder(name: str, args: Arguments) -> Path:
     if path.is_dir():
         return path
     if is_path(name):
-        raise MachineError(f"--model_name_or_path {name}: no such folder")
+        raise MachineError(f"{flag} {name}: no such folder")
     if args.hub == "modelscope":
         from bert_glue.hub import modelscope
 
         return modelscope.fetch_model(name, args)
-    from bert_glue.hub.client import start_probe
-
     # The hub's client waits for minutes if a server accepts a connection and never answers.
-    probe = start_probe()
+    probe = client.start_probe()
     unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     try:
         return client.fetch_model(name, args, is_offline=unreachable is not None)
@@ -339,7 +338,7 @@ def model_folder(name: str, args: Arguments) -> Path:
         if isinstance(error, client.DamagedFileError):
             why = str(error)
         raise MachineError(
-            f"--model_name_or_path {name}: neither a local folder nor to be had from the hub ({why}); "
+            f"{flag} {name}: neither a local folder nor to be had from the hub ({why}); "
             "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
             "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
         ) from error

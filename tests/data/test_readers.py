@@ -1,5 +1,6 @@
 """Every trap a data file can hold: read exactly, or refused with file:line."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_tsv_reads_400_000_rows_in_seconds(tmp_path):
         (b"", "FILE: is empty"),
         (b"\xef\xbb\xbf\n", "FILE: is empty"),
         ("a,b\n1,2\n".encode("utf-16"), "FILE:1: is UTF-16; save it as UTF-8"),
+        ("a,b\n1,2\n".encode("utf-32"), "FILE:1: is UTF-32; save it as UTF-8"),
+        (b"\xfe\xff\0a\0,", "FILE:1: is UTF-16; save it as UTF-8"),
+        (b"\0\0\xfe\xff\0\0\0a", "FILE:1: is UTF-32; save it as UTF-8"),
+        (gzip.compress(b"a,b\n1,2\n"), "FILE:1: is compressed by gzip; unpack it"),
+        (b"PK\x03\x04" + bytes(30), "FILE:1: is a zip archive, as Excel's workbooks are"),
+        (b"PAR1\x15\x04", "FILE:1: is parquet; let its name end in .parquet"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "FILE:1: has a NUL byte"),
         (b"ab\nx\0y\n", "FILE:2: has a NUL byte"),
         (b"ab\ncaf\xe9\nna\xefve\n", "FILE:2: not UTF-8 (byte 0xe9)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "FILE:1: is a Git-LFS pointer"),

@@ -260,6 +260,23 @@ def test_output_goes_to_the_screen_and_the_log_and_the_last_log_is_kept(repo: Pa
     assert "to stdout" in (folder / "train_0.log.previous").read_text()
 
 
+def test_logs_are_not_written_through_links(repo: Path, tmp_path: Path) -> None:
+    """A link to a file, a link to nothing, and a link to a folder in the place of the log that is kept."""
+    folder, victims = repo / "test/output/mrpc/1p", tmp_path / "victims"
+    folder.mkdir(parents=True)
+    victims.mkdir()
+    (victims / "file").write_text("precious")
+    for target in ("file", "nothing"):
+        for path in folder.glob("train_0.log*"):
+            path.unlink()
+        (folder / "train_0.log").symlink_to(victims / target)
+        (folder / "train_0.log.previous").symlink_to(victims)
+        assert launch(repo, "--TASK=mrpc").returncode == 0
+        assert "to stdout" in (folder / "train_0.log").read_text() and not (folder / "train_0.log").is_symlink()
+        assert [path.name for path in victims.iterdir()] == ["file"]
+    assert (victims / "file").read_text() == "precious"
+
+
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 6, 7])
 def test_exit_code_is_passed_on_and_no_old_result_is_reported(repo: Path, code: int) -> None:
     assert launch(repo, "--TASK=mrpc").returncode == 0

@@ -88,6 +88,21 @@ def test_one_log_a_rank_and_the_first_one_is_shown(repo: Path) -> None:
     assert (folder / "train_rank_1.log.previous").read_text() == (folder / "train_rank_1.log").read_text()
 
 
+def test_logs_of_ranks_are_not_written_through_links(repo: Path, tmp_path: Path) -> None:
+    folder, victims = repo / "test/output/mrpc/2p", tmp_path / "victims"
+    folder.mkdir(parents=True)
+    victims.mkdir()
+    names = ["train_rank_0.log", "train_rank_1.log", "launcher_0.log"]
+    for name in names[1:]:
+        (victims / name).write_text("precious")
+    for name in names:  # the first is a link to nothing
+        (folder / name).symlink_to(victims / name)
+    assert launch(repo, "--TASK=mrpc", "--nproc=2", launcher="train_full_8p.sh").returncode == 0
+    assert sorted(path.name for path in victims.iterdir()) == sorted(names[1:])
+    assert {(victims / name).read_text() for name in names[1:]} == {"precious"}
+    assert not any((folder / name).is_symlink() for name in names)
+
+
 @pytest.mark.parametrize(
     ("launcher", "flags", "says"),
     [

@@ -86,9 +86,11 @@ def test_broken_data_is_exit_code_3_with_file_and_line(tmp_path, capsys):
     assert f"{path}:31" in errors and errors.startswith("error: ")
 
 
-def test_an_absent_model_is_exit_code_4(tmp_path, capsys):
-    code, errors = main(arguments(tmp_path, model_name_or_path=str(tmp_path / "absent")), capsys)
-    assert code == 4 and "no such folder" in errors
+@pytest.mark.parametrize("flag", ["model_name_or_path", "config_name", "tokenizer_name"])
+def test_an_absent_model_is_exit_code_4(tmp_path, capsys, flag):
+    absent = str(tmp_path / "absent")
+    code, errors = main(arguments(tmp_path, **{flag: absent}), capsys)
+    assert code == 4 and f"--{flag} {absent}: no such folder" in errors
 
 
 def test_numbers_that_leave_the_finite_are_exit_code_5(tmp_path, capsys):
