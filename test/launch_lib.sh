@@ -50,7 +50,7 @@ bash ${0} --TASK=<task> [--sample] [flags] [-- flags of run_glue.py]
   --train_epochs=N     default: $epochs
   --batch_size=N       samples per device; default: the recipe's (32 as published)
   --device=NAME        $devices; default: the best available
-  --output_dir=FOLDER  default: test/output/<task>/<ranks>p
+  --output_dir=FOLDER  default: test/output/<task>/<model>_<ranks>p_$CASE, with _sample behind it for --sample
 $(case_usage; rank_usage)
 Exit codes: 2 usage, 3 data, 4 environment or device, 5 diverged, 6 disk, 7 a rank failed,
 8 a bound of --expect was missed, 9 slower than the baseline, 130/143 signals.
@@ -58,12 +58,20 @@ TEXT
 }
 
 unknown_flag() {
-  local choice hint="" plain wanted=${1//[-_]/}
+  local choice hint="" near="" plain wanted=${1//[-_]/}
+  wanted=${wanted,,}
   for choice in "${CHOICES[@]}"; do
     plain=${choice//[-_]/}
-    [[ ${plain,,} == *"${wanted,,}"* || ${plain:0:4} == "${wanted:0:4}" ]] && hint=" Did you mean $choice?"
+    plain=${plain,,}
+    # --epochs and --num_train_epochs are --train_epochs; --modl may be --model
+    if [[ $plain == *"$wanted"* || $wanted == *"$plain" || $wanted == "$plain"* ]]; then
+      hint=$choice
+    elif [[ ${plain:0:3} == "${wanted:0:3}" ]]; then
+      near=$choice
+    fi
   done
-  fail 2 "unknown flag $1.$hint Choices: ${CHOICES[*]}; put flags of run_glue.py after --"
+  hint=${hint:-$near}
+  fail 2 "unknown flag $1.${hint:+ Did you mean $hint?} Choices: ${CHOICES[*]}; put flags of run_glue.py after --"
 }
 
 parse_flags() { # fills SETTING (by flag), SAMPLE and EXTRA (flags of run_glue.py)
@@ -125,9 +133,18 @@ check_settings() { # checks before the installation, which takes minutes; run_gl
   read -r TASK BASE_EPOCHS <<<"$answer"
 }
 
+model_name() { # the model's own name, for the output folder: runs of different models must not share one
+  local name=${SETTING[model]:-$NETWORK}
+  [[ -z $SAMPLE || -n ${SETTING[model]:-} ]] || name=tiny
+  [[ ! -d $name ]] || name=$(cd -- "$name" && pwd)
+  name=${name%/}
+  name=${name##*/}
+  printf '%s' "${name//[^A-Za-z0-9.-]/_}"
+}
+
 build_command() { # fills COMMAND and OUTPUT
   local model=${SETTING[model]:-} epochs=${SETTING[train_epochs]:-} batch=${SETTING[batch_size]:-}
-  OUTPUT=${SETTING[output_dir]:-$LIB/output/$TASK/$((NPROC * NNODES))p}
+  OUTPUT=${SETTING[output_dir]:-$LIB/output/$TASK/$(model_name)_$((NPROC * NNODES))p_$CASE${SAMPLE:+_sample}}
   COMMAND=("$ROOT/run_glue.py" --task_name "$TASK" --output_dir "$OUTPUT" "${FLAGS[@]}"
     --recipe "${SETTING[recipe]:-$RECIPE}")
   if [[ -z ${SETTING[recipe]:-} || ${SETTING[recipe]} == "$RECIPE" ]]; then
@@ -185,9 +202,24 @@ run_and_log() { # run_and_log <log> <command>...: screen and log get all output;
   return "$status"
 }
 
+device_id() { # for names of files and folders: the number in --device, else ASCEND_DEVICE_ID, else 0; cpu for the CPU
+  local id=${SETTING[device]:-}
+  id=${id##*:}
+  [[ $id =~ ^([0-9]+|cpu)$ ]] || id=${ASCEND_DEVICE_ID:-0}
+  [[ $id =~ ^([0-9]+|cpu)$ ]] || id=0
+  printf '%s' "$id"
+}
+
+link_outputs() { # scripts written for the reference read test/output/<device id>: it leads to the newest run's folder
+  local link
+  link=$LIB/output/$(device_id)
+  [[ -z ${SETTING[output_dir]:-} && $NODE_RANK == 0 ]] || return 0
+  [[ -e $link && ! -L $link ]] || ln -sfn -- "${OUTPUT#"$LIB/output/"}" "$link" 2>/dev/null || true
+}
+
 run_one() { # one process
-  local log device=${SETTING[device]:-0} status=0
-  log=$OUTPUT/train_${device//[^A-Za-z0-9]/_}.log
+  local log status=0
+  log=$OUTPUT/train_$(device_id).log
   keep_previous "$log"
   run_and_log "$log" "$PYTHON" "${COMMAND[@]}" || status=$?
   if ((status)); then
@@ -197,8 +229,13 @@ run_one() { # one process
 }
 
 run_ranks() { # one process per rank
-  local first=$((NODE_RANK * NPROC)) rank status=0
+  local first=$((NODE_RANK * NPROC)) rank status=0 log
   for ((rank = first; rank < first + NPROC; rank++)); do keep_previous "$OUTPUT/train_rank_$rank.log"; done
+  if ((first == 0)); then # the name of the reference
+    log=$OUTPUT/train_$(device_id).log
+    [[ -L $log ]] || keep_previous "$log"
+    ln -sfn train_rank_0.log "$log" 2>/dev/null || true
+  fi
   elastic_command
   run_and_log "$OUTPUT/train_rank_$first.log" start_ranks "$PYTHON" "${COMMAND[@]}" || status=$?
   judge_ranks "$status" || exit $?
@@ -231,6 +268,7 @@ launch() {
   build_command
   preload_libgomp
   mkdir -p -- "$OUTPUT" || fail 6 "--output_dir: $OUTPUT cannot be created"
+  link_outputs
   export PYTHONUNBUFFERED=1
   SIGNALLED=0
   SCRATCH=$(mktemp -d)

@@ -163,18 +163,18 @@ def sample(clone: Clone, command: str) -> None:
     out = clone.run(command)
     (shown,) = _blocks(PAGES[0], "text")
     assert re.sub(r"\d+", "#", shown) in re.sub(r"\d+", "#", out)
-    results = launched(clone, out, "test/output/mrpc/1p")
+    results = launched(clone, out, "test/output/mrpc/tiny_1p_acc_sample")
     assert results["sample_data"] and results["eval_f1"] > 0.85
 
 
 def from_the_hub(clone: Clone, command: str) -> None:
-    results = launched(clone, clone.run(command), "test/output/mrpc/1p")
+    results = launched(clone, clone.run(command), "test/output/mrpc/bert-large-cased_1p_acc")
     assert results["eval_samples"] == 66 and results["model_name_or_path"] == "google-bert/bert-large-cased"
 
 
 def from_the_glue_folder(clone: Clone, command: str) -> None:
     shutil.copytree(clone.root / "tiny", clone.root / "bert-large-cased")
-    results = launched(clone, clone.run(command), "test/output/mrpc/1p")
+    results = launched(clone, clone.run(command), "test/output/mrpc/bert-large-cased_1p_acc")
     shutil.rmtree(clone.root / "bert-large-cased")  # other launchers would take it before the hub's
     assert results["eval_samples"] == 64 and results["model_name_or_path"] == "./bert-large-cased"
 
@@ -182,7 +182,7 @@ def from_the_glue_folder(clone: Clone, command: str) -> None:
 def on_an_npu(clone: Clone, command: str) -> None:
     """The simulated one."""
     settings = {"PYTHONPATH": str(SIMULATED), "SIMULATED_NPU_DEVICES": "4"}
-    results = launched(clone, clone.run(command, **settings), "test/output/rte/1p")
+    results = launched(clone, clone.run(command, **settings), "test/output/rte/bert-large-cased_1p_acc")
     assert (results["device"], results["precision"], results["seed"]) == ("npu:3", "O1 fp16, loss scale 1024", 7)
 
 
@@ -219,7 +219,9 @@ def own_labels(clone: Clone, command: str) -> None:
 
 def on_two_ranks(clone: Clone, command: str) -> None:
     """As the comment says: two processes on the CPU."""
-    results = launched(clone, clone.run(command, "--nproc=2", "--device=cpu"), "test/output/mrpc/2p")
+    results = launched(
+        clone, clone.run(command, "--nproc=2", "--device=cpu"), "test/output/mrpc/bert-large-cased_2p_acc"
+    )
     assert (results["world_size"], results["epoch"]) == (2, 5.0)
 
 
@@ -227,11 +229,13 @@ def performance(clone: Clone, command: str) -> None:
     """An earlier run first: its perf.json, of half the speed, so that noise decides nothing."""
     two = ("--nproc=2", "--device=cpu")
     clone.run(command.partition(" --baseline")[0], *two)
-    perf = json.loads((clone.root / "test/output/wnli/2p/perf.json").read_text())
+    perf = json.loads((clone.root / "test/output/wnli/bert-large-cased_2p_perf/perf.json").read_text())
     perf["samples_per_second"] /= 2
     (clone.root / "perf.json").write_text(json.dumps(perf))
     out = clone.run(command, *two)
-    assert "x the baseline's" in out and launched(clone, out, "test/output/wnli/2p")["epoch"] == 80.0
+    assert (
+        "x the baseline's" in out and launched(clone, out, "test/output/wnli/bert-large-cased_2p_perf")["epoch"] == 80.0
+    )
 
 
 def on_two_hosts(clone: Clone, command: str) -> None:

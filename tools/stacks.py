@@ -58,22 +58,30 @@ SHOWN = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub")
 
 _LOOP = "tests/training/test_loop.py::"
 _RUN = "tests/pipeline/test_run.py::"
+_PREDICT, _UPLOAD = "tests/predict/test_predict.py::", "tests/hub/test_upload.py::"
+_RANKS, _NPU = "tests/devices/test_rank_environment.py::", "tests/devices/test_npu.py::"
 AREAS = {
     "resume": [
         f"{_LOOP}test_a_run_resumed_in_mid_epoch_is_bit_for_bit_the_same",
         f"{_RUN}test_sigterm_saves_a_checkpoint_and_the_second_run_goes_on",
     ],
-    "packed = padded": [f"{_LOOP}test_packed_is_the_padded_run", "tests/model/test_encoder.py"],
+    "packed = padded": [f"{_LOOP}test_packed_is_the_padded_run"],
     "tokenizers": ["tests/data/test_tokenization.py"],
     "saved folder": [
         f"{_RUN}test_the_saved_folder_works_in_transformers_and_gives_the_same_metric",
         "tests/model/test_family_folders.py",
     ],
-    "predict": ["tests/predict/test_predict.py"],
-    "hub": ["tests/hub/test_upload.py", "tests/data/test_hub_datasets.py"],
-    "launchers": ["tests/launch/test_launchers.py", "tests/launch/test_requirements.py"],
-    "two ranks": [f"{_RUN}test_two_ranks_are_one_with_the_same_global_batch"],
-    "simulated NPU": ["tests/devices/test_npu.py"],
+    "predict": [
+        f"{_PREDICT}test_labels_are_those_of_run_glue",
+        f"{_PREDICT}test_probabilities_are_transformers_own",
+        f"{_PREDICT}test_standard_input_to_standard_output",
+    ],
+    "hub": ["tests/data/test_hub_datasets.py", f"{_UPLOAD}test_the_model_its_card_and_scores_are_sent_and_no_secret"],
+    "launchers": ["tests/devices/test_distributed.py::test_a_launch_of_ours_saves_on_a_signal_and_goes_on"],
+    "two ranks": [f"{_RUN}test_two_ranks_are_one_with_the_same_global_batch", f"{_RANKS}test_torchrun"],
+    "simulated NPU": [
+        f"{_NPU}test_the_recipe_equals_the_hosts", f"{_NPU}test_each_precision", f"{_NPU}test_two_ranks_equal_one",
+    ],
 }  # fmt: skip
 _EQUAL = 1e-5  # of a loss near 0.7: kernels of another torch round in another order
 # The gate has minutes, not an hour.

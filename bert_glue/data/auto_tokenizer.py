@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,9 @@ def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -
 def _auto_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
-    with library_errors(folder):
+    with library_errors(folder), warnings.catch_warnings():
+        # transformers 4.44 announces here a change of decoding, which nothing here does.
+        warnings.filterwarnings("ignore", message="`clean_up_tokenization_spaces`", category=FutureWarning)
         if config is not None and config.get("model_type") in CONFIG_MAPPING:
             settings = {**settings, "config": AutoConfig.for_model(**config)}
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)

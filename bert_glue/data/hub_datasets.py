@@ -78,6 +78,29 @@ def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
 
 
+_ADDRESSES_FROM = (4, 8)  # version of datasets; before, hf://datasets/NAME is no name of a data set
+
+
+def hub_address(name: str, version: str) -> str:
+    """What `datasets` of a version has to be told so that it reads the hub's data set.
+
+    Raises:
+        DataError: this version would read a local path of that name.
+    """
+    if _major_minor(version) >= _ADDRESSES_FROM:
+        return f"hf://datasets/{name}"
+    if Path(name).exists():
+        raise DataError(
+            f"{name}: datasets {version} reads the local {name} instead of the hub's data set; run in another folder, "
+            f"install datasets>=4.8, or write --dataset_name ./{name}"
+        )
+    return name
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> Any:
     """A `datasets.DatasetDict` from the hub or its cache.
 
@@ -93,18 +116,16 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
     probe = start_probe()
     import datasets  # meanwhile the probe runs
 
+    address = hub_address(name, datasets.__version__)
+    # Before 4.0 a data set may be a Python script, about which load_dataset asks on the terminal.
+    no_scripts = {} if _major_minor(datasets.__version__) >= (4, 0) else {"trust_remote_code": False}
     reason = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     try:
         client.prepare_client()
         with _hub_mode(reason is not None, args.disable_tqdm or not sys.stderr.isatty()):
             found = client.with_retries(
                 lambda: datasets.load_dataset(
-                    # hf:// keeps a local folder of that name out of it
-                    f"hf://datasets/{name}",
-                    config,
-                    revision=revision,
-                    cache_dir=args.cache_dir,
-                    token=args.token,
+                    address, config, revision=revision, cache_dir=args.cache_dir, token=args.token, **no_scripts
                 )
             )
     except Exception as error:  # the libraries below raise some thirty types; all end here as one line

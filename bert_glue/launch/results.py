@@ -2,7 +2,8 @@
 
     python -m bert_glue.launch.results task MRPC --recipe stable  -> "mrpc 5", epochs of bert-base-cased
     python -m bert_glue.launch.results baseline perf.json         -> exit code 2 if it is not valid
-    python -m bert_glue.launch.results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json
+    python -m bert_glue.launch.results report OUTPUT --case perf  -> final lines, <CaseName>.log, perf.json,
+                                                                     train_<CaseName>_loss.txt
 
 The harnesses of Ascend ModelZoo read these lines and the keys of the log, so their names stay although some are odd
 ("images/sec"). Every figure comes from `all_results.json`. A figure that was not measured is `null` with the reason,
@@ -12,6 +13,7 @@ never 0.
 from __future__ import annotations
 
 import argparse
+import platform
 import re
 import sys
 from pathlib import Path, PurePath
@@ -21,7 +23,7 @@ from bert_glue import result_keys as keys
 from bert_glue.config.files import recipe_file
 from bert_glue.errors import CheckpointError, MachineError, exit_code_of, say
 from bert_glue.results.perf import compare, perf_of, read_baseline
-from bert_glue.storage.files import json_text, read_results, write_whole
+from bert_glue.storage.files import STATE_FILE, json_text, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, base_epochs
 
 
@@ -66,7 +68,7 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
         "Network": network,
         "RankSize": str(ranks),
         "BatchSize": str(batch),
-        "DeviceType": str(results.get("device")),
+        "DeviceType": platform.machine(),
         # The name of a file, too: nothing in it leads out of the folder.
         "CaseName": re.sub(r"[^\w.-]", "_", f"Bert_{network}_{results['task_name']}_bs{batch}_{ranks}p_{case}"),
         "ActualFPS": figure(results, keys.TRAIN_SAMPLES_PER_SECOND, 3),
@@ -74,14 +76,24 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
         "ActualLoss": figure(results, keys.TRAIN_LOSS, 6),
         "E2ETrainingTime": figure(results, keys.E2E_RUNTIME, 1),
         "TrainAccuracy": accuracy(results),
+        "Device": str(results.get("device")),
     }
     if results.get("sample_data"):
         log["DataSource"] = SAMPLE_NOTE
     return log
 
 
+def losses(output_dir: Path) -> list[float]:
+    """The training losses that the run logged, in order; each is the mean since the one before it."""
+    file = output_dir / STATE_FILE
+    if not file.exists():
+        return []
+    entries = read_json_object(file).get("log_history", [])
+    return [entry["loss"] for entry in entries if isinstance(entry.get("loss"), float)]
+
+
 def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
-    """Write `<CaseName>.log`, and `perf.json` for a performance run. Print the final lines.
+    """Print the final lines; write `<CaseName>.log`, `train_<CaseName>_loss.txt`, and of a performance run `perf.json`.
 
     Args:
         output_dir: folder of a finished run.
@@ -103,6 +115,7 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
         raise MachineError(f"{output_dir}: all_results.json is not of a finished run ({error})") from error
     text = "".join(f"{key} = {value}\n" for key, value in log.items())
     _write(output_dir / f"{log['CaseName']}.log", text)
+    _write(output_dir / f"train_{log['CaseName']}_loss.txt", "".join(f"{loss:.6f}\n" for loss in losses(output_dir)))
     verdict = []
     try:
         if perf is not None and baseline is not None:

@@ -141,15 +141,28 @@ def summary(results: dict, folder: Path) -> list[str]:
         call = ["python", "-m", "bert_glue.predict", "--model", str(folder), "--input", "FILE", "--output", "FILE"]
         rows.append(("next", shlex.join(call)))
     note = f" ({SAMPLE_NOTE})" if results["sample_data"] else ""
-    # ModelZoo's harnesses read the score from a log: grep "eval_f1" train_0.log | awk 'END{print $3}'. So no other
-    # name that contains a metric's key may follow its line; eval_accuracy_mm comes before eval_accuracy.
-    metrics = [
+    lines = [f"***** results *****{note}", *(f"  {name:<9}{text}" for name, text in rows)]
+    return [*lines, *_lines_for_harnesses(task, record)]
+
+
+def _lines_for_harnesses(task: GlueTask, record: Record) -> list[str]:
+    """The figures that ModelZoo's harnesses read from a log: grep "eval_f1" train_*.log | awk 'END{print $3}'.
+
+    So no other name that contains a metric's key may follow its line: eval_accuracy_mm comes before eval_accuracy. And
+    no blank may begin a line: before it, grep writes the file's name where it reads several.
+    """
+    found = [
         keys.evaluation_key(metric, split.key_suffix)
         for split in reversed(task.evaluation)
         for metric in shown_metrics(task)
     ]
-    figures_of_metrics = [f"  {key} = {record.number(key):.4f}" for key in metrics if record.number(key) is not None]
-    return [f"***** results *****{note}", *(f"  {name:<9}{text}" for name, text in rows), *figures_of_metrics]
+    found.append(keys.TRAIN_SAMPLES_PER_SECOND)
+    # A metric of this evaluation that is undefined is shown too, because grep would find an earlier one.
+    return [f"{key} = {_four_digits(record.number(key))}" for key in found if key in record]
+
+
+def _four_digits(number: float | None) -> str:
+    return "null" if number is None else f"{number:.4f}"
 
 
 _CONSTANT = {"majority": "always the most frequent class", "constant": "always the same labels, at best"}

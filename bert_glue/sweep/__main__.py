@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     """Run a sweep; returns its exit code."""
     end = argv.index("--") if "--" in argv else len(argv)
     args = _parser().parse_args(argv[:end])
-    extra = tuple(argv[end + 1 :])
+    epochs = (f"--num_train_epochs={args.train_epochs}",) if args.train_epochs else ()
+    extra = (*epochs, *argv[end + 1 :])
     return exit_code_of(lambda: _sweep(args, extra))
 
 
@@ -86,7 +87,8 @@ def _parser() -> CommandParser:
         epilog="Flags of run_glue.py go behind -- and are the same for all runs.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--tasks", metavar="LIST", help="comma-separated, all (default), or own: the data of --train_file")
+    # --TASK, --device and --train_epochs are the other launchers' words.
+    add("--tasks", "--TASK", metavar="LIST", help="comma-separated, all (default), or own: the data of --train_file")
     add("--seeds", default="1-3", metavar="LIST", help="such as 1,2,7 or 1-5; default 1-3")
     add("--learning_rates", default="", metavar="LIST", help="one run each; default: the recipe's only")
     add("--sample", action="store_true", help="generated sample data (not GLUE); without --model a tiny BERT")
@@ -94,7 +96,14 @@ def _parser() -> CommandParser:
     add("--model", "--model_name_or_path", metavar="NAME", help="folder or hub name; default: bert-large-cased")
     add("--recipe", metavar="NAME", help="reference (default), stable, ... or a config file; own data: none")
     add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
-    add("--devices", default="auto", metavar="LIST", help="such as npu:0,npu:1; auto (default): all of the best kind")
+    add("--train_epochs", metavar="N", help="--num_train_epochs of all runs; default: the recipe's")
+    add(
+        "--devices",
+        "--device",
+        default="auto",
+        metavar="LIST",
+        help="such as npu:0,npu:1; auto (default): all of the best kind",
+    )
     add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
     add("--grace", type=read_seconds, default=300.0, metavar="SECONDS", help="for saving after a signal; default 300")
     add("--keep_checkpoints", action="store_true", help="of finished runs too; default: only the model is kept")

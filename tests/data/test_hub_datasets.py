@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import loopback_hub
 import pytest
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION
+from bert_glue.data.hub_datasets import GLUE_NAME, GLUE_REVISION, hub_address
 from bert_glue.data.sources import load_task_data
 from bert_glue.errors import DataError
 
@@ -71,9 +72,10 @@ def task_runs(*names, **flags):
 def hub(tmp_path_factory):
     """Answers of clients: cold, then with the hub gone, and the hub's log."""
     folder = tmp_path_factory.mktemp("hub")
-    # A local folder of the data set's name must not be read instead.
-    (folder / "nyu-mll" / "glue").mkdir(parents=True)
-    (folder / "nyu-mll" / "glue" / "train.csv").write_text("sentence1,sentence2,label\nwrong,wrong,1\n")
+    if hub_address(GLUE_NAME, datasets.__version__) != GLUE_NAME:  # older versions refuse, tested below
+        # A local folder of the data set's name must not be read instead.
+        (folder / "nyu-mll" / "glue").mkdir(parents=True)
+        (folder / "nyu-mll" / "glue" / "train.csv").write_text("sentence1,sentence2,label\nwrong,wrong,1\n")
     loopback_hub.make_repository(folder / "repository")
     home = folder / "home"
     with loopback_hub.serve(folder / "repository", GLUE_NAME, GLUE_REVISION) as server:
@@ -93,6 +95,17 @@ def hub(tmp_path_factory):
         "asked": asked,
         "folder": folder,
     }
+
+
+@pytest.mark.parametrize("place", ["squad", "nyu-mll/glue"])
+def test_a_local_folder_never_stands_for_the_hub(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    assert [hub_address(place, version) for version in ("4.8.0", "5.2.0.dev0")] == [f"hf://datasets/{place}"] * 2
+    assert [hub_address(place, version) for version in ("3.0.0", "4.7.1", "4.4")] == [place] * 3
+    Path(place).mkdir(parents=True)
+    assert hub_address(place, "4.8.5") == f"hf://datasets/{place}"
+    with pytest.raises(DataError, match=f"datasets 4.7.1 reads the local {place} .*--dataset_name ./{place}"):
+        hub_address(place, "4.7.1")
 
 
 def test_cold_load_from_the_hub(hub):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -98,7 +99,7 @@ def test_the_effect_is_that_of_the_published_words(repo: Path, launcher: str, so
         words += [
             word.replace("--model=", "--model_name_or_path=").replace("train_e", "num_train_e") for word in source
         ]
-    (call,) = (repo / "test/output" / task / "1p").glob("called.json*")
+    (call,) = (repo / "test/output/0").glob("called.json*")
     now, wanted = settings_of(json.loads(call.read_text())["argv"]), settings_of(words)
     if now.save_strategy != "steps":
         now = replace(now, save_steps=wanted.save_steps)  # not looked at
@@ -114,7 +115,7 @@ def test_another_recipe_is_taken_as_it_is(repo: Path) -> None:
     ):
         done = launch(repo, "--TASK=mrpc", "--recipe=stable", *ranks, launcher=launcher)
         assert done.returncode == 0, done.stderr
-        argv = json.loads((repo / "test/output/mrpc/1p" / note).read_text())["argv"]
+        argv = json.loads((repo / "test/output/0" / note).read_text())["argv"]
         stable = settings_of([*NEEDED, f"--model_name_or_path={value_of(argv, '--model_name_or_path')}"])
         assert replace(settings_of(argv), skip_steps=0) == stable
     launch(repo, "--TASK=mrpc", "--recipe", "own recipe.json", "--batch_size=4")
@@ -159,7 +160,7 @@ def test_flags_with_blanks_both_spellings_and_a_rest(repo: Path) -> None:
 def test_a_model_folder_in_the_root_goes_before_the_hub(repo: Path) -> None:
     (repo / "bert-large-cased").mkdir()
     launch(repo, "--TASK=rte")
-    argv = called(repo, "test/output/rte/1p")["argv"]
+    argv = called(repo)["argv"]
     assert value_of(argv, "--model_name_or_path") == str(repo / "bert-large-cased")
 
 
@@ -168,7 +169,7 @@ def test_performance_launcher_trains_one_epoch_and_saves_nothing(repo: Path) -> 
     argv = called(repo)["argv"]
     assert "--do_eval" not in argv
     assert (value_of(argv, "--num_train_epochs"), value_of(argv, "--save_strategy")) == ("1", "no")
-    assert (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_perf.log").is_file(), done.stderr
+    assert (repo / "test/output/0/Bert_bert-stub_mrpc_bs32_1p_perf.log").is_file(), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,11 @@ def test_performance_launcher_trains_one_epoch_and_saves_nothing(repo: Path) -> 
         (["--TASK=ax"], 2, "unknown task"),
         (["--task=mrpc"], 2, "Did you mean --TASK?"),
         (["--TASK=mrpc", "--epochs=2"], 2, "Did you mean --train_epochs?"),
+        (["--TASK=mrpc", "--num_train_epochs=2"], 2, "Did you mean --train_epochs?"),
+        (["--TASK=mrpc", "--per_device_train_batch_size=2"], 2, "Did you mean --batch_size?"),
+        (["--TASK=mrpc", "--device_id=2"], 2, "Did you mean --device?"),
+        (["--task_name=mrpc"], 2, "Did you mean --TASK?"),
+        (["--TASK=mrpc", "--model_name_or_path=m"], 2, "Did you mean --model?"),
         (["mrpc"], 2, "unknown flag mrpc"),
         (["--TASK"], 2, "--TASK needs a value"),
         (["--TASK=mrpc", "--model="], 2, "--model needs a value"),
@@ -214,18 +220,19 @@ def test_final_lines_and_case_log(repo: Path) -> None:
     done = launch(repo, "--TASK=mrpc")
     values = ("200.000", "200.000", "0.9029", "61.0")
     assert done.stdout.splitlines()[-4:] == [name + value for name, value in zip(FINAL, values, strict=True)]
-    log = (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+    log = (repo / "test/output/0/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
     assert log.splitlines() == [
         "Network = bert-stub",
         "RankSize = 1",
         "BatchSize = 32",
-        "DeviceType = cpu",
+        f"DeviceType = {platform.machine()}",
         "CaseName = Bert_bert-stub_mrpc_bs32_1p_acc",
         "ActualFPS = 200.000",
         "TrainingTime = 160.00",
         "ActualLoss = 0.250000",
         "E2ETrainingTime = 61.0",
         "TrainAccuracy = 0.9029",
+        "Device = cpu",
     ]
 
 
@@ -239,14 +246,14 @@ def test_a_figure_that_was_not_measured_is_null_with_its_reason(repo: Path) -> N
     lines = done.stdout.splitlines()[-4:]
     assert lines[0] == FINAL[0] + "null (3 steps, 5 skipped)"
     assert lines[2] == FINAL[2] + "null (undefined)"
-    log = (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+    log = (repo / "test/output/0/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
     assert "ActualFPS = null (3 steps, 5 skipped)\nTrainingTime = null (3 steps, 5 skipped)\n" in log
 
 
 def test_sample_results_are_labelled(repo: Path) -> None:
     done = launch(repo, "--TASK=mrpc", "--sample")
     assert all(line.endswith(" (sample data, not GLUE)") for line in done.stdout.splitlines()[-4:])
-    assert "not GLUE" in (repo / "test/output/mrpc/1p/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
+    assert "not GLUE" in (repo / "test/output/0/Bert_bert-stub_mrpc_bs32_1p_acc.log").read_text()
 
 
 def test_output_goes_to_the_screen_and_the_log_and_the_last_log_is_kept(repo: Path) -> None:
@@ -254,7 +261,7 @@ def test_output_goes_to_the_screen_and_the_log_and_the_last_log_is_kept(repo: Pa
     done = launch(repo, "--TASK=mrpc")
     assert "to stdout" in done.stdout and "to stderr" not in done.stdout
     assert "to stderr" in done.stderr
-    folder = repo / "test/output/mrpc/1p"
+    folder = repo / "test/output/0"
     text = (folder / "train_0.log").read_text()  # two streams: their lines may mix
     assert (text.count("to stdout"), text.count("to stderr"), len(text.split())) in ((1, 1, 4), (1, 1, 3))
     assert "to stdout" in (folder / "train_0.log.previous").read_text()
@@ -311,7 +318,7 @@ def perf_run(repo: Path, speed: float | None, *flags: str, **results) -> subproc
 
 def test_a_performance_run_is_held_against_its_baseline(repo: Path) -> None:
     assert perf_run(repo, 200.0).returncode == 0
-    perf = repo / "test/output/mrpc/1p/perf.json"
+    perf = repo / "test/output/0/perf.json"
     first = json.loads(perf.read_text())
     assert first["samples_per_second"] == 200.0 and first["step_ms"] == {"median": 159.0, "p10": 150.0, "p90": 171.0}
     assert (
@@ -333,7 +340,7 @@ def test_a_performance_run_is_held_against_its_baseline(repo: Path) -> None:
 def test_what_perf_json_has_no_figure_for_has_the_runs_reason(repo: Path) -> None:
     reasons = {"train_share_of_gemm": None, "train_share_of_gemm_reason": "not counted for this encoder"}
     assert perf_run(repo, 200.0, **reasons).returncode == 0
-    perf = json.loads((repo / "test/output/mrpc/1p/perf.json").read_text())
+    perf = json.loads((repo / "test/output/0/perf.json").read_text())
     assert perf["share_of_gemm"] is None and perf["reasons"]["share_of_gemm"] == "not counted for this encoder"
 
 
@@ -349,7 +356,7 @@ def test_what_perf_json_has_no_figure_for_has_the_runs_reason(repo: Path) -> Non
 )
 def test_another_setup_is_not_compared(repo: Path, speed, results: dict, says: str) -> None:
     assert perf_run(repo, 200.0).returncode == 0
-    stored = repo / "test/output/mrpc/1p/perf.json"
+    stored = repo / "test/output/0/perf.json"
     shutil.copy(stored, repo.parent / "stored.json")
     done = perf_run(repo, speed, "--baseline=stored.json", **results)
     assert done.returncode == 2
@@ -365,12 +372,72 @@ def test_what_is_no_baseline_is_said_before_anything_runs(repo: Path, text: str 
     assert not (repo / "test/output").exists()
 
 
+# Where it goes
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "folder", "log"),
+    [
+        ("train_full_1p.sh", [], "mrpc/bert-large-cased_1p_acc", "0/train_0.log"),
+        ("train_full_1p.sh", ["--sample"], "mrpc/tiny_1p_acc_sample", "0/train_0.log"),
+        ("train_full_1p.sh", ["--sample", "--model=a/b c/"], "mrpc/b_c_1p_acc_sample", "0/train_0.log"),
+        (
+            "train_full_1p.sh",
+            ["--model=google-bert/bert-base-uncased"],
+            "mrpc/bert-base-uncased_1p_acc",
+            "0/train_0.log",
+        ),
+        ("train_full_1p.sh", ["--device=npu:3"], "mrpc/bert-large-cased_1p_acc", "3/train_3.log"),
+        ("train_full_1p.sh", ["--device=2"], "mrpc/bert-large-cased_1p_acc", "2/train_2.log"),
+        ("train_full_1p.sh", ["--device=cpu"], "mrpc/bert-large-cased_1p_acc", "cpu/train_cpu.log"),
+        ("train_performance_1p.sh", [], "mrpc/bert-large-cased_1p_perf", "0/train_0.log"),
+        ("train_full_8p.sh", ["--nproc=2"], "mrpc/bert-large-cased_2p_acc", "0/train_0.log"),
+        ("train_bert_base_cased_full_8p.sh", ["--nproc=2"], "mrpc/bert-base-cased_2p_acc", "0/train_0.log"),
+        ("train_bert_base_cased_performance_8p.sh", ["--nproc=2"], "mrpc/bert-base-cased_2p_perf", "0/train_0.log"),
+    ],
+)
+def test_no_two_launchers_share_a_folder_and_a_device_id_leads_to_the_newest(
+    repo: Path, launcher: str, flags: list[str], folder: str, log: str
+) -> None:
+    done = launch(repo, "--TASK=mrpc", *flags, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    output = repo / "test/output"
+    assert list((output / folder).glob("called.json*"))
+    assert "to stdout" in (output / log).read_text()
+    assert (output / log).parent.resolve() == (output / folder).resolve()
+
+
+def test_a_harness_that_names_the_device_finds_its_log(repo: Path) -> None:
+    assert launch(repo, "--TASK=mrpc", ASCEND_DEVICE_ID="5").returncode == 0
+    assert launch(repo, "--TASK=rte", ASCEND_DEVICE_ID="5").returncode == 0
+    assert (repo / "test/output/5").resolve() == repo / "test/output/rte/bert-large-cased_1p_acc"
+    assert (repo / "test/output/5/train_5.log").is_file()
+    assert launch(repo, "--TASK=rte", ASCEND_DEVICE_ID="../x").returncode == 0
+    assert (repo / "test/output/0/train_0.log").is_file()
+
+
+def test_a_users_own_folder_is_no_link_and_gets_none(repo: Path) -> None:
+    (repo / "test/output/0").mkdir(parents=True)
+    assert launch(repo, "--TASK=mrpc").returncode == 0
+    assert launch(repo, "--TASK=mrpc", "--device=1", f"--output_dir={repo}/own").returncode == 0
+    assert list((repo / "test/output/0").iterdir()) == [] and not (repo / "test/output/1").exists()
+
+
+def test_logged_losses_are_a_file(repo: Path) -> None:
+    folder = repo / "test/output/mrpc/bert-large-cased_1p_acc"
+    folder.mkdir(parents=True)
+    entries = [{"step": 5, "loss": 0.5}, {"step": 5, "eval_loss": 0.6}, {"step": 10, "loss": 0.25}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert launch(repo, "--TASK=mrpc").returncode == 0
+    assert (folder / "train_Bert_bert-stub_mrpc_bs32_1p_acc_loss.txt").read_text() == "0.500000\n0.250000\n"
+
+
 # Signals
 
 
 def start_and_signal(repo: Path, number: int, **settings: str) -> tuple[int, Path]:
     """Exit code of a launcher that got a signal while run_glue.py slept, and its output folder."""
-    folder = repo / "test/output/mrpc/1p"
+    folder = repo / "test/output/0"
     child = subprocess.Popen(
         ["bash", str(repo / "test/train_full_1p.sh"), "--TASK=mrpc"],
         env=clean_environment(STUB_SLEEP="30", **settings),
@@ -400,7 +467,7 @@ def test_a_failed_checkpoint_after_a_signal_is_told(repo: Path) -> None:
 def test_nothing_is_left_running(repo: Path) -> None:
     done = launch(repo, "--TASK=mrpc", STUB_ORPHAN="1", STUB_EXIT="7")
     assert done.returncode == 7
-    orphan = Path("/proc") / (repo / "test/output/mrpc/1p/orphan").read_text()
+    orphan = Path("/proc") / (repo / "test/output/0/orphan").read_text()
     state = (orphan / "stat").read_text().rsplit(")", 1)[1].split()[0] if orphan.exists() else "gone"
     assert state in ("gone", "Z")
 

@@ -63,7 +63,7 @@ def is_running(pid: str) -> bool:
 def test_each_rank_gets_its_place(repo: Path) -> None:
     done = launch(repo, "--TASK=stsb", "--nproc=3", "--device=cpu", launcher="train_full_8p.sh")
     assert done.returncode == 0, done.stderr
-    found = calls(repo, "test/output/stsb/3p")
+    found = calls(repo, "test/output/stsb/bert-large-cased_3p_acc")
     assert [call["env"]["RANK"] for call in found] == ["0", "1", "2"]
     for rank, call in enumerate(found):
         env = call["env"]
@@ -79,7 +79,7 @@ def test_one_log_a_rank_and_the_first_one_is_shown(repo: Path) -> None:
     assert done.stdout.splitlines()[0] == "to stdout" and "to stderr" in done.stderr
     assert done.stdout.count("to stdout") == 1
     assert done.stdout.splitlines()[-4].startswith("Final Performance samples/sec : 200.000")
-    folder = repo / "test/output/mrpc/2p"
+    folder = repo / "test/output/mrpc/bert-large-cased_2p_acc"
     for rank in (0, 1):
         text = (folder / f"train_rank_{rank}.log").read_text()
         assert "to stdout" in text and "to stderr" in text
@@ -143,7 +143,10 @@ def ranks_that(repo: Path, actions: dict[int, str], nproc: int = 3) -> tuple[sub
     done = launch(
         repo, "--TASK=mrpc", f"--nproc={nproc}", launcher="train_full_8p.sh", STUB_RANKS=json.dumps(actions)
     )  # fmt: skip
-    begun = max(file.stat().st_mtime for file in (repo / f"test/output/mrpc/{nproc}p").glob("called.json.*"))
+    begun = max(
+        file.stat().st_mtime
+        for file in (repo / f"test/output/mrpc/bert-large-cased_{nproc}p_acc").glob("called.json.*")
+    )
     return done, time.time() - begun - 0.5
 
 
@@ -176,7 +179,7 @@ def test_a_failing_rank_ends_all_in_time_and_is_named(repo: Path, actions: dict,
 def test_what_ranks_started_is_ended_too(repo: Path) -> None:
     done = launch(repo, "--TASK=mrpc", "--nproc=2", launcher="train_full_8p.sh", STUB_ORPHAN="1", STUB_EXIT="1")
     assert done.returncode == 7
-    folder = repo / "test/output/mrpc/2p"
+    folder = repo / "test/output/mrpc/bert-large-cased_2p_acc"
     assert not [rank for rank in (0, 1) if is_running((folder / f"orphan.{rank}").read_text())]
 
 
@@ -188,7 +191,7 @@ def started(repo: Path, nproc: int = 2, **settings: str) -> subprocess.Popen:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for rank in range(nproc):
-        wait_for(repo / f"test/output/mrpc/{nproc}p/sleeping.{rank}", 60)
+        wait_for(repo / f"test/output/mrpc/bert-large-cased_{nproc}p_acc/sleeping.{rank}", 60)
     return child
 
 
@@ -201,7 +204,7 @@ def test_signals_reach_every_rank_and_their_last_words_are_logged(repo, number, 
     child.send_signal(number)
     errors = child.communicate(timeout=20)[1]
     assert child.returncode == code, errors
-    folder = repo / "test/output/mrpc/2p"
+    folder = repo / "test/output/mrpc/bert-large-cased_2p_acc"
     for rank in (0, 1):
         assert (folder / f"got_signal.{rank}").read_text() == str(int(number))
         assert "saved a checkpoint" in (folder / f"train_rank_{rank}.log").read_text()

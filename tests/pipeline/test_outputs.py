@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from bert_glue.pipeline import run as pipeline
 from bert_glue.results.model_card import model_card
 from bert_glue.storage import files
 from bert_glue.storage.files import file_hash
-from bert_glue.tasks import get_task, own_task
+from bert_glue.tasks import TRAINABLE, get_task, own_task
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -339,19 +340,38 @@ def test_a_run_ends_with_lines_for_a_person(own, sample):
     assert lines[1].startswith(
         f"  score    Accuracy {100 * results['eval_accuracy']:.2f} on 20 rows of validation_matched, "
     )
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "  report   a folder/report.html",
         "  next     python -m bert_glue.predict --model 'a folder' --input FILE --output FILE",
-        f"  eval_accuracy_mm = {results['eval_accuracy_mm']:.4f}",
-        f"  eval_accuracy = {results['eval_accuracy']:.4f}",
+        f"eval_accuracy_mm = {results['eval_accuracy_mm']:.4f}",
+        f"eval_accuracy = {results['eval_accuracy']:.4f}",
+        f"train_samples_per_second = {results['train_samples_per_second']:.4f}",
     ]
-    # What a harness of ModelZoo does: grep "eval_accuracy" LOG | awk 'END{print $3}'
-    found = [line for line in sample.console.splitlines() if "eval_accuracy" in line]
-    assert found[-1].split()[2] == f"{results['eval_accuracy']:.4f}"
     assert all(line in sample.console for line in outputs.summary(results, sample.folder))
     assert "eval_loss =" not in sample.console
     assert f"  eval_accuracy = {results['eval_accuracy']}" in outputs.figures(results)
     assert not outputs.summary({"sample_data": False, "task_name": "rte", "e2e_runtime": 2.0}, Path("x"))[1:-2]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_harness_finds_each_metric_by_grep(sample, tmp_path: Path, name: str, is_alone: bool) -> None:
+    """As the scripts of ModelZoo do it, in one log or in those of all ranks."""
+    task = get_task(name)
+    results = {**results_of(sample.args), "task_name": name, "train_samples_per_second": 203.5}
+    results = {key: value for key, value in results.items() if key not in ("eval_accuracy", "eval_accuracy_mm")}
+    values = {f"eval_{metric}": 0.9 - 0.1 * at for at, metric in enumerate(task.metrics)}
+    results |= values | {f"{key}_standard_error": 0.0111 for key in values} | {f"{key}_mm": 0.2 for key in values}
+    text = "".join(f"step=7 {key}=0.5\n" for key in values) + "\n".join(outputs.summary(results, tmp_path))
+    (tmp_path / "train_0.log").write_text(text)
+    if not is_alone:
+        (tmp_path / "train_rank_1.log").write_text("note: of another rank\n")
+    for key, value in {**values, "train_samples_per_second =": 203.5}.items():
+        command = f"""grep "{key}" train_*.log | awk 'END{{print $3}}'"""
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert float(done.stdout) == pytest.approx(value), (key, done.stdout)
+    undefined = outputs.summary({**results, f"eval_{task.headline}": None}, tmp_path)
+    assert f"eval_{task.headline} = null" in undefined
 
 
 def test_a_run_that_learned_nothing_says_so(own):

@@ -139,7 +139,7 @@ def launch(
     )
 
 
-def called(repo: Path, output: str = "test/output/mrpc/1p") -> dict:
+def called(repo: Path, output: str = "test/output/0") -> dict:
     return json.loads((repo / output / "called.json").read_text())
 
 

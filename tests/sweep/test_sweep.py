@@ -64,6 +64,14 @@ def test_the_stable_recipe_by_name_and_the_tiny_berts_own_settings(sweep: Sweep)
     assert done.returncode == 2 and "Did you mean stable?" in done.stderr
 
 
+def test_the_words_of_the_other_launchers_are_understood(sweep: Sweep) -> None:
+    words = ["--TASK=mrpc", "--seeds=1", "--device=cpu", "--train_epochs=2"]
+    assert sweep.run(*words).returncode == 0
+    (attempt,) = sweep.attempts("mrpc", 1)
+    assert {"--num_train_epochs=2", "--device=cpu"} <= set(attempt["argv"])
+    assert sweep.run(*words[:-1], "--train_epochs=many").returncode == 2
+
+
 def test_runs_are_alone_in_a_step_of_several_tasks(sweep: Sweep) -> None:
     sweep.run(*MRPC, "1", SLURM_STEP_NUM_TASKS="2", WORLD_SIZE="2")
     assert sweep.attempts("mrpc", 1)[0]["world"] == "1"
