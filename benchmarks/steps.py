@@ -136,7 +136,7 @@ def ways(args: argparse.Namespace) -> list[tuple[float, str, str]]:
     import torch
 
     from bert_glue.model import attention
-    from bert_glue.model.loading import read_config
+    from bert_glue.model.folder import read_config
 
     config = read_config(Path(args.model))
     dim = config["hidden_size"] // config["num_attention_heads"]

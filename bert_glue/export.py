@@ -40,7 +40,8 @@ def load(name: str) -> LoadedModel:
     from transformers.utils.logging import disable_progress_bar
 
     from bert_glue.config.arguments import Arguments
-    from bert_glue.model.loading import load_model, model_folder, task_of_model
+    from bert_glue.model.folder import model_folder, task_of_model
+    from bert_glue.model.loading import load_model
 
     disable_progress_bar()  # of reading one file
     args = Arguments(model_name_or_path=name, padding="longest")

@@ -34,7 +34,7 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
         MachineError: a folder does not have a model.
     """
     from bert_glue.data.tokenization import TextTokenizer
-    from bert_glue.model.loading import read_config
+    from bert_glue.model.folder import read_config
 
     found: dict[Path, dict[str, Any]] = {}
     hashes: dict[str, Path] = {}
@@ -60,6 +60,38 @@ def check_alike(folders: list[Path]) -> dict[str, Any]:
                 short = f": {then!r} and {now!r}" if len(f"{then}{now}") < 100 else ""
                 raise UsageError(f"{first} and {folder} differ in {name}{short}: their weights cannot be averaged")
     return read_config(first)
+
+
+# What belongs to a model and is none of its weights (`bert_glue.json`).
+_BESIDE = ("text_columns", "text_column_delimiter", "max_seq_length", "doc_stride", "max_windows", "label_threshold",
+           "label_delimiter")  # fmt: skip
+
+
+def description_of(folders: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """What lies beside the mean of the runs' weights: the first run's, without a calibration; and log lines.
+
+    Raises:
+        UsageError: the runs read the same columns in another order.
+    """
+    from bert_glue.model.description import read_description, uncalibrated
+
+    found = [read_description(folder) for folder in folders]
+    notes = []
+    for name in _BESIDE:
+        values = [description.get(name) for description in found]
+        other = next((at for at, value in enumerate(values) if value != values[0]), None)
+        if other is None:
+            continue
+        differ = f"{folders[0]} and {folders[other]} differ in {name}: {values[0]!r} and {values[other]!r}"
+        if name == "text_columns" and None not in values and sorted(values[0]) == sorted(values[other]):
+            raise UsageError(f"{differ}: the weights read their texts in another order and cannot be averaged")
+        notes.append(f"note: {differ}; the soup has that of the first")
+    if calibrated := [str(folder) for folder, one in zip(folders, found, strict=True) if "calibration" in one]:
+        notes.append(
+            f"note: the soup has no calibration: that of {', '.join(calibrated)} is for other weights "
+            "(--calibrate with --do_train chooses one)"
+        )
+    return uncalibrated(found[0]), notes
 
 
 def _weights_hash(folder: Path) -> str:
@@ -111,12 +143,13 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     from safetensors.torch import save_file
 
     from bert_glue.data.tokenization import TextTokenizer
-    from bert_glue.model.description import read_description, uncalibrated, write_description
+    from bert_glue.model.description import write_description
     from bert_glue.storage import checkpoint, files
 
     if (output_dir / "config.json").exists():
         raise UsageError(f"--output_dir {output_dir}: the folder already has a model; choose another")
     config = check_alike(folders)
+    description, notes = description_of(folders)
     tensors = mean_weights(folders)
     made_of = [{"run": str(folder), "sha256": _weights_hash(folder)} for folder in folders]
 
@@ -126,14 +159,15 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
         write_json(into / "soup.json", {"mean_of": made_of})
         TextTokenizer(folders[0], config).save(into)
         dtype = str(next(iter(tensors.values())).dtype).split(".")[1]
-        write_description(into, uncalibrated(read_description(folders[0])), dtype)
+        write_description(into, description, dtype)
 
     with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_files(output_dir, write)
     say(
+        *notes,
         f"{output_dir}: mean of {len(folders)} runs, not scored yet; "
-        f"to score it, run bert-glue eval --model_name_or_path {output_dir}"
+        f"to score it, run bert-glue eval --model_name_or_path {output_dir}",
     )
 
 

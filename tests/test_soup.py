@@ -132,6 +132,47 @@ def test_runs_that_do_not_match_have_no_mean(runs: list[Path], tmp_path: Path, c
     assert "already has a model" in refused(*runs, out="taken")
 
 
+def beside(folder: Path, target: Path, **changes) -> Path:
+    """A copy of a run with other facts in `bert_glue.json`."""
+    shutil.copytree(folder, target)
+    facts = json.loads((target / "bert_glue.json").read_text())
+    (target / "bert_glue.json").write_text(json.dumps({**facts, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"label_threshold": 0.3}, "differ in label_threshold: None and 0.3; the soup has that of the first"),
+        ({"max_seq_length": 64}, "differ in max_seq_length: 32 and 64; the soup has that of the first"),
+        ({"doc_stride": 4, "max_windows": 8}, "differ in doc_stride: None and 4; the soup has that of the first"),
+        ({"text_columns": ["a", "b"]}, "differ in text_columns: ['sentence1', 'sentence2'] and ['a', 'b']"),
+    ],
+)
+def test_what_the_runs_of_a_soup_do_not_share_is_said(runs: list[Path], tmp_path: Path, capsys, changes, says) -> None:
+    other = beside(runs[1], tmp_path / "other", **changes)
+    assert main(["soup", str(runs[0]), str(other), "--output_dir", str(tmp_path / "soup")]) == 0
+    assert f"note: {runs[0]} and {other} {says}" in capsys.readouterr().out
+    first, soup = (json.loads((folder / "bert_glue.json").read_text()) for folder in (runs[0], tmp_path / "soup"))
+    assert {name: soup.get(name) for name in changes} == {name: first.get(name) for name in changes}
+
+
+def test_a_soup_has_no_calibration_and_says_so(runs: list[Path], tmp_path: Path, capsys) -> None:
+    calibrated = [
+        beside(run, tmp_path / run.name, calibration={"temperature": at + 1.5, "threshold": 0.4})
+        for at, run in enumerate(runs)
+    ]
+    assert main(["soup", *map(str, calibrated), "--output_dir", str(tmp_path / "soup")]) == 0
+    assert f"the soup has no calibration: that of {calibrated[0]}, {calibrated[1]} is for" in capsys.readouterr().out
+    assert "calibration" not in json.loads((tmp_path / "soup/bert_glue.json").read_text())
+
+
+def test_runs_that_read_their_texts_in_another_order_have_no_mean(runs: list[Path], tmp_path: Path, capsys) -> None:
+    other = beside(runs[1], tmp_path / "other", text_columns=["sentence2", "sentence1"])
+    assert main(["soup", str(runs[0]), str(other), "--output_dir", str(tmp_path / "soup")]) == 2
+    assert "differ in text_columns" in capsys.readouterr().err and not (tmp_path / "soup").exists()
+
+
 # Ensemble
 
 

@@ -39,6 +39,11 @@ class Expectation:
     sign: str
     bound: float
 
+    @property
+    def is_upper(self) -> bool:
+        """Whether the figure must be low."""
+        return self.sign.startswith("<")
+
     def judge(self, results: dict[str, Any]) -> dict[str, Any]:
         """The entries expect, value and is_met, and a reason. A figure that is null or absent misses every bound."""
         value = results.get(self.key)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bert_glue.data.readers import DATA_SUFFIXES, BrokenRowsError, header_of, read_table, read_tsv
+from bert_glue.data.readers import DATA_SUFFIXES, BrokenRowsError, header_of, is_data_file, read_table, read_tsv
 from bert_glue.data.splits import LABEL, Split, join_splits, make_split
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError
 from bert_glue.tasks import GlueTask, TsvFile
-
-_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def _one_kind(place: Path, files: Iterable[Path]) -> list[Path]:
 
 def _find_files(task: GlueTask, root: Path, split: str) -> list[Path]:
     for name in _split_names(split):
-        inside = [path for path in (root / name).glob("*") if _is_data_file(path)]
+        inside = [path for path in (root / name).glob("*") if is_data_file(path)]
         beside = [root / f"{name}{suffix}" for suffix in DATA_SUFFIXES]
         beside = [path for path in beside if path.is_file() and not _is_glue_file(task, split, path)]
         # The hub keeps a data set's files beside each other or in data/.
@@ -69,10 +67,6 @@ def _find_files(task: GlueTask, root: Path, split: str) -> list[Path]:
         if found := inside or [*beside, *shards]:
             return _one_kind(root / name, found)
     return []
-
-
-def _is_data_file(path: Path) -> bool:
-    return path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
 
 
 # train-00000-of-00001.parquet; older repositories have a hash behind the numbers.
@@ -88,7 +82,7 @@ def _shards(folder: Path, name: str) -> list[Path]:
     files: dict[Path, re.Match] = {}
     for path in folder.glob(f"{name}-*"):
         match = re.fullmatch(name + _SHARD, path.name)
-        if match and _is_data_file(path):
+        if match and is_data_file(path):
             files[path] = match
     numbers = sorted(int(match[1]) for match in files.values())
     totals = {int(match[2]) for match in files.values()}

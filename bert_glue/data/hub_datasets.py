@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bert_glue.data.readers import class_names_of, from_arrow
+from bert_glue.data.readers import class_names_of, from_arrow, is_data_file
 from bert_glue.data.tables import Table
 from bert_glue.errors import DataError, first_line
 from bert_glue.hub import client
@@ -175,18 +175,64 @@ def _refusal(
 
 
 def open_folder(folder: str, config: str | None, args: Any) -> Any:
-    """A `datasets.DatasetDict` from a local folder of data files.
+    """A `datasets.DatasetDict` from a local folder of data files, or one that `save_to_disk` wrote.
 
     Raises:
         DataError: `datasets` cannot read it.
     """
+    _check_kinds(Path(folder))
     import datasets
 
     try:
         with _hub_mode(True, args.disable_tqdm or not sys.stderr.isatty()):
+            if (Path(folder) / "dataset_dict.json").is_file():  # of save_to_disk
+                return datasets.load_from_disk(folder)
+            if (Path(folder) / "state.json").is_file():
+                return datasets.DatasetDict({"train": datasets.load_from_disk(folder)})
             return datasets.load_dataset(folder, config, cache_dir=args.cache_dir)
     except Exception as error:
-        raise DataError(f"{folder}: {first_line(error)}") from error
+        why = _first_cause(error)
+        raise DataError(f"{folder}: {why}; it has {_what_lies_in(Path(folder))}; {_NAME_FILES}") from error
+
+
+_NAME_FILES = (
+    "name them by --train_file, --validation_file and --test_file, or keep files of one kind and columns there"
+)
+# Kinds of files that `datasets` reads by the same reader.
+_READER_OF = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raises DataError for data files of several kinds: `datasets` reads one kind and leaves out the rest unsaid."""
+    card = folder / "README.md"
+    if not folder.is_dir() or (card.is_file() and "configs:" in card.read_text("utf-8", "replace")):
+        return  # the folder says itself which files make up which split
+    if len({_READER_OF[file.suffix.lower()] for file in _data_files(folder)}) > 1:
+        raise DataError(f"{folder}: data files of several kinds: {_what_lies_in(folder)}; {_NAME_FILES}")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and is_data_file(path))
+
+
+def _what_lies_in(folder: Path) -> str:
+    names = [str(file.relative_to(folder)) for file in _data_files(folder)]
+    if not names:
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return f"no {', '.join(_READER_OF)} files, but {', '.join(there[:_SHOWN]) or 'nothing'}"
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+_SHOWN = 12
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of the exception that all others follow from."""
+    from datasets.table import CastError
+
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return "its files differ in their columns or types" if isinstance(error, CastError) else first_line(error)
 
 
 def revision_of(dataset: Any) -> str | None:

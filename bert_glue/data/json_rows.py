@@ -141,6 +141,8 @@ def _list_rows(path: Path, text: str, start: int) -> Iterator[tuple[int, Any]]:
                     raise ValueError("a comma before the closing ]")
             elif not text.startswith("]", at):
                 raise ValueError("a comma or ] is missing")
+        if text[at + 1 :].lstrip().startswith("["):
+            raise ValueError('each line is a list; one object a row is needed, such as {"text": ..., "label": ...}')
         if text[at + 1 :].strip():
             raise ValueError("there is text after the closing ]")
     except (ValueError, RecursionError) as error:

@@ -33,6 +33,14 @@ from bert_glue.data.tables import (
 from bert_glue.errors import DataError, first_line
 from bert_glue.storage.files import is_lfs_pointer, open_plain
 
+# Files that `datasets` and the hub put beside rows.
+_NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a file of a folder holds rows, by its name."""
+    return path.suffix.lower() in DATA_SUFFIXES and path.name not in _NOT_ROWS and path.name[0] not in "._"
+
 
 def read_table(path: Path, drop_broken: bool = False) -> Table:
     """Reads a data file by its suffix; every value is a str in csv and tsv.

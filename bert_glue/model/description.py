@@ -123,7 +123,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     if (folder / RECORD_FILE).is_file():  # damaged, it says so of the whole folder, read or not
         _read(folder / RECORD_FILE)
     if (folder / FILE).is_file():
-        return _checked(folder / FILE, _read(folder / FILE))
+        own = _checked(folder / FILE, _read(folder / FILE))
+        finished = _calibrated_run(folder)
+        if finished.get("weights_sha256") == own.get("weights_sha256") and "calibration" in finished:
+            return {**own, "calibration": finished["calibration"]}
+        return own
     # Earlier versions wrote it into a run's results alone, where a checkpoint's are those of the folder above.
     for place in (folder, folder.parent) if step_of(folder) >= 0 else (folder,):
         record, results = place / RECORD_FILE, place / RESULTS_FILE
@@ -133,6 +137,25 @@ def read_description(folder: Path) -> dict[str, Any]:
             found = {"max_seq_length": length, "text_columns": _read(results).get("text_columns")}
             return _checked(record, {name: value for name, value in found.items() if value is not None})
     return {}
+
+
+def _calibrated_run(checkpoint: Path) -> dict[str, Any]:
+    """The description of the finished, calibrated run that a checkpoint lies in; {} where there is none."""
+    path = checkpoint.parent / FILE
+    if step_of(checkpoint) < 0 or not path.is_file():
+        return {}
+    found = _checked(path, _read(path))
+    return found if "calibration" in found else {}
+
+
+def notes_on_calibration(folder: Path) -> list[str]:
+    """A line where a checkpoint's answers are those of no calibration, but the finished run's are."""
+    if not _calibrated_run(folder) or "calibration" in read_description(folder):
+        return []
+    return [
+        f"{folder} has no calibration: --calibrate chose that of {folder.parent} for the finished weights, which are "
+        "others; answers are those without it"
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

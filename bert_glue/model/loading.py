@@ -1,4 +1,4 @@
-"""Loads `--model_name_or_path`: finds its folder, reads its config.json, and builds a module from batches to logits.
+"""Loads `--model_name_or_path`: builds a module from batches to logits of what lies in its folder.
 
 The folder written works with transformers (`pipeline("text-classification")` included), whichever
 path the model was trained on.
@@ -6,70 +6,26 @@ path the model was trained on.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.values import is_path
 from bert_glue.data.batching import Collator, TokenSplit
 from bert_glue.data.splits import Split
 from bert_glue.data.tokenization import TextTokenizer
 from bert_glue.errors import MachineError, UsageError, first_line
-from bert_glue.hub import client
 from bert_glue.model.adapters import choose_trained
-from bert_glue.model.bounds import check_config, check_size
+from bert_glue.model.bounds import check_size
 from bert_glue.model.classifier import LoadedModel, PaddedClassifier, code_files, notes_on_code, why_own_code
-from bert_glue.model.description import decision_of, read_description
+from bert_glue.model.description import notes_on_calibration, read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
+from bert_glue.model.folder import check_problem_type, guessed_type, kind_notes, model_folder, read_config
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
-from bert_glue.storage.files import check_not_lfs_pointer, json_object
-from bert_glue.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TASKS, GlueTask, own_task
-
-
-def task_of_model(folder: Path) -> tuple[GlueTask, dict[str, Any]]:
-    """What a saved classifier was trained on, and what lies beside its weights (see `description`).
-
-    Raises:
-        MachineError: it has no config.json, or what lies beside it is damaged.
-    """
-    config = read_config(folder)
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
-    labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    is_multi_label = config.get("problem_type") == MULTI_LABEL
-    is_regression = config.get("problem_type") == REGRESSION or (len(labels) == 1 and not is_multi_label)
-    known = TASKS.get(config.get("finetuning_task") or "")
-    settings = read_description(folder)
-    if known is not None and not is_multi_label and known.labels == (() if is_regression else labels):
-        return replace(known, decision=decision_of(settings)), settings
-    name = str(config.get("finetuning_task") or "own")
-    task = own_task(name, (), () if is_regression else labels, is_multi_label)
-    return replace(task, label_delimiter=settings.get("label_delimiter"), decision=decision_of(settings)), settings
-
-
-def finished_task(args: Arguments) -> GlueTask | None:
-    """What the classifier that `--model_name_or_path` names was trained on; None for an encoder without one.
-
-    `columns` are () where they are not known.
-
-    Raises:
-        MachineError: no such model, or it has no config.json.
-    """
-    flag = "--config_name" if args.config_name else "--model_name_or_path"
-    folder = model_folder(args.config_name or args.model_name_or_path, args, flag)
-    config = read_config(folder)
-    architectures = [str(name) for name in config.get("architectures") or ()]
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
-    if not is_classifier and (architectures or "id2label" not in config):
-        return None
-    task, settings = task_of_model(folder)
-    columns, delimiter = settings.get("text_columns") or task.columns, settings.get("text_column_delimiter")
-    return replace(task, columns=tuple(columns), text_delimiter=delimiter)
+from bert_glue.tasks import GlueTask
 
 
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
@@ -78,6 +34,8 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     folder = model_folder(args.model_name_or_path, args)
     model.description = read_description(folder)
     model.notes += model.notes_on_description(folder)
+    if not args.do_train:
+        model.notes += notes_on_calibration(folder)
     model.code = code_files(folder) if args.trust_remote_code and why_own_code(model.config) else []
     if model.word_rows is not None and model.tokenizer.size > model.word_rows:
         raise MachineError(
@@ -99,7 +57,8 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
         if getattr(args, flag) is not None:
             config[key] = getattr(args, flag)
     if not args.do_train:
-        _check_problem_type(config, task, config_folder)
+        check_problem_type(config, task, config_folder, args.problem_type)
+    said = kind_notes(config, args, task)
     stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
     config = _with_labels(config, task)
     reason = why_not_packed(config) if not args.trust_remote_code else why_own_code(config) or why_not_packed(config)
@@ -111,7 +70,7 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     tokenizer = _tokenizer(tokenizer_folder, config, args)
     if args.reinit_layers and not can_pack:
         raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
-    notes = guessed_type(config_folder) + tokenizer.notes + notes_on_code(config, args.trust_remote_code)
+    notes = guessed_type(config_folder) + said + tokenizer.notes + notes_on_code(config, args.trust_remote_code)
     files = weight_files(folder, args.allow_pickle_weights)
     check_size(config, files, config_folder / "config.json")
     packed: PackedClassifier | None = None
@@ -216,16 +175,6 @@ def _stored_labels(config: dict) -> list[str]:
     return [] if labels == _unnamed(len(labels)) else labels
 
 
-def _check_problem_type(config: dict, task: GlueTask, folder: Path) -> None:
-    """Raises MachineError where a finished model gives one label a row and the task several, or the reverse."""
-    has_several = config.get("problem_type") == MULTI_LABEL
-    if has_several != task.is_multi_label:
-        raise MachineError(
-            f"{folder / 'config.json'}: the model's problem_type is {config.get('problem_type') or SINGLE_LABEL}, "
-            f"{task.name} is {task.problem_type}: no score is right; train a model for it"
-        )
-
-
 def _with_labels(config: dict, task: GlueTask) -> dict:
     kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
     labels = task.labels or ("score",)
@@ -311,89 +260,3 @@ def _stock(
     if fresh:
         return PaddedClassifier(stock), fresh, [_fresh_note(fresh, earlier)]
     return PaddedClassifier(stock), [], _reorder_head(heads[-1], stored_labels, task, args.do_train) if heads else []
-
-
-def model_folder(name: str, args: Arguments, flag: str = "--model_name_or_path") -> Path:
-    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
-
-    Raises:
-        MachineError: neither a folder nor to be had from the hub; the message says what to do.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if is_path(name):
-        raise MachineError(f"{flag} {name}: no such folder")
-    if args.hub == "modelscope":
-        from bert_glue.hub import modelscope
-
-        return modelscope.fetch_model(name, args)
-    # The hub's client waits for minutes if a server accepts a connection and never answers.
-    probe = client.start_probe()
-    unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
-    try:
-        return client.fetch_model(name, args, is_offline=unreachable is not None)
-    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
-        why = unreachable or first_line(error)
-        if isinstance(error, client.DamagedFileError):
-            why = str(error)
-        raise MachineError(
-            f"{flag} {name}: neither a local folder nor to be had from the hub ({why}); "
-            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
-            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
-        ) from error
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder.
-
-    Raises:
-        MachineError: missing, a Git-LFS pointer, not JSON, or without a model_type and not BERT's.
-    """
-    path = folder / "config.json"
-    if not path.is_file() and (folder / "adapter_config.json").is_file():
-        raise MachineError(
-            f"{folder} holds adapters alone; give the folder of the merged model, one above if it is ours"
-        )
-    if not path.is_file():
-        raise MachineError(f"{folder} has no config.json")
-    check_not_lfs_pointer(path)
-    try:
-        config = json_object(path)
-    except (OSError, ValueError) as error:
-        raise MachineError(f"{path} cannot be read: {error}") from error
-    check_config(config, path)
-    if not config.get("model_type"):
-        if not _is_bert_shaped(config):
-            raise MachineError(f'{path} has no model_type; add it, for example "model_type": "bert"')
-        config["model_type"] = "bert"
-    return config
-
-
-def guessed_type(folder: Path) -> list[str]:
-    """A line for the log where `read_config` took a config.json without model_type for BERT's."""
-    stored = json_object(folder / "config.json")
-    named = "config.json has no model_type; its keys are BERT's, so the model is read as BERT"
-    return [] if stored.get("model_type") else [named]
-
-
-# The sizes in Google's bert_config.json, and keys by which relatives with the same sizes are told.
-_BERT_KEYS = {
-    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "type_vocab_size", "vocab_size",
-}  # fmt: skip
-_RELATIVES_KEYS = {
-    "bos_token_id", "embedding_size", "eos_token_id", "max_2d_position_embeddings", "max_relative_position",
-    "relative_attention", "task_type_vocab_size",
-}  # fmt: skip
-
-
-def _is_bert_shaped(config: dict) -> bool:
-    """True for a config of BERT alone: its derivatives have the same keys, and name their class or have more keys."""
-    architectures = config.get("architectures") or ["Bert"]
-    return (
-        config.keys() >= _BERT_KEYS
-        and config["type_vocab_size"] > 1
-        and not config.keys() & _RELATIVES_KEYS
-        and all(str(name).startswith("Bert") for name in architectures)
-    )

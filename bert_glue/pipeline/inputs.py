@@ -21,7 +21,8 @@ from bert_glue.evaluation.answers import label_array
 from bert_glue.evaluation.calibration import check_calibratable
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.description import read_description, with_decision
-from bert_glue.model.loading import finished_task, load_model, model_folder
+from bert_glue.model.folder import finished_task, model_folder
+from bert_glue.model.loading import load_model
 from bert_glue.pipeline.rank_agreement import compare_inputs
 from bert_glue.pipeline.score import check_predictable
 from bert_glue.results.earlier import check_output_folder

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bert_glue.config.arguments import FLAGS
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
 from bert_glue.errors import DataError, UsageError, exit_code_of, run_program, say
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     refuse_unusable()
     from bert_glue.config.arguments import Arguments
     from bert_glue.data.own.columns import ColumnFlags
-    from bert_glue.model.loading import model_folder, task_of_model
+    from bert_glue.model.folder import model_folder, task_of_model
     from bert_glue.predict.labeller import build_labeller, columns_of, delimiter_of, ensemble_threshold
     from bert_glue.predict.output import ToFile, ToStandardOutput
     from bert_glue.training.setup import settle_threads
@@ -70,11 +71,12 @@ def run(options: argparse.Namespace) -> int:
     args = Arguments(
         model_name_or_path=options.model[0], device=options.device, bf16=options.bf16, fp16=options.fp16,
         per_device_eval_batch_size=options.per_device_eval_batch_size, trust_remote_code=options.trust_remote_code,
+        problem_type=options.problem_type,
     )  # fmt: skip
     folders = [model_folder(name, args) for name in options.model]
-    tasks = [task_of_model(folder) for folder in folders]
+    tasks = [task_of_model(folder, options.problem_type) for folder in folders]
     threshold, said = ensemble_threshold(options.model, [task for task, _ in tasks], options.label_threshold)
-    delimiter = delimiter_of(options.label_delimiter, tasks[0][0], output_kind)
+    delimiter = delimiter_of(options.label_delimiter, [task for task, _ in tasks], output_kind)
     chunk = _BATCHES_PER_CHUNK * args.per_device_eval_batch_size
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
@@ -208,6 +210,11 @@ def _parser() -> CommandParser:
     add("--text_column_names", "--text_columns", nargs="+", action="extend", type=_names, metavar="NAME",
         help="one or two; default: those the model was trained on")  # fmt: skip
     add("--label_column_name", metavar="NAME", help="is no text; labels of the input are not used")
+    add(
+        "--problem_type",
+        choices=FLAGS["problem_type"].choices,
+        help="kind of the model's labels where its config.json has none; default: one label a row, or a score",
+    )
     add("--label_threshold", type=float, metavar="P",
         help="of several labels a row those of a higher probability are given; default: the model's own")  # fmt: skip
     add("--label_delimiter", metavar="TEXT",

@@ -139,8 +139,6 @@ def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | N
             raise UsageError(f"--model {name} answers {answers[0]}, --model {names[0]} {answers[1]}")
     if not first.is_multi_label and asked is not None:
         raise UsageError(f"--label_threshold {asked:g}: the model gives one label a row")
-    if not first.is_multi_label and first.num_labels != 2:
-        return None, []
     # Of two classes the threshold is that of the second, which another model may have first.
     own = [
         task.decision.threshold if first.is_multi_label or task.labels == first.labels else 1 - task.decision.threshold
@@ -151,7 +149,7 @@ def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | N
         for name, task in zip(names, tasks, strict=True)
         if task.decision.is_calibrated
     ]
-    if not first.is_multi_label and set(own) == {Decision().threshold}:
+    if not first.is_multi_label and (first.num_labels != 2 or set(own) == {Decision().threshold}):
         return None, said
     if asked is None and len(set(own)) > 1:
         shown = ", ".join(f"{value:g}" for value in own)
@@ -161,16 +159,22 @@ def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | N
     return own[0] if asked is None else asked, said
 
 
-def delimiter_of(asked: str | None, task: GlueTask, kind: str) -> str | None:
+def delimiter_of(asked: str | None, tasks: list[GlueTask], kind: str) -> str | None:
     """What joins the labels of a row in an output of this kind; None where they are a list, or one.
 
     Args:
         asked: `--label_delimiter`.
+        tasks: what each model was trained on.
 
     Raises:
-        UsageError: there is nothing to join.
+        UsageError: there is nothing to join, or the models join with different ones.
     """
+    task = tasks[0]
     if task.is_multi_label and kind in ("csv", "tsv"):
+        own = sorted({one.label_delimiter for one in tasks if one.label_delimiter is not None})
+        if asked is None and len(own) > 1:
+            raise UsageError(f"the models were trained on labels joined by {' and '.join(map(repr, own))}: "
+                             "--label_delimiter says which")  # fmt: skip
         return asked or task.label_delimiter or DELIMITER
     if asked is not None:
         why = f"{kind} holds them as a list" if task.is_multi_label else "the model gives one label a row"

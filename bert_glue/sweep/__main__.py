@@ -226,7 +226,10 @@ def _bounds(texts: list[str], tasks: list[GlueTask]) -> list[tuple[GlueTask, Exp
 
 def _gate(bounds: list[tuple[GlueTask, Expectation]], runs: list[SweepRun]) -> int:
     """0, or 8 after a line on each bound that a mean misses."""
-    judged = [b.judge({b.key: best_mean([r for r in runs if r.task == task], b.key)}) for task, b in bounds]
+    judged = [
+        bound.judge({bound.key: best_mean([run for run in runs if run.task == task], bound.key, bound.is_upper)})
+        for task, bound in bounds
+    ]
     for line in missed(judged):
         print(f"error: mean over seeds: {line}", file=sys.stderr)
     return ExpectationError.exit_code if missed(judged) else 0

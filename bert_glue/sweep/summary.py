@@ -47,15 +47,19 @@ def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]
     }
 
 
-def best_mean(runs: list[SweepRun], key: str) -> float | None:
-    """The highest mean over seeds of one entry of all_results.json, among the settings of one task.
+def best_mean(runs: list[SweepRun], key: str, is_low: bool = False) -> float | None:
+    """The best mean over seeds of one entry of all_results.json, among the settings of one task.
+
+    Args:
+        is_low: the lowest is the best, as of a loss; else the highest.
 
     None where no setting has all of its runs done with such a figure.
     """
     found: dict[tuple, list[float | None]] = {}
     for run in runs:
         found.setdefault((run.trial, *run.chosen.items()), []).append((run.results() or {}).get(key))
-    return max((statistics.fmean(values) for values in found.values() if None not in values), default=None)
+    means = [statistics.fmean(values) for values in found.values() if None not in values]
+    return (min if is_low else max)(means, default=None)
 
 
 def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, dict[str, Any] | None]) -> dict[str, Any]:

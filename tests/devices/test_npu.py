@@ -15,7 +15,7 @@ import pytest
 from fused_checks import check_fused_semantics, fused_semantics
 from safetensors.numpy import load_file
 from simulated_runs import environment, run_all
-from tiny_run import REPOSITORY, arguments, bert_tensors, flags_of, make_model
+from tiny_run import REPOSITORY, arguments, bert_tensors, flags_of, make_label_sets, make_model
 
 TND = "npu_fusion_attention.TND"
 PACKED, PADDED = "packed: npu_fusion_attention, TND", "padded inside attention only"
@@ -83,6 +83,10 @@ def runs(folder: Path) -> dict[str, dict]:
         lines[f"resumed {name}"] = settings(
             folder, f"resumed {name}", **run, resume_from_checkpoint=str(folder / f"whole {name}" / "checkpoint-3")
         )
+    several = {**everything, **make_label_sets(folder / "sets"), "calibrate": True, "class_weights": "balanced"}
+    lines["several"] = settings(folder, "several", **several)
+    lines["several, host"] = settings(folder, "several, host", **several, device="cpu")
+    lines["several, low"] = settings(folder, "several, low", **{**several, **O2, **FUSED})
     for name, flags in PARTS.items():
         lines[name] = settings(folder, name, **everything, **flags)
         lines[f"{name}, host"] = settings(folder, f"{name}, host", **everything, **flags, device="cpu")
@@ -95,6 +99,18 @@ def runs(folder: Path) -> dict[str, dict]:
 
 def test_all_end_well(runs: dict[str, dict]) -> None:
     assert {name: run["code"] for name, run in runs.items() if run["code"]} == {"static": 5}, runs
+
+
+def test_several_labels_a_row_give_what_the_host_gives(runs: dict[str, dict], folder: Path) -> None:
+    device, host = results(folder, "several"), results(folder, "several, host")
+    assert runs["several"]["attention"] == [PACKED] and device["device"] == "npu:0"
+    assert losses(folder, "several") == pytest.approx(losses(folder, "several, host"), rel=1e-4)
+    for name in ("eval_loss", "eval_f1_micro", "eval_subset_accuracy", "eval_calibrated_loss"):
+        assert device[name] == pytest.approx(host[name], rel=1e-3), name
+    files = [(folder / name / "predict_results_own.txt").read_text() for name in ("several", "several, host")]
+    assert files[0] == files[1]
+    low = losses(folder, "several, low")
+    assert low[0] == pytest.approx(losses(folder, "several, host")[0], rel=0.02)
 
 
 def test_the_device_is_called_simulated(runs: dict[str, dict], folder: Path) -> None:

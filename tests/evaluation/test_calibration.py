@@ -156,6 +156,28 @@ def test_it_is_kept_with_the_model_and_applied(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "l" / "predict_results_own.txt").read_text().splitlines()[1:] == written
 
 
+def test_a_checkpoint_has_the_calibration_of_its_own_weights_alone(tmp_path: Path, capsys) -> None:
+    files = make_data(tmp_path / "data", train=40, validation=30, test=10)
+    args = arguments(tmp_path, **files, do_eval=True, calibrate=True, save_strategy="epoch", num_train_epochs=2.0)
+    assert run(args) == 0
+    out = Path(args.output_dir)
+    first, last = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    chosen = read_description(out)["calibration"]
+    assert "calibration" not in read_description(first)
+    assert read_description(last)["calibration"] == chosen, "the last weights are the finished ones"
+    answers = {}
+    for model in (out, last, first):
+        capsys.readouterr()
+        target = tmp_path / f"{model.name}.csv"
+        words = ["--input", files["test_file"], "--output", str(target), "--label_column_name", "label"]
+        assert predict(["--model", str(model), *words, "--device", "cpu"]) == 0
+        told = capsys.readouterr().out
+        assert ("is calibrated: temperature" in told) == (model != first)
+        assert (f"{first} has no calibration: --calibrate chose that of {out}" in told) == (model == first)
+        answers[model] = target.read_text()
+    assert answers[out] == answers[last] != answers[first]
+
+
 def test_an_ensemble_takes_the_mean_of_the_thresholds_of_one_class() -> None:
     one = replace(TWO, decision=Decision(0.3, 2.0, is_calibrated=True))
     other = replace(own_task("own", (), ("yes", "no")), decision=Decision(0.9, 1.5, is_calibrated=True))

@@ -19,7 +19,7 @@ from bert_glue.config.parser import main_parse
 from bert_glue.errors import CheckpointError, UserError, exit_code_of
 from bert_glue.launch import results
 from bert_glue.model.bounds import check_config
-from bert_glue.model.loading import task_of_model
+from bert_glue.model.folder import task_of_model
 from bert_glue.pipeline.run import run
 from bert_glue.predict import __main__ as predict
 from bert_glue.report import __main__ as report_command

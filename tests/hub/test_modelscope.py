@@ -22,7 +22,7 @@ from bert_glue.config.parser import parse
 from bert_glue.data.sources import load_task_data
 from bert_glue.errors import DataError, MachineError, UsageError
 from bert_glue.hub.client import MODEL_FILES
-from bert_glue.model.loading import model_folder
+from bert_glue.model.folder import model_folder
 
 PIN = "1.40.2"  # read, never installed
 

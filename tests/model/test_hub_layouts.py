@@ -89,7 +89,7 @@ def hub(tmp_path):
     def fetch(name: str) -> tuple[Path, set[str]]:
         models = {f"someone/{path.name}": path for path in (tmp_path / "models").iterdir()}
         program = "import sys; from bert_glue.config.arguments import Arguments\n"
-        program += "from bert_glue.model.loading import model_folder; print(model_folder(sys.argv[1], Arguments()))"
+        program += "from bert_glue.model.folder import model_folder; print(model_folder(sys.argv[1], Arguments()))"
         with loopback_hub.serve(tmp_path, "nobody/nothing", "0" * 40, models) as server:
             own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
             outer = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}

@@ -20,7 +20,8 @@ from bert_glue.data.splits import Split
 from bert_glue.errors import MachineError
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.families import FAMILIES
-from bert_glue.model.loading import load_model, model_folder, read_config, task_of_model
+from bert_glue.model.folder import model_folder, read_config, task_of_model
+from bert_glue.model.loading import load_model
 from bert_glue.tasks import get_task
 
 MRPC, MNLI, STSB = get_task("mrpc"), get_task("mnli"), get_task("stsb")

@@ -18,9 +18,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from bert_glue.config.parser import parse
 from bert_glue.data.readers import read_table
 from bert_glue.errors import MachineError, UsageError
+from bert_glue.evaluation.calibration import choose_decision
 from bert_glue.model.description import read_description
 from bert_glue.pipeline import run as pipeline
 from bert_glue.predict import __main__ as predict
+from bert_glue.tasks import own_task
 
 WINDOWED = {"max_seq_length": 16, "doc_stride": 1}
 
@@ -91,6 +93,45 @@ def test_scores_and_labels_are_those_of_the_mean_logits(trained, tmp_path):
     assert np.abs(told - shares).max() < 1e-5
     lines = (Path(folder) / "predict_results_own.txt").read_text().split("\n")[1:-1]
     assert [line.split("\t")[1] for line in lines] == out["prediction"]
+
+
+def test_weights_of_classes_count_rows_and_not_windows(tmp_path):
+    """The loss of the first step is torch's weighted mean of the mean logits of all rows."""
+    weights = {"dog": 3.0, "cat": 0.5}
+    (tmp_path / "weights.json").write_text(json.dumps(weights))
+    args = _own(
+        tmp_path, 60, doc_stride=4, class_weights=str(tmp_path / "weights.json"), learning_rate=0.0, num_train_epochs=1,
+        per_device_train_batch_size=30, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    assert pipeline.run(args) == 0
+    table = read_table(Path(args.train_file)).columns
+    names = list(json.loads((Path(args.output_dir) / "config.json").read_text())["label2id"])
+    logits = torch.tensor(_mean_logits(args.output_dir, table["text"]))
+    labels = torch.tensor([names.index(label) for label in table["label"]])
+    wanted = torch.nn.functional.cross_entropy(logits, labels, torch.tensor([weights[name] for name in names]))
+    assert results_of(args)["train_windows"] > 60
+    assert results_of(args)["train_loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_a_calibration_is_chosen_on_mean_logits_and_applied_to_them(tmp_path):
+    args = _own(tmp_path, 60, doc_stride=4, calibrate=True, num_train_epochs=2.0)
+    validation = _write(tmp_path / "more.csv", 40, 60, 7)
+    assert pipeline.run(changed(args, validation_file=validation)) == 0
+    table = read_table(Path(validation)).columns
+    names = list(json.loads((Path(args.output_dir) / "config.json").read_text())["label2id"])
+    logits = _mean_logits(args.output_dir, table["text"])
+    task = own_task("own", ("text",), tuple(names))
+    expected = choose_decision(task, logits, np.array([names.index(label) for label in table["label"]]))
+    chosen = read_description(Path(args.output_dir))["calibration"]
+    assert chosen["temperature"] == pytest.approx(expected.temperature, rel=1e-3)
+    assert chosen["threshold"] == pytest.approx(expected.threshold, abs=1e-4)
+    words = ["--model", args.output_dir, "--input", args.test_file, "--output", str(tmp_path / "out.csv")]
+    assert predict.main([*words, "--device", "cpu"]) == 0
+    out = read_table(tmp_path / "out.csv").columns
+    odds = np.exp(_mean_logits(args.output_dir, out["text"]) / chosen["temperature"])
+    shares = (odds / odds.sum(1, keepdims=True))[:, 1]
+    assert np.abs(np.array(out[f"probability_{names[1]}"], float) - shares).max() < 1e-5
+    assert out["prediction"] == [names[int(share > chosen["threshold"])] for share in shares]
 
 
 def test_samples_are_rows_and_windows_are_told_apart(trained):

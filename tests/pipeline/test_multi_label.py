@@ -236,6 +236,19 @@ def test_ranks_give_what_one_process_gives(tmp_path):
         assert rank["scores"] == alone["scores"] and len(rank["scores"]) == 2
 
 
+def test_a_whole_run_of_two_ranks_gives_what_one_process_gives(tmp_path):
+    """Windows, weights of classes and the calibration among it."""
+    arguments(tmp_path / "parts")
+    alone = on_ranks(1, "several_to_the_end", tmp_path / "one")[0]
+    both = on_ranks(2, "several_to_the_end", tmp_path / "two")
+    for name in ("eval_loss", "eval_f1_micro", "eval_f1_macro", "eval_calibrated_f1_micro", "eval_calibrated_ece"):
+        assert both[0][name] == pytest.approx(alone[name], rel=1e-3), name
+    assert both[0]["calibration"]["temperature"] == pytest.approx(alone["calibration"]["temperature"], rel=1e-3)
+    assert (both[0]["world_size"], both[0]["eval_windows"]) == (2, alone["eval_windows"])
+    assert alone["eval_windows"] > alone["eval_samples"] == 40
+    assert both[0]["class_weights"] == alone["class_weights"] and both[0]["predicted"] == alone["predicted"]
+
+
 def test_a_run_resumes_bit_for_bit(folder, tmp_path):
     args = arguments(
         folder, **make_label_sets(folder / "few", train=32), output_dir=str(tmp_path / "a"), max_steps=8, save_steps=4,

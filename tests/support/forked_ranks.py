@@ -46,6 +46,22 @@ def several(folder: Path) -> dict[str, Any]:
     return same_run(folder, **make_label_sets(folder.parent / "sets"), eval_strategy="epoch")
 
 
+def several_to_the_end(folder: Path) -> dict[str, Any]:
+    """Results of a whole run of rows that have several labels, in windows, weighted and calibrated."""
+    from tiny_run import arguments, make_label_sets, results_of
+
+    from bert_glue.pipeline.run import run
+
+    args = arguments(
+        folder.parent / "parts", **make_label_sets(folder.parent / "whole", train=60, validation=40),
+        output_dir=str(folder / "out"), do_eval=True, do_predict=True, calibrate=True, class_weights="balanced",
+        max_seq_length=8, doc_stride=1, global_batch_size=GLOBAL_BATCH, adam_epsilon=1e-4, num_train_epochs=2.0,
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    assert run(args) == 0
+    return {**results_of(args), "predicted": (folder / "out" / "predict_results_own.txt").read_text()}
+
+
 def frozen(folder: Path) -> dict[str, Any]:
     """`same_run` of the head alone."""
     return same_run(folder, freeze_encoder=True)

@@ -172,7 +172,10 @@ def labelled_rows(table: Table, label: str, flags: LabelFlags) -> tuple[Table, l
     several = (row for row, value in enumerate(values) if isinstance(value, list) and len(value) > 1)
     row = next(several, None)
     if row is not None:
-        raise DataError(f"{table.where(row)}: label is a list of {len(values[row])}: one label a row is needed")
+        raise DataError(
+            f"{table.where(row)}: label is a list of {len(values[row])}: one label a row is needed; if the model gives "
+            f"several, --problem_type {MULTI_LABEL} says so"
+        )
     if names is not None:
         values = [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
     values = [flags.translated.get(class_text(value) or "", value) for value in values]
@@ -220,17 +223,20 @@ def _refuse_unusable(table: Table, label: str) -> None:
             f"SNLI and its kin; --drop_rows \"{label}=-\" leaves them out, --drop_rows nothing makes '-' a class"
         )
     for column, values in table.columns.items():
-        states = Counter(text for text in map(class_text, values) if text)
+        states = Counter(text for text in map(class_text, map(_single, values)) if text)
         marked = set(states) & (_UNUSABLE if set(map(str.lower, states)) <= _STATES else set())
         marked |= {state for state in states if state.lower() in _UNUSABLE} if marked else set()
         if _FLAGGED.fullmatch(str(column).lower()):
             marked = {state for state in states if state.lower() in ("true", "1", "yes")}
         if marked and column != label:
             given = ",".join(f"{column}={state}" for state in sorted(marked))
+            # Prodigy's binary answers: every row has the same label, and `answer` says whether it is true.
+            is_answer = len(distinct_labels(table, label)) == 1 if label in table.columns else False
+            meant = f"; if it is the label: --label_column_name {column} --drop_rows nothing" if is_answer else ""
             raise DataError(
                 f"{table.origin}: column {column!r} says {shown(sorted(marked))} in "
                 f'{sum(states[state] for state in marked)} of {len(table)} rows; --drop_rows "{given}" leaves them '
-                "out, --drop_rows nothing keeps them"
+                f"out, --drop_rows nothing keeps them{meant}"
             )
 
 
@@ -311,7 +317,17 @@ def classes_of(
     if len(texts) < 2:
         only = f"all labels are {texts.pop()!r}" if texts else "there are no labels"
         raise DataError(f"{table.origin}: {only}; at least two different ones are needed")
-    return sorted_labels(texts), notes + _alike(table, values)
+    return sorted_labels(texts), [*notes, *_alike(table, values), *_single_rows(table, texts)]
+
+
+def _single_rows(table: Table, texts: set[str]) -> list[str]:
+    """A warning where labels identify rows more than they class them."""
+    if len(texts) <= _MOST_SHOWN or 2 * len(texts) <= len(table):
+        return []
+    return [
+        f"warning: {table.origin}: {len(texts)} classes for {len(table)} rows, most with one row; if these are not the "
+        "labels, --label_column_name names their column"
+    ]
 
 
 def _classes_of_sets(table: Table, label: str) -> tuple[tuple[str, ...], list[str]]:

@@ -158,19 +158,37 @@ def _label(table: Table, flags: ColumnFlags, is_labelled: bool) -> str | None:
         return None
     raise DataError(
         f"{table.place}: no column 'label'; columns: {table.names}; "
-        f"name it by --label_column_name{_candidates(table)}{_without_header(table)}"
+        f"name it by --label_column_name{_candidates(table)}{_without_header(table)}{_nested(table)}"
     )
 
 
 def _candidates(table: Table) -> str:
     """Columns whose values repeat as classes do."""
-    counts = {name: len(set(map(str, values[:_LOOKED_AT]))) for name, values in table.columns.items()}
+    plain = {name: values for name, values in table.columns.items() if name not in _objects_in(table)}
+    counts = {name: len(set(map(str, values[:_LOOKED_AT]))) for name, values in plain.items()}
     few = [f"{name!r} has {n} different values" for name, n in counts.items() if 1 < n <= 20 and 2 * n <= len(table)]
     outcomes = [str(name) for name, values in table.columns.items() if _are_outcomes(values[:_LOOKED_AT])]
     said = f" ({', '.join(few)})" if few else ""
     if len(outcomes) > 1:
         said += f"; or one column of 0 and 1 a class: {','.join(outcomes)}"
     return said
+
+
+def _objects_in(table: Table) -> list[Any]:
+    """Columns of JSON objects, or of lists of them."""
+
+    def has_objects(value: Any) -> bool:
+        return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value))
+
+    return [name for name, values in table.columns.items() if any(map(has_objects, values[:_LOOKED_AT]))]
+
+
+def _nested(table: Table) -> str:
+    """The hint for rows whose fields are nested; "" for others."""
+    if not (found := _objects_in(table)):
+        return ""
+    names = ", ".join(map(repr, found))
+    return f"; {names}: objects, whose fields must become columns of their own (pandas.json_normalize)"
 
 
 def _are_outcomes(values: list) -> bool:
@@ -216,10 +234,12 @@ def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
 
 def _undecided(table: Table, why: dict[str, str | None], found: list[str]) -> DataError:
     others = ", ".join(f"{name!r}: {reason}" for name, reason in why.items() if name not in found and reason)
+    nested = "" if found else _nested(table)
     said = f"the text may be {' or '.join(map(repr, found))}; one text or a pair" if found else "no column of texts"
     return DataError(
         f"{table.origin}: {said}; columns: {table.names}; name it by --text_column_names"
         + (f" ({others})" if others else "")
+        + nested
     )
 
 

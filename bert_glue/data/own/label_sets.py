@@ -69,6 +69,7 @@ def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, l
     if flags.is_multi_label is not None or label not in table.columns:
         return flags.is_multi_label is not False, []
     values = table.column(label)
+    _refuse_objects(table, label)
     lists = [value for value in values if isinstance(value, (list, tuple))]
     if not lists:
         if not flags.is_regression:
@@ -86,6 +87,17 @@ def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, l
             f'--problem_type {SINGLE_LABEL} --drop_rows "{label}=" leaves them out'
         )
     return False, [f"{table.origin}: --problem_type {MULTI_LABEL} makes lists of one label several labels a row"]
+
+
+def _refuse_objects(table: Table, label: str) -> None:
+    """Refuses labels that are JSON objects, such as `{"art": true, "news": false}`."""
+    for row, value in enumerate(table.column(label)):
+        cells = value if isinstance(value, (list, tuple)) else [value]
+        if found := next((one for one in cells if isinstance(one, dict)), None):
+            raise DataError(
+                f"{table.where(row)}: label {str(found)[:60]!r} is an object: a name is needed, or a list of names, or "
+                "a column of 0 and 1 for each class"
+            )
 
 
 def _refuse_joined(table: Table, label: str) -> None:
@@ -173,14 +185,19 @@ def _refuse_fractions(table: Table, label: str) -> None:
 
 
 def _written_list(text: str) -> list | None:
-    """The list that a text is as JSON or Python write it; None for any other text."""
+    """The list that a text is as JSON or Python write it; None for any other text.
+
+    A list may stand under one key, as Label Studio exports several choices: `{"choices": ["art", "news"]}`.
+    """
     text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")):
+    if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
+    if isinstance(found, dict) and len(found) == 1:
+        found = next(iter(found.values()))
     return found if isinstance(found, list) and all(isinstance(one, (str, int, float)) for one in found) else None
 
 
