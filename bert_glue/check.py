@@ -31,8 +31,8 @@ from bert_glue.errors import (
     MachineError,
     UsageError,
     exit_code_of,
+    print_lines,
     run_program,
-    say,
 )
 from bert_glue.evaluation.collapse import collapse_reason
 from bert_glue.results.perf import FORMAT, SETUP, TOLERANCE, setup_of
@@ -179,12 +179,12 @@ def _run(options: argparse.Namespace) -> int:
     groups = group_runs(options.runs)
     if options.write:
         source = options.source or f"measured on {', '.join(sorted({g.setup['device_name'] for g in groups}))}"
-        say(*write_entries(options.write, [entry_of(g, not options.scores_only, source) for g in groups]))
+        print_lines(*write_entries(options.write, [entry_of(g, not options.scores_only, source) for g in groups]))
         return 0
     file = options.baseline or default_file(groups)
     entries = read_entries(file)
     rows = [row for group in groups for row in check(group, entries)]
-    say(f"baseline: {file}", *table(rows))
+    print_lines(f"baseline: {file}", *table(rows))
     verdict(rows)
     return 0
 

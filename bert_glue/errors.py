@@ -25,8 +25,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\u00a0\u3000" else repr(c)[1:-1] for c in text)
 
 
-def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines, made printable, at once; on stdout where `file` is None."""
+def print_lines(*lines: str, file: TextIO | None = None) -> None:
+    """Prints the lines in a printable form and flushes. `file` None is stdout."""
     for line in lines:
         print(printable(line), file=file, flush=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, exit_code_of, printable, run_program, say
+from bert_glue.errors import MachineError, exit_code_of, print_lines, printable, run_program
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 from bert_glue.tasks import MULTI_LABEL
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
 
     def write() -> int:
         refuse_unusable()
-        say(*export(args.run, path, args.batch))
+        print_lines(*export(args.run, path, args.batch))
         return 0
 
     return exit_code_of(write)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, UsageError, exit_code_of, run_program, say
+from bert_glue.errors import MachineError, UsageError, exit_code_of, print_lines, run_program
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import RECORD_FILE, json_object, write_json
 
@@ -164,7 +164,7 @@ def average_runs(folders: list[Path], output_dir: Path) -> None:
     with files.plain_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_files(output_dir, write)
-    say(
+    print_lines(
         *notes,
         f"{output_dir}: mean of {len(folders)} runs, not scored yet; "
         f"to score it, run bert-glue eval --model_name_or_path {output_dir}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.readers import read_tsv
 from bert_glue.data.tables import Problems, Table
-from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of, run_program, say
+from bert_glue.errors import CheckpointError, DataError, MachineError, exit_code_of, print_lines, run_program
 from bert_glue.result_keys import predicted_samples_key, predictions_file
 from bert_glue.storage.files import RECORD_FILE, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, TASKS, GlueTask, also_predicted, get_task
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     def write() -> int:
-        say(*build(args.runs, args.output, args.partial, args.allow_sample))
+        print_lines(*build(args.runs, args.output, args.partial, args.allow_sample))
         return 0
 
     return exit_code_of(write)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bert_glue.errors import ERROR_FILE, DataError, MachineError, exit_code_of, printable, say
+from bert_glue.errors import ERROR_FILE, DataError, MachineError, exit_code_of, print_lines, printable
 
 
 def fail_with(error: Exception):
@@ -53,7 +53,7 @@ HOSTILE = [
 def test_names_of_other_people_do_not_steer_a_terminal(text, capsys):
     for shown in (str(DataError(f"a.csv:2: no column {text}")), printable(text)):
         assert shown.isprintable()
-    say(f"note: {text}", "second")
+    print_lines(f"note: {text}", "second")
     assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
 
 

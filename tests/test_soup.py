@@ -66,7 +66,10 @@ def test_an_earlier_task_gives_its_encoder_and_a_new_head(tmp_path: Path, task: 
     changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
     (note,) = run_of.learner.model.notes
-    assert note.startswith("started anew, not in the checkpoint: ") and "(the checkpoint's head is for mnli)" in note
+    assert (
+        note.startswith("initialised at random, because not in the checkpoint: ")
+        and "(the checkpoint's head is for mnli)" in note
+    )
 
 
 # Soup

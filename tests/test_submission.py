@@ -137,7 +137,7 @@ def test_a_partial_archive_is_complete_and_says_what_is_constant(runs, tmp_path)
         (1, "id\tprediction", ":1: the header must be index<TAB>prediction, not id, prediction"),
         (5, "4\tentailment", ":5: index '4' instead of 3"),
         (9, "7\tmaybe", ":9: label 'maybe' is not one of: not_entailment, entailment"),
-        (9, "7", ":9: 1 columns where 2 are expected"),
+        (9, "7", ":9: 1 columns instead of 2"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_line(wnli, line, text, expected):

@@ -1,4 +1,4 @@
-"""Which metrics the flags may name, and what `--metric_name` makes of the user's own data."""
+"""Checks the metrics that flags name, and applies `--metric_name` to own data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bert_glue.errors import Problem, UsageError, did_you_mean
 from bert_glue.tasks import COMBINED_SCORE, GlueTask, own_task
 
 _FLAGS = ("metric_name", "metric_for_best_model")
-# Names of the `evaluate` library that mean a metric of ours: of a regression, and of several labels a row.
+# Names in the `evaluate` library -> our names: for a regression, and for several labels per row.
 _REGRESSION_NAMES = {"mse": keys.LOSS, "pearsonr": "pearson"}
 _SEVERAL_NAMES = {"f1": "f1_micro", "accuracy": "subset_accuracy"}
-# Computed for the user's own classes where a flag names them.
+# Metrics of own classes that are computed only if a flag names them.
 _OF_CLASSES = ("f1_macro", "matthews_correlation")
 
 
 def metric_names(task: GlueTask | None) -> list[str]:
-    """Names of figures that every evaluation has. A task of None is own data, whose kind is not known yet."""
+    """The figures of every evaluation. None stands for own data whose problem type is not known yet."""
     names = [keys.LOSS]
     for row in [task] if task else _own_tasks():
         combined = (COMBINED_SCORE,) if row.has_combined_score else ()
@@ -37,7 +37,7 @@ def _own_tasks() -> list[GlueTask]:
 
 
 def choices_of(task: GlueTask | None) -> list[str]:
-    """Names that `--metric_name` and `--metric_for_best_model` take, of own data of any kind where there is no task."""
+    """The choices of `--metric_name` and `--metric_for_best_model`. Without a task: those of any own data."""
     if task is None:
         return list(dict.fromkeys(name for own in _own_tasks() for name in choices_of(own)))
     names = metric_names(task)
@@ -45,12 +45,12 @@ def choices_of(task: GlueTask | None) -> list[str]:
         return names
     if task.is_multi_label or task.is_regression:
         return [*names, *(_SEVERAL_NAMES if task.is_multi_label else _REGRESSION_NAMES)]
-    # The F1 of one class is that of the second, as scikit-learn has it; of three classes none is meant.
+    # "f1" is the F1 of the second of two classes, as in scikit-learn. With three classes it has no meaning.
     return list(dict.fromkeys([*names, *_OF_CLASSES, *(("f1",) if task.num_labels == 2 else ())]))
 
 
 def metric_problems(args: Arguments) -> Iterator[Problem]:
-    """Metrics that neither the task nor own data of any kind has."""
+    """Problems with metrics that neither the task nor any own data has."""
     for flag in _FLAGS:
         value = getattr(args, flag)
         known = choices_of(named_task(args))
@@ -59,7 +59,7 @@ def metric_problems(args: Arguments) -> Iterator[Problem]:
 
 
 def expectation_problems(args: Arguments) -> Iterator[Problem]:
-    """Bounds of `--expect` that are none, and bounds that this run has no figure for."""
+    """Problems with `--expect`: texts that are not bounds, and bounds for figures that this run does not compute."""
     if args.expect is None:
         return
     task = named_task(args)
@@ -78,7 +78,7 @@ def expectation_problems(args: Arguments) -> Iterator[Problem]:
 
 
 def with_metric(args: Arguments, task: GlueTask) -> GlueTask:
-    """The task with the metrics that flags name; of own data `--metric_name` is the headline.
+    """The task with the metrics that flags name. For own data `--metric_name` becomes the headline.
 
     Raises:
         UsageError: a flag names a metric that the data does not have.
@@ -97,13 +97,13 @@ def with_metric(args: Arguments, task: GlueTask) -> GlueTask:
 
 
 def metric_for_best(args: Arguments, task: GlueTask) -> str:
-    """The figure that chooses the best checkpoint: of `--metric_for_best_model`, `--metric_name`, or the headline."""
+    """The metric that chooses the best checkpoint: of `--metric_for_best_model`, `--metric_name`, or the headline."""
     given = next(filter(None, [args.metric_for_best_model, args.metric_name]), task.headline)
     return _own_name(keys.without_eval(given), task)
 
 
 def _metric_of(args: Arguments, flag: str, task: GlueTask) -> str | None:
-    """The name of ours that a flag's value means for these labels."""
+    """Our name of the metric that a flag names."""
     if getattr(args, flag) is None:
         return None
     value = keys.without_eval(getattr(args, flag))
@@ -116,10 +116,13 @@ def _metric_of(args: Arguments, flag: str, task: GlueTask) -> str | None:
 def _own_name(value: str, task: GlueTask) -> str:
     if task.is_official:
         return value
-    names = _SEVERAL_NAMES if task.is_multi_label else _REGRESSION_NAMES if task.is_regression else {}
-    return names.get(value, value)
+    if task.is_multi_label:
+        return _SEVERAL_NAMES.get(value, value)
+    if task.is_regression:
+        return _REGRESSION_NAMES.get(value, value)
+    return value
 
 
 def _kind(task: GlueTask) -> str:
     kind = "scores, a regression" if task.is_regression else f"{task.num_labels} classes"
-    return f"{kind}, several a row" if task.is_multi_label else kind
+    return f"{kind}, several per row" if task.is_multi_label else kind

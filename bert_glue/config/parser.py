@@ -22,7 +22,7 @@ from bert_glue.config.legacy import LEGACY_FLAGS, LEGACY_VALUES, Legacy, switche
 from bert_glue.config.resolve import resolve
 from bert_glue.config.suggestions import suggested_flag
 from bert_glue.config.values import flag_value, shown
-from bert_glue.errors import UsageError, say
+from bert_glue.errors import UsageError, print_lines
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -73,7 +73,7 @@ def main_parse(argv: list[str]) -> Arguments | None:
     elif "print_config" in asked:
         rest = [word for word in argv if not (word.startswith("--") and _flag_name(word) == "print_config")]
         args = parse(rest)
-        say(*args.notices, file=sys.stderr)
+        print_lines(*args.notices, file=sys.stderr)
         print(json.dumps(as_config(args), indent=2))
     else:
         return parse(argv)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: transformers' AutoTokenizer decides what a text becomes."""
+"""Loads the tokenizer of a model folder with the AutoTokenizer of transformers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from bert_glue.errors import MachineError, UserError, first_line
 from bert_glue.storage.files import check_not_lfs_pointer, json_object
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
-_NO_VOCABULARY = "there is no tokenizer.json, nor a vocabulary to build a tokenizer from"
+_NO_VOCABULARY = "it has neither a tokenizer.json nor a vocabulary to build a tokenizer from"
 
 
 def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """A tokenizer of transformers, and the settings that no file of the folder holds and that were chosen here.
+    """A tokenizer of transformers, and the settings that were chosen here because no file of the folder has them.
 
     Args:
-        config: of the model, which names the tokenizer's class where the folder does not; None to read the folder's.
+        config: the config of the model, for folders that do not name the class of their tokenizer. None: read it from
+            the folder.
 
     Raises:
-        MachineError: no vocabulary, a damaged one, or a package for it is missing.
+        MachineError: the vocabulary is missing or damaged, or a package for it is not installed.
     """
     for pattern in _VOCABULARIES:
         for file in folder.glob(pattern):
             check_not_lfs_pointer(file)
     tokenizer = _auto_tokenizer(folder, config, trust_remote_code, {})
-    # Without any vocabulary file transformers 5 gives a tokenizer that knows its special tokens only.
+    # Without a vocabulary file transformers 5 returns a tokenizer that only knows its special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise MachineError(f"the tokenizer in {folder} cannot be used: {_NO_VOCABULARY}")
-    # transformers lower-cases where nothing is said, which makes unknown words of a cased vocabulary's names.
+    # By default transformers lower-cases, which turns the names in a cased vocabulary into unknown words.
     with library_errors(folder):
-        is_said = _says_lower_case(folder)
-    if _lower_cases(tokenizer) and not is_said and _is_cased(tokenizer):
+        is_stated = _states_lower_case(folder)
+    if _lower_cases(tokenizer) and not is_stated and _is_cased(tokenizer):
         chosen = {"do_lower_case": False}
         return _auto_tokenizer(folder, config, trust_remote_code, chosen), chosen
     return tokenizer, {}
@@ -49,13 +50,13 @@ def _auto_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool, 
         if config is not None and config.get("model_type") in CONFIG_MAPPING:
             settings = {**settings, "config": AutoConfig.for_model(**config)}
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **settings)
-        tokenizer("\N{SNOWMAN}")  # a vocabulary without a word for unknown ones fails at the first such text
+        tokenizer("\N{SNOWMAN}")  # a vocabulary without an unknown token fails here, not in the middle of the data
     return tokenizer
 
 
 @contextmanager
 def library_errors(folder: Path) -> Iterator[None]:
-    """Turn what the libraries make of a broken tokenizer, any Exception or a panic of Rust, into one line."""
+    """Turns any error of the libraries about a broken tokenizer, including a Rust panic, into one line."""
     try:
         yield
     except BaseException as error:
@@ -66,7 +67,7 @@ def library_errors(folder: Path) -> Iterator[None]:
 
 
 def _cause(folder: Path, error: BaseException) -> str:
-    """Why a tokenizer could not be made; transformers advises another package where a sentencepiece file is bad."""
+    """Why loading failed. For a bad sentencepiece file the error of transformers wrongly blames a missing package."""
     if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         return f"{_NO_VOCABULARY} ({first_line(error)})"
     for file in sorted(folder.glob("*.model")):
@@ -83,12 +84,12 @@ def _cause(folder: Path, error: BaseException) -> str:
 
 
 def _lower_cases(tokenizer: Any) -> bool:
-    """True for a BERT tokenizer that makes words lower-case."""
+    """True for a BERT tokenizer that lower-cases words."""
     return tokenizer.is_fast and bool(getattr(tokenizer.backend_tokenizer.normalizer, "lowercase", False))
 
 
-def _says_lower_case(folder: Path) -> bool:
-    """True if a file says that words are made lower-case, or tokenizer_config.json that they are or are not."""
+def _states_lower_case(folder: Path) -> bool:
+    """True if tokenizer_config.json sets `do_lower_case` either way, or tokenizer.json lower-cases words."""
     paths = (folder / "tokenizer_config.json", folder / "tokenizer.json")
     settings, whole = (json_object(path) if path.is_file() else {} for path in paths)
     normalizer = whole.get("normalizer") or {}
@@ -96,5 +97,5 @@ def _says_lower_case(folder: Path) -> bool:
 
 
 def _is_cased(tokenizer: Any) -> bool:
-    """True if the vocabulary has words, not only letters, that begin with a capital."""
+    """True if the vocabulary has words of two or more letters that begin with a capital."""
     return any(len(word) > 1 and word[0].isascii() and word[0].isupper() for word in tokenizer.get_vocab())

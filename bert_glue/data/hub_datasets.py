@@ -1,7 +1,7 @@
-"""Data sets of the hub and data sets saved by `datasets`, as tables.
+"""Loads data sets from the hub, and data sets saved by `datasets`, as tables.
 
-Importing `datasets` takes one to two seconds, so it happens inside the functions. Offline it retries
-for 24 s and then names neither the hub nor a way out: the hub is probed first, within seconds.
+Importing `datasets` takes one to two seconds, so the functions import it. Without a network it retries for 24 s, and
+its error names neither the hub nor a way out. The hub is therefore probed first, for 5 s at most.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from bert_glue.hub.modelscope import fetch
 
 
 def open_data(name: str, config: str | None, args: Any) -> Any:
-    """A `datasets.DatasetDict` of a data set's files, as parquet, csv or json in the repository.
+    """A `datasets.DatasetDict` of the parquet, csv or json files of a data set on ModelScope.
 
     Args:
-        args: `cache_dir`, `token` and `disable_tqdm` are read.
+        args: only `cache_dir`, `token` and `disable_tqdm` are read.
 
     Raises:
-        MachineError: no package.
-        DataError: no such data set to be had, or `datasets` cannot read it.
+        MachineError: the package modelscope is not installed.
+        DataError: the data set cannot be fetched, or `datasets` cannot read it.
     """
     patterns = ["README.md", f"{config}/*"] if config else []
     return open_folder(str(fetch(name, "dataset", patterns or ["*"], args, DataError)), config, args)
 
 
 GLUE_NAME = "nyu-mll/glue"
-# The commit that holds <config>/train-00000-of-00001.parquet; pinned so that the rows a run was measured
-# on do not change under it.
+# The commit with <config>/train-00000-of-00001.parquet. It is pinned so that published results keep their rows.
 GLUE_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 _WAYS_OUT = (
     "use --data_path FOLDER (GLUE's TSV files, or a saved data set), --sample (generated data), "
@@ -48,11 +47,11 @@ _WAYS_OUT = (
 
 @contextmanager
 def _hub_mode(is_offline: bool, is_quiet: bool) -> Iterator[None]:
-    """Sets both libraries' offline switch, and no bars or warnings about it, for one call.
+    """Sets the offline switch of `datasets` and huggingface_hub for one call, without progress bars or warnings.
 
-    The switches are read at import from the environment, so setting the environment now is too late.
-    The download counter is off: it would call an address outside a mirror's network. Bars that were
-    switched off stay off, as both libraries are quiet for the same reason from then on.
+    The libraries read their environment variables at import, so setting these now would be too late. The download
+    counter is off, because it would call an address outside a mirror's network. Progress bars that are switched off
+    here stay off.
     """
     import datasets
     import huggingface_hub
@@ -104,17 +103,18 @@ def _major_minor(version: str) -> tuple[int, ...]:
 def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> Any:
     """A `datasets.DatasetDict` from the hub or its cache.
 
-    The name is looked up on the hub even where a local folder has it.
+    The name always means a data set of the hub, even if a local folder has the same name.
 
     Args:
-        revision: full commit the data must be of, also when it comes from the cache; None: newest.
-        args: `cache_dir`, `token` and `disable_tqdm` are read.
+        revision: the full commit of the data, which the cache must match too. None: the newest.
+        args: only `cache_dir`, `token` and `disable_tqdm` are read.
 
     Raises:
-        DataError: not reachable (within 5 s) and not cached, not found, refused, or another revision.
+        DataError: the hub does not answer within 5 s and the cache has no copy, the data set is not found or access
+            is refused, or its revision differs.
     """
     probe = start_probe()
-    import datasets  # meanwhile the probe runs
+    import datasets  # slow, so the probe runs meanwhile
 
     address = hub_address(name, datasets.__version__)
     # Before 4.0 a data set may be a Python script, about which load_dataset asks on the terminal.
@@ -128,23 +128,23 @@ def open_hub(name: str, config: str | None, revision: str | None, args: Any) -> 
                     address, config, revision=revision, cache_dir=args.cache_dir, token=args.token, **no_scripts
                 )
             )
-    except Exception as error:  # the libraries below raise some thirty types; all end here as one line
+    except Exception as error:  # the libraries raise some thirty types; each becomes one line
         raise DataError(_refusal(name, config, revision, reason, error, args)) from error
     _check_files(name, config, args)
     for split, dataset in found.items():
         cached = revision_of(dataset)
         if revision and cached and cached != revision:
             raise DataError(
-                f"{name} {config} {split}: the cache holds revision {cached}, not the pinned {revision}, "
-                f"and the hub did not give that one ({reason or 'it is reachable'}); {_WAYS_OUT}"
+                f"{name} {config} {split}: the cache holds revision {cached}, not the pinned {revision}, and the hub "
+                f"{'is not used (' + reason + ')' if reason else 'did not provide it'}; {_WAYS_OUT}"
             )
     return found
 
 
 def _check_files(name: str, config: str | None, args: Any) -> None:
-    """Raises DataError where the downloaded files that the rows were made from are not the hub's.
+    """Raises DataError if downloaded files differ from those of the hub.
 
-    Rows already made from them are in the cache of `datasets`: both are named, to be deleted.
+    The cache of `datasets` holds rows made from these files, so the error names both folders to delete.
     """
     from datasets import config as settings
     from huggingface_hub import constants
@@ -166,11 +166,11 @@ def _refusal(
     what = " ".join(filter(None, (f"{name}@{revision}" if revision else name, config)))
     first = first_line(error)
     if reason is None:
-        text = f"{what}: the hub {constants.ENDPOINT} did not give it: {first}"
+        text = f"{what}: the hub {constants.ENDPOINT} did not provide it: {first}"
     else:
         cache = args.cache_dir or settings.HF_DATASETS_CACHE
         text = f"{what}: the hub {constants.ENDPOINT} is not used ({reason}) and {cache} has no copy"
-    shadowed = f"\nfor the local folder {name} write --dataset_name ./{name}" if Path(name).is_dir() else ""
+    shadowed = f"\nto use the local folder {name}, write --dataset_name ./{name}" if Path(name).is_dir() else ""
     return f"{text}\n{_WAYS_OUT}{shadowed}"
 
 
@@ -236,7 +236,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def revision_of(dataset: Any) -> str | None:
-    """The commit a `datasets.Dataset` was made from, as its cache folder is named; None if unknown."""
+    """The commit of a `datasets.Dataset`, from the name of its cache folder. None if unknown."""
     for file in dataset.cache_files:
         folder = Path(file["filename"]).parent.name
         if re.fullmatch(r"[0-9a-f]{40}", folder):
@@ -245,20 +245,20 @@ def revision_of(dataset: Any) -> str | None:
 
 
 def to_table(dataset: Any, origin: str) -> Table:
-    """A `datasets.Dataset` as a table, with the names of its ClassLabel columns.
+    """Converts a `datasets.Dataset` to a table, with the class names of its ClassLabel columns.
 
     Raises:
-        DataError: no rows.
+        DataError: the data set has no rows.
     """
     table = from_arrow(dataset.with_format("arrow")[:], origin)
     return replace(table, class_names=class_names_of(dataset.features.to_dict()))
 
 
 def load_saved(folder: Path) -> Table:
-    """One data set as `Dataset.save_to_disk` left it.
+    """Loads a data set that `Dataset.save_to_disk` wrote.
 
     Raises:
-        DataError: damaged, or no rows.
+        DataError: the data set is damaged or has no rows.
     """
     import datasets
 

@@ -1,8 +1,8 @@
-"""Reads csv, tsv and parquet files, and json by `json_rows`, into columns that still know their line numbers.
+"""Reads csv, tsv and parquet files (and json, by `json_rows`) into columns that know their line numbers.
 
-Not pandas and not the csv reader of `datasets`: those turn the text `NA` into a missing value, merge
-rows at a stray quote, skip broken lines and name no line in their errors. Here every row of the file
-becomes a row of the table, or the file is refused with file:line.
+Pandas and the csv reader of `datasets` turn the text `NA` into a missing value, merge rows at a stray quote, skip
+broken lines, and do not name the line in their errors. Here every row of the file becomes a row of the table, or the
+file is refused with file:line.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ def is_data_file(path: Path) -> bool:
 
 
 def read_table(path: Path, drop_broken: bool = False) -> Table:
-    """Reads a data file by its suffix; every value is a str in csv and tsv.
+    """Reads a data file by its suffix. In csv and tsv every value is a str.
 
     Args:
-        drop_broken: leave out rows of csv and tsv with too many or too few columns; a note of the table counts them.
+        drop_broken: drop rows of csv and tsv with too many or too few columns. A note of the table counts them.
 
     Raises:
-        DataError: unknown suffix, unreadable, or broken anywhere; names file:line.
+        DataError: the suffix is unknown, or the file cannot be read or is broken (file:line).
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file; choices: {', '.join(_READERS)}")
+        raise DataError(f"{path}: unknown file type {path.suffix!r}; choices: {', '.join(_READERS)}")
     return reader(path, drop_broken=drop_broken) if reader in (read_csv, read_tsv) else reader(path)
 
 
 class BrokenRowsError(DataError):
-    """Rows have more or fewer columns than the file.
+    """Rows have more or fewer columns than the header.
 
     Args:
-        width: columns of the file.
+        width: the number of columns in the header.
     """
 
     def __init__(self, text: str, width: int):
@@ -70,10 +70,10 @@ class BrokenRowsError(DataError):
 
 
 def _left_out(ragged: Problems, width: int, drop_broken: bool) -> tuple[str, ...]:
-    """A note on the broken rows that are left out.
+    """A note on the broken rows that are dropped.
 
     Raises:
-        BrokenRowsError: there are some, and they are not to be left out.
+        BrokenRowsError: there are broken rows, and `drop_broken` is False.
     """
     if drop_broken and ragged.count:
         return (f"{ragged.origin}: {ragged.count} broken rows are left out; the first is {ragged.lines[0]}",)
@@ -90,7 +90,7 @@ def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -
     else:
         problems.add(
             place,
-            f"{len(fields)} columns where {width} are expected: a separator too many or too few, "
+            f"{len(fields)} columns instead of {width}: there are too many or too few separators, "
             f"or a line break inside a text{cr_note(problems.origin, ' '.join(fields))}",
         )
 
@@ -98,20 +98,20 @@ def _add_ragged(problems: Problems, place: str, fields: list[str], width: int) -
 def read_tsv(
     path: Path, header: bool = True, only: Collection[str | int] | None = None, drop_broken: bool = False
 ) -> Table:
-    """Reads tab-separated lines as GLUE has them: no quoting at all, a quote is a character.
+    """Reads tab-separated lines as in GLUE: without quoting, so that a quote is an ordinary character.
 
-    Lines end at LF or CRLF, never at other Unicode line separators, which occur inside texts. Texts
-    with tabs or line breaks cannot be stored so: csv or json can. 400,000 rows take about a second.
+    Lines end at LF or CRLF, but not at other Unicode line separators, which occur inside texts. The format cannot hold
+    texts with tabs or line breaks; csv and json can. 400,000 rows take about one second.
 
     Args:
-        header: the first line has names; otherwise columns are 0-based positions.
-        only: columns to keep (GLUE files carry parse trees of ten times the text); default: all.
+        header: True if the first line has the names. False: the columns are named by their 0-based positions.
+        only: the columns to keep (GLUE files have parse trees ten times as long as the text). None: all.
         drop_broken: see `read_table`.
 
     Raises:
-        DataError: not a text file, a line with another number of columns, no rows, a doubled name.
+        DataError: the file is not a text file, has no rows, repeats a name, or a line has another number of columns.
     """
-    # Blank lines at the very end are no rows; anywhere else they are an error.
+    # Blank lines at the end of the file are ignored; anywhere else they are an error.
     text = read_text(path)
     check_line_ends(str(path), text)
     lines = text.replace("\r\n", "\n").rstrip("\n").split("\n")
@@ -120,7 +120,7 @@ def read_tsv(
     if header:
         check_separated(str(path), first, "\t")
     if only is not None and not set(only) <= set(names):
-        only = None  # a column is missing: the error that follows shall list those that are there
+        only = None  # a column is missing, so read all: the error that follows lists the existing ones
     return tsv_rows(str(path), names, lines[int(header) :], int(header) + 1, only, drop_broken=drop_broken)
 
 
@@ -132,15 +132,15 @@ def tsv_rows(
     only: Collection[str | int] | None = None,
     drop_broken: bool = False,
 ) -> Table:
-    """Lines of a tsv file, without their ends, as a table.
+    """The lines of a tsv file, without their line ends, as a table.
 
     Args:
-        names: of all columns.
-        first_line: number of the first of the lines.
+        names: the names of all columns.
+        first_line: the line number of the first line.
         drop_broken: see `read_table`.
 
     Raises:
-        DataError: as `read_tsv`.
+        DataError: as in `read_tsv`.
     """
     width = len(names)
     kept = [at for at, name in enumerate(names) if only is None or name in only]
@@ -163,7 +163,7 @@ _LONGEST_HEADER = 1 << 20  # bytes
 
 
 def header_of(path: Path) -> list[str]:
-    """Column names of a tsv file (its first line), read without the rest; [] if unreadable."""
+    """The column names of a tsv file; reads only the first line. [] if it cannot be read."""
     try:
         with open_plain(path) as file:
             first = file.readline(_LONGEST_HEADER)
@@ -173,18 +173,18 @@ def header_of(path: Path) -> list[str]:
 
 
 def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line the record starts at, fields); a quoted field may span lines.
+    """Yields (line number of the start of the record, fields). A quoted field may span lines.
 
     Args:
-        lines: with their ends; ends by a lone CR are none, as it is a character here.
-        problems: gets a broken record, after which nothing more is yielded.
+        lines: the lines with their line ends. A single CR does not end a line here.
+        problems: receives a broken record, after which nothing more is yielded.
     """
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, refuses long documents
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB refuses long documents
     latest = ""
 
     def remembered() -> Iterator[str]:
         nonlocal latest
-        for latest in lines:  # noqa: UP028 - the line an error is about
+        for latest in lines:  # noqa: UP028 - keeps the line for the error message
             yield latest
 
     reader = csv.reader(remembered(), strict=True)
@@ -194,24 +194,25 @@ def csv_records(origin: str, lines: Iterable[str], problems: Problems) -> Iterat
             yield start, fields
             start = reader.line_num + 1
     except csv.Error as error:
-        # Where a closing quote is missing the reader only notices at the end of the file.
+        # The reader notices a missing closing quote only at the end of the file, so name the start of the record.
         reason = f"{error}{cr_note(origin, latest.rstrip())}"
         problems.add(f"{origin}:{start}", f"broken csv in the row that starts here: {reason}")
 
 
 def read_csv(path: Path, drop_broken: bool = False) -> Table:
-    """Reads comma-separated rows with RFC 4180 quoting; the first row has the names.
+    """Reads comma-separated rows with RFC 4180 quoting. The first row has the names.
 
     Args:
         drop_broken: see `read_table`.
 
     Raises:
-        DataError: not a text file, broken quoting, a ragged row, no rows, a doubled name.
+        DataError: the file is not a text file, has no rows, repeats a name, has broken quoting, or a row has another
+            number of columns.
     """
     problems = Problems(str(path))
     text = read_text(path).rstrip("\r\n")
     check_line_ends(str(path), text)
-    # newline="\n": Python would otherwise end records at a lone CR too.
+    # With newline="\n" records do not end at a single CR.
     records = csv_records(str(path), io.StringIO(text, newline="\n"), problems)
     names = next(records, (1, []))[1]
     problems.raise_any()
@@ -226,14 +227,14 @@ def csv_rows(
     problems: Problems,
     drop_broken: bool = False,
 ) -> Table:
-    """Records of a csv file as a table.
+    """The records of a csv file as a table.
 
     Args:
-        problems: what `csv_records` could not read.
+        problems: the records that `csv_records` could not read.
         drop_broken: see `read_table`.
 
     Raises:
-        DataError: as `read_csv`.
+        DataError: as in `read_csv`.
     """
     rows: list[list[str]] = []
     places: list[int] = []
@@ -250,28 +251,28 @@ def csv_rows(
 
 
 def read_parquet(path: Path) -> Table:
-    """Reads a parquet file, with the class names `datasets` stores in its metadata.
+    """Reads a parquet file, with the class names that `datasets` stores in its metadata.
 
     Raises:
-        DataError: not a parquet file, damaged, or no rows.
+        DataError: the file is not parquet, is damaged, or has no rows.
     """
     with parquet_errors(path):
-        # Not read_table(path): it would take folder names such as `a=b` for columns.
+        # pyarrow.parquet.read_table(path) would add folder names such as `a=b` as columns.
         table = open_parquet(path).read()
     return from_arrow(table, str(path))
 
 
 def open_parquet(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`; open and read it within `parquet_errors`."""
+    """A `pyarrow.parquet.ParquetFile`. Open and read it within `parquet_errors`."""
     import pyarrow.parquet
 
-    open_plain(path).close()  # pyarrow would wait for the writer of a pipe
+    open_plain(path).close()  # refuses pipes, on which pyarrow would wait for a writer
     return pyarrow.parquet.ParquetFile(path)
 
 
 @contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
-    """Raises DataError where pyarrow cannot open or read a file."""
+    """Raises DataError if pyarrow cannot open or read a file."""
     import pyarrow
 
     try:
@@ -283,13 +284,13 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 def from_arrow(table: Any, origin: str, first_row: int = 1) -> Table:
-    """A `pyarrow.Table` as a Table of Python values.
+    """Converts a `pyarrow.Table` to a Table of Python values.
 
     Args:
-        first_row: number of its first row in the file.
+        first_row: the number of its first row in the file.
 
     Raises:
-        DataError: doubled column names, no rows, text that is not UTF-8, or broken metadata.
+        DataError: a column name is repeated, there are no rows, a text is not UTF-8, or the metadata is broken.
     """
     names = table.column_names
     check_header(origin, names)
@@ -307,7 +308,7 @@ def _arrow_values(column: Any, name: str, origin: str, first_row: int) -> list:
     except UnicodeDecodeError:
         row = next(at for at, value in enumerate(column, first_row) if not _is_readable(value))
         raise DataError(f"{origin} row {row}: column {name!r} is not UTF-8") from None
-    except (OverflowError, ValueError) as error:  # dates out of python's range, time zones that nobody knows
+    except (OverflowError, ValueError) as error:  # dates beyond Python's range, unknown time zones
         raise DataError(f"{origin}: column {name!r} cannot be read: {first_line(error)}") from None
 
 
@@ -320,20 +321,20 @@ def _is_readable(value: Any) -> bool:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """Names of integer classes from the schema metadata key `huggingface` (datasets' format)."""
+    """The names of integer classes, from the metadata key `huggingface` that `datasets` writes."""
     described = json.loads(metadata.get(b"huggingface", b"{}"))
     return class_names_of(described.get("info", {}).get("features", {}))
 
 
 def class_names_of(features: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names of integer classes, and of lists of them, by column.
+    """The names of integer classes, and of lists of them, by column.
 
     Args:
-        features: of `datasets`, as its `to_dict` gives them.
+        features: the features of a `datasets` data set, from `to_dict`.
     """
     found = {}
     for name, feature in features.items():
-        if isinstance(feature, list) and len(feature) == 1:  # how earlier versions write a list
+        if isinstance(feature, list) and len(feature) == 1:  # a list, as earlier versions write it
             feature = feature[0]
         elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
             feature = feature["feature"]

@@ -1,4 +1,4 @@
-"""The sample: nine generated tasks, the diagnostic, and a tiny BERT with random weights. Not GLUE."""
+"""Generates the sample: nine tasks, the diagnostic, and a tiny BERT with random weights. It is not GLUE."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class SampleTask(NamedTuple):
     """How one task is generated.
 
     Args:
-        write: the grammar of the training split, and of every split that `write_other` does not name.
-        train_rows: rows of the training split; other splits have `other_rows`.
-        shares: label -> parts of all rows; a label is a class name or a number of shared slots.
-        write_other: split -> its own grammar.
+        write: the grammar of the training split, and of all splits that `write_other` does not name.
+        train_rows: the number of rows in the training split. Other splits have `other_rows`.
+        shares: label -> its share of the rows. A label is a class name, or a score (the number of equal slots).
+        other_rows: the number of rows in each other split.
+        write_other: split -> its grammar.
     """
 
     write: Grammar
@@ -38,8 +39,8 @@ class SampleTask(NamedTuple):
 _NLI_SHARES = {"entailment": 1, "neutral": 1, "contradiction": 1}
 _PAIR_SHARES = {"entailment": 1, "not_entailment": 1}
 _ELSEWHERE = sample_grammar.inference_elsewhere
-# Shares follow GLUE where it is lopsided (acceptable sentences, paraphrases, distinct questions). Scores 0
-# and 5 are commoner than those between: with equal shares some seeds never leave the mean (Spearman 0.46).
+# The shares follow GLUE where its classes are unbalanced (acceptable sentences, paraphrases, distinct questions).
+# Scores 0 and 5 are more frequent than the others: with equal shares some seeds only learn the mean (Spearman 0.46).
 SAMPLE_TASKS = {
     "cola": SampleTask(sample_grammar.acceptability, 3000, {"acceptable": 3, "unacceptable": 2}),
     "sst2": SampleTask(sample_grammar.sentiment, 2000, {"positive": 1, "negative": 1}),
@@ -60,22 +61,22 @@ SAMPLE_TASKS = {
 
 
 def sample_rows(task: GlueTask, split: str, seed: int = 0) -> Rows:
-    """One split of the generated task.
+    """One split of a generated task.
 
     Args:
         task: an official row of the task table.
         split: one of `task.splits`.
-        seed: another seed writes other rows of the same kind.
+        seed: each seed gives different rows of the same kind.
 
     Returns:
-        Text columns in the order of `task.columns`, and class ids in the order of `task.labels` (for a
-        regression task numbers within `task.score_range`); None instead for a test split.
+        The text columns in the order of `task.columns`, and class ids in the order of `task.labels` (or numbers
+        within `task.score_range` for a regression task). Test splits have None for the labels.
 
     Raises:
-        UsageError: the task has no sample (a user's own data), or no such split.
+        UsageError: there is no sample of the task or split.
     """
     if task.name not in SAMPLE_TASKS or split not in task.splits:
-        raise UsageError(f"--sample: there is no sample of task {task.name!r}, split {split!r}")
+        raise UsageError(f"--sample has no split {split!r} of task {task.name!r}; tasks: {', '.join(SAMPLE_TASKS)}")
     plan = SAMPLE_TASKS[task.name]
     draw = Draw(f"{seed}/{task.name}/{split}")
     write = plan.write_other.get(split, plan.write)
@@ -88,13 +89,13 @@ def sample_rows(task: GlueTask, split: str, seed: int = 0) -> Rows:
 
 
 def _balanced(draw: Draw, shares: dict[str, int], rows: int) -> list[str]:
-    """`rows` labels in exactly the wanted shares (as far as they divide), shuffled."""
+    """`rows` labels in the given shares (exact up to rounding), shuffled."""
     parts = [label for label, share in shares.items() for _ in range(share)]
     return draw.shuffled([parts[at % len(parts)] for at in range(rows)])
 
 
 def _with_traps(at: int, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Row `at` with what readers of GLUE files stumble on, in a few rows: spaces, quotes, and `NA`."""
+    """Adds to a few rows what readers of GLUE files often get wrong: trailing spaces, quotes, and `NA`."""
     first, *rest = texts
     if at % 50 == 7:
         first += " "
@@ -111,14 +112,14 @@ _WIDTH, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 512
 
 
 def make_tiny_bert(folder: Path) -> None:
-    """Write a two-layer BERT encoder with random weights and the vocabulary of the sample (no torch).
+    """Writes a two-layer BERT encoder with random weights and the vocabulary of the sample, without torch.
 
-    The same bytes on every machine. A folder that already has all files is left as it is. Several
-    processes may call this at once: each file appears complete, by one rename. About 1 s of CPU, nearly all
-    of it to write the sample whose words are the vocabulary.
+    The bytes are the same on every machine. A folder that already has all files stays unchanged. Several processes
+    may call this at once, because each complete file appears by one rename. It takes about 1 s of CPU time, mostly to
+    generate the sample for its vocabulary.
 
     Args:
-        folder: gets config.json, model.safetensors, vocab.txt, tokenizer.json, tokenizer_config.json.
+        folder: receives config.json, model.safetensors, vocab.txt, tokenizer.json and tokenizer_config.json.
     """
     folder = Path(folder)
     if all((folder / name).is_file() for name in _FILES):
@@ -134,7 +135,7 @@ def make_tiny_bert(folder: Path) -> None:
 
 @cache
 def _vocabulary() -> tuple[str, ...]:
-    """Special tokens, characters (so that any ASCII text can be spelt), then the words of the sample."""
+    """Special tokens, characters (so that any ASCII text can be encoded), and the words of the sample."""
     from tokenizers import BertWordPieceTokenizer
 
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
@@ -144,20 +145,20 @@ def _vocabulary() -> tuple[str, ...]:
         for split in task.splits:
             for column in sample_rows(task, split)[0]:
                 chunks.update(chunk for text in column for chunk in text.split())
-    # The library's own normaliser splits the words, so that none is spelt in pieces. It takes seconds for
-    # the texts themselves, and 10 ms for their different words.
+    # The normalizer of the library splits the words, so that each word becomes one token. It takes seconds on
+    # the full texts, but only 10 ms on their distinct words.
     rules = BertWordPieceTokenizer(lowercase=True)
     pieces = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(" ".join(chunks)))
     return spelling + tuple(sorted({piece for piece, _ in pieces} - set(spelling)))
 
 
 def _write_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
-    """Write vocab.txt, tokenizer.json and tokenizer_config.json; ids are positions in `words`."""
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json. Token ids are the positions in `words`."""
     from tokenizers import BertWordPieceTokenizer
 
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     tokenizer = BertWordPieceTokenizer({word: at for at, word in enumerate(words)}, lowercase=True)
-    # Written by python: the library's own writer raises a bare Exception where the disk is full.
+    # Python writes the file: on a full disk the writer of the library raises a bare Exception.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
     write_json(
         folder / "tokenizer_config.json",
@@ -171,7 +172,7 @@ def _write_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
 
 
 def _write_encoder(folder: Path, vocabulary: int) -> None:
-    """Write config.json and model.safetensors of an encoder with pooler, without classifier."""
+    """Writes config.json and model.safetensors of an encoder with a pooler and without a classifier."""
     from safetensors.numpy import save_file
 
     config = {
@@ -198,17 +199,17 @@ def _write_encoder(folder: Path, vocabulary: int) -> None:
 def _encoder_weights(vocabulary: int) -> dict:
     """Random weights, name -> float32 array.
 
-    A tiny model has no time to learn that equal words matter, so it starts from it: query and key
-    weights are the same matrix, hence each token first attends to its own copies (compare Trockman and
-    Kolter 2023, "Mimetic initialization"), and the type embeddings are large, hence a copy in the
-    other sentence shows. Flat attention in the second layer instead was worse when tried.
+    A short training of a tiny model does not discover that equal words matter, so the initial weights encode it.
+    Query and key weights are the same matrix, so each token first attends to its own copies (compare Trockman and
+    Kolter 2023, "Mimetic initialization"). The token type embeddings are large, so a copy in the other sentence
+    differs from one in the same sentence. Uniform attention in the second layer gave worse scores.
     """
     import numpy as np
 
     bits = np.random.PCG64(2018)
 
     def uniform(*shape: int, std: float) -> np.ndarray:
-        # Raw bits, since numpy promises their sequence between versions, not that of its distributions.
+        # numpy guarantees the sequence of raw bits across versions, but not that of its distributions.
         unit = (bits.random_raw(int(np.prod(shape))) >> np.uint64(40)).astype(np.float64) / 2**24 - 0.5
         return (unit * 12**0.5 * std).astype(np.float32).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""One split of a task as plain lists, and the conversion of a user's columns into texts and labels.
+"""Turns the columns of a table into the texts and labels of one split of a task.
 
 Only this module turns the columns of a table into labels. Every source (hub, folder, file) therefore follows the same
 rules, and no wrong label reaches training.
@@ -42,11 +42,11 @@ class Split:
     """Rows of one split.
 
     Args:
-        name: as in the task's table row, e.g. "validation_matched".
-        texts: one or two columns of equal length; every value is a str, maybe an empty one.
-        labels: class ids in the order of `task.labels` (of a multi-label task several a row), or scores; None where
+        name: the split name in the task table, e.g. "validation_matched".
+        texts: one or two columns of equal length. Every value is a str, which may be empty.
+        labels: class ids in the order of `task.labels` (a tuple per row of a multi-label task), or scores. None if
             unlabelled.
-        origin: human text: a file path, a hub data set and its revision, or "sample data, not GLUE".
+        origin: the source, for messages: a file path, a hub data set and its revision, or "sample data, not GLUE".
     """
 
     name: str
@@ -58,43 +58,49 @@ class Split:
         return len(self.texts[0])
 
     def take(self, n: int) -> Split:
-        """The first `n` rows, or all if there are fewer."""
+        """The first `n` rows, or all rows if there are fewer."""
         return self.rows(range(min(n, len(self))))
 
     def rows(self, rows: Iterable[int]) -> Split:
-        """The rows of these 0-based numbers, in their order."""
+        """The rows with these 0-based numbers, in the given order."""
         rows = list(rows)
         labels: Any = None if self.labels is None else [self.labels[row] for row in rows]
         return Split(self.name, tuple([column[row] for row in rows] for column in self.texts), labels, self.origin)
 
 
 def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Split:
-    """Checks a table's columns and labels.
+    """Builds a split from a table, and checks its columns and labels.
 
     Args:
-        table: has the columns `task.columns` and, where labelled, `task.label_column`.
-        is_labelled: every row must have a label; otherwise labels are not looked at.
+        table: has the columns `task.columns` and, if labelled, `task.label_column`.
+        is_labelled: True if every row must have a label. False: labels are not read.
 
     Raises:
-        DataError: a missing column, text that is not text, a wrong or missing label; first five rows.
+        DataError: a column is missing, a value is not a text, or a label is wrong or missing. The error lists the
+            first five such rows.
     """
     problems = Problems(table.origin)
     texts = tuple(table.column(column) for column in task.columns)
     for column, values in zip(task.columns, texts, strict=True):
         _check_texts(table, column, values, problems)
-    labels: Any = None
-    if is_labelled:
-        raw = table.column(task.label_column)
-        read = _scores if task.is_regression else _class_sets if task.is_multi_label else _classes
-        labels = read(task, table, raw, problems)
+    labels = _read_labels(task, table, problems) if is_labelled else None
     problems.raise_any()
     if task.text_delimiter is not None:
         texts = ([task.text_delimiter.join(row) for row in zip(*texts, strict=True)],)
     return Split(name, texts, labels, table.origin)
 
 
+def _read_labels(task: GlueTask, table: Table, problems: Problems) -> Any:
+    raw = table.column(task.label_column)
+    if task.is_regression:
+        return _scores(task, table, raw, problems)
+    if task.is_multi_label:
+        return _class_sets(task, table, raw, problems)
+    return _classes(task, table, raw, problems)
+
+
 def join_splits(splits: list[Split]) -> Split:
-    """One split of several files, in the order given: all of them labelled, or none."""
+    """Joins splits in the given order. Either all of them are labelled, or none."""
     if len(splits) == 1:
         return splits[0]
     columns = zip(*(split.texts for split in splits), strict=True)
@@ -105,18 +111,18 @@ def join_splits(splits: list[Split]) -> Split:
 
 def _check_texts(table: Table, column: str, values: list, problems: Problems) -> None:
     if all(type(value) is str for value in values) and all(_is_encodable("".join(part)) for part in pieces(values)):
-        return  # the fast path: C loops over what are nearly always sound columns
+        return  # the fast path: nearly all columns are valid, and these two checks loop in C
     for row, value in enumerate(values):
         if value is None:
             problems.add(table.where(row), f"column {column!r} has no text (missing or null)")
         elif not isinstance(value, str):
             problems.add(table.where(row), f"column {column!r} is {_shown(value)}, not text")
         elif not _is_encodable(value):
-            problems.add(table.where(row), f"column {column!r} has half a surrogate pair, which is no text")
+            problems.add(table.where(row), f"column {column!r} has half a surrogate pair, which UTF-8 cannot hold")
 
 
 def _is_encodable(text: str) -> bool:
-    # JSON's \ud800 gives a str that no tokenizer accepts.
+    # JSON can hold \ud800, half of a surrogate pair, which no tokenizer accepts.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -140,17 +146,17 @@ def _shown(value: Any) -> str:
 
 
 def _is_unlabelled(task: GlueTask, value: Any) -> bool:
-    """No value, or -1 where that is no class of the task."""
+    """True for a missing value, and for -1 unless that is a class of the task."""
     if isinstance(value, (list, dict)):
         return False
     return value in _EMPTY or (value in _MINUS_ONE and "-1" not in task.labels)
 
 
 def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
-    """The accepted values of the label column -> class id in the order of `task.labels`."""
+    """Each accepted value of the label column -> its class id in the order of `task.labels`."""
     by_name: dict[Any, int] = {name: at for at, name in enumerate(task.labels)}
     if task.is_official:
-        # Numbers mean GLUE's own class order; a user's own classes are known by their text only.
+        # Numbers refer to the class order of GLUE. Classes of own data are matched by their text only.
         for at in range(len(task.labels)):
             by_name |= {at: at, str(at): at, f"{at}.0": at}
     names = table.class_names.get(task.label_column)
@@ -160,10 +166,10 @@ def _ids_by_label(task: GlueTask, table: Table) -> dict[Any, int]:
     folded = {name.casefold(): at for name, at in own.items()}
     if any(name not in own and name.casefold() not in folded for name in names):
         raise DataError(
-            f"{table.origin}: label names {', '.join(map(repr, names))} do not fit the task; "
+            f"{table.origin}: the label names {', '.join(map(repr, names))} do not match the task; "
             f"expected: {', '.join(task.labels)}"
         )
-    # The data set numbers its classes itself, so they are matched by name and never by number.
+    # The data set has its own numbers for its classes, so they are matched by name.
     return {at: own.get(name, folded.get(name.casefold())) for at, name in enumerate(names)}
 
 
@@ -178,7 +184,7 @@ def _classes(task: GlueTask, table: Table, raw: list, problems: Problems) -> lis
     labels = []
     for row, value in enumerate(raw):
         key = value if has_own_ids else class_text(value)
-        # bool is an int in Python: True would pass for class 1.
+        # A bool is an int in Python, so True would be read as class 1.
         found = None if isinstance(key, (bool, list, dict)) else ids.get(key)
         if found is None:
             problems.add(table.where(row), _label_problem(task, value, expected))
@@ -216,19 +222,22 @@ def _scores(task: GlueTask, table: Table, raw: list, problems: Problems) -> list
 
 
 def _label_problem(task: GlueTask, value: Any, text: str) -> str:
-    way_out = "" if task.is_official else f'; --drop_rows "{task.label_column}={"" if value in _EMPTY else value}"'
-    way_out += " leaves such rows out" if way_out else ""
+    way_out = ""
+    if not task.is_official:
+        own_value = "" if value in _EMPTY else value
+        way_out = f'; --drop_rows "{task.label_column}={own_value}" leaves such rows out'
     if value in _EMPTY:
         return f"no label, but this split must be labelled{way_out}"
     if _is_unlabelled(task, value):
         return f"label {value!r} means unlabelled, but this split must be labelled{way_out}"
-    return f"label {_shown(value)} {text}" if not isinstance(value, str) else f"label {value[:40]!r} {text}"
+    shown = repr(value[:40]) if isinstance(value, str) else _shown(value)
+    return f"label {shown} {text}"
 
 
 def fit_splits(task: GlueTask, available: set[str]) -> tuple[GlueTask, dict[str, str]]:
-    """A GLUE task cut to the parts there are, and split -> part.
+    """Restricts a GLUE task to the parts that the data has. Also returns split -> part.
 
-    Where a task has several evaluation splits and the data one `validation`, that is the first.
+    If the task has several evaluation splits and the data has a single `validation`, it becomes the first of them.
     """
     parts = {split: split for split in task.splits}
     if not {split for split, _, _ in task.evaluation} & available:
@@ -237,19 +246,20 @@ def fit_splits(task: GlueTask, available: set[str]) -> tuple[GlueTask, dict[str,
     if not {split for split, _ in task.test} & available:
         task = replace(task, test=task.test[:1])
         parts[task.test[0][0]] = "test"
-    # Published scores and the leaderboard are about GLUE's rows, not these.
+    # Published scores and the leaderboard refer to the rows of GLUE, not to own data.
     return replace(task, published=(), leaderboard=None), parts
 
 
 @dataclass
 class OwnData:
-    """A user's tables, held against one task.
+    """Reads the tables of own data as the splits of a task.
 
     Args:
-        read: part -> its table, or raises where there is none.
-        columns: what the command line says of columns.
-        labels: what it says of labels and rows.
-        notes: gets lines for the user.
+        read: part -> its table; raises if the part does not exist.
+        columns: the flags about columns.
+        labels: the flags about labels and rows.
+        delimiter: joins several text columns into one text. None if `--text_column_delimiter` is not given.
+        notes: receives log lines.
     """
 
     read: Callable[[str], Table]
@@ -259,17 +269,17 @@ class OwnData:
     notes: list[str] = field(default_factory=list)
 
     def describe(self, part: str, name: str) -> GlueTask:
-        """The task of a user's data, told from its training part.
+        """The task of own data, as its training part describes it.
 
         Raises:
-            DataError: columns that are not certain, no label column, or a single label.
+            DataError: the columns are not certain, there is no label column, or only one label.
         """
         table = self.read(part)
         columns = choose_columns(table, self.columns, True)
         self.notes += columns.lines(table)
         has_sets, notes = has_label_sets(table, columns.label, self.labels)
         self.notes += notes
-        # What is told of the rows is told again with the split.
+        # The notes about rows are dropped here, because `split` repeats them.
         if has_sets:
             kept, _ = labelled_sets(table, columns.label, self.labels, self.labels.delimiter)
         else:
@@ -281,15 +291,15 @@ class OwnData:
         return replace(task, label_delimiter=self.labels.delimiter)
 
     def of_model(self, finished: GlueTask, part: str, is_labelled: bool, name: str) -> GlueTask:
-        """The task of a user's data for a finished model, which says what the classes are.
+        """The task of own data for a finished model, which defines the classes.
 
         Args:
-            finished: what the model was trained on; its columns are used where nothing else is said.
-            part: what is read first.
-            name: of the task.
+            finished: the task that the model was trained on. Its columns are used unless the flags name others.
+            part: the part whose table decides the columns.
+            name: the name of the task.
 
         Raises:
-            DataError: columns that are not certain, or not as many as the model reads.
+            DataError: the columns are not certain, or the model reads another number of them.
         """
         table = self.read(part)
         _check_kind(finished, self.labels)
@@ -299,15 +309,16 @@ class OwnData:
         delimiter = self.delimiter if self.delimiter is not None else finished.text_delimiter
         if finished.columns and delimiter is None and len(columns.texts) != len(finished.columns):
             raise DataError(
-                f"{table.origin}: the model reads {len(finished.columns)} a row ({', '.join(finished.columns)}), "
-                f"not {', '.join(columns.texts)}; --text_column_names says which"
+                f"{table.origin}: the model reads {len(finished.columns)} texts per row "
+                f"({', '.join(finished.columns)}), not {len(columns.texts)} ({', '.join(columns.texts)}); "
+                "choose with --text_column_names"
             )
         task = self._task(_plain(name), columns.texts, columns.label, finished.labels, finished.is_multi_label)
         task = replace(task, label_delimiter=self.labels.delimiter or finished.label_delimiter)
         return replace(task, text_delimiter=delimiter) if delimiter is not None else task
 
     def _with_class_columns(self, finished: GlueTask, table: Table) -> ColumnFlags:
-        """The flags; where a file has no column of labels and one for each class of the model, those are the labels."""
+        """The column flags. If the file has no label column but one column per class, these become the labels."""
         names = [str(name).strip().lower() for name in table.columns]
         is_free = self.columns.label is None and not {"label", "labels"} & set(names)
         if finished.is_multi_label and is_free and set(finished.labels) <= set(table.columns):
@@ -320,15 +331,15 @@ class OwnData:
         delimiter = self.delimiter
         if len(texts) > 2 and delimiter is None:
             delimiter = " "
-            self.notes.append(f"{len(texts)} text columns are joined by a space; --text_column_delimiter changes that")
+            self.notes.append(f"{len(texts)} text columns are joined by a space (see --text_column_delimiter)")
         task = own_task(name, texts, classes, has_sets)
         return replace(task, label_column=label or LABEL, text_delimiter=delimiter)
 
     def split(self, task: GlueTask, name: str, part: str, is_labelled: bool, owner: ClassVocabulary | None) -> Split:
-        """One split; labels match the classes of `owner`, which is None for scores.
+        """Reads one split, and matches its labels to the classes of `owner` (None for scores).
 
         Raises:
-            DataError: as `make_split`, or labels that are no classes of `owner`.
+            DataError: as in `make_split`, or a label is not a class of `owner`.
         """
         table = self.read(part)
         self.notes += table.notes
@@ -349,47 +360,50 @@ class OwnData:
 
 
 def _check_kind(finished: GlueTask, flags: LabelFlags) -> None:
-    """Raises UsageError where a flag says another kind of labels than a finished model answers."""
+    """Raises UsageError if a flag names another problem type than that of the finished model."""
     kinds = {None: None, True: MULTI_LABEL, False: SINGLE_LABEL}
     asked = REGRESSION if flags.is_regression else kinds[flags.is_multi_label]
     if asked not in (None, finished.problem_type):
         raise UsageError(
-            f"the model is of {finished.problem_type}, and the flags say {asked}: leave out --problem_type, "
-            "--do_regression and --label_delimiter, or give those that fit"
+            f"the model has problem_type {finished.problem_type}, but the flags ask for {asked}; leave out "
+            "--problem_type, --do_regression and --label_delimiter, or give matching ones"
         )
 
 
 def _plain(name: str) -> str:
-    """A name that may be part of a file's name."""
+    """The name with every character that is unsafe in a file name replaced."""
     return re.sub(r"[^\w.-]", "_", name)
 
 
 def parted(split: Split, percentage: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows for training and for validation: that share of each class (of all rows, for scores), at random.
+    """Splits rows at random into training and validation, with the same share of each class (for scores: of all rows).
 
-    A class of one row stays in training.
+    A class with a single row stays in training.
 
     Args:
-        percentage: of the rows that go to validation, in (0, 100).
+        percentage: the share of rows for validation, in (0, 100).
 
     Raises:
-        DataError: one of the two would be empty.
+        DataError: no row would go to validation.
     """
     generator = np.random.default_rng(seed)
     by_class: dict[Any, list[int]] = {}
     counts = Counter(one for label in split.labels or [] if isinstance(label, tuple) for one in label)
     for row, label in enumerate(split.labels or []):
-        if isinstance(label, tuple):  # a row of several counts for its rarest class; common ones follow on average
+        if isinstance(label, tuple):  # a row with several labels counts for its rarest class
             label = min(label, key=lambda one: (counts[one], one), default=None)
         by_class.setdefault(label if isinstance(label, int) else None, []).append(row)
     chosen: list[int] = []
-    owed = 0.0  # what rounding has left over goes to the next class
+    owed = 0.0  # the rounding error is carried over to the next class
     for _, rows in sorted(by_class.items(), key=lambda item: (len(item[1]), str(item[0]))):
         owed += len(rows) * percentage / 100
         count = min(round(owed), len(rows) - 1)
         owed -= count
         chosen += generator.permutation(rows)[:count].tolist()
     if not chosen:
-        raise DataError(f"{split.origin}: --validation_split_percentage {percentage:g} of {len(split)} rows is no row")
+        raise DataError(
+            f"{split.origin}: --validation_split_percentage {percentage:g} of {len(split)} rows holds out no row; "
+            "give a larger percentage or a --validation_file"
+        )
     held_out = set(chosen)
     return [row for row in range(len(split)) if row not in held_out], sorted(chosen)

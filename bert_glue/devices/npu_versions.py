@@ -1,4 +1,4 @@
-"""Explains why torch_npu cannot be imported: the versions of torch, torch_npu and CANN here, and the matching ones."""
+"""Explains why torch_npu cannot be imported, by the installed versions of torch, torch_npu and CANN."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bert_glue.errors import MachineError, first_line
 
 
 def cann_version() -> str | None:
-    """Version of the Ascend toolkit that the environment points at, else of the first one found.
+    """The version of the CANN that the environment names, else of the first one found. None without a CANN.
 
-    Read from its `version.cfg`, `version.info` or `ascend_toolkit_install.info`; None without a CANN.
+    It is read from `version.cfg`, `version.info` or `ascend_toolkit_install.info`.
     """
     homes = [os.environ.get("ASCEND_HOME_PATH"), os.environ.get("ASCEND_TOOLKIT_HOME")]
     for base in (os.environ.get("HOME", ""), "/usr/local"):
@@ -39,56 +39,79 @@ PAIRS = (
 
 
 def explained(error: BaseException) -> MachineError:
-    """The failure with its fix, the installed versions, and the versions that match."""
-    text = first_line(error)
+    """The error for a torch_npu that cannot be imported: the reason, the fix, and the matching versions.
+
+    The fix follows from the installed versions. The text of `error` is only shown, because it differs between versions.
+    """
     torch, torch_npu = (installed_version(name) or "of unknown version" for name in ("torch", "torch_npu"))
     more = (
-        f"here: torch {torch}, torch_npu {torch_npu}, {_cann()}",
-        "torch_npu X.Y.Z needs torch X.Y.Z, and a CANN (source: TorchNPU's COMPATIBILITY.md):",
+        f"installed: torch {torch}, torch_npu {torch_npu}, {_cann()}",
+        "torch_npu X.Y.Z needs torch X.Y.Z and a CANN (source: COMPATIBILITY.md of TorchNPU):",
         *(f"  torch_npu {versions}: CANN {cann}" for versions, cann in PAIRS),
         "--device cpu and --device cuda train without torch_npu",
     )
-    return MachineError(f"torch_npu cannot be imported: {text}", _fix(text, torch, torch_npu), more)
+    return MachineError(f"torch_npu cannot be imported: {first_line(error)}", _fix(torch, torch_npu), more)
 
 
-def _fix(text: str, torch: str, torch_npu: str) -> str:
+def _fix(torch: str, torch_npu: str) -> str:
+    """What to install or set, by the first version that does not match."""
     wanted, has = _release(torch_npu), _release(torch)
     if wanted and has and wanted[:2] != has[:2]:
         pair = ".".join(wanted[:3])
         return f"it was built for torch {pair}, not {torch}: install torch=={pair}, or the torch_npu of torch {torch}"
-    if "Two accelerators" in text:
-        return "install the CPU build of torch beside it"
-    if "undefined symbol" in text:
-        return "it was built for another torch or CANN than these: install a matching pair and source CANN's set_env.sh"
-    if re.search(r"lib\w+\.so|ASCEND_\w+|TBE|te\b", text):
-        return "CANN's libraries are not found: install CANN and source its set_env.sh"
-    return "reinstall a matching pair and source CANN's set_env.sh"
+    if _is_cuda_build(torch):
+        return "install the CPU build of torch: a CUDA build and torch_npu are two accelerators, and torch allows one"
+    cann, tested = cann_version(), _tested_cann(torch_npu)
+    if cann is None:
+        return "CANN is not installed: install CANN and source its set_env.sh"
+    if not os.environ.get("ASCEND_HOME_PATH"):
+        return f"the environment of CANN {cann} is not set: source its set_env.sh"
+    if tested and not cann.startswith(tested):
+        return f"torch_npu {torch_npu} was tested with CANN {tested}, not {cann}: install CANN {tested}"
+    return "the versions match: reinstall torch_npu, and source the set_env.sh of CANN"
+
+
+def _is_cuda_build(torch: str) -> bool:
+    """True if torch is built for CUDA, by its version (+cu126) or, as on PyPI, by the packages that it requires."""
+    local = torch.partition("+")[2]
+    if local:
+        return local.startswith("cu")
+    try:
+        return any(requirement.startswith("nvidia-") for requirement in metadata.requires("torch") or ())
+    except Exception:  # a damaged record can raise any exception
+        return False
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package; None where there is none, or where its record is damaged."""
+    """The version of an installed package. None if it is not installed or its record is damaged."""
     try:
         return metadata.version(package)
-    except Exception:  # a damaged record raises what it likes
+    except Exception:  # a damaged record can raise any exception
         return None
 
 
 def torch_verdict(torch_npu: str, torch: str | None) -> str:
-    """Whether an installed torch is the one that torch_npu was built for."""
+    """Whether the installed torch is the version that torch_npu was built for, as a sentence."""
     wanted = ".".join(_release(torch_npu)[:2])
     if torch and _release(torch)[:2] == wanted.split("."):
-        return f"goes with torch {torch}"
-    return f"does not go with torch {torch or '(not installed)'}: it was built for torch {wanted}"
+        return f"matches torch {torch}"
+    return f"does not match torch {torch or '(not installed)'}: it was built for torch {wanted}"
 
 
 def cann_verdict(torch_npu: str, cann: str | None) -> str:
-    """Whether a CANN is the one that torch_npu was tested with, as far as `PAIRS` knows."""
-    wanted = next((tested for versions, tested in PAIRS if torch_npu in versions.split(", ")), None)
+    """Whether CANN has the version that torch_npu was tested with according to `PAIRS`, as a sentence."""
+    wanted = next((cann for versions, cann in PAIRS if torch_npu in versions.split(", ")), None)
     if wanted is None:
-        return f"torch_npu {torch_npu} is not in our table: see TorchNPU's COMPATIBILITY.md"
+        return f"torch_npu {torch_npu} is not in our table; see COMPATIBILITY.md of TorchNPU"
     if cann and cann.startswith(wanted):
         return f"tested with torch_npu {torch_npu}"
     return f"torch_npu {torch_npu} was tested with CANN {wanted}"
+
+
+def _tested_cann(torch_npu: str) -> str | None:
+    """The version of CANN that torch_npu was tested with. None if `PAIRS` does not name one."""
+    named = next((cann for versions, cann in PAIRS if torch_npu in versions.split(", ")), "")
+    return named if named[:1].isdigit() else None
 
 
 def _release(version: str) -> list[str]:
@@ -97,5 +120,5 @@ def _release(version: str) -> list[str]:
 
 def _cann() -> str:
     home = os.environ.get("ASCEND_HOME_PATH")
-    where = f"ASCEND_HOME_PATH={home}" if home else "ASCEND_HOME_PATH is not set: no set_env.sh was sourced"
+    where = f"ASCEND_HOME_PATH={home}" if home else "ASCEND_HOME_PATH is not set: set_env.sh was not sourced"
     return f"CANN {cann_version() or 'not found'} ({where})"

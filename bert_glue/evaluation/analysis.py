@@ -1,6 +1,6 @@
-"""What an evaluation shows beyond its score: confusions, calibration, hardest errors, deciding tokens, certainty.
+"""Analyses an evaluation beyond its score: confusions, calibration, worst errors, deciding tokens, standard errors.
 
-Written to `analysis.json` of a run; `report/` draws it. Texts in it are rows of the user's own data.
+The result is `analysis.json` of a run, which `report/` draws. It quotes rows of the user's data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHOWN_CHARACTERS = 2000
 _BINS = 10
 _DRAWS = 2000
 _POINTS = 300
-# The diagnostic set's labelled file, which GLUE publishes beside the unlabelled one, and its categories.
+# The labelled file of the diagnostic set, which GLUE publishes beside the unlabelled one, and its categories.
 LABELLED_AX = "diagnostic-full.tsv"
 _AX_CATEGORIES = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge")
 
@@ -44,11 +44,11 @@ def analyse_splits(
     kept: dict[str, np.ndarray],
     explained: int,
 ) -> dict[str, dict]:
-    """Analyses by split name.
+    """Split name -> its analysis.
 
     Args:
-        kept: logits of the evaluated splits.
-        explained: rows whose tokens are attributed.
+        kept: the logits of the evaluated splits.
+        explained: the number of rows whose tokens are attributed (`--explain`).
     """
     found = {}
     for name, suffix, _ in data.task.evaluation:
@@ -64,7 +64,7 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
     """The analysis of one labelled split.
 
     Args:
-        texts: the split's rows, of which `split` may be the first part.
+        texts: the rows of the split. `split` may hold only the first of them.
         logits: `[rows, labels]`.
 
     Returns:
@@ -84,17 +84,19 @@ def analyse(task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray)
         every = max(1, len(split) // _POINTS)
         points = zip(labels[::every].tolist(), predictions[::every].tolist(), strict=True)
         return {**found, "points": [[round(x, 3), round(y, 3)] for x, y in points]}
-    # With several labels a row no class is taken for another: there are no pairs and no matrix.
-    alone = {"classes": _class_shares(task, labels, predictions)} if task.is_multi_label else None
-    return {**found, **(alone or _classes(task, labels, predictions)), "calibration": calibration(shares, labels)}
+    if task.is_multi_label:  # several labels per row have no confused pairs and no matrix
+        found["classes"] = _class_shares(task, labels, predictions)
+    else:
+        found |= _classes(task, labels, predictions)
+    return {**found, "calibration": calibration(shares, labels)}
 
 
 def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Precision, recall and F1 of each class, the most confused pairs, and the matrix where it would be legible.
+    """Precision, recall and F1 of each class, the most confused pairs, and the confusion matrix of up to 50 classes.
 
     Returns:
-        `classes`: of each class its label, shares in 0..1 (null where no row decides one) and labelled rows.
-        `confused`: label, prediction and rows, the most frequent first. `labels`, `confusion`: of up to 50 classes.
+        `classes`: the label of each class, its shares in 0..1 (null if no row decides one) and its labelled rows.
+        `confused`: label, prediction and rows, the most frequent first. `labels` and `confusion`: the matrix.
     """
     count = task.num_labels
     wrong = labels != predictions
@@ -111,9 +113,9 @@ def _classes(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> dic
 
 
 def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, Any]]:
-    """Precision, recall and F1 of each class, as scikit-learn has them; with several labels a row, predictions too."""
+    """Precision, recall and F1 of each class, as in scikit-learn. Multi-label tasks also get the predicted rows."""
     if task.is_multi_label:
-        hits, given, rows = ((predictions & labels).sum(0), predictions.sum(0), labels.sum(0))
+        hits, given, rows = (predictions & labels).sum(0), predictions.sum(0), labels.sum(0)
     else:
         count = task.num_labels
         hits = np.bincount(labels[labels == predictions], minlength=count)
@@ -127,16 +129,19 @@ def _class_shares(task: GlueTask, labels: np.ndarray, predictions: np.ndarray) -
 
 
 def _ratios(above: np.ndarray, below: np.ndarray) -> list[float | None]:
-    """The quotients, None where nothing is below."""
+    """The quotients. None for a denominator of 0."""
     return [round(int(a) / int(b), 6) if b else None for a, b in zip(above, below, strict=True)]
 
 
 def class_results(splits: dict[str, dict]) -> dict[str, Any]:
-    """Precision, recall and F1 of each class, and their means over the classes, of each split's analysis.
+    """The results about classes: precision, recall and F1 of each class, and their means over the classes.
+
+    Args:
+        splits: split name -> its analysis.
 
     Returns:
-        `eval_classes`: class -> its three shares (0..1, null where no row decides one) and labelled rows.
-        `eval_precision_macro`, `eval_recall_macro`, `eval_f1_macro`: an undefined share counts as 0.
+        `eval_classes`: class -> its three shares (0..1, null if no row decides one) and labelled rows.
+        `eval_precision_macro`, `eval_recall_macro`, `eval_f1_macro`: the means, where an undefined share counts as 0.
     """
     found: dict[str, Any] = {}
     for part in splits.values():
@@ -152,24 +157,26 @@ def class_results(splits: dict[str, dict]) -> dict[str, Any]:
 
 
 def standard_errors(task: GlueTask, splits: dict[str, dict]) -> dict[str, float | None]:
-    """`eval_<headline>_standard_error` of each split, in the metric's unit."""
+    """`eval_<headline>_standard_error` of each split, in the unit of the metric."""
     return {standard_error_key(task.headline, part["suffix"]): part["standard_error"] for part in splits.values()}
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, count: int) -> np.ndarray:
-    """Rows by true class (first axis) and predicted class, `[labels, labels]` int64."""
+    """The number of rows by true class (first axis) and predicted class, `[labels, labels]` int64."""
     return np.bincount(labels * count + predictions, minlength=count * count).reshape(count, count)
 
 
 def calibration(shares: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Expected calibration error (Guo et al. 2017) over ten equal bins: of the predicted class, or of every class.
+    """Expected calibration error (Guo et al. 2017) over ten bins of equal width.
+
+    It counts the predicted class of each row. With several labels per row it counts each class separately.
 
     Args:
         shares: `[rows, labels]` probabilities.
-        labels: `[rows]` class ids; `[rows, labels]` bool where a row may have several: each class counts by itself.
+        labels: `[rows]` class ids, or `[rows, labels]` bool with several labels per row.
 
     Returns:
-        `ece` in 0..1 and, per bin that has rows, [low, high, rows, mean confidence, accuracy].
+        `ece` in 0..1, and for each bin with rows [low, high, rows, mean confidence, accuracy].
     """
     confidence, is_right = shares.ravel(), labels.ravel()
     if labels.ndim == 1:
@@ -186,11 +193,11 @@ def calibration(shares: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, value: float | None) -> float | None:
-    """Standard error of the headline metric over other samples of as many rows; None where it has no value.
+    """Standard error of the headline metric over other samples with as many rows. None if it has no value.
 
-    Accuracy: binomial. F1 and Matthews: the spread of 2000 parametric bootstrap draws of the confusion matrix.
-    Correlations: Bonett and Wright 2000, (1 - r^2) sqrt((1 + r^2 / 2) / (n - 3)). Micro-F1: that of a ratio of two
-    sums over the rows (the delta method), as the decisions of one row depend on each other.
+    Accuracy: binomial. F1 and Matthews: the standard deviation over 2000 parametric bootstrap draws of the confusion
+    matrix. Correlations: Bonett and Wright 2000, (1 - r^2) sqrt((1 + r^2 / 2) / (n - 3)). Micro-F1: the delta method
+    for a ratio of two sums over rows, because the decisions within a row depend on each other.
     """
     rows = len(labels)
     if value is None or rows < 4:
@@ -204,7 +211,7 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
         spread = np.sqrt(((hits - value * given) ** 2).sum() * rows / (rows - 1))
         return float(spread / given.sum()) if given.any() else None
     if task.headline == "accuracy":
-        # The spread of those draws in closed form; the matrix of 1,200 classes drawn 2000 times is 23 GB.
+        # The same as the draws, in closed form: 2000 draws of a matrix of 1,200 classes would take 23 GB.
         return float(np.sqrt(value * (1 - value) / rows))
     if task.num_labels > _MATRIX_CLASSES:
         return None
@@ -216,12 +223,12 @@ def standard_error(task: GlueTask, predictions: np.ndarray, labels: np.ndarray, 
 def _hardest(
     task: GlueTask, texts: Split, split: TokenSplit, logits: np.ndarray, shares: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    """The wrong predictions of highest loss (scores: the largest errors), first the worst."""
+    """The wrong predictions with the highest loss (for scores: the largest errors), the worst first."""
     losses = row_losses(task, logits, split.labels)
     predictions = predictions_of(task, logits)
     is_wrong = np.ones(len(split), bool) if shares is None else predictions != split.labels
     if task.is_multi_label:
-        is_wrong, shares = is_wrong.any(1), None  # no single probability stands for a set of classes
+        is_wrong, shares = is_wrong.any(1), None  # a set of classes has no single probability
     order = np.argsort(-losses, kind="stable")
     return [
         {
@@ -241,13 +248,13 @@ def _shortened(text: str) -> str:
 
 
 def diagnostic(task: GlueTask, data_path: str | None, predictions: np.ndarray) -> dict[str, Any] | None:
-    """Matthews (R3) by category of the diagnostic's predictions, where its labelled file lies in `data_path`.
+    """Matthews correlation (R3) of the diagnostic's predictions by category, if `data_path` has its labelled file.
 
     Returns:
-        {"all": [R3, rows], category: [R3, rows], ...}; None where there is no such file.
+        {"all": [R3, rows], category: [R3, rows], ...}. None if there is no such file.
 
     Raises:
-        DataError: the file is broken, or has other rows.
+        DataError: the file is broken, or has other rows than were predicted.
     """
     folders = roots_of(task, Path(data_path)) if data_path else []
     path = next((folder / LABELLED_AX for folder in folders if (folder / LABELLED_AX).is_file()), None)
@@ -255,7 +262,7 @@ def diagnostic(task: GlueTask, data_path: str | None, predictions: np.ndarray) -
         return None
     table = read_tsv(path)
     if len(table) < len(predictions):
-        raise DataError(f"{path}: {len(table)} rows, but {len(predictions)} predictions")
+        raise DataError(f"{path} has {len(table)} rows, but there are {len(predictions)} predictions")
     return _by_category(task, table, predictions)
 
 
@@ -279,12 +286,12 @@ def _by_category(task: GlueTask, table: Table, predictions: np.ndarray) -> dict[
 def explain(
     task: GlueTask, model: LoadedModel, evaluator: Evaluator, split: TokenSplit, logits: np.ndarray, count: int
 ) -> list[dict[str, Any]]:
-    """The `count` rows of highest loss with a signed score for each token.
+    """The `count` rows with the highest loss, with a signed score for each token.
 
-    Costs a forward and a backward pass a row; no weight and no gradient buffer is touched.
+    Each row costs a forward and a backward pass. Weights and gradient buffers are not changed.
 
     Args:
-        logits: of the whole split, `[rows, labels]`.
+        logits: `[rows, labels]` of the whole split.
     """
     rows = np.argsort(-row_losses(task, logits, split.labels), kind="stable")[:count]
     predictions = predictions_of(task, logits)
@@ -306,17 +313,17 @@ def explain(
 
 
 def _explained_output(task: GlueTask, logits: np.ndarray, labels: np.ndarray, row: int) -> int:
-    """The logit that is attributed to tokens: the prediction's, or of several classes that of the highest loss."""
+    """The logit to attribute: that of the predicted class, or of the class with the highest loss if multi-label."""
     if task.is_multi_label:
         return int(class_losses(logits[row], labels[row]).argmax())
     return 0 if task.is_regression else int(logits[row].argmax())
 
 
 def token_scores(model: LoadedModel, evaluator: Evaluator, split: TokenSplit, row: int, output: int) -> torch.Tensor:
-    """Gradient of one logit times each token's word embedding, summed over its width.
+    """The gradient of one logit times the word embedding of each token, summed over the embedding's width.
 
     Args:
-        output: which logit.
+        output: the index of the logit.
 
     Returns:
         `[tokens]` float32 on the host.

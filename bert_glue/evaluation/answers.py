@@ -1,4 +1,4 @@
-"""From a classifier's logits to its answer: probabilities, classes or a score, and the loss of each row."""
+"""Converts the logits of a classifier to probabilities, classes or scores, and to the loss of each row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MOST_SHOWN = 20
 
 
 def probabilities(task: GlueTask, logits: np.ndarray) -> np.ndarray:
-    """Probabilities of `[rows, labels]` logits, float64: they sum to 1 in a row, unless a row may have several labels.
+    """Probabilities of `[rows, labels]` logits, float64. They sum to 1 per row, unless the task is multi-label.
 
-    Scores of a regression are returned as they are.
+    The scores of a regression are returned unchanged.
     """
     if task.is_regression:
         return logits.astype(np.float64)
@@ -29,20 +29,20 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """The probability of each class by itself, `[rows, labels]` float64."""
-    below = np.exp(-np.abs(logits.astype(np.float64)))  # in (0, 1]: no overflow
+    """The independent probability of each class, `[rows, labels]` float64."""
+    below = np.exp(-np.abs(logits.astype(np.float64)))  # in (0, 1], so it cannot overflow
     return np.where(logits >= 0, 1.0, below) / (1.0 + below)
 
 
 def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
-    """Class ids `[rows]` int64, scores `[rows]` float32, or of a multi-label task `[rows, labels]` bool."""
+    """Predictions: class ids `[rows]` int64, scores `[rows]` float32, or `[rows, labels]` bool if multi-label."""
     if task.is_regression:
         return logits[:, 0]
     return decided(task, probabilities(task, logits))
 
 
 def decided(task: GlueTask, shares: np.ndarray) -> np.ndarray:
-    """The same from `[rows, labels]` probabilities of classes."""
+    """Predictions for `[rows, labels]` probabilities, as in `predictions_of`."""
     threshold = task.decision.threshold
     if task.is_multi_label:
         return shares > threshold
@@ -52,7 +52,7 @@ def decided(task: GlueTask, shares: np.ndarray) -> np.ndarray:
 
 
 def label_array(task: GlueTask, labels: Sequence) -> np.ndarray:
-    """Labels of a split as an array: `[rows]` int64 or float32, or of a multi-label task `[rows, labels]` bool."""
+    """The labels of a split as an array: `[rows]` int64 or float32, or `[rows, labels]` bool if multi-label."""
     if not task.is_multi_label:
         return np.asarray(labels, np.float32 if task.is_regression else np.int64)
     found = np.zeros((len(labels), task.num_labels), bool)
@@ -62,7 +62,7 @@ def label_array(task: GlueTask, labels: Sequence) -> np.ndarray:
 
 
 def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cross-entropy (multi-label: its mean over the classes), or squared error, of each row, `[rows]` float64."""
+    """The loss of each row, `[rows]` float64: cross-entropy (multi-label: mean over the classes) or squared error."""
     x = logits.astype(np.float64)
     if task.is_regression:
         return (x[:, 0] - labels) ** 2
@@ -75,13 +75,13 @@ def row_losses(task: GlueTask, logits: np.ndarray, labels: np.ndarray) -> np.nda
 
 
 def class_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Binary cross-entropy of each class of each row, `[rows, labels]` float64, as torch computes it."""
+    """Binary cross-entropy of each class of each row, `[rows, labels]` float64, by torch's formula."""
     x = logits.astype(np.float64)
     return np.maximum(x, 0.0) - x * labels + np.log1p(np.exp(-np.abs(x)))
 
 
 def answer_text(task: GlueTask, answer: np.ndarray | float) -> str:
-    """One row's label or prediction for people: a name, twenty names at most, or a score of two decimals."""
+    """The label or prediction of a row as text: a name, at most twenty names, or a score with two decimals."""
     if task.is_regression:
         return f"{answer:.2f}"
     if not task.is_multi_label:
@@ -92,5 +92,5 @@ def answer_text(task: GlueTask, answer: np.ndarray | float) -> str:
 
 
 def label_lists(task: GlueTask, predictions: np.ndarray) -> list[list[str]]:
-    """The names in each row of `[rows, labels]` predictions."""
+    """The predicted class names of each row of `[rows, labels]` bool."""
     return [[task.labels[at] for at in np.flatnonzero(row)] for row in predictions]

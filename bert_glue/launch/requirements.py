@@ -1,14 +1,15 @@
-"""Which packages the python that runs this lacks, and which are outside the tested ranges; nothing is imported.
+"""Lists missing packages and versions outside the tested ranges, without importing any package.
 
-    python -m bert_glue.launch.requirements requirements.txt           -> what is missing or cannot work
-    python -m bert_glue.launch.requirements --specs requirements.txt   -> what pip has to install, one a line
+    python -m bert_glue.launch.requirements requirements.txt           -> packages that are missing or cannot work
+    python -m bert_glue.launch.requirements --specs requirements.txt   -> what pip must install, one spec per line
     python -m bert_glue.launch.requirements --command requirements.txt -> the same as one command
 
-The first form exits with 0 (nothing), 1 (something) or 3 (something, and this python has torch: it must stay).
+The first form exits with 0 (nothing is missing), 1 (something is missing), or 3 (something is missing, and the
+installed torch must stay).
 
-`requirements.txt` is the set that the tests run with. Ascend images, conda environments and clusters bring a
-set of their own, and their torch belongs to their driver. So any version in `RANGES` is enough, one outside is
-used with a warning, and only a version that cannot work is refused. docs/stacks.md has what was measured.
+`requirements.txt` is the set that the tests use. Ascend images, conda environments and clusters have their own set,
+whose torch matches their driver. Any version in `RANGES` is therefore accepted, a version outside is used with a
+warning, and only a version that cannot work is refused. docs/stacks.md lists the measured sets.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from bert_glue.errors import MachineError
 
 
 class Range(NamedTuple):
-    """The versions of one package that were tested, from `oldest` to `newest`, both included.
+    """The tested versions of one package, from `oldest` to `newest`, both included.
 
-    A newest of one number stands for the whole series: (5,) is every 5.x. `works_from` is the oldest version
-    that can work at all, None where none is known to fail, and `reason` says what older ones lack.
+    A `newest` of one number means the whole series: (5,) is every 5.x. `works_from` is the oldest version that can
+    work at all (None if no version is known to fail), and `reason` names what older ones lack.
     """
 
     oldest: tuple[int, ...]
@@ -41,7 +42,7 @@ class Range(NamedTuple):
         return f"{_text(self.oldest)} to {_text(self.newest)}{series}"
 
 
-# pyproject.toml states the lower ends for pip; a test holds the two together.
+# pyproject.toml states the lower ends for pip. A test compares the two.
 RANGES = {
     "torch": Range((2, 6), (2, 14), (2, 4), "older ones lack torch.library.custom_op"),
     "transformers": Range((4, 44), (5,)),
@@ -49,11 +50,11 @@ RANGES = {
     "accelerate": Range((1, 0), (1,)),
     "huggingface_hub": Range((0, 26), (2,)),
 }
-PYTHON = Range((3, 10), (3, 13), (3, 10), "its syntax is used")
+PYTHON = Range((3, 10), (3, 13), (3, 10), "older ones lack syntax that is used here")
 STACK = {"python": PYTHON, **RANGES}
 TESTED_SET_FROM = (3, 11)  # Python; requirements.txt has no versions for 3.10
 SEE = "docs/stacks.md lists what runs"
-# Built for one driver or for one torch: never exchanged by us.
+# Built for one driver or one torch, so never replaced here.
 _KEPT = ("torch", "torch_npu")
 
 
@@ -69,7 +70,7 @@ class Gap(NamedTuple):
 
 
 def pins(file: Path) -> Iterator[tuple[str, str]]:
-    """(name, version) of each `name==version` line; `-r other.txt` is followed, other lines are optional."""
+    """(name, version) of each `name==version` line. Follows `-r other.txt`, and skips other lines as optional."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             yield from pins(file.parent / line[3:].strip())
@@ -78,7 +79,7 @@ def pins(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def gap(name: str) -> Gap | None:
-    """What is wrong with the installed version of a package; None if it can work."""
+    """The problem with the installed version of a package. None if it can work."""
     installed, known = _version(name), STACK.get(name)
     if installed is None:
         return Gap(name, None, "")
@@ -88,18 +89,18 @@ def gap(name: str) -> Gap | None:
 
 
 def gaps(files: list[Path]) -> list[Gap]:
-    """Every package of `files` that this python lacks or that cannot work, python itself included."""
+    """Every package of `files`, and Python itself, that is missing or cannot work."""
     named = ("python", *(name for file in files for name, _ in pins(file)))
     return [*filter(None, map(gap, named))]
 
 
 def _version(name: str) -> str | None:
-    """The version of a package, or of this python; None if it is not installed."""
+    """The version of a package or of this Python. None if it is not installed."""
     return _text(sys.version_info[:2]) if name == "python" else installed_version(name)
 
 
 def refuse_unusable() -> None:
-    """Called before anything heavy is imported: a package that is too old fails anywhere, with a traceback.
+    """Refuses packages that are too old before they are imported, because they would fail with a traceback.
 
     Raises:
         MachineError: an installed version cannot work.
@@ -107,21 +108,21 @@ def refuse_unusable() -> None:
     for found in filter(None, map(gap, STACK)):
         if found.installed:
             raise MachineError(
-                f"{found.name} {found.installed} cannot run this: it needs {found.needs}; see docs/stacks.md"
+                f"{found.name} {found.installed} is too old: this program needs {found.needs}; see docs/stacks.md"
             )
 
 
 def stack_warnings() -> list[str]:
     """One line for each installed version outside its tested range. The run goes on."""
     return [
-        f"{name} {version} is outside the tested range, {known}; the run goes on"
+        f"{name} {version} is outside the tested range {known}; the run continues"
         for name, known in STACK.items()
         if (version := _version(name)) and not is_tested(version, known)
     ]
 
 
 def is_tested(version: str, known: Range) -> bool:
-    """Whether a version lies in the tested range."""
+    """Whether a version is in the tested range."""
     numbers = _numbers(version)
     return known.oldest <= numbers[:2] and numbers[: len(known.newest)] <= known.newest
 
@@ -135,24 +136,24 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def specs(files: list[Path]) -> list[str]:
-    """What pip has to install so that nothing is missing; [] if nothing is.
+    """The specs that pip must install so that nothing is missing. [] if nothing is.
 
-    Only what is missing, in any version of its range. An installed torch is named with its version, so that pip
-    cannot exchange it for the one that a new package would like better.
+    They name only missing packages, in any version of their range. An installed torch is pinned to its version, so
+    that pip does not replace it for the sake of a new package.
 
     Raises:
-        MachineError: the torch that is here is too old, and exchanging it is not ours to do.
+        MachineError: Python or the installed torch is too old, and these are never replaced here.
     """
     missing = gaps(files)
     kept = _kept()
     for found in missing:
         if found.name in kept or found.name == "python":
-            raise MachineError(f"{found}: use an environment with a newer one", SEE)
+            raise MachineError(f"{found}: use an environment with a newer version", SEE)
     return [_spec(found.name) for found in missing] + [f"{name}=={kept[name]}" for name in kept if missing]
 
 
 def _kept() -> dict[str, str]:
-    """Versions of the installed packages that are never exchanged."""
+    """The versions of the installed packages that are never replaced."""
     return {name: version for name in _KEPT if (version := installed_version(name))}
 
 
@@ -161,10 +162,10 @@ def _spec(name: str) -> str:
 
 
 def command(files: list[Path]) -> str:
-    """One command that installs what is missing, for a message: the tested set where there is no torch yet.
+    """One command that installs what is missing, for a message. Without a torch it installs the tested set.
 
     Raises:
-        MachineError: as `specs`.
+        MachineError: as in `specs`.
     """
     wanted = specs(files)
     if not _kept() and sys.version_info >= TESTED_SET_FROM:
@@ -173,14 +174,14 @@ def command(files: list[Path]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Print what this python lacks, or what to install.
+    """Prints what is missing, or what to install.
 
     Args:
-        argv: `--specs` or `--command` or neither, and requirements files.
+        argv: the requirements files, and `--specs`, `--command` or neither.
 
     Returns:
-        0 if nothing is missing or the remedy was printed, 1 if something is missing, 3 if something is missing
-        beside a torch that must stay, 4 if there is no remedy.
+        The exit code: 0 if nothing is missing or the remedy was printed, 1 if something is missing, 3 if something is
+        missing and the installed torch must stay, 4 if there is no remedy.
     """
     files = [Path(name) for name in argv if not name.startswith("--")]
     try:

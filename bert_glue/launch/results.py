@@ -21,7 +21,7 @@ from typing import Any
 
 from bert_glue import result_keys as keys
 from bert_glue.config.files import recipe_file
-from bert_glue.errors import CheckpointError, MachineError, exit_code_of, say
+from bert_glue.errors import CheckpointError, MachineError, exit_code_of, print_lines
 from bert_glue.results.perf import compare, perf_of, read_baseline
 from bert_glue.storage.files import STATE_FILE, json_text, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, base_epochs
@@ -123,7 +123,7 @@ def report(output_dir: Path, case: str, baseline: Path | None = None) -> None:
     finally:
         if perf is not None:
             _write(output_dir / "perf.json", json_text(perf))
-        say(*verdict, *final_lines(results))
+        print_lines(*verdict, *final_lines(results))
 
 
 def _write(path: Path, text: str) -> None:

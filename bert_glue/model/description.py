@@ -1,7 +1,7 @@
-"""`bert_glue.json`: what belongs to a model and no file of transformers holds, beside its weights.
+"""`bert_glue.json`: the facts about a model that no file of transformers holds, such as text columns and thresholds.
 
-It is written with the weights, into a run's folder and into every checkpoint, and by nothing else: a later evaluation
-or prediction into the same folder leaves it alone. It holds no path of the machine, so that it can be published.
+It is written only together with the weights, into the folder of a run and into every checkpoint. A later evaluation or
+prediction in the same folder does not change it. It holds no paths of the machine, so it can be published.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bert_glue.data.tokenization import TextTokenizer
 
 FILE = "bert_glue.json"
-# Groups of flags that say what the weights became, not where the run took place.
+# Groups of flags that determine the weights, unlike those about where the run took place.
 _RECIPE = ("Training", "Precision")
 _RECIPE_FLAGS = ("seed", "data_seed", "max_train_samples", "freeze_encoder", "lora_rank", "lora_alpha", "lora_dropout")
 
@@ -31,11 +31,11 @@ _RECIPE_FLAGS = ("seed", "data_seed", "max_train_samples", "freeze_encoder", "lo
 def describe(
     args: Arguments, data: TaskData, tokenizer: TextTokenizer, max_length: int, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """What this run trains, as far as it is known before its weights.
+    """The description of the model that this run trains, as far as it is known before training.
 
     Args:
-        max_length: tokens a row is cut to.
-        record: run.json.
+        max_length: the largest number of tokens in a sequence.
+        record: the content of run.json.
     """
     names = [name for name, flag in FLAGS.items() if flag.group in _RECIPE or name in _RECIPE_FLAGS]
     several = {"label_delimiter": data.task.label_delimiter, **decision_facts(data.task.decision)}
@@ -50,7 +50,7 @@ def describe(
         "tokenizer_sha256": tokenizer.fingerprint,
         "recipe": {
             **{name: getattr(args, name) for name in names if not FLAGS[name].secret},
-            "class_weights": record.get("class_weights"),  # the numbers: the flag may name a file
+            "class_weights": record.get("class_weights"),  # the numbers, because the flag may name a file
         },
         "data_sha256": record["data"]["sha256"],
         "model_sha256": record["model_sha256"],
@@ -58,12 +58,12 @@ def describe(
 
 
 def decision_facts(decision: Decision) -> dict[str, Any]:
-    """A decision as the file holds it."""
+    """The entries of a decision in the file."""
     return {"label_threshold": decision.threshold}
 
 
 def decision_of(description: dict[str, Any]) -> Decision:
-    """The decision that a description holds; what it does not say is as in transformers."""
+    """The decision in a description. Missing values have the defaults of transformers."""
     threshold, chosen = description.get("label_threshold", Decision().threshold), description.get("calibration")
     if chosen is None:
         return Decision(threshold)
@@ -71,56 +71,58 @@ def decision_of(description: dict[str, Any]) -> Decision:
 
 
 def add_calibration(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what `--calibrate` chose for the weights in `folder` into the file that lies there.
+    """Adds the choice of `--calibrate` to the file in `folder`.
 
     Args:
-        facts: temperature, and threshold where answers have one.
+        facts: the temperature, and the threshold if the task has one.
     """
     write_json(folder / FILE, {**json_object(folder / FILE), "calibration": facts})
 
 
 def uncalibrated(description: dict[str, Any]) -> dict[str, Any]:
-    """A description for other weights than those that `--calibrate` saw."""
+    """The description without the calibration, for weights that `--calibrate` has not seen."""
     return {name: value for name, value in description.items() if name != "calibration"}
 
 
 def with_decision(task: GlueTask, description: dict[str, Any], args: Arguments) -> GlueTask:
-    """The task with the decision of a finished model, or of a flag.
+    """The task with the decision of a finished model or of `--label_threshold`.
 
     Args:
-        description: of the model; of no meaning where it is trained.
+        description: the description of the model, which is ignored if the model is trained.
 
     Raises:
-        UsageError: `--label_threshold` for one label a row.
+        UsageError: `--label_threshold` is given, but each row has one label.
     """
     decision = task.decision if args.do_train else decision_of(description)
     if args.label_threshold is not None:
         if not task.is_multi_label:
-            raise UsageError(f"--label_threshold {args.label_threshold:g}: the labels are one a row, not several")
+            raise UsageError(
+                f"--label_threshold {args.label_threshold:g} needs several labels per row; here each row has one"
+            )
         decision = replace(decision, threshold=args.label_threshold)
     return replace(task, decision=decision)
 
 
 def write_description(folder: Path, description: dict[str, Any], dtype: str) -> None:
-    """Write the file beside `folder`'s model.safetensors; nothing where `description` is empty.
+    """Writes the file beside model.safetensors in `folder`, unless `description` is empty.
 
     Args:
-        dtype: of the stored weights, such as float32.
+        dtype: the dtype of the stored weights, such as float32.
     """
     if description:
         whole = {**description, "dtype": dtype, "weights_sha256": file_hash(folder / "model.safetensors")}
         text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
-        # Half a surrogate pair may come from somebody else's file; escaped, it is JSON again.
+        # A foreign file may bring half a surrogate pair, which JSON can hold if it is escaped.
         (folder / FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What lies beside a model's weights; of a run without that file, what its results say; {} where nothing does.
+    """The description of the model in `folder`. Without the file, what the results of the run hold; else {}.
 
     Raises:
-        MachineError: the file is damaged.
+        MachineError: a file is damaged.
     """
-    if (folder / RECORD_FILE).is_file():  # damaged, it says so of the whole folder, read or not
+    if (folder / RECORD_FILE).is_file():  # raises if run.json is damaged, even if it is not needed
         _read(folder / RECORD_FILE)
     if (folder / FILE).is_file():
         own = _checked(folder / FILE, _read(folder / FILE))
@@ -128,7 +130,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         if finished.get("weights_sha256") == own.get("weights_sha256") and "calibration" in finished:
             return {**own, "calibration": finished["calibration"]}
         return own
-    # Earlier versions wrote it into a run's results alone, where a checkpoint's are those of the folder above.
+    # Earlier versions only wrote these facts into the results of the run, one folder above a checkpoint.
     for place in (folder, folder.parent) if step_of(folder) >= 0 else (folder,):
         record, results = place / RECORD_FILE, place / RESULTS_FILE
         if record.is_file() and results.is_file():
@@ -162,17 +164,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json_object(path)
     except (OSError, ValueError) as error:
-        raise MachineError(f"{path}: cannot be read ({error}); remove it, and give the flags it stands for") from None
+        raise MachineError(f"{path} cannot be read ({error}); remove it and give the flags that it replaces") from None
 
 
 def _checked(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     length, columns = found.get("max_seq_length"), found.get("text_columns")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 3):
-        raise MachineError(f"{path}: max_seq_length is {str(length)[:40]!r}, not a number of tokens from 3 on")
+        raise MachineError(f"{path}: max_seq_length is {str(length)[:40]!r}, not an integer of at least 3")
     for name, least in (("doc_stride", -1), ("max_windows", 1)):
         value = found.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise MachineError(f"{path}: {name} is {str(value)[:40]!r}, not a whole number from {least} on")
+            raise MachineError(f"{path}: {name} is {str(value)[:40]!r}, not an integer of at least {least}")
     is_list = isinstance(columns, list) and all(isinstance(name, str) for name in columns)
     if columns is not None and not (is_list and columns):
         raise MachineError(f"{path}: text_columns is {str(columns)[:40]!r}, not a list of names")

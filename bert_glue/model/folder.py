@@ -1,4 +1,4 @@
-"""The folder of a model: where it lies, its config.json, and what a finished classifier in it was trained on."""
+"""Finds the folder of a model, and reads its config.json and the task of a fine-tuned classifier."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from bert_glue.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TASKS, GlueTa
 
 
 def model_folder(name: str, args: Arguments, flag: str = "--model_name_or_path") -> Path:
-    """A local folder as it is, or the hub's files of a model name, downloaded or cached.
+    """The local folder `name`, or the folder with the downloaded or cached files of a model on the hub.
 
     Raises:
-        MachineError: neither a folder nor to be had from the hub; the message says what to do.
+        MachineError: there is neither such a folder nor such a model. The message names the ways out.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if is_path(name):
-        raise MachineError(f"{flag} {name}: no such folder")
+        raise MachineError(f"{flag} {name}: there is no such folder")
     if args.hub == "modelscope":
         from bert_glue.hub import modelscope
 
         return modelscope.fetch_model(name, args)
-    # The hub's client waits for minutes if a server accepts a connection and never answers.
+    # The client of the hub waits for minutes if a server accepts a connection but never answers.
     probe = client.start_probe()
     unreachable = probe.wait() if probe else "HF_HUB_OFFLINE is set"
     try:
         return client.fetch_model(name, args, is_offline=unreachable is not None)
-    except Exception as error:  # the hub client raises a dozen kinds; each means "not to be had"
+    except Exception as error:  # the client raises a dozen types, and all mean that there is no model
         why = unreachable or first_line(error)
         if isinstance(error, client.DamagedFileError):
             why = str(error)
         raise MachineError(
-            f"{flag} {name}: neither a local folder nor to be had from the hub ({why}); "
-            "put config.json, the tokenizer's files and model.safetensors into a folder and give its path, "
-            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a warm cache"
+            f"{flag} {name} is not a local folder and cannot be fetched from the hub ({why}); "
+            "put config.json, the tokenizer files and model.safetensors into a folder and give its path, "
+            "or set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 with a filled cache"
         ) from error
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a model folder.
+    """Reads config.json of a model folder.
 
     Raises:
-        MachineError: missing, a Git-LFS pointer, not JSON, or without a model_type and not BERT's.
+        MachineError: the file is missing, a Git LFS pointer or not JSON, or has no model_type and is not of BERT.
     """
     path = folder / "config.json"
     if not path.is_file() and (folder / "adapter_config.json").is_file():
         raise MachineError(
-            f"{folder} holds adapters alone; give the folder of the merged model, one above if it is ours"
+            f"{folder} holds only adapters; give the folder of the merged model (of a run here: the folder above)"
         )
     if not path.is_file():
-        raise MachineError(f"{folder} has no config.json")
+        raise MachineError(f"{folder} has no config.json; give the folder of a model")
     check_not_lfs_pointer(path)
     try:
         config = json_object(path)
@@ -74,13 +74,13 @@ def read_config(folder: Path) -> dict:
 
 
 def guessed_type(folder: Path) -> list[str]:
-    """A line for the log where `read_config` took a config.json without model_type for BERT's."""
+    """A log line if `read_config` has read a config.json without model_type as BERT."""
     stored = json_object(folder / "config.json")
-    named = "config.json has no model_type; its keys are BERT's, so the model is read as BERT"
+    named = "config.json has no model_type; its keys are those of BERT, so the model is read as BERT"
     return [] if stored.get("model_type") else [named]
 
 
-# The sizes in Google's bert_config.json, and keys by which relatives with the same sizes are told.
+# The sizes in Google's bert_config.json, and the keys that tell other families with the same sizes from BERT.
 _BERT_KEYS = {
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
     "type_vocab_size", "vocab_size",
@@ -92,7 +92,7 @@ _RELATIVES_KEYS = {
 
 
 def _is_bert_shaped(config: dict) -> bool:
-    """True for a config of BERT alone: its derivatives have the same keys, and name their class or have more keys."""
+    """True for a config of BERT. Derived families have the same keys, but name their class or have more keys."""
     architectures = config.get("architectures") or ["Bert"]
     return (
         config.keys() >= _BERT_KEYS
@@ -103,17 +103,17 @@ def _is_bert_shaped(config: dict) -> bool:
 
 
 def task_of_model(folder: Path, asked: str | None = None) -> tuple[GlueTask, dict[str, Any]]:
-    """What a saved classifier was trained on, and what lies beside its weights (see `description`).
+    """The task of a saved classifier, and the description beside its weights (see model/description.py).
 
     Args:
-        asked: `--problem_type`, which counts where config.json has none.
+        asked: `--problem_type`, which is used if config.json has none.
 
     Raises:
-        MachineError: it has no config.json, or what lies beside it is damaged.
-        UsageError: config.json has another problem_type, or the model has not as many outputs as that kind.
+        MachineError: the folder has no config.json, or its description is damaged.
+        UsageError: config.json has another problem_type, or the number of outputs does not fit it.
     """
     config = read_config(folder)
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers leaves out
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write these defaults
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     kind = config.get("problem_type") or _asked_kind(asked, labels, folder)
     if asked is not None and kind != asked:
@@ -133,7 +133,7 @@ def _asked_kind(asked: str | None, labels: tuple[str, ...], folder: Path) -> str
     """`--problem_type` for a model whose config.json has none.
 
     Raises:
-        UsageError: a regression has one output, one label of several needs two.
+        UsageError: the number of outputs does not fit: a regression has one, one label per row needs two or more.
     """
     if (asked == REGRESSION and len(labels) > 1) or (asked == SINGLE_LABEL and len(labels) < 2):
         raise UsageError(f"--problem_type {asked}: the model in {folder} has {len(labels)} output(s)")
@@ -141,25 +141,25 @@ def _asked_kind(asked: str | None, labels: tuple[str, ...], folder: Path) -> str
 
 
 def kind_notes(config: dict, args: Arguments, task: GlueTask) -> list[str]:
-    """A line where config.json does not say whether a finished model's rows have one label or several."""
+    """A note if config.json does not state whether rows have one label or several."""
     names = config.get("id2label") or {}
     if args.do_train or config.get("problem_type") or task.is_official or len(names) < 3:
         return []
     if task.is_multi_label:
-        return [f"config.json has no problem_type: {MULTI_LABEL}, as --problem_type says"]
+        return [f"config.json has no problem_type; --problem_type {MULTI_LABEL} is used"]
     return [
-        f"config.json has no problem_type: its {len(names)} classes are read as one label a row, as by "
-        f"transformers.pipeline; --problem_type {MULTI_LABEL} reads several"
+        f"config.json has no problem_type, so its {len(names)} classes are read as one label per row, as in "
+        f"transformers.pipeline; --problem_type {MULTI_LABEL} allows several"
     ]
 
 
 def finished_task(args: Arguments) -> GlueTask | None:
-    """What the classifier that `--model_name_or_path` names was trained on; None for an encoder without one.
+    """The task of the classifier in `--model_name_or_path`. None for an encoder without a classifier.
 
-    `columns` are () where they are not known.
+    `columns` are () if they are not known.
 
     Raises:
-        MachineError: no such model, or it has no config.json.
+        MachineError: there is no such model, or it has no config.json.
     """
     flag = "--config_name" if args.config_name else "--model_name_or_path"
     folder = model_folder(args.config_name or args.model_name_or_path, args, flag)
@@ -174,17 +174,17 @@ def finished_task(args: Arguments) -> GlueTask | None:
 
 
 def check_problem_type(config: dict, task: GlueTask, folder: Path, asked: str | None) -> None:
-    """Hold the kind of a finished model against a task's.
+    """Checks that a fine-tuned model and a task both have one label per row, or both several.
 
     Args:
-        asked: `--problem_type`, which counts where config.json has none.
+        asked: `--problem_type`, which is used if config.json has none.
 
     Raises:
-        MachineError: the model gives one label a row and the task has several, or the reverse.
+        MachineError: the model has one label per row and the task several, or the reverse.
     """
     has_several = (config.get("problem_type") or asked) == MULTI_LABEL
     if has_several != task.is_multi_label:
         raise MachineError(
-            f"{folder / 'config.json'}: the model's problem_type is {config.get('problem_type') or SINGLE_LABEL}, "
-            f"{task.name} is {task.problem_type}: no score is right; train a model for it"
+            f"{folder / 'config.json'}: the model's problem_type is {config.get('problem_type') or SINGLE_LABEL}, but "
+            f"{task.name} is {task.problem_type}; train a model for it (--do_train)"
         )

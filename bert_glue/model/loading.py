@@ -1,7 +1,6 @@
-"""Loads `--model_name_or_path`: builds a module from batches to logits of what lies in its folder.
+"""Loads `--model_name_or_path`: builds the module for its logits from the files of its folder.
 
-The folder written works with transformers (`pipeline("text-classification")` included), whichever
-path the model was trained on.
+Packed and padded models are saved in the same format, which transformers and its pipelines read.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from bert_glue.tasks import GlueTask
 
 
 def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
-    """The model of `--model_name_or_path` with a head for `task`, on the host, in fp32, frozen as the flags say."""
+    """Loads the model with a head for `task`, on the host, in fp32, with the weights frozen that the flags name."""
     model = _load(args, task)
     folder = model_folder(args.model_name_or_path, args)
     model.description = read_description(folder)
@@ -39,8 +38,8 @@ def load_model(args: Arguments, task: GlueTask) -> LoadedModel:
     model.code = code_files(folder) if args.trust_remote_code and why_own_code(model.config) else []
     if model.word_rows is not None and model.tokenizer.size > model.word_rows:
         raise MachineError(
-            f"the tokenizer in {model.tokenizer.folder} has {model.tokenizer.size} ids, the model's table of words has "
-            f"{model.word_rows} rows: they do not belong together"
+            f"the tokenizer in {model.tokenizer.folder} has {model.tokenizer.size} ids, but the model's word embedding "
+            f"has {model.word_rows} rows; use the tokenizer of this model"
         )
     choose_trained(args, model)
     return model
@@ -66,10 +65,10 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     if can_pack and args.padding not in ("auto", "packed"):
         reason = f"--padding {args.padding}"
     elif reason is not None and args.padding == "packed":
-        raise MachineError(f"--padding packed: this model cannot run packed, {reason}")
+        raise MachineError(f"--padding packed: this model cannot run packed ({reason}); use --padding auto")
     tokenizer = _tokenizer(tokenizer_folder, config, args)
     if args.reinit_layers and not can_pack:
-        raise UsageError(f"--reinit_layers {args.reinit_layers}: not for this model: {reason}")
+        raise UsageError(f"--reinit_layers {args.reinit_layers} needs a model that can run packed: {reason}")
     notes = guessed_type(config_folder) + said + tokenizer.notes + notes_on_code(config, args.trust_remote_code)
     files = weight_files(folder, args.allow_pickle_weights)
     check_size(config, files, config_folder / "config.json")
@@ -83,24 +82,24 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
     if module.stock.config.pad_token_id is None and tokenizer.pad_id is not None:
         config["pad_token_id"] = module.stock.config.pad_token_id = tokenizer.pad_id
     if packed is not None:
-        # A padded run for comparison starts from the packed run's weights, a fresh head included.
+        # A padded run for comparison starts with the weights of the packed run, including a new head.
         module.stock.load_state_dict(packed_tensors(packed, family), strict=False)
         return LoadedModel(module, tokenizer, config, False, reason, notes + packed_notes, files, fresh)
     model = LoadedModel(module, tokenizer, config, False, reason, notes + stock_notes, files, stock_fresh)
     unknown = (tokenizer.input_names & module.accepted) - {"input_ids", "token_type_ids", "attention_mask"}
     if unknown:
         raise MachineError(
-            f"the model reads {', '.join(sorted(unknown))} beside the words; such models are not supported"
+            f"the model needs the inputs {', '.join(sorted(unknown))} besides tokens; such models are not supported"
         )
-    # Padding that was asked for belongs to the model, as in Hugging Face's run_glue.py.
+    # With --pad_to_max_length the padding counts as part of the model, as in Hugging Face's run_glue.py.
     if args.padding != "max_length" and _depends_on_padding(model):
         model.depends_on_padding = True
-        model.notes.append("padding changes this model's answers: only texts of equal length are scored together")
+        model.notes.append("padding changes the predictions of this model: only texts of equal length share a batch")
     return model
 
 
 def _tokenizer(folder: Path, config: dict, args: Arguments) -> TextTokenizer:
-    """The tokenizer of `folder`; the model's `config` stands in for a config.json that is not there."""
+    """The tokenizer of `folder`. The model's `config` replaces a missing config.json."""
     own = read_config(folder) if (folder / "config.json").is_file() else config
     rows = {"word_rows": config.get("vocab_size"), "type_rows": config.get("type_vocab_size") or None}
     return TextTokenizer(folder, own, args.trust_remote_code, **rows)
@@ -108,7 +107,7 @@ def _tokenizer(folder: Path, config: dict, args: Arguments) -> TextTokenizer:
 
 @torch.no_grad()
 def _depends_on_padding(model: LoadedModel) -> bool:
-    """True if a text's logits change where it is padded: convolutions and Fourier transforms reach into the padding.
+    """True if padding changes the logits of a text, because convolutions and Fourier transforms read the padding.
 
     Raises:
         MachineError: the model cannot run a padded batch.
@@ -119,11 +118,11 @@ def _depends_on_padding(model: LoadedModel) -> bool:
     collate = Collator("longest", 40, model.pad_id, model.tokenizer.gives_types, device, model.tokenizer.pads_left)
     try:
         alone, padded = (model.module(**collate(split, rows).inputs)[0] for rows in (np.array([0]), np.array([0, 1])))
-    except Exception as error:  # whatever a model of transformers raises
-        way_out = "--pad_to_max_length gives all of them one length"
+    except Exception as error:  # models of transformers raise many types
+        way_out = "--pad_to_max_length pads all texts to one length"
         if model.module.stock.config.pad_token_id is None:
             way_out = "name a padding token (pad_token) in tokenizer_config.json"
-        why = f"the model cannot run texts of different length in one batch: {first_line(error)}"
+        why = f"the model cannot run texts of different lengths in one batch: {first_line(error)}"
         raise MachineError(f"{why}; {way_out}") from error
     # A different order of summation changes a logit by about 1e-6.
     return bool((alone - padded).abs().max() > 1e-5 * alone.abs().max())
@@ -132,7 +131,7 @@ def _depends_on_padding(model: LoadedModel) -> bool:
 def _packed(
     folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
 ) -> tuple[PackedClassifier, list[str], list[str]]:
-    """Our own module with a checkpoint's weights, the names of fresh ones, notes; fixes `config`'s architecture."""
+    """The packed module with the weights of a checkpoint, the names of new weights, and notes. Completes `config`."""
     family = FAMILIES[config["model_type"]]
     config["architectures"] = [family.architecture]
     try:
@@ -158,18 +157,18 @@ def _packed(
 
 
 def _earlier_task(config: dict, args: Arguments, task: GlueTask) -> str:
-    """The other task that a checkpoint to be trained on was fine-tuned for, "" if none: its head is of no use."""
+    """The name of another task for which the checkpoint was fine-tuned, whose head is dropped. "" if there is none."""
     earlier = str(config.get("finetuning_task") or "").lower()
     return earlier if args.do_train and earlier != task.name else ""
 
 
 def _fresh_note(fresh: list[str], earlier: str) -> str:
     why = f" (the checkpoint's head is for {earlier})" if earlier else ""
-    return f"started anew, not in the checkpoint: {', '.join(fresh)}{why}"
+    return f"initialised at random, because not in the checkpoint: {', '.join(fresh)}{why}"
 
 
 def _stored_labels(config: dict) -> list[str]:
-    """Label names a checkpoint brings, in class order; [] where they are only LABEL_n."""
+    """The label names of a checkpoint in class order. [] if they are only LABEL_n."""
     named = config.get("id2label") or {}
     labels = [str(named[key]) for key in sorted(named, key=int)]
     return [] if labels == _unnamed(len(labels)) else labels
@@ -187,26 +186,25 @@ def _with_labels(config: dict, task: GlueTask) -> dict:
 
 @torch.no_grad()
 def _reorder_head(head: nn.Linear, stored: list[str], task: GlueTask, is_trained: bool) -> list[str]:
-    """Permute a stored head's outputs to the task's label order, by name; returns lines for the log.
+    """Permutes the outputs of a stored head to the label order of the task, by name. Returns log lines.
 
     Raises:
-        MachineError: the names do not fit, and the head is not trained: its answers would be other classes'.
+        MachineError: the names do not match and the head is not trained, so its predictions would be wrong.
     """
     wanted = list(task.labels)
-    if not stored or stored == wanted or task.is_regression:
-        is_guess = (
-            not stored and not is_trained and not task.is_regression and set(wanted) != set(_unnamed(len(wanted)))
-        )
+    if task.is_regression or stored == wanted:
+        return []
+    if not stored:
         guess = f"the model has no names for its classes; that they are {wanted} in this order is a guess"
-        return [guess] if is_guess else []
+        return [] if is_trained or set(wanted) == set(_unnamed(len(wanted))) else [guess]
     have = stored if sorted(stored) == sorted(wanted) else [label.casefold() for label in stored]
     names = wanted if have is stored else [label.casefold() for label in wanted]
     if sorted(have) != sorted(names) or len(set(have)) < len(have):
         if not is_trained:
             raise MachineError(
-                f"the model's classes {stored} are not those of {task.name}, {wanted}: no score is right"
+                f"the model's classes {stored} differ from those of {task.name}, {wanted}; train a head (--do_train)"
             )
-        return [f"the checkpoint's labels {stored} are not the task's {wanted}; used in their stored order"]
+        return [f"the checkpoint's labels {stored} differ from the task's {wanted}; their order is kept"]
     order = [have.index(name) for name in names]
     if order == sorted(order):
         return []
@@ -223,11 +221,11 @@ def _unnamed(count: int) -> list[str]:
 def _stock(
     folder: Path, config: dict, args: Arguments, stored_labels: list[str], task: GlueTask, earlier: str
 ) -> tuple[PaddedClassifier, list[str], list[str]]:
-    """transformers' own module, for padded runs and encoders that cannot be packed; names of fresh weights, notes."""
+    """The module of transformers, for padded runs and other encoders, the names of new weights, and notes."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
     files = weight_files(folder, args.allow_pickle_weights)
-    # A class that comes with the folder is found through the folder; transformers then reads the weights itself.
+    # A class whose code is in the folder needs the folder, so transformers reads the weights itself.
     has_own_code = args.trust_remote_code and why_own_code(config) is not None
     tensors = None if has_own_code else read_tensors(files)
     try:
@@ -249,7 +247,7 @@ def _stock(
     if args.gradient_checkpointing:
         stock.gradient_checkpointing_enable()
     fresh = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
-    # transformers starts any missing weight at random and goes on; only a head may start so.
+    # transformers initialises any missing weight at random. That is only right for a head.
     encoder = [name for name in fresh if name.startswith(f"{stock.base_model_prefix}.") and "pooler" not in name]
     if encoder:
         raise MachineError(f"the weights do not fit config.json: {', '.join(encoder[:5])} missing or of another shape")

@@ -39,7 +39,8 @@ def reinitialise(module: PackedClassifier, count: int, deviation: float) -> str:
         for norm in part.modules():
             if isinstance(norm, nn.LayerNorm):
                 norm.reset_parameters()
-    return f"--reinit_layers {count}: the head's dense layer and layers {total - count + 1} to {total} start anew"
+    layers = f"layers {total - count + 1} to {total}"
+    return f"--reinit_layers {count}: the head's dense layer and {layers} are initialised at random"
 
 
 _WRAPPED = "module."

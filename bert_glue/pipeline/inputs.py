@@ -1,8 +1,8 @@
-"""From flags to what a run works on: data, model, tokenized splits, class weights and the beginning of run.json."""
+"""Reads the inputs of a run: data, model, tokenized splits, class weights and the beginning of run.json."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,31 @@ from bert_glue.training.console import ConsoleLog
 from bert_glue.training.setup import settle_threads
 from bert_glue.training.throughput import Phases
 
-# Flags on the length of rows, whose values lie beside the weights.
+# Flags on the length of rows, whose values are saved with the weights.
 _TRAINED_WITH = ("max_seq_length", "doc_stride", "max_windows")
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """The inputs of a run.
+
+    Args:
+        data: the task and the rows of its splits.
+        model: on the host, in fp32.
+        splits: split name -> its token ids and labels.
+        class_weights: the weights of `--class_weights`, `[labels]` float64. None without the flag.
+        record: the beginning of run.json. {} on ranks that do not write it.
+    """
+
+    data: TaskData
+    model: LoadedModel
+    splits: dict[str, TokenSplit]
+    class_weights: np.ndarray | None
+    record: dict
+
+
 def with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
-    """With `--sample` and no model, the tiny BERT made on the spot."""
+    """With `--sample` and no `--model_name_or_path`, makes the tiny BERT and names it."""
     if not args.sample or args.model_name_or_path:
         return args
     from bert_glue.data.sample import make_tiny_bert
@@ -53,7 +72,7 @@ def with_sample_model(args: Arguments, ranks: DistributedContext) -> Arguments:
 
 
 def at_trained_length(args: Arguments, log: ConsoleLog) -> Arguments:
-    """Without training, flags on the length of rows that are not given are those of the model's training."""
+    """Without training, takes the flags on the length of rows from the training of the model, unless they are given."""
     if args.do_train:
         return args
     stored = read_description(model_folder(args.model_name_or_path, args))
@@ -68,11 +87,14 @@ def at_trained_length(args: Arguments, log: ConsoleLog) -> Arguments:
 
 def read_inputs(
     args: Arguments, given: Arguments, ranks: DistributedContext, log: ConsoleLog, phase: Phases
-) -> tuple[TaskData, LoadedModel, dict, dict[str, TokenSplit], np.ndarray | None]:
-    """Data, model, the beginning of run.json, the tokenized splits and the weights of the classes.
+) -> RunInputs:
+    """Reads everything that a run works on.
 
     Args:
-        given: the flags as the user gave them.
+        given: the flags as the user gave them, before values were derived.
+
+    Raises:
+        UserError: data, model or flags do not fit, each with its exit code.
     """
     with phase("data"):
         data = _read_data(args, log)
@@ -81,9 +103,9 @@ def read_inputs(
     with phase("model"):
         seed_generators(args.seed)
         model = load_model(args, data.task)
-        if args.do_train:  # refused before the training, not when the model is saved
+        if args.do_train:  # a problem is reported before the training, not when the model is saved
             model.tokenizer.check_files()
-        for line in settle_threads(args, ranks.device, [model]):  # before run.json is begun, which holds their number
+        for line in settle_threads(args, ranks.device, [model]):  # run.json, which follows, holds their number
             log.line(line)
     data = replace(data, task=with_decision(data.task, model.description, args))
     with phase("provenance"):
@@ -92,7 +114,7 @@ def read_inputs(
         splits = tokenize_splits(args, data, model, log)
         check_calibratable(args, data.task, splits)
         compare_inputs(ranks, data.task, splits, model, by_name)
-    return data, model, record, splits, weights
+    return RunInputs(data, model, splits, weights, record)
 
 
 def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
@@ -106,7 +128,7 @@ def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
 
 
 def needed_data(args: Arguments) -> frozenset[str]:
-    """Which data the flags ask for."""
+    """The groups of splits that the flags need, out of "train", "evaluation" and "test"."""
     wanted = {
         "train": args.do_train,
         "evaluation": args.do_eval or (args.do_train and args.eval_strategy != "no"),
@@ -116,13 +138,13 @@ def needed_data(args: Arguments) -> frozenset[str]:
 
 
 def _finished(args: Arguments) -> GlueTask | None:
-    """What a model that is not trained here was trained on, where it says what the classes of own data are."""
+    """The task of a fine-tuned model that defines the classes of own data: without training and without a task name."""
     has_own_data = args.dataset_name or args.train_file or args.validation_file or args.test_file
     return finished_task(args) if has_own_data and not args.task_name and not args.do_train else None
 
 
 def weights_of_classes(args: Arguments, data: TaskData) -> np.ndarray | None:
-    """What `--class_weights` gives each class, from the rows that are trained on."""
+    """The weights of `--class_weights`, from the rows that are trained on. None without the flag."""
     if not args.do_train or args.class_weights is None:
         return None
     labels = label_array(data.task, _chosen_rows(args, data, "train").labels)
@@ -137,7 +159,7 @@ def _provenance(
     log: ConsoleLog,
     weights: dict[str, float] | None,
 ) -> dict:
-    """The beginning of run.json, held against that of the run to be repeated; {} on ranks that do not write it."""
+    """The beginning of run.json, compared with that of `--repeat`. {} on ranks that do not write it."""
     if not ranks.is_first:
         return {}
     record = provenance(args, data, model, ranks, weights)
@@ -150,15 +172,15 @@ def _provenance(
 
 
 def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: ConsoleLog) -> dict[str, TokenSplit]:
-    """Token ids and labels of every split, cut to `--max_*_samples`.
+    """Token ids and labels of every split, limited to `--max_*_samples`.
 
     Raises:
-        DataError: a split has no rows, or the windows of a row have no room.
-        UsageError: `--doc_stride` leaves no row's windows room.
+        DataError: a split has no rows, or a row has no space for windows beside its other text.
+        UsageError: with `--doc_stride` no row has space for windows.
     """
     limit, windows = model.row_limit(args.max_seq_length), Windows.of(args)
     if limit < args.max_seq_length:
-        log.line(f"note: --max_seq_length {args.max_seq_length} is over the model's {limit} positions: {limit} is used")
+        log.line(f"note: --max_seq_length {args.max_seq_length} exceeds the {limit} positions of the model")
     splits = {}
     for name in data.splits:
         split = _chosen_rows(args, data, name)
@@ -169,27 +191,27 @@ def tokenize_splits(args: Arguments, data: TaskData, model: LoadedModel, log: Co
         labels = None if split.labels is None else label_array(data.task, split.labels)
         splits[name] = TokenSplit(name, table, labels)
         mean = float(table.offsets[-1]) / len(table)
-        log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens a row, {how}")
+        log.line(f"{name}: {len(table)} rows, {mean:.1f} tokens per row, {how}")
         for line in _length_notes(table, limit, windows):
             log.line(f"note: {name}: {line}")
     return splits
 
 
 def _length_notes(table: TokenTable, limit: int, windows: Windows | None) -> list[str]:
-    """Lines on rows that are longer than a sequence of `limit` tokens, with the flags that change it."""
+    """Log lines about rows longer than `limit` tokens, with the flags that change how they are read."""
     found, of_all = [], f"of {len(table)} rows are"
     if table.windowed_rows:
-        found.append(f"{table.windowed_rows} {of_all} longer than {limit} tokens: {table.windows} windows in all")
+        found.append(f"{table.windowed_rows} {of_all} longer than {limit} tokens and become {table.windows} windows")
     if table.cut_rows:
         found.append(cut_note(f"{table.cut_rows} {of_all}", limit, windows))
     return found
 
 
 def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
-    """The rows of a split that `--max_*_samples` and `--shuffle_train_dataset` leave.
+    """The rows of a split that `--max_*_samples` and `--shuffle_train_dataset` select.
 
     Raises:
-        DataError: there are none.
+        DataError: no rows are left.
     """
     split, rows = data.splits[name], args.max_predict_samples
     if name == "train":
@@ -200,5 +222,5 @@ def _chosen_rows(args: Arguments, data: TaskData, name: str) -> Split:
         split = split.rows(np.random.default_rng(args.shuffle_seed).permutation(len(split))[:rows].tolist())
     split = split if rows is None else split.take(rows)
     if not len(split):
-        raise DataError(f"{split.origin}: no rows")
+        raise DataError(f"{split.origin}: {name} has no rows")
     return split

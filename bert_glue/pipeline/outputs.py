@@ -1,4 +1,4 @@
-"""Writes the outputs of a run: results as JSON, predictions, curves, a model card and a one-file report."""
+"""Writes the outputs of a run: results as JSON, predictions, curves, a model card and a report in one file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: ConsoleLog) -> None:
-    """Log one training row as the model reads it: texts, tokens and label."""
+    """Logs one training row as the model reads it: texts, tokens and label."""
     texts = [column[0] for column in data.splits[split.name].texts]
     ids = split.table.ids_of(0).tolist()
     tokens = " ".join(model.tokenizer.words(ids))
@@ -53,11 +53,11 @@ def show_example(data: TaskData, split: TokenSplit, model: LoadedModel, log: Con
 
 
 def write_predictions(folder: Path, task: GlueTask, suffix: str, predictions: np.ndarray) -> None:
-    """`predict_results_<task>.txt`, header `index<TAB>prediction`: label names, or scores.
+    """Writes `predict_results_<task>.txt` with label names or scores. The header is `index<TAB>prediction`.
 
-    GLUE's scores have 3 decimals, as the leaderboard wants them; a user's own keep their digits. The format has no
-    quoting: a backslash, tab or line end in a label name is escaped, such as `\\n`. Several labels a row have their
-    delimiter between them, and a backslash before one within a name.
+    GLUE scores have 3 decimals, as the leaderboard requires; scores of own data keep all digits. The format has no
+    quoting, so a backslash, tab or line end in a label name is escaped, such as `\\n`. Several labels of a row are
+    separated by their delimiter, which is escaped within a name.
     """
     if task.is_regression and task.score_range is not None:
         low, high = task.score_range
@@ -84,13 +84,13 @@ def write_results(
     analysis: dict,
     failures: Failures,
 ) -> None:
-    """All files of a finished run, into `--output_dir`; what is drawn comes last, and may fail.
+    """Writes all files of a finished run into `--output_dir`. Charts, card and report come last and may fail.
 
-    A run that does not train adds to what the folder holds on the same model.
+    A run without training merges its results into those of the same model in the folder.
 
     Args:
-        record: run.json.
-        analysis: analysis.json.
+        record: the content of run.json.
+        analysis: the content of analysis.json.
     """
     folder = Path(args.output_dir)
     whole, whole_record = results, record
@@ -118,7 +118,7 @@ def write_results(
 
 
 def summary(results: dict, folder: Path) -> list[str]:
-    """The last lines of a run, for a person: score, training, speed, time, and where to go on.
+    """The last log lines of a run: score, training, speed, time, and the next command.
 
     Args:
         folder: `--output_dir`.
@@ -127,7 +127,8 @@ def summary(results: dict, folder: Path) -> list[str]:
     task = task_of(record)
     found = scores(task, record, shown_metrics(task))
     rows = [("score", _score_text(record.text("headline_metric"), score)) for score in found]
-    rows += [("warning", f"nothing was learned: {reason}") for reason in [collapse_reason(results)] if reason]
+    if reason := collapse_reason(results):
+        rows.append(("warning", f"the model learned nothing: {reason}"))
     if keys.TRAIN_STEPS in record:
         rows.append(("trained", _training_text(record)))
     if keys.TRAIN_SAMPLES_PER_SECOND in record:
@@ -146,10 +147,10 @@ def summary(results: dict, folder: Path) -> list[str]:
 
 
 def _lines_for_harnesses(task: GlueTask, record: Record) -> list[str]:
-    """The figures that ModelZoo's harnesses read from a log: grep "eval_f1" train_*.log | awk 'END{print $3}'.
+    """The figures that ModelZoo scripts read from a log: grep "eval_f1" train_*.log | awk 'END{print $3}'.
 
-    So no other name that contains a metric's key may follow its line: eval_accuracy_mm comes before eval_accuracy. And
-    no blank may begin a line: before it, grep writes the file's name where it reads several.
+    So no later line may contain the key of a metric, and eval_accuracy_mm comes before eval_accuracy. A line must not
+    begin with a blank, because grep writes the file name before it if it reads several files.
     """
     found = [
         keys.evaluation_key(metric, split.key_suffix)
@@ -186,15 +187,15 @@ def _training_text(results: Record) -> str:
 
 
 def figures(results: dict) -> list[str]:
-    """Every figure of the results, for `--log_level debug`."""
+    """Log lines with every figure of the results, for `--log_level debug`."""
     return [f"  {name} = {value}" for name, value in results.items() if not isinstance(value, dict)]
 
 
 def curves(path: Path, history: list[dict], majority: float | None, data: TaskData) -> None:
-    """Draw the training charts of the report as a PNG.
+    """Draws the training charts of the report as a PNG.
 
     Args:
-        majority: the headline metric of the best constant answer, 0..1; None where unknown.
+        majority: the headline metric of the best constant prediction, 0..1. None if unknown.
     """
     constant = "constant" if data.task.is_multi_label else "majority"
     drawn = charts.curves(Record({"history": history}).records("history"), data.task.headline, majority, constant)

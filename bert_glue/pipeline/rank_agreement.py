@@ -1,4 +1,4 @@
-"""Ranks compare settings and inputs before the first step: gradients of different runs must not be added up."""
+"""Compares settings and inputs over all ranks before the first step, so that ranks of different runs never mix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from bert_glue.model.classifier import LoadedModel
     from bert_glue.tasks import GlueTask
 
-# Flags that may differ: a host has its own devices and paths, and only the first rank writes. What lies behind
-# the paths is compared by its content.
+# Flags that may differ: each host has its own devices and paths, and only the first rank writes. The files behind
+# the paths are compared by content.
 _OWN_OF_A_HOST = frozenset((
     "device", "device_id", "output_dir", "cache_dir", "model_name_or_path", "config_name", "tokenizer_name",
     "data_path", "train_file", "validation_file", "test_file", "class_weights", "preprocessing_num_workers",
@@ -31,7 +31,7 @@ _OWN_OF_A_HOST = frozenset((
 
 
 def compare_settings(ranks: DistributedContext, args: Arguments) -> None:
-    """Compare flags, code and library versions over all ranks, in one collective.
+    """Compares flags, code and library versions over all ranks, in one collective.
 
     Raises:
         UsageError: a flag differs.
@@ -53,15 +53,15 @@ def compare_inputs(
     model: LoadedModel,
     weights: dict[str, float] | None = None,
 ) -> None:
-    """Compare data, by rows and order, and starting weights over all ranks, in one collective.
+    """Compares data (rows and their order) and initial weights over all ranks, in one collective.
+
+    It hashes both with SHA-256, which takes about one second for bert-base.
 
     Args:
-        weights: of `--class_weights`, by class name.
-
-    Costs a SHA-256 of both: about a second for bert-base.
+        weights: the weights of `--class_weights` by class name.
 
     Raises:
-        RankError: they differ.
+        RankError: the ranks differ.
     """
     if ranks.world_size == 1:
         return
@@ -72,11 +72,11 @@ def compare_inputs(
 
 
 def _refuse(ranks: DistributedContext, facts: list[dict[str, object]], kind: type[UsageError | RankError]) -> None:
-    """Raise `kind` on every rank if one fact is not the same on all."""
+    """Raises `kind` on every rank if one fact differs between ranks."""
     lines = differences(facts)
     if lines:
-        # A rank that ended first would cut off the others, which then blamed the network; and gloo's threads, left
-        # alone, abort a process that ends.
+        # All ranks leave together: if one ended first, the others would report a network error. Closing first is
+        # needed because the threads of gloo abort a process that ends while they run.
         with suppress(RankError):
             ranks.barrier()
             ranks.close()
@@ -84,19 +84,19 @@ def _refuse(ranks: DistributedContext, facts: list[dict[str, object]], kind: typ
 
 
 def differences(facts: list[dict[str, object]]) -> list[str]:
-    """A line for each fact that is not the same on all ranks.
+    """One line for each fact that differs between ranks.
 
     Args:
-        facts: name -> value, a rank each, in the order of ranks.
+        facts: name -> value, one dict per rank, in the order of ranks.
     """
     lines = []
     for name in dict.fromkeys(name for own in facts for name in own):
         ranks_of: dict[str, list[int]] = {}
         for rank, own in enumerate(facts):
-            ranks_of.setdefault(str(own.get(name, "not there")), []).append(rank)
+            ranks_of.setdefault(str(own.get(name, "missing")), []).append(rank)
         if len(ranks_of) > 1:
             values = "; ".join(f"{value[:60]} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
-            lines.append(f"ranks differ in {name}: {values}; start all ranks with the same")
+            lines.append(f"ranks differ in {name}: {values}; start all ranks with the same value")
     return lines
 
 

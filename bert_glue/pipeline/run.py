@@ -103,7 +103,8 @@ def _steps(
     phase = Phases()
     given = args
     args = at_trained_length(with_sample_model(_settle_flags(args, ranks, log), ranks), log)
-    data, model, record, splits, weights = read_inputs(args, given, ranks, log, phase)
+    inputs = read_inputs(args, given, ranks, log, phase)
+    data, model, splits, record = inputs.data, inputs.model, inputs.splits, inputs.record
     if args.do_train and ranks.is_first:
         model.description = describe(args, data, model.tokenizer, model.row_limit(args.max_seq_length), record)
     plan = plan_precision(args, ranks.device)
@@ -118,7 +119,8 @@ def _steps(
     with phase("train"):
         if args.do_train:
             state = fine_tune(args, data.task, splits, model=model, evaluator=evaluator, narrowed=narrowed, log=log,
-                              trackers=trackers, signals=signals, phases=phase, class_weights=weights)  # fmt: skip
+                              trackers=trackers, signals=signals, phases=phase,
+                              class_weights=inputs.class_weights)  # fmt: skip
             results |= train_results(state, plan)
     is_stopped = _is_stopped(ranks, signals)
     scored = Scored()

@@ -1,4 +1,4 @@
-"""The steps after training: score every labelled split, predict every test split, state what was run."""
+"""The steps after training: scores the labelled splits, predicts the test splits, and describes the run."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from bert_glue.training.throughput import Phases
 
 @dataclass
 class Scored:
-    """What evaluation and prediction gave.
+    """The outcome of evaluation and prediction.
 
     Args:
-        results: `eval_*` and `predict_*`.
-        analysis: analysis.json; the first rank's.
-        is_stopped: a signal cut it off.
+        results: the `eval_*` and `predict_*` figures.
+        analysis: the content of analysis.json, on the first rank only.
+        is_stopped: True if a signal interrupted it.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def score_splits(
     failures: Failures,
     phase: Phases,
 ) -> Scored:
-    """Evaluate and predict as the flags ask; each survives the failure of the other."""
+    """Evaluates and predicts as the flags demand. A failure of one does not stop the other."""
     scored = Scored()
     try:
         with phase("evaluate"), failures.step("evaluation", is_collective=True):
@@ -94,12 +94,12 @@ def _evaluate_splits(
     failures: Failures,
     scored: Scored,
 ) -> TaskData:
-    """`eval_*` results of every labelled split, and on the first rank their analysis.
+    """Adds the `eval_*` results of every labelled split, and on the first rank their analysis, to `scored`.
 
-    Scores have the same keys with and without a calibration, and count the answers without one.
+    The `eval_*` scores never include a calibration, so they are comparable with and without one.
 
     Returns:
-        The data with the decision that predictions go by.
+        The data with the decision (temperature and threshold) for predictions.
     """
     kept: dict[str, np.ndarray] = {}
     raw = replace(data, task=without_calibration(data.task, args.label_threshold))
@@ -108,7 +108,7 @@ def _evaluate_splits(
         with failures.step("the analysis"):
             found = analyse_splits(raw, model, splits, evaluator, kept, args.explain)
             scored.analysis["splits"] = found
-            # What the metrics say exactly stays: shares of classes are rounded.
+            # The exact metrics replace the rounded shares of classes.
             scored.results |= {**standard_errors(data.task, found), **class_results(found), **scored.results}
     if args.calibrate or data.task.decision.is_calibrated:
         with failures.step("the calibration"):
@@ -125,10 +125,10 @@ def _calibrate(
     *,
     scored: Scored,
 ) -> TaskData:
-    """Choose a decision on the first evaluated split if asked, and score every split by it; each rank does the same.
+    """With `--calibrate`, chooses a decision on the first evaluated split. Scores every split by it, on every rank.
 
     Args:
-        kept: logits of the evaluated splits.
+        kept: the logits of the evaluated splits.
     """
     task, first = data.task, next(iter(kept))
     if args.calibrate:
@@ -137,7 +137,7 @@ def _calibrate(
         if name not in kept:
             continue
         labels, logits = splits[name].labels, kept[name]
-        if args.calibrate and name == first:  # these rows chose the decision: it is not scored on them
+        if args.calibrate and name == first:  # the decision was chosen on these rows, so score them by folds
             shares, predictions = cross_fitted(data.task, logits, labels, args.seed)
         else:
             shares, predictions = probabilities(task, logits), predictions_of(task, logits)
@@ -152,7 +152,7 @@ def _calibrate(
 def predict_splits(
     args: Arguments, data: TaskData, splits: dict[str, TokenSplit], evaluator: Evaluator, analysis: dict
 ) -> dict:
-    """Write `predict_results_<task>.txt` of every test split; the diagnostic's scores go into `analysis`."""
+    """Writes `predict_results_<task>.txt` for every test split, and adds the diagnostic's scores to `analysis`."""
     results = {}
     for task, name, suffix in _prediction_splits(data.task, splits):
         begin = time.perf_counter()
@@ -171,7 +171,7 @@ def predict_splits(
 
 
 def check_predictable(task: GlueTask) -> None:
-    """Before training: raises DataError where a class name cannot stand in `predict_results_<task>.txt`."""
+    """Raises DataError before training if `predict_results_<task>.txt` cannot hold a class name."""
     for name in task.labels:
         if any(sign in name for sign in "\t\n\r"):
             raise DataError(
@@ -181,27 +181,27 @@ def check_predictable(task: GlueTask) -> None:
 
 
 def _diagnose(args: Arguments, task: GlueTask, predictions: np.ndarray, analysis: dict) -> dict:
-    """Add the diagnostic's scores by category to `analysis`, or why there are none; a broken file costs a line."""
+    """Adds the diagnostic's scores by category to `analysis`. Without them it returns the reason, as a result."""
     try:
         found = diagnostic(task, args.data_path, predictions)
     except DataError as error:
         return {keys.diagnostic_reason_key(task.name): str(error)}
     if found is None:
-        return {keys.diagnostic_reason_key(task.name): f"scores by category need GLUE's {LABELLED_AX} in --data_path"}
+        return {keys.diagnostic_reason_key(task.name): f"scores by category need {LABELLED_AX} of GLUE in --data_path"}
     analysis["diagnostic"] = found
     return {}
 
 
 def _prediction_splits(task: GlueTask, splits: dict[str, TokenSplit]) -> list[tuple[GlueTask, str, str]]:
-    own = [(task, name, suffix) for name, suffix in task.test if name in splits]
-    others = [
-        (o, f"{o.name}:{name}", s) for o in also_predicted(task) for name, s in o.test if f"{o.name}:{name}" in splits
-    ]
-    return own + others
+    """(task, key in `splits`, suffix of its results) of every test split, those of other tasks last."""
+    found = [(task, name, suffix) for name, suffix in task.test]
+    for other in also_predicted(task):
+        found += [(other, f"{other.name}:{name}", suffix) for name, suffix in other.test]
+    return [row for row in found if row[1] in splits]
 
 
 def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: DistributedContext) -> dict:
-    """What was run, for every results file."""
+    """The description of the run for every results file."""
     windows = Windows.of(args)
     return {
         "task_name": data.task.name,
@@ -230,14 +230,15 @@ def facts(args: Arguments, data: TaskData, model: LoadedModel, plan, ranks: Dist
 
 
 def train_results(state: TrainState, plan) -> dict:
-    """`train_*` results of all ranks together."""
+    """The `train_*` results, summed over all ranks."""
     meter, ranks, progress = state.observers.meter, state.ranks, state.progress
     summed = state.learner.precision.summed
     weights = state.data.class_weights
     constant = constant_loss(state.task, state.data.split.labels, state.args.label_smoothing_factor, weights)
     own = [meter.samples, meter.windows, meter.real_tokens, meter.computed_tokens, meter.flops]
     names = ("samples", "windows", "real_tokens", "computed_tokens", "flops")
-    totals = dict(zip(names, map(sum, zip(*ranks.all_gather_object(own), strict=True)), strict=True))
+    of_ranks = ranks.all_gather_object(own)
+    totals = {name: sum(counts) for name, *counts in zip(names, *of_ranks, strict=True)}
     return {
         keys.TRAIN_LOSS: progress.loss_sum / max(1, progress.step),
         keys.TRAIN_RUNTIME: meter.runtime,
@@ -251,7 +252,7 @@ def train_results(state: TrainState, plan) -> dict:
         **({} if weights is None else {keys.CLASS_WEIGHTS: named(state.task, weights)}),
         **{keys.training_key(figure): count for figure, count in state.data.split.table.row_counts.items()},
         "epoch": state.epoch,
-        # Of one step and rank; null with apex, which adds them up itself.
+        # Per step and rank. Null with apex, which sums gradients itself.
         keys.TRAIN_GRADIENT_BYTES: summed.bytes if summed.gradients else None,
         keys.SECONDS_TO_FIRST_STEP: meter.to_first_step,
         **meter.rates(totals, plan.dtype),

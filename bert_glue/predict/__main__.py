@@ -1,10 +1,10 @@
 """Labels a file or a stream with a fine-tuned model: `python -m bert_glue.predict --model RUN --input FILE`.
 
-Several models are an ensemble: the mean of their probabilities (of their scores) answers. Rows are read,
-tokenized, run packed and written in chunks, so memory does not grow with the file. The output has all columns
-of the input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. Several labels a
-row are a list in jsonl and parquet, and one text in csv and tsv. A command that was killed goes on where it was when
-it is given again.
+Several models form an ensemble, which predicts from the mean of their probabilities or scores. Rows are read,
+tokenized, labelled and written in chunks, so memory does not grow with the file. The output has all columns of the
+input, then `prediction` and, for classes, `probability_<label>`, rounded to 6 decimals. Several labels of a row are a
+list in jsonl and parquet, and one text in csv and tsv. If the command is killed, the same command continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
-from bert_glue.errors import DataError, UsageError, exit_code_of, run_program, say
+from bert_glue.errors import DataError, UsageError, exit_code_of, print_lines, run_program
 from bert_glue.launch.requirements import refuse_unusable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bert_glue.predict.labeller import Labeller
     from bert_glue.predict.output import ToFile, ToStandardOutput
 
-_BATCHES_PER_CHUNK = 64  # enough to sort by length; what a kill costs at most
+_BATCHES_PER_CHUNK = 64  # enough to sort rows by length; a kill loses at most the work of one chunk
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -39,24 +39,27 @@ def _hash_with(so_far: str, table: Table) -> str:
 
 
 def _skip(tables: Iterator[Table], output: ToFile | ToStandardOutput) -> str:
-    """Reads what is labelled already; returns its hash.
+    """Skips the rows that are already labelled, and returns their hash.
 
     Raises:
-        DataError: the input is not the one those labels are of.
+        DataError: these rows differ from the rows that were labelled.
     """
     rows, digest = 0, ""
     while rows < output.rows and (table := next(tables, None)) is not None:
         rows, digest = rows + len(table), _hash_with(digest, table)
     if rows != output.rows or digest != output.input_hash:
-        raise DataError(f"--input: its first {output.rows} rows are not those labelled so far; --overwrite begins anew")
+        raise DataError(
+            f"--input: its first {output.rows} rows are not the rows labelled so far; "
+            "--overwrite starts from the beginning"
+        )
     return digest
 
 
 def run(options: argparse.Namespace) -> int:
-    """Labels the whole input; returns 0.
+    """Labels the whole input and returns 0.
 
     Raises:
-        UserError: usage, data (file:line), machine, diverged or disk, each with its exit code.
+        UserError: an error of usage, data (file:line), machine or disk, or diverged weights, each with its exit code.
     """
     refuse_unusable()
     from bert_glue.config.arguments import Arguments
@@ -81,18 +84,18 @@ def run(options: argparse.Namespace) -> int:
     tables = stream_tables(options.input, input_kind, chunk)
     first = next(tables)
     flags = ColumnFlags(tuple(options.text_column_names or ()), options.label_column_name)
-    say(*first.notes, file=log)
+    print_lines(*first.notes, file=log)
     alone = []
     for name, (own_task, own) in zip(options.model, tasks, strict=True):
         columns, lines = columns_of(own_task, own, flags, first)
-        say(*lines, file=log)
+        print_lines(*lines, file=log)
         text_delimiter = own.get("text_column_delimiter") or (" " if len(columns) > 2 else None)
         reads = replace(own_task, columns=columns, text_delimiter=text_delimiter)
         alone.append(build_labeller(replace(args, model_name_or_path=name, **_lengths(options, own)), reads))
         for note in alone[-1].model.notes:
-            say(f"note: {note}", file=log)
+            print_lines(f"note: {note}", file=log)
     for line in said:
-        say(f"note: {line}", file=log)
+        print_lines(f"note: {line}", file=log)
     labeller = replace(alone[0], others=tuple(alone[1:]), threshold=threshold, delimiter=delimiter)
     settle_threads(args, labeller.evaluator.ranks.device, [one.model for one in alone])
     output: ToFile | ToStandardOutput = (
@@ -114,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _lengths(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, int]:
-    """Flags on the length of rows, as given, else as the model was trained; what neither says is left out."""
+    """The flags on the length of rows: as given, else as in training. A flag that neither sets is left out."""
     given = {name: getattr(options, name) for name in ("max_seq_length", "doc_stride", "max_windows")}
     chosen = {name: own.get(name) if value is None else value for name, value in given.items()}
     return {name: value for name, value in chosen.items() if value is not None}
@@ -128,7 +131,7 @@ def _from_first(first: Table, rest: Iterator[Table]) -> Iterator[Table]:
 def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToStandardOutput, log) -> None:
     digest = _skip(tables, output)
     if output.rows:
-        say(f"going on after row {output.rows}", file=log)
+        print_lines(f"continuing after row {output.rows}", file=log)
     device, plan = labeller.evaluator.ranks.device, labeller.evaluator.precision.plan
     begin = last = time.perf_counter()
     rows = 0
@@ -139,22 +142,22 @@ def _label_all(labeller: Labeller, tables: Iterator[Table], output: ToFile | ToS
         rows += len(table)
         now = time.perf_counter()
         if now - last > _SECONDS_BETWEEN_LINES:
-            say(f"{rows} rows, {rows / (now - begin):.1f} rows/s", file=log)
+            print_lines(f"{rows} rows, {rows / (now - begin):.1f} rows/s", file=log)
             last = now
     output.finish()
     seconds = time.perf_counter() - begin
     path = "packed" if labeller.model.is_packed else f"padded, {labeller.model.why_padded}"
-    say(
+    print_lines(
         f"labelled {rows} rows in {seconds:.1f} s: {rows / seconds:.1f} rows/s ({path}, {plan.name}, {device.name})",
         file=log,
     )
     for one in (labeller, *labeller.others):
         for line in one.length_notes():
-            say(f"note: {line}", file=log)
+            print_lines(f"note: {line}", file=log)
 
 
 def _identity(args: Arguments, labeller: Labeller, kind: str) -> dict[str, Any]:
-    """The values of `labelled_output.IDENTITY`."""
+    """The values of `IDENTITY` in predict/output.py."""
     members = (labeller, *labeller.others)
     temperatures = [one.task.decision.temperature for one in members]
     windows = [one.windows and [one.windows.stride, one.windows.most] for one in members]
@@ -175,17 +178,20 @@ def _identity(args: Arguments, labeller: Labeller, kind: str) -> dict[str, Any]:
 
 
 def _kind(options: argparse.Namespace, part: str) -> str:
-    """csv, tsv, jsonl or parquet, as asked or by the extension.
+    """The format of the input or output: csv, tsv, jsonl or parquet, by its flag or else by the extension.
+
+    Args:
+        part: "input" or "output".
 
     Raises:
-        UsageError: neither tells it, or standard input or output cannot have it.
+        UsageError: the extension is unknown and no flag is given, or the format cannot be piped.
     """
     path, asked = getattr(options, part), getattr(options, f"{part}_format")
     kind = asked or ("jsonl" if path == STANDARD else path.suffix.lower().removeprefix("."))
     if kind not in STREAMED:
         raise UsageError(f"--{part} {path}: unknown extension. Choices: {', '.join(STREAMED)}, or --{part}_format")
     if path == STANDARD and kind == "parquet":
-        raise UsageError(f"--{part} -: parquet needs a file; jsonl, csv and tsv can be piped")
+        raise UsageError(f"--{part} -: parquet cannot be piped; use a file, or --{part}_format jsonl, csv or tsv")
     return kind
 
 
@@ -202,40 +208,40 @@ def _parser() -> CommandParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--model", required=True, nargs="+", action="extend", metavar="NAME",
-        help="output folder of a run, checkpoint, or hub name; several: the mean of their probabilities")  # fmt: skip
-    add("--input", required=True, type=Path, help=f"{', '.join(STREAMED)}; - is standard input")
-    add("--output", required=True, type=Path, help="likewise; - is standard output")
-    add("--input_format", choices=STREAMED, help="default: by the extension, jsonl for -")
-    add("--output_format", choices=STREAMED, help="default: by the extension, jsonl for -")
+        help="output folder of a run, a checkpoint, or a hub name; several form an ensemble of their mean")  # fmt: skip
+    add("--input", required=True, type=Path, help=f"file to label ({', '.join(STREAMED)}); - is standard input")
+    add("--output", required=True, type=Path, help="file to write, in the same formats; - is standard output")
+    add("--input_format", choices=STREAMED, help="format of the input; default: by the extension, jsonl for -")
+    add("--output_format", choices=STREAMED, help="format of the output; default: by the extension, jsonl for -")
     add("--text_column_names", "--text_columns", nargs="+", action="extend", type=_names, metavar="NAME",
-        help="one or two; default: those the model was trained on")  # fmt: skip
-    add("--label_column_name", metavar="NAME", help="is no text; labels of the input are not used")
+        help="text columns of the input; default: the columns the model was trained on")  # fmt: skip
+    add("--label_column_name", metavar="NAME", help="label column of the input, which is copied and not read")
     add(
         "--problem_type",
         choices=FLAGS["problem_type"].choices,
-        help="kind of the model's labels where its config.json has none; default: one label a row, or a score",
+        help="problem type of a model whose config.json has none; default: one label per row, or a score",
     )
     add("--label_threshold", type=float, metavar="P",
-        help="of several labels a row those of a higher probability are given; default: the model's own")  # fmt: skip
+        help="with several labels per row, predict those above this probability; default: the model's own")  # fmt: skip
     add("--label_delimiter", metavar="TEXT",
-        help="joins several labels of a row in csv and tsv; default: as in training, else ;")  # fmt: skip
-    add("--max_seq_length", type=int, help="tokens; default: as in training, else 128")
+        help="text between the labels of a row in csv and tsv; default: as in training, else ;")  # fmt: skip
+    add("--max_seq_length", type=int, help="tokens per sequence; default: as in training, else 128")
     add("--doc_stride", type=int, metavar="N",
-        help="tokens that windows of a longer text share; -1: it is cut; default: as in training")  # fmt: skip
-    add("--max_windows", type=int, metavar="N", help="windows of a row; default: as in training, else 64")
-    add("--per_device_eval_batch_size", type=int, default=32, help="rows a forward pass, default 32")
-    add("--device", default="auto", help="auto, an index, a name, or name:index")
-    add("--bf16", action="store_true", help="autocast to bfloat16")
-    add("--fp16", action="store_true", help="autocast to half precision")
-    add("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
+        help="tokens shared by neighbouring windows of a long text; -1: cut it; default: as in training")  # fmt: skip
+    add("--max_windows", type=int, metavar="N", help="most windows per row; default: as in training, else 64")
+    add("--per_device_eval_batch_size", type=int, default=32, help="rows per forward pass; default 32")
+    add("--device", default="auto", help="auto (default), an index, a name, or name:index")
+    add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    add("--fp16", action="store_true", help="compute in half precision (autocast)")
+    add("--trust_remote_code", action="store_true", help="run the Python code of a hub model")
     add("--keep_formulas", action="store_true",
-        help="csv and tsv: put no apostrophe before a text that a spreadsheet would run as a formula")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace a finished output, and begin an unfinished one anew")
+        help="csv and tsv: put no apostrophe before texts that a spreadsheet would run as a formula")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a finished output, and restart an unfinished one")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, 2 usage, 3 data, 4 model or device, 5 diverged, 6 disk."""
+    """Runs the command. Exit codes: 0 success, 2 usage, 3 data, 4 model or device, 5 diverged weights, 6 disk."""
     parser = _parser()
     options = parser.parse_args(argv)
     options.text_column_names = [name for names in options.text_column_names or () for name in names]
@@ -247,9 +253,11 @@ def main(argv: list[str]) -> int:
     if options.label_threshold is not None and not 0 < options.label_threshold < 1:
         parser.error(f"--label_threshold {options.label_threshold} is not in (0, 1)")
     if options.label_delimiter == "" or "\\" in (options.label_delimiter or ""):
-        parser.error(f"--label_delimiter {options.label_delimiter!r} is empty, or has a backslash, which escapes it")
+        parser.error(
+            f"--label_delimiter {options.label_delimiter!r} must be a text that is not empty and has no backslash"
+        )
     if options.bf16 and options.fp16:
-        parser.error("--fp16 and --bf16 are two precisions: give one")
+        parser.error("--fp16 and --bf16 exclude each other; give one")
     return exit_code_of(lambda: run(options))
 
 

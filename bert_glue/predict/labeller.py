@@ -1,4 +1,4 @@
-"""A finished model that labels tables: what it was trained on, which columns it reads, and its answers."""
+"""Labels tables with a finished model: its task, the columns that it reads, and its predictions."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ from bert_glue.training.setup import build_collator
 
 @dataclass(frozen=True)
 class Labeller:
-    """A model that labels tables.
+    """A model that labels tables, alone or as the first member of an ensemble.
 
     Args:
-        task: as it was trained; `columns` are this input's, in the order this model reads them.
-        limit: tokens of a sequence.
-        windows: how longer rows become several sequences; None where they are cut.
-        lengths: counts rows that are cut or in windows.
-        others: whose answers are averaged with its own (an ensemble): probabilities, or scores.
-        threshold: a class whose mean probability is above it is given: any where a row may have several, the second of
-            two; None elsewhere.
-        delimiter: joins several labels of a row into one text; None leaves them a list.
+        task: the task of the training run. Its `columns` name the columns of this input, in the order in which the
+            model reads them.
+        limit: the largest number of tokens in a sequence.
+        windows: how longer rows become several sequences. None: longer rows are cut.
+        lengths: counts the rows that were cut or split into windows.
+        others: the other members of the ensemble. Their probabilities (or scores) are averaged with those of this one.
+        threshold: with several labels per row, every label with a higher mean probability is predicted. With two
+            classes, the second class is predicted above it. None in all other cases.
+        delimiter: joins the labels of a row into one text. None: they stay a list.
     """
 
     task: GlueTask
@@ -55,10 +56,10 @@ class Labeller:
     delimiter: str | None = None
 
     def answers(self, table: Table) -> np.ndarray:
-        """Probabilities `[rows, labels]`, or scores `[rows, 1]`, of this model alone, float64.
+        """The probabilities `[rows, labels]` or scores `[rows, 1]` of this model alone, float64.
 
         Raises:
-            DataError: a text is missing or is no text (file:line).
+            DataError: a text is missing, or a value is not a text (file:line).
             DivergedError: the model's outputs are not finite.
         """
         check_quoting(table, self.task.columns)
@@ -71,7 +72,7 @@ class Labeller:
         return probabilities(self.task, logits)
 
     def length_notes(self) -> list[str]:
-        """Lines on the rows so far that were longer than a sequence."""
+        """Log lines about the rows so far that were longer than a sequence."""
         windowed, cut = self.lengths[keys.WINDOWED_ROWS], self.lengths[keys.CUT_ROWS]
         found = []
         if windowed:
@@ -81,14 +82,14 @@ class Labeller:
         return found
 
     def order_of(self, task: GlueTask) -> list[int]:
-        """The column of its own answers for each label of `task`, which has the same labels in any order."""
+        """For each label of `task`, its column in the answers of this model, which may have them in another order."""
         return [self.task.labels.index(label) for label in task.labels] or [0]
 
     def label(self, table: Table) -> Columns:
-        """The table's columns, then the model's.
+        """The columns of the table, followed by the predictions and probabilities.
 
         Raises:
-            DataError: a text is missing or is no text (file:line), or a column of ours is there already.
+            DataError: a text is missing or not a text (file:line), or the table already has a column of such a name.
             DivergedError: the model's outputs are not finite.
         """
         answers = [one.answers(table)[:, one.order_of(self.task)] for one in (self, *self.others)]
@@ -97,12 +98,14 @@ class Labeller:
             decision = replace(decision, threshold=self.threshold)
         own = _own_columns(replace(self.task, decision=decision), np.mean(answers, axis=0), self.delimiter)
         if taken := [name for name in own if name in table.columns]:
-            raise DataError(f"{table.origin}: the input has a column {taken[0]!r} already; rename it")
+            raise DataError(
+                f"{table.origin}: the input already has a column {taken[0]!r}, which the output adds; rename it"
+            )
         return {**table.columns, **own}
 
 
 def _own_columns(task: GlueTask, answers: np.ndarray, delimiter: str | None) -> Columns:
-    """Predictions and probabilities of `[rows, labels]` probabilities, or predictions of `[rows, 1]` scores."""
+    """The output columns for probabilities `[rows, labels]` (labels and probabilities) or scores `[rows, 1]`."""
     if task.is_regression:
         if task.score_range is not None:
             return {"prediction": np.clip(answers[:, 0], *task.score_range).round(6).tolist()}
@@ -118,28 +121,36 @@ def _own_columns(task: GlueTask, answers: np.ndarray, delimiter: str | None) -> 
 
 
 def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | None) -> tuple[float | None, list[str]]:
-    """The threshold of the models' mean probability, None for one label of three or more or for scores; and log lines.
+    """The threshold for the mean probability of the models, and log lines about it.
+
+    The threshold is None for scores, and for one label out of three or more.
 
     Args:
-        names: of the models.
-        tasks: what each was trained on.
+        names: the `--model` values.
+        tasks: the task of each model.
         asked: `--label_threshold`.
 
     Raises:
-        UsageError: the models have different labels or kinds of answers, or none of theirs has a threshold.
+        UsageError: the models differ in their labels or problem types, or `--label_threshold` does not apply to them.
     """
     first = tasks[0]
     for name, task in zip(names[1:], tasks[1:], strict=True):
         if task.problem_type != first.problem_type:
             raise UsageError(
-                f"--model {name} is of problem_type {task.problem_type}, --model {names[0]} of {first.problem_type}"
+                f"--model {name} has problem_type {task.problem_type} and --model {names[0]} has {first.problem_type}; "
+                "an ensemble needs one problem type"
             )
         if sorted(task.labels) != sorted(first.labels):
             answers = [", ".join(one.labels) or "a score" for one in (task, first)]
-            raise UsageError(f"--model {name} answers {answers[0]}, --model {names[0]} {answers[1]}")
+            raise UsageError(
+                f"--model {name} predicts {answers[0]} and --model {names[0]} predicts {answers[1]}; "
+                "an ensemble needs the same labels"
+            )
     if not first.is_multi_label and asked is not None:
-        raise UsageError(f"--label_threshold {asked:g}: the model gives one label a row")
-    # Of two classes the threshold is that of the second, which another model may have first.
+        raise UsageError(
+            f"--label_threshold {asked:g} is for models with several labels per row; this one gives one label per row"
+        )
+    # With two classes the threshold belongs to the second class, which may be another model's first class.
     own = [
         task.decision.threshold if first.is_multi_label or task.labels == first.labels else 1 - task.decision.threshold
         for task in tasks
@@ -160,14 +171,15 @@ def ensemble_threshold(names: list[str], tasks: list[GlueTask], asked: float | N
 
 
 def delimiter_of(asked: str | None, tasks: list[GlueTask], kind: str) -> str | None:
-    """What joins the labels of a row in an output of this kind; None where they are a list, or one.
+    """The text that joins the labels of a row in the output. None if they stay a list, or if a row has one label.
 
     Args:
         asked: `--label_delimiter`.
-        tasks: what each model was trained on.
+        tasks: the task of each model.
+        kind: the format of the output.
 
     Raises:
-        UsageError: there is nothing to join, or the models join with different ones.
+        UsageError: `--label_delimiter` is given, but no labels are joined; or the models have different delimiters.
     """
     task = tasks[0]
     if task.is_multi_label and kind in ("csv", "tsv"):
@@ -177,7 +189,7 @@ def delimiter_of(asked: str | None, tasks: list[GlueTask], kind: str) -> str | N
                              "--label_delimiter says which")  # fmt: skip
         return asked or task.label_delimiter or DELIMITER
     if asked is not None:
-        why = f"{kind} holds them as a list" if task.is_multi_label else "the model gives one label a row"
+        why = f"{kind} holds the labels as a list" if task.is_multi_label else "the model gives one label per row"
         raise UsageError(f"--label_delimiter {asked!r}: {why}")
     return None
 
@@ -185,16 +197,18 @@ def delimiter_of(asked: str | None, tasks: list[GlueTask], kind: str) -> str | N
 def columns_of(
     task: GlueTask, settings: dict[str, Any], flags: ColumnFlags, first: Table
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The text columns of the input: those named, else the model's own, else where it is certain; and log lines.
+    """The text columns of the input, and log lines about the choice.
+
+    The columns named by a flag come first, then those of the training run, then a choice by content if it is certain.
 
     Raises:
-        DataError: they are not in the file, or not certain.
-        UsageError: one text is given where the model reads two, or the reverse.
+        DataError: the file lacks a column, or the choice is not certain.
+        UsageError: the flag names another number of columns than the model reads.
     """
     trained, asked = tuple(settings.get("text_columns") or task.columns), flags.texts
     if asked and trained and len(asked) != len(trained):
         raise UsageError(
-            f"--text_column_names {' '.join(asked)}: the model reads {len(trained)} a row: {', '.join(trained)}"
+            f"--text_column_names {' '.join(asked)}: the model reads {len(trained)} texts per row: {', '.join(trained)}"
         )
     columns = asked or trained
     if not columns:
@@ -204,22 +218,24 @@ def columns_of(
     if missing:
         raise DataError(
             f"{first.origin}: no column {missing[0]!r}; columns: {first.names}; "
-            "name those with the texts by --text_column_names"
+            "name the text columns with --text_column_names"
         )
     return columns, []
 
 
 def build_labeller(args: Arguments, task: GlueTask) -> Labeller:
-    """The model on its device, ready to label; for inference only.
+    """Loads the model onto its device, for inference only.
 
     Raises:
-        MachineError: the folder has no fine-tuned classifier, or the device cannot run it.
+        MachineError: the folder has no fine-tuned classifier, or the device cannot run the model.
     """
     ranks = DistributedContext(args)
-    plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is for training
+    plan = plan_precision(replace(args, amp_backend="native"), ranks.device)  # apex is only for training
     model = load_model(args, task)
     if model.fresh:
-        raise MachineError(f"--model {args.model_name_or_path}: has no classifier; fine-tune it first")
+        raise MachineError(
+            f"--model {args.model_name_or_path} has no fine-tuned classifier; train it first with run_glue.py"
+        )
     model.module.to(ranks.device.torch_device)
     precision = InferencePrecision(plan, model.module)
     collate = build_collator(args, model, ranks, None)

@@ -1,8 +1,8 @@
-"""Writes labelled rows as csv, tsv, jsonl or parquet, chunk by chunk, so that a killed run goes on.
+"""Writes labelled rows as csv, tsv, jsonl or parquet, chunk by chunk, so that a killed run can continue.
 
-While it is made a file is called `.<name>.partial`, beside `.<name>.progress.json` that tells how many
-rows and bytes of it count. After a kill the rest is cut off, and the same rows are appended again: the
-result is byte for byte that of a run that was never stopped.
+An unfinished file is called `.<name>.partial`. Beside it, `.<name>.progress.json` states how many of its rows and
+bytes are valid. After a kill, the bytes beyond are cut off and their rows are written again. The finished file is
+byte for byte the same as that of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bert_glue.storage.files import (
 from bert_glue.storage.identity import Fact, differences, flag_facts, with_current_keys
 
 Columns = dict[str, list]
-# All that decides the bytes of the output.
+# Everything that decides the bytes of the output.
 IDENTITY = (
     Fact("model_sha256", "model"),
     Fact("tokenizers", "tokenizer"),
@@ -46,7 +46,7 @@ IDENTITY = (
 
 
 class ToStandardOutput:
-    """Rows to standard output; nothing is kept, so nothing can go on after a kill.
+    """Writes rows to standard output. It keeps no progress, so a killed run starts again.
 
     Args:
         kind: csv, tsv or jsonl.
@@ -65,28 +65,28 @@ class ToStandardOutput:
             sys.stdout.buffer.write(self.encode(table, columns))
             sys.stdout.buffer.flush()
         except BrokenPipeError:
-            # Nobody reads any more; python would try to flush again at its end.
+            # The pipe has no reader. At exit Python flushes stdout again, which would print a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise CheckpointError("--output -: the reader of standard output is gone") from None
+            raise CheckpointError("--output -: the reader of standard output has ended") from None
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 class ToFile:
-    """Rows to a file that appears when it is complete.
+    """Writes rows to a file that gets its name when it is complete.
 
     Args:
         kind: csv, tsv, jsonl or parquet.
-        identity: values of `IDENTITY`; a part that was begun with others is refused.
-        overwrite: replace a finished file, and begin anew.
+        identity: the values of `IDENTITY`. An unfinished file with other values is refused.
+        overwrite: replace a finished file, and restart an unfinished one.
         keep_formulas: see `without_formula`.
 
     Raises:
-        CheckpointError: the file exists, another process writes it, or its part does not fit.
+        CheckpointError: the file exists, another process is writing it, or an unfinished file does not match.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ToFile:
         self._progress = path.with_name(f".{path.name}.progress.json")
         self.rows, self.input_hash = 0, ""
         if path.exists() and not overwrite:
-            raise CheckpointError(f"--output {path} exists; choose another, or --overwrite")
+            raise CheckpointError(f"--output {path} exists; choose another path, or give --overwrite")
         with plain_errors(path):
             self._file: BinaryIO = open_own(self._partial)
         try:
@@ -111,31 +111,35 @@ class ToFile:
         self._bytes = size
 
     def _resume(self) -> int:
-        """Takes over what an earlier process told; returns the bytes that count."""
+        """Continues from the progress file of an earlier process, and returns the number of valid bytes."""
         try:
-            told = json_object(self._progress)
-            _check_progress(told)
+            earlier = json_object(self._progress)
+            _check_progress(earlier)
         except FileNotFoundError:
             return 0
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._progress}: is damaged ({error}); --overwrite begins anew") from None
-        other = differences(IDENTITY, with_current_keys(IDENTITY, told["identity"]), self.identity)
+            raise CheckpointError(
+                f"{self._progress} is damaged ({error}); --overwrite starts from the beginning"
+            ) from None
+        other = differences(IDENTITY, with_current_keys(IDENTITY, earlier["identity"]), self.identity)
         if other:
             raise CheckpointError(
-                f"--output {self.path}: {told['rows']} rows were labelled with another {other}; "
-                "go on with the same, or --overwrite begins anew"
+                f"--output {self.path}: {earlier['rows']} rows were labelled with another {other}; "
+                "continue with the same settings, or start from the beginning with --overwrite"
             )
-        if self._partial.stat().st_size < told["bytes"]:
-            raise CheckpointError(f"{self._partial}: is shorter than {self._progress.name} says; --overwrite")
-        self.rows, self.input_hash = told["rows"], told["input_sha256"]
-        self.encode.go_on(told["columns"], self._partial)
-        return told["bytes"]
+        if self._partial.stat().st_size < earlier["bytes"]:
+            raise CheckpointError(
+                f"{self._partial} is shorter than {self._progress.name} states; --overwrite starts from the beginning"
+            )
+        self.rows, self.input_hash = earlier["rows"], earlier["input_sha256"]
+        self.encode.go_on(earlier["columns"], self._partial)
+        return earlier["bytes"]
 
     def append(self, table: Table, columns: Columns, input_hash: str) -> None:
-        """Adds one chunk; it counts when this returns.
+        """Adds one chunk. After this returns, the chunk survives a kill.
 
         Args:
-            input_hash: of all input rows so far.
+            input_hash: the hash of all input rows so far.
         """
         content = self.encode(table, columns)
         with plain_errors(self.path):
@@ -144,11 +148,11 @@ class ToFile:
             os.fsync(self._file.fileno())
             self.rows += len(table)
             self._bytes += len(content)
-            told = {"rows": self.rows, "bytes": self._bytes, "input_sha256": input_hash}
-            write_json(self._progress, {**told, "columns": self.encode.names, "identity": self.identity})
+            progress = {"rows": self.rows, "bytes": self._bytes, "input_sha256": input_hash}
+            write_json(self._progress, {**progress, "columns": self.encode.names, "identity": self.identity})
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames the complete file to its final name."""
         with plain_errors(self.path):
             if self.kind == "parquet":
                 with written_aside(self.path) as aside:
@@ -159,30 +163,30 @@ class ToFile:
                 part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Lets go of the file; one without any row that counts leaves nothing behind."""
+        """Closes the file, and deletes it if it has no valid rows."""
         if not self.rows:
             self._partial.unlink(missing_ok=True)
         self._file.close()
 
 
-def _check_progress(told: Any) -> None:
-    """Raises ValueError where `told` is not what `ToFile.append` writes."""
+def _check_progress(progress: dict[str, Any]) -> None:
+    """Raises ValueError unless `progress` has the fields that `ToFile.append` writes."""
     kinds = {"rows": int, "bytes": int, "input_sha256": str, "columns": list, "identity": dict}
     for name, kind in kinds.items():
-        value = told.get(name)
+        value = progress.get(name)
         is_count = kind is not int or (not isinstance(value, bool) and isinstance(value, int) and value >= 0)
         if not isinstance(value, kind) or not is_count:
             raise ValueError(f"its {name!r} is {str(value)[:40]}")
-    if not all(isinstance(name, str) for name in told["columns"]):
+    if not all(isinstance(name, str) for name in progress["columns"]):
         raise ValueError("its 'columns' are not names")
 
 
 class _Encoder:
-    """Chunks of columns to bytes.
+    """Converts chunks of columns to bytes.
 
     Args:
-        names: columns of the first chunk, which all others must have; None before it.
-        keeps_formulas: False takes formulas out of csv and tsv.
+        names: the columns of the first chunk, which all later chunks must have. None before the first chunk.
+        keeps_formulas: False puts an apostrophe before formulas in csv and tsv.
     """
 
     keeps_formulas = False
@@ -191,29 +195,30 @@ class _Encoder:
         self.names: list[str] | None = None
 
     def go_on(self, names: list[str], partial: Path) -> None:
-        """Takes over from an earlier process that wrote `partial`."""
+        """Continues from the earlier process that wrote `partial`."""
         self.names = names
 
     def __call__(self, table: Table, columns: Columns) -> bytes:
-        """Bytes of one chunk.
+        """The bytes of one chunk.
 
         Raises:
-            DataError: a value or column that this kind of file cannot hold; file:line.
+            DataError: the format cannot hold a value or column (file:line).
         """
-        is_first, self.names = self.names is None, self.names or list(columns)
+        is_first = self.names is None
+        self.names = self.names or list(columns)
         for name in columns.keys() - set(self.names):
             at = next((row for row, value in enumerate(columns[name]) if value is not None), 0)
             raise DataError(
-                f"{table.where(at)}: {name!r} is not among the columns of the first rows; jsonl can hold it"
+                f"{table.where(at)}: the first rows have no column {name!r}; write jsonl, which can hold it"
             )
         return self.encode(table, {name: columns.get(name, [None] * len(table)) for name in self.names}, is_first)
 
     def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
-        """Bytes of columns that are the same for all chunks."""
+        """The bytes of columns that are the same in all chunks."""
         raise NotImplementedError
 
     def cells(self, columns: Columns) -> tuple[list[str], list[list[str]]]:
-        """Names and texts of columns as csv and tsv have them."""
+        """Names and texts of the columns, as written in csv and tsv."""
         names, texts = list(columns), _texts(columns)
         if self.keeps_formulas:
             return names, texts
@@ -223,7 +228,7 @@ class _Encoder:
 class _Csv(_Encoder):
     def encode(self, table: Table, columns: Columns, is_first: bool) -> bytes:
         names, texts = self.cells(columns)
-        # csv.writer leaves a lone CR unquoted, which readers take for the end of a line.
+        # csv.writer does not quote a single CR, and readers take it for the end of a line.
         has_return = any("\r" in value for values in texts for value in values)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
@@ -240,14 +245,14 @@ class _Tsv(_Encoder):
         for row, values in enumerate(zip(*texts, strict=True)):
             line = "\t".join(values)
             if line.count("\t") != len(values) - 1 or "\n" in line or "\r" in line:
-                raise DataError(f"{table.where(row)}: a tab or line break in a text, which tsv cannot hold; csv can")
+                raise DataError(f"{table.where(row)}: a text has a tab or line break, which tsv cannot hold; write csv")
             lines.append(line)
         return _utf8(table, "\n".join(lines) + "\n")
 
 
 class _Jsonl(_Encoder):
     def __call__(self, table: Table, columns: Columns) -> bytes:
-        """One object a row; any chunk may have other keys."""
+        """One object per row. Chunks may have different keys."""
         self.names = []
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         return _utf8(table, "".join(_json(row) + "\n" for row in rows))
@@ -260,10 +265,12 @@ def _json(value: Any) -> str:
 
 
 def _texts(columns: Columns) -> list[list[str]]:
-    """Values as csv and tsv have them: None is empty, lists and objects are JSON."""
+    """Values as written in csv and tsv: None is empty, lists and objects are JSON."""
 
     def text(value: Any) -> str:
-        return value if isinstance(value, str) else "" if value is None else _json(value)
+        if value is None:
+            return ""
+        return value if isinstance(value, str) else _json(value)
 
     return [[text(value) for value in values] for values in columns.values()]
 
@@ -272,11 +279,13 @@ def _utf8(table: Table, text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{table.where(0)} or later: half a surrogate pair, which is no text") from None
+        raise DataError(
+            f"{table.where(0)} or later: a text has half a surrogate pair, which UTF-8 cannot hold"
+        ) from None
 
 
 class _Parquet(_Encoder):
-    """An Arrow stream: its messages can be appended, a parquet file's rows cannot. `_to_parquet` converts it."""
+    """Writes an Arrow stream, to which chunks can be appended, unlike to parquet. `_to_parquet` converts it."""
 
     _schema: Any = None
 
@@ -301,7 +310,7 @@ class _Parquet(_Encoder):
 
 
 def _known_kind(kind: Any) -> Any:
-    """Text where the first rows have no value, in lists too: later rows may have one."""
+    """The type of a column. A column (or list) without any value in the first rows is text: later rows may have one."""
     import pyarrow
 
     if pyarrow.types.is_list(kind) and pyarrow.types.is_null(kind.value_type):
@@ -310,7 +319,7 @@ def _known_kind(kind: Any) -> Any:
 
 
 def _array(table: Table, name: str, values: list, kind: Any) -> Any:
-    """A column as Arrow has it; `kind` None infers it."""
+    """A column as an Arrow array. If `kind` is None, Arrow infers the type."""
     import pyarrow
 
     problems = (pyarrow.ArrowException, UnicodeEncodeError, OverflowError)
@@ -321,13 +330,13 @@ def _array(table: Table, name: str, values: list, kind: Any) -> Any:
             try:
                 pyarrow.array(values[: row + 1] if kind is None else [values[row]], kind)
             except problems:
-                found = f"{str(values[row])[:40]!r}, which does not fit the rows before"
-                raise DataError(f"{table.where(row)}: {name!r} is {found}; jsonl can hold it") from None
+                found = f"{str(values[row])[:40]!r}, which does not fit the type of the rows before"
+                raise DataError(f"{table.where(row)}: {name!r} is {found}; write jsonl, which can hold it") from None
         raise
 
 
 def _to_parquet(stream: Path, target: Path) -> None:
-    """An Arrow stream to a parquet file, a row group a chunk."""
+    """Converts an Arrow stream to a parquet file with one row group per chunk."""
     import pyarrow
     import pyarrow.parquet
 

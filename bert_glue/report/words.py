@@ -21,7 +21,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "seed": ("Seed", "随机种子"),
     "batches": ("Batches", "批次"),
     "windows": ("Long texts", "长文本"),
-    "label_threshold": ("Several labels a row, given above the probability", "每行可有多个标签，概率高于此值时给出"),
+    "label_threshold": ("Threshold for each of several labels", "标签概率阈值（每行多个标签）"),
     "trained": ("Trained", "训练的部分"),
     "class_weights": ("Weights of the classes in the loss", "损失中各类别的权重"),
     "calibrated": ("Calibration", "校准"),
@@ -44,11 +44,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "No better than the most frequent class: the model has learned nothing",
         "不高于总是预测最多的类别：模型没有学到任何东西",
     ),
-    "constant_is": ("Predicting always the same labels, at best: {value}", "总是给出同一组标签，最高：{value}"),
-    "above_constant": ("{points} above always the same labels", "比总是给出同一组标签高 {points}"),
+    "constant_is": ("Always predicting the same labels, at best: {value}", "总是预测同一组标签，最高：{value}"),
+    "above_constant": ("{points} above always predicting the same labels", "比总是预测同一组标签高 {points}"),
     "at_constant": (
-        "No better than always the same labels: the model has learned nothing",
-        "不高于总是给出同一组标签：模型没有学到任何东西",
+        "No better than always predicting the same labels: the model has learned nothing",
+        "不高于总是预测同一组标签：模型没有学到任何东西",
     ),
     "no_score": ("This run did not evaluate: there is no score", "本次运行没有评估，因此没有得分"),
     "train_time": ("Training {time}, epochs: {epochs}", "训练 {time}，轮数：{epochs}"),
@@ -144,8 +144,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "prediction": ("Prediction", "预测"),
     "hardest": ("Errors with the highest loss", "损失最高的错误"),
     "hardest_how": (
-        "The {n} rows with the highest loss, from the worst on.",
-        "损失最高的 {n} 行，从最高的开始。",
+        "The {n} rows with the highest loss, the worst first.",
+        "损失最高的 {n} 行，从高到低排列。",
     ),
     "search": ("Search", "搜索"),
     "texts": ("Texts", "文本"),
@@ -153,9 +153,9 @@ WORDS: dict[str, tuple[str, str]] = {
     "probability": ("Probability", "概率"),
     "explained": ("Deciding tokens (gradient x input)", "起决定作用的词元（梯度 x 输入）"),
     "explained_how": (
-        "Blue tokens support the prediction, and orange tokens speak against it. This is a first-order "
+        "Blue tokens support the prediction, and orange tokens oppose it. This is a first-order "
         "approximation for single examples, not a proof.",
-        "蓝色：支持预测；橙色：反对预测。只是单个样本的一阶近似，不是证明。",
+        "蓝色：支持该预测；橙色：不支持该预测。这只是单个样本的一阶近似，不是证明。",
     ),
     "diagnostic": ("Diagnostic set (AX), Matthews correlation by category", "诊断集（AX），各类别的 Matthews 相关系数"),
     "matthews_x100": ("Matthews x100", "Matthews x100"),
@@ -195,8 +195,8 @@ WORDS: dict[str, tuple[str, str]] = {
         "训练失败是指预测与文本无关，或训练损失没有下降；平均值包含这些运行。",
     ),
     "seeds_how": (
-        "A dot is a seed, and a ring is a collapsed one. The bar is the mean with its 95 % interval. An orange "
-        "stroke is a published figure. The dashed line is the most frequent class.",
+        "A dot is one seed, and a ring is a collapsed one. The bar is the mean with its 95 % interval. An orange "
+        "stroke is a published figure. The dashed line is the score of the most frequent class.",
         "圆点：一个种子；圆圈：训练失败的种子；横条：平均值及其 95 % 区间；橙色短线：公布的结果；虚线：最多的类别。",
     ),
     "all_published": ("Published", "公布的结果"),
@@ -227,11 +227,11 @@ WORDS: dict[str, tuple[str, str]] = {
 
 
 class Verdict(Enum):
-    """The meaning of a difference.
+    """The verdict on a difference between two scores.
 
     Attributes:
-        word: key of its phrase.
-        style: CSS class.
+        word: the key of its phrase in `WORDS`.
+        style: the CSS class.
     """
 
     WITHIN = ("within", "soft")
@@ -249,22 +249,22 @@ _BOTH = Markup('<{0} class="en" lang="en">{1}</{0}><{0} class="zh" lang="zh-CN">
 
 
 def both(key: str, tag: str = "span", **values: object) -> Markup:
-    """A phrase in both languages; `values` are escaped."""
+    """A phrase in both languages. `values` are escaped."""
     english, chinese = (Markup(text).format(**values) for text in WORDS[key])
     return english if english == chinese and tag == "span" else _BOTH.format(Markup(tag), english, chinese)
 
 
 def shown_metrics(task: GlueTask) -> tuple[str, ...]:
-    """The metrics that are shown of a run, where its results have them."""
+    """The metrics that a report shows, if the results have them."""
     return task.metrics if task.is_multi_label else METRICS
 
 
 def metric_name(metric: str) -> str | Markup:
-    """A metric in both languages; an unknown one as it is."""
+    """The name of a metric in both languages. An unknown metric keeps its key."""
     return both(metric) if metric in NAMED_METRICS else metric
 
 
 def starts_chinese() -> bool:
-    """True if the locale of this process is Chinese: the page then opens in Chinese."""
+    """True if the locale of this process is Chinese, so that the page opens in Chinese."""
     locale = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG") or ""
     return locale.lower().startswith("zh")

@@ -1,4 +1,4 @@
-"""README.md of a saved model: what it is, the data and recipe it comes from, its results and hashes."""
+"""Writes README.md, the card of a saved model: its task, data and recipe, results and hashes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from bert_glue.data.sources import TaskData
 
-# Flags that say where a run took place, not what the model became.
+# Flags about where a run took place, which do not change the model.
 _NOT_RECIPE = {
     "model_name_or_path", "output_dir", "cache_dir", "data_path", "token", "report_to", "run_name", "push_to_hub",
     "hub_model_id", "hub_token", "hub_private_repo", "do_train", "do_eval", "do_predict", "explain", "logging_steps",
@@ -37,37 +37,37 @@ _NOT_RECIPE = {
 }  # fmt: skip
 _DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "data_path")
 _GLUE = "nyu-mll/glue"
-# Our names of metrics where the hub has others.
+# Metrics whose name on the hub differs from ours.
 _HUB_METRICS = {
     "pearson": "pearsonr", "f1_micro": "f1", "f1_macro": "f1", "f1_samples": "f1", "subset_accuracy": "accuracy",
 }  # fmt: skip
-# The weights of the sample are made by this program.
+# This program makes the weights of the sample.
 _OWN_LICENCE = "apache-2.0"
 _NO_LICENCE = {"license": "other", "license_name": "that-of-the-base-model"}
-# What Markdown or HTML could read as markup. Hyphens, dots and hashes mean nothing within a line.
+# Characters that Markdown or HTML could read as markup. Hyphens, dots and hashes are harmless inside a line.
 _MARKUP = re.compile(r"""[&<>"'`*\[\]\\|~$@{}!]|(?<!\w)_|_(?!\w)|(?<=\w):(?=//)|(?<=www)\.""", re.IGNORECASE)
 
 
 def short_name(name: str) -> str:
-    """A model's hub name as it is, of a path its last folder: a card may be published."""
+    """The hub name of a model, or only the last folder of a path, because a card may be published."""
     return last_part(name) if is_path(name) else name
 
 
 def without_folders(text: str) -> str:
-    """Of each path that starts at the root its last part."""
+    """The text with each absolute path shortened to its last part."""
     return re.sub(r"(?<!\S)[/~]\S*/(?=[^/\s])", "", text)
 
 
 def last_part(name: str) -> str:
-    """The last part of a path or of a hub's name, for titles and tables."""
+    """The last part of a path or hub name, for titles and tables."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def task_title(task: GlueTask, arguments: Record) -> str:
-    """A GLUE task as its authors write it; for own data the name of the file or data set.
+    """The name of a GLUE task as its authors write it. For own data, the name of the file or data set.
 
     Args:
-        arguments: of run.json.
+        arguments: the arguments in run.json.
     """
     if task.is_official:
         return task.folder
@@ -76,12 +76,12 @@ def task_title(task: GlueTask, arguments: Record) -> str:
 
 
 def plain(value: object) -> str:
-    """A text on one line that Markdown shows as it is, whatever is in it."""
+    """The text on one line, escaped so that Markdown shows it literally."""
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(str(value).split()))
 
 
 def _code(value: object) -> Markup:
-    """A text as Markdown's code, in which nothing can be escaped; as plain text where something has to be."""
+    """The text as Markdown code. A text that needs escaping stays plain, because code cannot hold escapes."""
     from markupsafe import Markup
 
     text = plain(value)
@@ -92,7 +92,7 @@ def model_card(data: TaskData, results: dict, origin: dict) -> str:
     """The card as Markdown, with the metadata that the hub reads.
 
     Args:
-        origin: content of run.json.
+        origin: the content of run.json.
     """
     from huggingface_hub import ModelCard
 
@@ -122,7 +122,7 @@ def _environment() -> Environment:
 
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        # Not HTML's escaping but Markdown's, for every value that the template shows.
+        # Every value that the template shows is escaped for Markdown instead of HTML.
         finalize=lambda value: value if isinstance(value, Markup) else plain(value),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -134,7 +134,7 @@ def _environment() -> Environment:
 
 
 def table_rows(task: GlueTask, results: dict) -> list[tuple[str, str, str]]:
-    """(where, score x100, samples/s) of this run and of the published ones, this run first."""
+    """(where, score x100, samples/s) of this run, followed by the published runs."""
     own = [results[key] for key in headline_keys(task) if results.get(key) is not None]
     label = "this run" + (f" ({SAMPLE_NOTE})" if results["sample_data"] else "")
     rows = [(f"{label}, {results['device_name']}", _percent(own, 100.0), _rate(results))]
@@ -154,7 +154,7 @@ def _rate(results: dict) -> str:
 
 
 def other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
-    """(rows scored, GLUE's) of the first split where they differ; None where all of GLUE's were scored."""
+    """(scored rows, rows in GLUE) of the first split where they differ. None if every row of GLUE was scored."""
     for split in task.evaluation:
         rows, official = results.get(evaluation_key(SAMPLES, split.key_suffix)), task.rows.get(split.name)
         if rows is not None and official and rows != official:
@@ -163,7 +163,7 @@ def other_rows(task: GlueTask, results: dict) -> tuple[int, int] | None:
 
 
 def windows_text(results: Record) -> str:
-    """How texts longer than a sequence were read with `--doc_stride`, and how many were; "" without it."""
+    """A sentence on how long texts were read with `--doc_stride`, and how many there were. "" without the flag."""
     stride, length = results.number("doc_stride"), results.number("max_seq_length")
     if stride is None or length is None:
         return ""
@@ -173,8 +173,8 @@ def windows_text(results: Record) -> str:
         if (count := results.number(key)) is not None
     ]
     return (
-        f"Texts longer than {length:g} tokens are read in overlapping windows that share {stride:g} tokens, "
-        f"{results.number('max_windows') or 0:g} at most, and the mean of the windows' logits answers"
+        f"Texts longer than {length:g} tokens are read in at most {results.number('max_windows') or 0:g} windows, "
+        f"which overlap by {stride:g} tokens, and the logits are the mean over the windows"
         + (f" ({', '.join(counts)})." if counts else ".")
     )
 
@@ -186,7 +186,7 @@ def _errors(task: GlueTask, results: dict) -> str:
 
 
 def _recipe(settings: dict) -> list[tuple[str, str]]:
-    """(flag, value) of what differs from the defaults."""
+    """(flag, value) of each flag that differs from its default."""
     return [
         (f"--{name}", without_folders(str(settings[name])))
         for name, flag in FLAGS.items()
@@ -225,12 +225,12 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _identifier(text: str) -> str:
-    """A text with nothing in it that a reader of the metadata could take for more than a name."""
+    """The text as an identifier, which readers of the metadata cannot mistake for anything else."""
     return re.sub(r"[^\w./-]+", "-", text).strip("-")[:100] or "model"
 
 
 def _eval_results(task: GlueTask, title: str, results: dict, dataset: str) -> list[EvalResult]:
-    """The scores, for the metadata's model-index."""
+    """The scores, for the model-index in the metadata."""
     from huggingface_hub import EvalResult
 
     if results["sample_data"]:
@@ -260,7 +260,7 @@ def _eval_results(task: GlueTask, title: str, results: dict, dataset: str) -> li
 
 
 def _of_base(base: str) -> dict[str, Any]:
-    """Licence and language as the card of the base model says, where that lies on this machine."""
+    """Licence and language from the card of the base model, if this machine has it."""
     import yaml
     from huggingface_hub import ModelCard, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

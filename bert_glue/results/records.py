@@ -1,7 +1,7 @@
-"""Result files as values of known types: a run's folder may come from somebody else.
+"""Reads result files as values of known types, because the folder of a run may come from somebody else.
 
-A `Record` gives numbers that are numbers and texts that are texts. A value of another type counts as absent,
-and the record notes its name, so that a page can say what it leaves out.
+The methods of a `Record` return numbers and texts of the right type. A value of another type counts as absent, and
+the record keeps its name, so that a page can list what it leaves out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Record:
     """A JSON object whose values are checked when they are read.
 
     Args:
-        values: as parsed.
-        name: the file, and the place in it.
-        ignored: names of values of an unexpected type; all parts of a file share one list.
+        values: the parsed object.
+        name: the file and the place in it.
+        ignored: the names of values of an unexpected type. All parts of a file share this list.
     """
 
     def __init__(self, values: dict[str, Any], name: str = "", ignored: list[str] | None = None):
@@ -32,11 +32,11 @@ class Record:
         return key in self.values
 
     def number(self, key: str) -> float | None:
-        """A finite number; None where there is none."""
+        """A finite number. None if it is absent."""
         return self._typed(key, is_number)
 
     def text(self, key: str, otherwise: str = "") -> str:
-        """A text; `otherwise` where there is none."""
+        """A text. `otherwise` if it is absent."""
         return self._typed(key, is_text) or otherwise
 
     def flag(self, key: str) -> bool:
@@ -44,7 +44,7 @@ class Record:
         return self.values.get(key) is True
 
     def part(self, key: str) -> Record:
-        """An object; an empty one where there is none."""
+        """An object. An empty one if it is absent."""
         return Record(self._typed(key, is_object) or {}, self._place(key), self.ignored)
 
     def parts(self) -> dict[str, Record]:
@@ -52,20 +52,20 @@ class Record:
         return {key: self.part(key) for key in self.values}
 
     def records(self, key: str) -> list[Record]:
-        """A list of objects; an empty one where there is none."""
+        """A list of objects. An empty list if it is absent."""
         found = self._typed(key, lambda value: is_list(value, is_object)) or []
         return [Record(value, self._place(key), self.ignored) for value in found]
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts; an empty one where there is none."""
+        """A list of texts. An empty list if it is absent."""
         return self._typed(key, lambda value: is_list(value, is_text)) or []
 
     def numbers(self, key: str) -> list[float]:
-        """A list of numbers; an empty one where there is none."""
+        """A list of numbers. An empty list if it is absent."""
         return self._typed(key, lambda value: is_list(value, is_number)) or []
 
     def table(self, key: str, width: int) -> list[list[float]]:
-        """Rows of `width` numbers each; an empty list where there is none."""
+        """Rows of `width` numbers each. An empty list if they are absent."""
 
         def is_row(row: object) -> bool:
             return is_list(row, is_number) and len(row) == width
@@ -85,7 +85,7 @@ class Record:
 
 
 def is_number(value: object) -> bool:
-    """True for a finite number. JSON's true and false are none, and neither is one too large for a float."""
+    """True for a finite number. False for true and false of JSON, and for a number too large for a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -110,7 +110,7 @@ def is_list(value: object, is_right: Callable[[Any], bool]) -> bool:
 
 
 def read_record(folder: Path, name: str) -> Record:
-    """A result file of a run; an empty record where the file does not exist.
+    """A result file of a run. An empty record if the file does not exist.
 
     Raises:
         MachineError: the file cannot be read, or is not a JSON object.
@@ -120,5 +120,5 @@ def read_record(folder: Path, name: str) -> Record:
 
 
 def as_text(value: object) -> str:
-    """A JSON value on one line; a text as it is."""
+    """A JSON value on one line. Texts stay unchanged."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

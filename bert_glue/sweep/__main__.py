@@ -1,18 +1,18 @@
-"""GLUE tasks x seeds x learning rates as a queue: one run a device, resumable, with a table and a summary.
+"""Runs GLUE tasks x seeds x learning rates as a queue: one run per device, resumable, with a table and a summary.
 
     python -m bert_glue.sweep --sample --tasks mrpc,rte --seeds 1-3
     python -m bert_glue.sweep --model ./bert-large-cased --devices npu:0,npu:1 -- --bf16
     python -m bert_glue.sweep --tasks own --train_file reviews.csv --validation_file later.csv \\
         --text_column_names text --label_column_name label --model bert-base-cased --learning_rates 2e-5,3e-5
 
-Eight devices on one small task are not the way: the published eight-device figures lie 3 to 10 points
-below the one-device ones, because a global batch of 256 leaves a few hundred updates. Eight one-device
-runs take the same time for eight results, each at the full figure; and one seed is noise anyway.
+Do not train one small task on eight devices: a global batch of 256 leaves only a few hundred updates, and
+the published eight-device scores are 3 to 10 points below those of one device. Eight one-device runs take
+the same time and give eight full scores, and a single seed says little anyway.
 
-Stop it in any way (signals save checkpoints) and give the same command again: finished runs are kept,
-unfinished ones continue. Exit codes: 0 every run is done; 2 usage, nothing was started; 129, 130, 143
-ended by a signal; 8 a mean misses a bound of --expect; else some runs failed: the exit code of all of them if
-they share one, or 1.
+A sweep can be stopped in any way; signals save checkpoints. The same command continues it: finished runs are
+kept, and unfinished ones resume. Exit codes: 0 every run is done; 2 usage error, nothing was started; 8 a mean
+misses a bound of --expect; 129, 130, 143 ended by a signal. If runs failed, the code is theirs if all of them
+share one, and else 1.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from bert_glue.errors import (
     UserError,
     exit_code_of,
     first_line,
+    print_lines,
     printable,
     run_program,
-    say,
 )
 from bert_glue.storage.lock import FolderLock, wait_until_free
 from bert_glue.sweep.own_data import DATA_FLAGS, add_flags, check_flags, data_flags, read_own_data
@@ -56,21 +56,21 @@ from bert_glue.tasks import OWN, GlueTask
 
 
 class Listed:
-    """A source of runs that are known from the start."""
+    """A source with a fixed list of runs."""
 
     def __init__(self, runs: list[SweepRun]):
         self._waiting = deque(runs)
 
     def next_run(self) -> SweepRun | None:
-        """The next in order."""
+        """The next run of the list."""
         return self._waiting.popleft() if self._waiting else None
 
     def ended(self, run: SweepRun, is_done: bool) -> None:
-        """Nothing follows from a result."""
+        """Does nothing, because results do not change the list."""
 
 
 def main(argv: list[str]) -> int:
-    """Run a sweep; returns its exit code."""
+    """Runs a sweep and returns its exit code."""
     end = argv.index("--") if "--" in argv else len(argv)
     args = _parser().parse_args(argv[:end])
     epochs = (f"--num_train_epochs={args.train_epochs}",) if args.train_epochs else ()
@@ -84,19 +84,19 @@ def _parser() -> CommandParser:
               "task_name": "tasks", "device": "devices"},
         passes_on=True, prog="bert_glue.sweep", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Flags of run_glue.py go behind -- and are the same for all runs.",
+        epilog="Flags of run_glue.py follow -- and apply to all runs.",
     )  # fmt: skip
     add = parser.add_argument
-    # --TASK, --device and --train_epochs are the other launchers' words.
-    add("--tasks", "--TASK", metavar="LIST", help="comma-separated, all (default), or own: the data of --train_file")
-    add("--seeds", default="1-3", metavar="LIST", help="such as 1,2,7 or 1-5; default 1-3")
-    add("--learning_rates", default="", metavar="LIST", help="one run each; default: the recipe's only")
-    add("--sample", action="store_true", help="generated sample data (not GLUE); without --model a tiny BERT")
-    add("--data_path", metavar="FOLDER", help="the original GLUE folder; default: the hub's data")
+    # --TASK, --device and --train_epochs are the names of the other launchers.
+    add("--tasks", "--TASK", metavar="LIST", help="comma-separated; all (default); or own: the data of --train_file")
+    add("--seeds", default="1-3", metavar="LIST", help="seeds, such as 1,2,7 or 1-5; default 1-3")
+    add("--learning_rates", default="", metavar="LIST", help="learning rates to compare; default: that of the recipe")
+    add("--sample", action="store_true", help="generated sample data (not GLUE); a tiny BERT unless --model is given")
+    add("--data_path", metavar="FOLDER", help="the original GLUE folder; default: the data of the hub")
     add("--model", "--model_name_or_path", metavar="NAME", help="folder or hub name; default: bert-large-cased")
-    add("--recipe", metavar="NAME", help="reference (default), stable, ... or a config file; own data: none")
-    add("--output_dir", default="output/sweep", metavar="FOLDER", help="default: output/sweep")
-    add("--train_epochs", metavar="N", help="--num_train_epochs of all runs; default: the recipe's")
+    add("--recipe", metavar="NAME", help="reference (default), stable, ... or a config file; own data has no default")
+    add("--output_dir", default="output/sweep", metavar="FOLDER", help="folder of all runs; default: output/sweep")
+    add("--train_epochs", metavar="N", help="--num_train_epochs of all runs; default: that of the recipe")
     add(
         "--devices",
         "--device",
@@ -104,15 +104,15 @@ def _parser() -> CommandParser:
         metavar="LIST",
         help="such as npu:0,npu:1; auto (default): all of the best kind",
     )
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once per device; host threads are divided; default 1")
-    add("--grace", type=read_seconds, default=300.0, metavar="SECONDS", help="for saving after a signal; default 300")
-    add("--keep_checkpoints", action="store_true", help="of finished runs too; default: only the model is kept")
-    add("--expect", nargs="+", default=[], metavar="BOUND", help="such as 'mrpc.f1>=0.88', of the mean over seeds")
-    add("--dry_run", action="store_true", help="show the runs and how far they are, start nothing")
-    add("--search", type=int, metavar="N", help="instead of fixed settings, N trials of Optuna a task")
-    add("--storage", metavar="URL", help="of the study, shared by several machines; default: sqlite in --output_dir")
-    add("--storage_timeout", type=read_seconds, metavar="SECONDS", help="for one answer of --storage; default 60")
-    add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search, or FLAG=A,B,C")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once per device, which share its threads; default 1")
+    add("--grace", type=read_seconds, default=300.0, metavar="SECONDS", help="time to save after a signal; default 300")
+    add("--keep_checkpoints", action="store_true", help="keep checkpoints of finished runs; default: only their models")
+    add("--expect", nargs="+", default=[], metavar="BOUND", help="bounds for means over seeds, such as 'mrpc.f1>=0.88'")
+    add("--dry_run", action="store_true", help="list the runs with their progress, and start nothing")
+    add("--search", type=int, metavar="N", help="search settings with N Optuna trials per task")
+    add("--storage", metavar="URL", help="Optuna storage, which machines can share; default: sqlite in --output_dir")
+    add("--storage_timeout", type=read_seconds, metavar="SECONDS", help="time for an answer of --storage; default 60")
+    add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search; also FLAG=A,B,C")
     add_flags(parser)
     return parser
 
@@ -126,38 +126,41 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
     if args.tasks == OWN:
         chosen = {"learning_rate": rates[0]} if rates else {}
         own = read_own_data(suite.run(tasks[0], seeds[0], chosen).flags)
-        say(*own.lines)
+        print_lines(*own.lines)
         suite, tasks = replace(suite, data_sha256=own.sha256), [own.task]
     if args.jobs < 1 or (args.search is not None and args.search < 1):
-        raise UsageError("--jobs and --search: at least 1")
+        short = f"--search {args.search}" if args.jobs >= 1 else f"--jobs {args.jobs}"
+        raise UsageError(f"{short} is below the minimum of 1")
     if args.search is not None:
         from bert_glue.sweep.search import STORAGE_SECONDS, Search, read_space
 
         if rates:
-            raise UsageError("--learning_rates and --search: the search chooses learning rates; give one")
+            raise UsageError("--learning_rates and --search exclude each other; --space sets the rates of a search")
         space = read_space(args.space, args.sample)
         source = Search(suite, tasks, seeds, args.search, args.storage, space, args.storage_timeout or STORAGE_SECONDS)
         runs = source.runs  # grows while the search goes on
     else:
         if args.storage or args.space or args.storage_timeout:
-            raise UsageError("--storage, --storage_timeout and --space belong to --search")
+            raise UsageError("--storage, --storage_timeout and --space need --search N")
         runs = plan(suite, tasks, seeds, rates)
     bounds = _bounds(args.expect, tasks)
     if args.dry_run:
         if args.search is not None:
-            print(f"{args.search} trials a task within {source.space}")
-        say(*map(_state, runs))
+            print(f"{args.search} trials per task within {source.space}")
+        print_lines(*map(_state, runs))
         return 0
     slots = _slots(args.devices, args.jobs)
     with FolderLock(suite.output_dir):
         if args.search is not None:
             source.open()
-        # A sweep that was killed leaves runs that are still saving their checkpoints.
+        # After a sweep is killed, its runs may still be saving their checkpoints.
         wait_until_free([run.folder for run in runs], args.grace)
         waiting = [run for run in runs if run.results() is None]
         found = len(runs) - len(waiting)
-        rest = f"{len(waiting)} to do" if args.search is None else f"{args.search} trials a task within {source.space}"
-        print(f"{found} runs are done already; {rest}; on {', '.join(slot.device for slot in slots)}")
+        rest = f"{len(waiting)} to do"
+        if args.search is not None:
+            rest = f"{args.search} trials per task within {source.space}"
+        print(f"{found} runs are already done; {rest}; on {', '.join(slot.device for slot in slots)}")
         table = SweepTable(None if args.search is not None else len(runs), found)
         queue = Queue(source if args.search is not None else Listed(waiting), slots, args.grace, table.tell, table.show)
         try:
@@ -179,44 +182,46 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
 
 
 def _write_report(output_dir: Path) -> None:
-    """report.html over all finished runs; without it the sweep is still whole, so a failure costs one line."""
+    """Writes report.html with all finished runs. The sweep is complete without it, so a failure only prints a note."""
     from bert_glue.report.page import write_page
     from bert_glue.report.suite_page import find_runs, suite_page
 
     try:
         write_page(output_dir / "report.html", suite_page(find_runs([output_dir])))
     except UserError as error:
-        say(f"note: no report.html: {first_line(error)}", file=sys.stderr)
+        print_lines(f"note: report.html was not written: {first_line(error)}", file=sys.stderr)
 
 
 def _close(queue: Queue, summary: dict, output_dir: Path) -> int:
-    """Last lines, and the exit code."""
+    """Prints the last lines and returns the exit code."""
     for name, study in summary.get("search", {}).items():
         if "best" in study:
             best = ", ".join(f"{flag} {value}" for flag, value in study["best"].items())
             print(f"best of {study['COMPLETE']} trials, {name}: {100 * study['best_value']:.2f} with {best}")
-    say(*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv; report.html")
+    print_lines(*lines(summary), f"all figures: {output_dir}/summary.json, summary.csv; report.html")
     for folder, reason in queue.failures.items():
-        say(f"failed: {folder}: {reason}", file=sys.stderr)
+        print_lines(f"failed: {folder}: {reason}", file=sys.stderr)
     if queue.stop_signal is not None:
-        print("stopped: the same command continues", file=sys.stderr)
+        print("stopped: the same command continues the sweep", file=sys.stderr)
         return 128 + queue.stop_signal
     codes = set(queue.codes.values())
-    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+    if not codes:
+        return 0
+    return codes.pop() if len(codes) == 1 else 1
 
 
 def _bounds(texts: list[str], tasks: list[GlueTask]) -> list[tuple[GlueTask, Expectation]]:
     """The bounds of --expect, each with its task.
 
     Raises:
-        UsageError: not a bound, or not of one of the tasks.
+        UsageError: a text is not a bound, or names none of the tasks.
     """
     found = []
     for text in ",".join(texts).split(",") if texts else []:
         name = text.strip().partition(".")[0]
         task = next((task for task in tasks if task.name == name), tasks[0])
         if len(tasks) > 1 and task.name != name:
-            raise UsageError(f"--expect {text}: begin with one of the tasks, such as {task.name}.{task.headline}>=0.8")
+            raise UsageError(f"--expect {text}: name the task of the bound, as in {task.name}.{task.headline}>=0.8")
         try:
             found += [(task, bound) for bound in read_expectations(text, task.name, metric_names(task))]
         except ValueError as error:
@@ -225,7 +230,7 @@ def _bounds(texts: list[str], tasks: list[GlueTask]) -> list[tuple[GlueTask, Exp
 
 
 def _gate(bounds: list[tuple[GlueTask, Expectation]], runs: list[SweepRun]) -> int:
-    """0, or 8 after a line on each bound that a mean misses."""
+    """The exit code: 0, or 8 if a mean misses a bound. Prints a line for each missed bound."""
     judged = [
         bound.judge({bound.key: best_mean([run for run in runs if run.task == task], bound.key, bound.is_upper)})
         for task, bound in bounds
@@ -237,27 +242,30 @@ def _gate(bounds: list[tuple[GlueTask, Expectation]], runs: list[SweepRun]) -> i
 
 def _suite(args: argparse.Namespace, extra: tuple[str, ...]) -> Suite:
     if args.sample and args.data_path:
-        raise UsageError("--sample and --data_path are two sources of data: give one")
+        raise UsageError("--sample and --data_path exclude each other; give one source of data")
     source = ["--sample"] if args.sample else []
     if args.data_path:
         source.append(f"--data_path={args.data_path}")
     source += data_flags(args)
     recipe = args.recipe or (None if args.tasks == OWN else "reference")
     local = Path(__file__).resolve().parents[2] / "bert-large-cased"
-    default = None if args.sample else str(local) if local.is_dir() else "google-bert/bert-large-cased"
-    return Suite(Path(args.output_dir), args.model or default, tuple(source), extra, recipe)
+    default = str(local) if local.is_dir() else "google-bert/bert-large-cased"
+    model = args.model or (None if args.sample else default)
+    return Suite(Path(args.output_dir), model, tuple(source), extra, recipe)
 
 
 def _state(run: SweepRun) -> str:
-    state = "done" if run.results() is not None else "to continue" if run.is_started() else "to start"
+    state = "to continue" if run.is_started() else "to start"
+    if run.results() is not None:
+        state = "done"
     return f"{state}: {run.name}: run_glue.py {shlex.join(run.flags)}"
 
 
 def _slots(devices: str, jobs: int) -> list[Slot]:
-    """One slot a device and job, with its share of the host's threads.
+    """One slot per device and job, with its share of the host's threads.
 
     Raises:
-        UsageError: no such device name, or one given twice.
+        UsageError: a device name is unknown or given twice.
         MachineError: the devices of "auto" cannot be listed.
     """
     names = _devices_here() if devices == "auto" else [name.strip() for name in devices.split(",")]
@@ -267,17 +275,17 @@ def _slots(devices: str, jobs: int) -> list[Slot]:
         except ValueError as error:
             raise UsageError(f"--devices: {error}") from None
     if len(set(names)) < len(names):
-        raise UsageError("--devices: one is given twice; --jobs N lets N runs share each device")
+        raise UsageError(f"--devices {devices}: a device is given twice; --jobs N lets N runs share each device")
     names = names * jobs
     threads = 0 if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // len(names))
     return [Slot(name, threads) for name in names]
 
 
-_LIST_SECONDS = 120  # a driver that hangs must not hold the sweep
+_LIST_SECONDS = 120  # a driver that hangs must not block the sweep
 
 
 def _devices_here() -> list[str]:
-    # In a process of its own: a driver's state must not be forked into the runs.
+    # A separate process lists them, so that no driver state is forked into the runs.
     command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -293,11 +301,11 @@ def _devices_here() -> list[str]:
         return fact["devices"]
     except (ValueError, KeyError) as error:
         reason = re.sub(r"\s+", " ", (done.stderr or done.stdout).strip())[-300:]
-        raise MachineError(f"--devices auto: {reason}; python -m bert_glue.doctor says more") from error
+        raise MachineError(f"--devices auto: {reason}; python -m bert_glue.doctor shows more") from error
 
 
 def _drop_checkpoints(runs: list[SweepRun]) -> None:
-    """Delete the checkpoints of finished runs: they serve only to continue."""
+    """Deletes the checkpoints of finished runs, which only serve to resume a run."""
     folders = [folder for run in runs if run.results() is not None for folder in run.folder.glob("checkpoint-*")]
     if folders:
         from bert_glue.storage.checkpoint import remove, step_of
@@ -311,12 +319,12 @@ _REFRESH_SECONDS = 1.0
 
 
 class SweepTable:
-    """Events and the state of every slot.
+    """Prints the events of a sweep, and on a terminal a live table of the running ones.
 
     Args:
-        total: runs of the sweep; None in a search, which has no fixed number.
-        done: of them finished earlier.
-        is_live: None asks whether stderr is a terminal.
+        total: the number of runs. None in a search, where it is not fixed.
+        done: how many of them were finished earlier.
+        is_live: whether to show the table. None: only if stderr is a terminal.
     """
 
     def __init__(self, total: int | None, done: int = 0, is_live: bool | None = None):
@@ -327,22 +335,22 @@ class SweepTable:
             from rich.console import Console
             from rich.live import Live
 
-            # No thread of its own: the queue forks.
+            # No refresh thread: the queue forks, and forking a process with threads can deadlock.
             self._live = Live(console=Console(stderr=True), auto_refresh=False)
             self._live.start()
 
     def tell(self, event: Event) -> None:
-        """Count and print one event."""
+        """Counts and prints one event."""
         self.done += event.kind is EventKind.DONE
         self.failed += event.kind is EventKind.FAILED
         of_all = "" if self.total is None else f"[{self.done}/{self.total}] "
         if self._live is None:
-            say(f"{of_all}{event.text}")
+            print_lines(f"{of_all}{event.text}")
         else:
             self._live.console.print(printable(f"{of_all}{event.text}"), markup=False, highlight=False)
 
     def show(self, running: list[Attempt]) -> None:
-        """Draw the table anew, once a second at most."""
+        """Redraws the table, at most once per second."""
         if self._live is None or time.monotonic() - self._shown < _REFRESH_SECONDS:
             return
         from rich.table import Table
@@ -356,7 +364,7 @@ class SweepTable:
         self._live.update(table, refresh=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Removes the table from the terminal."""
         if self._live is not None:
             self._live.update("", refresh=True)
             self._live.stop()

@@ -1,4 +1,4 @@
-"""`--tasks own`: the flags of a sweep over own data, and what is read of the data before the first run starts."""
+"""`--tasks own`: the flags of a sweep over own data, and a check of the data before the first run starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bert_glue.config.arguments import Arguments
     from bert_glue.data.sources import TaskData
 
-# Flags of run_glue.py that a sweep has too.
+# Flags of run_glue.py that the sweep also takes.
 DATA_FLAGS = (
     "train_file", "validation_file", "dataset_name", "dataset_config_name", "train_split_name",
     "validation_split_name", "text_column_names", "label_column_name", "text_column_delimiter", "remove_columns",
@@ -27,53 +27,57 @@ _SOURCES = ("train_file", "dataset_name")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of own data, as run_glue.py has them."""
+    """Adds the flags of own data, named as in run_glue.py."""
     group = parser.add_argument_group(f"own data (--tasks {OWN})")
     for name in DATA_FLAGS:
         flag = FLAGS[name]
-        values = {"nargs": "+"} if flag.many else {"nargs": "?", "const": "true"} if flag.kind == "bool" else {}
+        values: dict[str, str] = {}
+        if flag.many:
+            values = {"nargs": "+"}
+        elif flag.kind == "bool":
+            values = {"nargs": "?", "const": "true"}
         group.add_argument(f"--{name}", metavar="VALUE", help=flag.text.replace("%", "%%"), **values)
 
 
 def data_flags(options: argparse.Namespace) -> list[str]:
-    """The flags of own data that were given, as run_glue.py reads them."""
+    """The flags of own data that were given, in the form of a run_glue.py command line."""
     given = {name: value for name in DATA_FLAGS if (value := getattr(options, name)) is not None}
     return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in given.items()]
 
 
 def check_flags(options: argparse.Namespace, extra: tuple[str, ...]) -> None:
-    """Check that the flags of the data and `--tasks` belong together.
+    """Checks the flags of own data against `--tasks`.
 
     Args:
-        extra: flags behind `--`, which may name the data too.
+        extra: the flags after `--`, which may also name the data.
 
     Raises:
-        UsageError: own data without `--tasks own`, or the reverse, or without a model.
+        UsageError: own data without `--tasks own`, `--tasks own` without data, or no model.
     """
     given = [name for name in DATA_FLAGS if getattr(options, name) is not None]
     is_own = options.tasks == OWN
     if given and not is_own:
-        raise UsageError(f"--{given[0]} is for own data: give --tasks {OWN}, not --tasks {options.tasks}")
+        raise UsageError(f"--{given[0]} is for own data: it needs --tasks {OWN}, not --tasks {options.tasks}")
     if not is_own:
         return
     others = [f"--{name}" for name in ("sample", "data_path") if getattr(options, name)]
     if others:
-        raise UsageError(f"--tasks {OWN} and {others[0]} are two sources of data: give one")
+        raise UsageError(f"--tasks {OWN} and {others[0]} exclude each other; give one source of data")
     behind = {word[2:].partition("=")[0] for word in extra if word.startswith("--")}
     if not {*given, *behind} & set(_SOURCES):
         raise UsageError(f"--tasks {OWN} needs --train_file or --dataset_name")
     if not options.model:
-        raise UsageError(f"--tasks {OWN} needs --model: a folder or a hub name")
+        raise UsageError(f"--tasks {OWN} needs --model NAME, a folder or a hub name")
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """What was read.
+    """The data of a sweep, as read once before its runs.
 
     Args:
-        task: classes or scores, under the name `own`.
-        lines: for the log: the choice of columns and labels, the score of a constant prediction, a note on splits.
-        sha256: of the texts and labels of each split.
+        task: the task of the data, named `own`.
+        lines: log lines on the chosen columns and labels, the score of a constant prediction, and the splits.
+        sha256: the hash of the texts and labels of each split.
     """
 
     task: GlueTask
@@ -82,13 +86,13 @@ class OwnData:
 
 
 def read_own_data(flags: tuple[str, ...]) -> OwnData:
-    """Read the data of a run once, so that a broken file stops the sweep and not each of its runs.
+    """Reads the data once, so that a broken file stops the sweep before any run starts.
 
     Args:
-        flags: command line of one run.
+        flags: the command line of one run.
 
     Raises:
-        UsageError, DataError: as run_glue.py.
+        UsageError, DataError: as in run_glue.py.
     """
     from bert_glue.data.sources import load_task_data
     from bert_glue.results.provenance import data_hashes
@@ -98,13 +102,13 @@ def read_own_data(flags: tuple[str, ...]) -> OwnData:
     data = replace(data, task=with_metric(args, data.task))
     task = data.task
     lines = [f"data: {data.source}", *data.warnings, *_baseline(data), *_split_note(args)]
-    if args.validation_split_percentage is not None:  # the rows held out depend on the seed, those of the file do not
+    if args.validation_split_percentage is not None:  # hash the whole file: which rows are held out depends on the seed
         data = load_task_data(replace(args, validation_split_percentage=None), frozenset({"train"}))
     return OwnData(replace(task, name=OWN), lines, data_hashes(data))
 
 
 def _baseline(data: TaskData) -> list[str]:
-    """The score of always predicting the most frequent class of each evaluated split."""
+    """Log lines with the score of a constant prediction on each evaluated split."""
     from bert_glue.evaluation.answers import label_array
     from bert_glue.evaluation.metrics import majority_baseline
 
@@ -123,6 +127,6 @@ def _split_note(args: Arguments) -> list[str]:
     if args.validation_split_percentage is None or args.data_seed is not None:
         return []
     return [
-        "note: each seed holds out other rows for validation (--validation_split_percentage); --data_seed N behind -- "
-        "holds out the same ones, and fixes the order of the rows too"
+        "note: each seed holds out different rows for validation (--validation_split_percentage); --data_seed N after "
+        "-- holds out the same rows for all seeds, but also fixes the order of the training rows"
     ]

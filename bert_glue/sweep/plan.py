@@ -1,7 +1,7 @@
-"""Which runs a sweep consists of, where each lives, and how far it came.
+"""Plans the runs of a sweep: their flags, their folders, and how far each has come.
 
-A run's folder holds `sweep_run.json`, the settings it was started with. A run counts as finished if its
-results are there, complete, and those settings are the present ones.
+The folder of a run holds `sweep_run.json` with the settings of its start. A run counts as finished if its results are
+complete and these settings equal the current ones.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bert_glue.storage.files import RESULTS_FILE, json_object, write_json
 from bert_glue.tasks import OWN, TASKS, TRAINABLE, GlueTask, own_task
 
 SETTINGS_FILE = "sweep_run.json"
-# What may differ between the sittings of one run: where and how it is shown, not what is computed.
+# Flags that may differ when a run is resumed, because they do not change what it computes.
 _FREE = {
     "output_dir", "device", "use_cpu", "resume_from_checkpoint", "disable_tqdm", "log_level", "report_to", "run_name",
     "token", "cache_dir", "overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "save_total_limit",
     "expect",
 }  # fmt: skip
-# A checkpoint an epoch lets a killed run go on.
+# One checkpoint per epoch, so that a killed run can continue.
 _LAUNCHER = {
     "do_train": "true", "do_eval": "true", "fallback_precision": "fp32", "skip_steps": "5", "save_strategy": "epoch",
     "save_total_limit": "1",
@@ -37,7 +37,7 @@ _OURS = (
 )  # fmt: skip
 
 
-# Among the settings of a run on own data: hashes of its splits.
+# The key of the hashes of own data among the settings of a run.
 _DATA = "data_sha256"
 
 
@@ -46,12 +46,13 @@ class SweepRun:
     """One training run of a sweep.
 
     Args:
-        task: row of the task table.
-        seed: of the run.
-        chosen: flags that distinguish runs of one task beside the seed, e.g. {"learning_rate": "2e-5"}.
-        folder: its `--output_dir`.
-        flags: command line of run_glue.py, without device and resuming.
-        trial: number in a search; None in a plain sweep.
+        task: the row of the task table.
+        seed: `--seed` of the run.
+        chosen: the flags besides the seed that differ between runs of one task, e.g. {"learning_rate": "2e-5"}.
+        folder: `--output_dir` of the run.
+        flags: the command line of run_glue.py, without the flags for the device and for resuming.
+        trial: the number of the trial in a search. None in a plain sweep.
+        settings: the values of all flags that decide what the run computes.
     """
 
     task: GlueTask
@@ -64,17 +65,17 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Such as "mrpc seed 1, learning_rate 2e-5"."""
+        """A name for log lines, such as "mrpc seed 1, learning_rate 2e-5"."""
         trial = "" if self.trial is None else f" trial {self.trial}"
         chosen = (f"{name} {_short(value)}" for name, value in self.chosen.items())
         return ", ".join([f"{self.task.name}{trial} seed {self.seed}", *chosen])
 
     def differences(self) -> list[str]:
-        """What was set otherwise when this folder's run was started; [] for a new folder, too."""
+        """The settings that differ from those with which the run of this folder was started. [] for a new folder."""
         stored = _read_object(self.folder / SETTINGS_FILE)
         if stored is None:
             foreign = [name for name in (RESULTS_FILE, "model.safetensors") if (self.folder / name).exists()]
-            return [f"{foreign[0]} is not of a sweep"] if foreign else []
+            return [f"{foreign[0]} was not written by a sweep"] if foreign else []
         defaults = {name: FLAGS[name].default if name in FLAGS else None for name in self.settings}
         changed = {name: value for name, value in self.settings.items() if stored.get(name, defaults[name]) != value}
         found = [f"--{name} {stored.get(name, defaults[name])}, now {value}" for name, value in changed.items()
@@ -84,11 +85,11 @@ class SweepRun:
         return found
 
     def is_started(self) -> bool:
-        """True if an earlier sitting began this run."""
+        """True if an earlier sweep command started this run."""
         return (self.folder / SETTINGS_FILE).is_file()
 
     def results(self) -> dict[str, Any] | None:
-        """`all_results.json` if the run came to its end, else None."""
+        """`all_results.json` of a finished run, else None."""
         if not self.is_started():
             return None
         results = _read_object(self.folder / RESULTS_FILE)
@@ -100,7 +101,7 @@ class SweepRun:
         return results if is_whole and results.get("seed") == self.seed else None
 
     def note_settings(self) -> None:
-        """Write down what this run is started with.
+        """Writes the settings with which the run starts.
 
         Raises:
             OSError: the folder cannot be written.
@@ -110,7 +111,7 @@ class SweepRun:
 
 
 def _short(text: str) -> str:
-    """A number to three digits; anything else as it is."""
+    """Numbers with three digits; other texts unchanged."""
     try:
         return f"{float(text):.3g}"
     except ValueError:
@@ -118,7 +119,7 @@ def _short(text: str) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, or half of one."""
+    """The JSON object of a file. None if the file does not exist or is not a complete object."""
     try:
         return json_object(file)
     except (OSError, ValueError):
@@ -126,16 +127,16 @@ def _read_object(file: Path) -> dict[str, Any] | None:
 
 
 def tasks_of(text: str) -> list[GlueTask]:
-    """Tasks of "all" or a comma-separated list; of "own" a stand-in until the data is read.
+    """The tasks of "all" or of a comma-separated list. For "own", a placeholder until the data is read.
 
     Raises:
-        UsageError: no task, one without training data, or own data beside others.
+        UsageError: a task is unknown or has no training data, or `own` is listed with other tasks.
     """
     names = list(TRAINABLE) if text == "all" else [part.strip() for part in text.split(",")]
     if names == [OWN]:
         return [own_task(OWN, (), ("0", "1"))]
     if OWN in names:
-        raise UsageError(f"--tasks {text}: {OWN} goes alone, because its flags name other data than the tasks have")
+        raise UsageError(f"--tasks {text}: {OWN} cannot be combined with other tasks, whose data is different")
     for name in names:
         if name.lower() not in TRAINABLE:
             raise UsageError(f"--tasks: {did_you_mean('task', name.lower(), [*TRAINABLE, OWN])}")
@@ -143,10 +144,10 @@ def tasks_of(text: str) -> list[GlueTask]:
 
 
 def seeds_of(text: str) -> list[int]:
-    """Seeds of "1,2,7" or "1-5", in order, each once.
+    """The seeds of a list such as "1,2,7" or "1-5", in order, without repetitions.
 
     Raises:
-        UsageError: not such a list.
+        UsageError: the text is not such a list.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -156,22 +157,22 @@ def seeds_of(text: str) -> list[int]:
             or (dash and not last.isdecimal())
             or int(last or first) - int(first) not in range(1000)
         ):
-            raise UsageError(f"--seeds: {part.strip()!r} is neither a seed nor a range such as 1-5")
+            raise UsageError(f"--seeds {text}: {part.strip()!r} is neither a seed nor a range such as 1-5")
         seeds += range(int(first), int(last or first) + 1)
     return list(dict.fromkeys(seeds))
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What all runs of a sweep share.
+    """The settings that all runs of a sweep share.
 
     Args:
-        output_dir: of the sweep; each run has a folder in it.
-        model: `--model_name_or_path`; None with `--sample` for the tiny BERT.
-        source: flags that choose the data.
-        extra: flags behind `--`; they go before all others.
-        recipe: as `--recipe` of run_glue.py; None: the defaults of run_glue.py.
-        data_sha256: hashes of own data, which all runs share.
+        output_dir: the folder of the sweep, in which each run has its own folder.
+        model: `--model_name_or_path`. None: the tiny BERT of `--sample`.
+        source: the flags that choose the data.
+        extra: the flags after `--`, which replace those of the recipe.
+        recipe: as `--recipe` of run_glue.py. None: the defaults of run_glue.py.
+        data_sha256: the hashes of own data.
     """
 
     output_dir: Path
@@ -182,10 +183,10 @@ class Suite:
     data_sha256: dict[str, str] = field(default_factory=dict)
 
     def run(self, task: GlueTask, seed: int, chosen: dict[str, str], trial: int | None = None) -> SweepRun:
-        """One run, its command line checked.
+        """One run with a checked command line.
 
         Raises:
-            UsageError: run_glue.py would refuse it; all problems.
+            UsageError: run_glue.py would refuse the command line; the error lists all problems.
         """
         recipe = self._recipe(task)
         if self.model is not None:
@@ -194,9 +195,9 @@ class Suite:
         config, given = self._given()
         clash = sorted(given & {*chosen, *_OURS, *(word[2:].partition("=")[0] for word in self.source)})
         if clash:
-            raise UsageError(f"--{clash[0]} cannot go behind --: the sweep has it, or sets it itself")
+            raise UsageError(f"--{clash[0]} cannot follow --: it is a flag of the sweep, or the sweep sets it")
         folder = self._folder(task, seed, chosen, trial)
-        # --bf16 behind -- replaces the recipe's fp16.
+        # --bf16 after -- replaces the fp16 of the recipe.
         if "bf16" in given:
             given.add("fp16")
         flags = [*config, *(f"--{name}={value}" for name, value in recipe.items() if name not in given)]
@@ -208,26 +209,26 @@ class Suite:
         return replace(run, settings=json.loads(json.dumps(settings)))
 
     def _recipe(self, task: GlueTask) -> dict[str, str]:
-        """The flags of the recipe for a task, each as text, and those that every launcher adds."""
+        """The flags of the recipe for a task, as texts, and those that every launcher adds."""
         flags = dict(_LAUNCHER)
         if self.recipe is None:
             return flags
         if self.recipe in recipe_names() and not task.is_official:
             raise UsageError(
-                f"--recipe {self.recipe} has settings by GLUE task, none for own data: give a .json or .yaml file, or "
-                "flags behind --"
+                f"--recipe {self.recipe} has settings for GLUE tasks only, not for own data: give a .json or .yaml "
+                "file, or flags after --"
             )
         for entry in read_config(recipe_file(self.recipe, task.name)):
             try:
                 flags[entry.key] = value_text(entry) or "none"
             except ValueError as error:
                 raise UsageError(f"{entry.where}: {entry.key}: {error}") from None
-        if "--sample" in self.source and self.model is None:  # the tiny BERT has its own
+        if "--sample" in self.source and self.model is None:  # the tiny BERT has its own recipe
             flags = {name: value for name, value in flags.items() if name not in SAMPLE_RECIPE}
         return flags
 
     def _given(self) -> tuple[tuple[str, ...], set[str]]:
-        """The config file that `extra` may begin with, and the flags set there and behind it."""
+        """The config file at the beginning of `extra`, if any, and the names of all flags that `extra` sets."""
         words = [word[2:].partition("=")[0].replace("-", "_") for word in self.extra if word.startswith("--")]
         given = {word.removeprefix("no_") for word in words}
         if not self.extra or not self.extra[0].lower().endswith(CONFIG_SUFFIXES):
@@ -242,7 +243,7 @@ class Suite:
 
 
 def plan(suite: Suite, tasks: list[GlueTask], seeds: list[int], rates: list[str]) -> list[SweepRun]:
-    """All runs: the longest task first, so that none is left over for one device at the end.
+    """All runs. The largest tasks come first, so that no device is left alone with a long run at the end.
 
     Raises:
         UsageError: a command line is wrong, or a folder holds a run with other settings.
@@ -255,12 +256,12 @@ def plan(suite: Suite, tasks: list[GlueTask], seeds: list[int], rates: list[str]
 
 
 def refuse_other_settings(runs: list[SweepRun]) -> None:
-    """Nothing is overwritten and no two recipes are averaged.
+    """Refuses folders with runs of other settings, so that nothing is overwritten and no two recipes are averaged.
 
     Raises:
-        UsageError: a folder's run was started with other settings.
+        UsageError: a run was started with other settings.
     """
     problems = [f"{run.folder}: {'; '.join(found)}" for run in runs if (found := run.differences())]
     if problems:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-        raise UsageError("\n".join([*problems[:5], *more, "choose another --output_dir, or the earlier settings"]))
+        raise UsageError("\n".join([*problems[:5], *more, "choose another --output_dir, or give the earlier settings"]))

@@ -1,4 +1,4 @@
-"""Runs as child processes, one a slot: retried once, stopped together, never taking the sweep with them."""
+"""Runs child processes, one per slot: retries a failed run once, stops all together, and outlives their crashes."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _ATTEMPTS = 2
 
 
 class Source(Protocol):
-    """Where runs come from: a list, or a search that learns from the results."""
+    """Supplies runs: a list, or a search that chooses the next run by the results so far."""
 
     def next_run(self) -> SweepRun | None:
-        """The next run to start; None if there is none now."""
+        """The next run to start. None if there is none at present."""
 
     def ended(self, run: SweepRun, is_done: bool) -> None:
-        """A run was finished, or failed for good."""
+        """Called when a run is finished or has failed for the last time."""
 
 
 @dataclass
 class Slot:
-    """A place for one run at a time.
+    """Holds one run at a time.
 
     Args:
-        device: as `--device` has it.
-        threads: for OMP_NUM_THREADS of its run; 0 leaves the user's.
-        finished: runs that succeeded here.
+        device: the value of `--device`.
+        threads: OMP_NUM_THREADS of its run. 0 keeps the user's value.
+        finished: how many runs have succeeded here.
     """
 
     device: str
@@ -58,11 +58,11 @@ class Slot:
 
 @dataclass
 class Attempt:
-    """A run that is in a slot now.
+    """A run that occupies a slot.
 
     Args:
-        number: 1 for the first try of this sitting.
-        began: monotonic seconds.
+        number: 1 for the first attempt of this sweep command.
+        began: start time in monotonic seconds.
     """
 
     run: SweepRun
@@ -73,12 +73,12 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
+        """Seconds since the start."""
         return time.monotonic() - self.began
 
 
 class EventKind(Enum):
-    """What happened to a run, a device or the sweep."""
+    """Kinds of events of a run, a device or the sweep."""
 
     STARTED = auto()
     DONE = auto()
@@ -92,7 +92,7 @@ class EventKind(Enum):
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened; `text` is its line for a person."""
+    """One event. `text` is its log line."""
 
     kind: EventKind
     text: str
@@ -100,12 +100,18 @@ class Event:
 
 @dataclass
 class Queue:
-    """Starts runs in free slots until the source has none left.
+    """Starts runs in free slots until the source has no more.
 
     Args:
-        grace: seconds a run has after a signal to save its checkpoint, before it is killed.
-        tell: gets each event.
-        show: called a few times a second.
+        source: supplies the runs.
+        slots: the slots of all devices. A device that fails loses its slot.
+        grace: seconds that a run has to save its checkpoint after a signal, before it is killed.
+        tell: called with each event.
+        show: called a few times per second with the running attempts.
+        stop_signal: the first signal that was received.
+        failures: folder -> reason of the last failure.
+        codes: folder -> exit code of the last failure.
+        running: the attempts that occupy a slot.
     """
 
     source: Source
@@ -121,12 +127,12 @@ class Queue:
     _signals: int = 0
 
     def run(self) -> None:
-        """Until all is done, or a signal has ended every run."""
+        """Runs until all runs are finished, or until a signal has ended them."""
         with self._signals_caught():
             try:
                 while self._start_what_fits() or self.running:
                     self._poll()
-            except Exception:  # of the source, such as a database that went away: the runs may still save
+            except Exception:  # raised by the source, e.g. its database is lost: the runs can still save
                 self._signals, self.stop_signal = self._signals or 1, self.stop_signal or signal.SIGTERM
                 while self.running:
                     self._poll()
@@ -137,7 +143,7 @@ class Queue:
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -151,7 +157,7 @@ class Queue:
         self.stop_signal = self.stop_signal or number
 
     def _start_what_fits(self) -> bool:
-        """Start runs in free slots; False if nothing was and nothing is left."""
+        """Starts runs in free slots. False if no run was started and none is left."""
         started = False
         busy = [attempt.slot for attempt in self.running]
         for slot in [slot for slot in self.slots if not any(slot is other for other in busy)]:
@@ -185,7 +191,7 @@ class Queue:
                     start_new_session=True, preexec_fn=signalled_with_parent(signal.SIGTERM),
                 )  # fmt: skip
         except OSError as error:
-            self._failed(run, number, f"cannot be started: {error}", 6)
+            self._failed(run, number, f"the process cannot be started: {error}", 6)
             return False
         self.running.append(Attempt(run, slot, number, process, time.monotonic()))
         self._tell(EventKind.STARTED, f"{'continue' if resume else 'start'} {run.name} on {slot.device}")
@@ -202,7 +208,7 @@ class Queue:
 
     def _ended(self, attempt: Attempt) -> None:
         run, code = attempt.run, attempt.process.returncode
-        kill_group(attempt.process.pid)  # whatever it left behind
+        kill_group(attempt.process.pid)  # ends child processes that the run left behind
         results = run.results() if code == 0 else None
         if results is not None:
             attempt.slot.finished += 1
@@ -212,7 +218,7 @@ class Queue:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             self._tell(EventKind.STOPPED, f"stopped {run.name} ({how})")
         elif code == _MACHINE and not attempt.slot.finished and len(self.slots) > 1:
-            # A device that is not there must not use up every run's tries while others work.
+            # Without this, one missing device would use up the attempts of all runs while the other devices work.
             self.slots[:] = [slot for slot in self.slots if slot is not attempt.slot]
             self._again.append((run, attempt.number))
             self._tell(EventKind.DEVICE_LOST, f"no more runs on {attempt.slot.device}: {_reason(run)}")
@@ -221,7 +227,7 @@ class Queue:
 
     def _failed(self, run: SweepRun, number: int, reason: str, code: int) -> None:
         if number < _ATTEMPTS and code != _USAGE:
-            self._tell(EventKind.RETRIED, f"failed {run.name}: {reason}; it is tried once more at the end")
+            self._tell(EventKind.RETRIED, f"failed {run.name}: {reason}; it will be retried once at the end")
             self._again.append((run, number + 1))
             return
         self._tell(EventKind.FAILED, f"failed {run.name}: {reason}; its output: {run.folder / LOG_FILE}")
@@ -229,7 +235,7 @@ class Queue:
         self.source.ended(run, False)
 
     def _stop_all(self) -> None:
-        """Hand each signal on once; kill what is still there after the grace."""
+        """Forwards each signal once, and kills the runs that are still there after `grace` seconds."""
         if self.running and not hasattr(self, "_deadline"):
             self._deadline, self._handed_on = time.monotonic() + self.grace, 0
             text = f"signal {self.stop_signal}: {len(self.running)} runs save their checkpoints"
@@ -237,11 +243,11 @@ class Queue:
         while self.running and self._handed_on < self._signals:
             self._handed_on += 1
             for attempt in self.running:
-                # run_glue.py saves at the first two only.
+                # run_glue.py saves only at SIGINT and SIGTERM.
                 is_known = self.stop_signal in (signal.SIGINT, signal.SIGTERM)
                 attempt.process.send_signal(self.stop_signal if is_known else signal.SIGTERM)
         if self.running and time.monotonic() > self._deadline:
-            text = f"{len(self.running)} runs did not end within {self.grace:g} s: killed"
+            text = f"{len(self.running)} runs did not end within {self.grace:g} s (--grace) and are killed"
             self._tell(EventKind.NOT_ENDED, text)
             self._kill()
 
@@ -254,7 +260,7 @@ class Queue:
         for attempt in list(self.running):
             try:
                 attempt.process.wait(_KILLED_SECONDS)
-            except subprocess.TimeoutExpired:  # held by a driver: nothing can end it
+            except subprocess.TimeoutExpired:  # stuck in a driver call, which no signal interrupts
                 text = f"process {attempt.process.pid} of {attempt.run.name} cannot be killed"
                 self._tell(EventKind.NOT_ENDED, text)
                 self.running.remove(attempt)
@@ -267,7 +273,7 @@ def _score(run: SweepRun, results: dict[str, Any]) -> str:
 
 def _why(code: int, run: SweepRun) -> str:
     if code == 0:
-        return "it ended with exit code 0 and left no complete results"
+        return "it ended with exit code 0 but left no complete results"
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{hint}"
@@ -275,7 +281,7 @@ def _why(code: int, run: SweepRun) -> str:
 
 
 def _reason(run: SweepRun) -> str:
-    """The error that ended a run, as it handed it over; else the last line of its log."""
+    """The error that ended a run, from its error file; else the last line of its log."""
     try:
         return f"error: {json_object(run.folder / _ERROR_NAME)['error']}".splitlines()[0][:_SHOWN_CHARACTERS]
     except (OSError, ValueError, KeyError):
@@ -283,5 +289,5 @@ def _reason(run: SweepRun) -> str:
 
 
 def last_line(run: SweepRun) -> str:
-    """The last line of a run's log that is not blank; at most 200 characters."""
+    """The last line of a run's log that is not blank, up to 200 characters."""
     return (last_lines(run.folder / LOG_FILE, 1) or ["no output"])[0].strip()[:_SHOWN_CHARACTERS]

@@ -1,8 +1,8 @@
-"""Search of hyper-parameters with Optuna: its storage is the study, so several machines can share one.
+"""Searches hyperparameters with Optuna. The study is in Optuna's storage, which several machines can share.
 
-Each trial trains all seeds of the sweep; its value is the mean of the task's headline metric. A trial
-that this folder began and did not end, because it was killed, is continued and not asked anew. The best
-of many trials on one dev set is optimistic: confirm it with new seeds.
+Each trial trains all seeds of the sweep. Its value is the mean of the task's headline metric. If a sweep is killed,
+the same command continues the unfinished trials of its folder. The best of many trials on one dev set is
+optimistic: confirm it with new seeds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from bert_glue.storage.files import write_json, write_whole
 from bert_glue.sweep.plan import Suite, SweepRun
 from bert_glue.tasks import GlueTask
 
-# Ranges of Devlin et al. 2019 (appendix A.3) widened by what Mosbach et al. 2021 found to help.
+# The ranges of Devlin et al. 2019 (appendix A.3), extended by the longer training of Mosbach et al. 2021.
 _SPACE = {
     "learning_rate": "1e-5:1e-4",
     "num_train_epochs": "2:10",
     "warmup_steps": "0:0.2",
     "per_device_train_batch_size": "16,32",
 }
-# The tiny BERT of the sample starts from random weights.
+# The tiny BERT of the sample starts from random weights and needs higher rates.
 _SAMPLE_SPACE = {**_SPACE, "learning_rate": "1e-4:1e-3"}
 _OWNER = "sweep_folder"
 STORAGE_SECONDS = 60.0
@@ -43,10 +43,10 @@ T = TypeVar("T")
 
 
 def read_space(words: list[str], is_sample: bool) -> dict[str, str]:
-    """Ranges to search, flag -> "low:high" or "a,b,c": the stated ones, changed by `words`.
+    """The ranges to search, flag -> "low:high" or "a,b,c": the default ones, changed by the words of `--space`.
 
     Raises:
-        UsageError: no such flag, or no range of its values.
+        UsageError: a flag is unknown, or a range does not fit its values.
     """
     space = dict(_SAMPLE_SPACE if is_sample else _SPACE)
     for word in words:
@@ -54,19 +54,21 @@ def read_space(words: list[str], is_sample: bool) -> dict[str, str]:
         ends = text.split(":") if ":" in text else text.split(",")
         flag = FLAGS.get(name)
         if not equals or flag is None or flag.kind == "bool":
-            raise UsageError(f"--space {word}: FLAG=LOW:HIGH or FLAG=A,B,C with a flag of run_glue.py that has a value")
+            raise UsageError(
+                f"--space {word}: write FLAG=LOW:HIGH or FLAG=A,B,C, where FLAG is a flag of run_glue.py with a value"
+            )
         try:
             values = [flag_value(flag, end) for end in ends]
         except ValueError as error:
             raise UsageError(f"--space {name}: {error}") from None
         if ":" in text and (len(ends) != 2 or flag.kind == "str" or not values[0] < values[1]):
-            raise UsageError(f"--space {word}: LOW:HIGH with LOW below HIGH")
+            raise UsageError(f"--space {word}: LOW:HIGH needs two numbers, and LOW must be below HIGH")
         space[name] = text
     return space
 
 
 def _suggest(trial: Any, name: str, text: str) -> str:
-    """A value of one flag, as text: whole for a range of whole numbers, by logarithm for one of a decade."""
+    """A suggested value of one flag, as text: integers for integer ranges, log scale for ranges of a decade or more."""
     if ":" not in text:
         return trial.suggest_categorical(name, text.split(","))
     low, high = text.split(":")
@@ -150,15 +152,15 @@ class Search:
         self._studies: dict[str, Any] = {}
         self._waiting: deque[SweepRun] = deque()
         self._open: dict[tuple[str, int], _Trial] = {}
-        for task in tasks:  # a wrong flag is found before anything starts
+        for task in tasks:  # finds a wrong flag before anything starts
             suite.run(task, seeds[0], {name: text.replace(":", ",").split(",")[0] for name, text in space.items()}, 0)
 
     def open(self) -> None:
-        """Open or make the studies, and take up the trials that this folder left unfinished.
+        """Opens or creates the studies, and continues the unfinished trials of this folder.
 
         Raises:
-            MachineError: Optuna is not installed, or the storage does not open in time.
-            UsageError: an unfinished trial's folder has other settings.
+            MachineError: Optuna is not installed, or the storage cannot be opened in time.
+            UsageError: the folder of an unfinished trial has other settings.
         """
         try:
             import optuna
@@ -184,10 +186,10 @@ class Search:
         return self._asked(lambda: self._studies[task.name].get_trials(deepcopy=False, **which))
 
     def _asked(self, action: Callable[[], T]) -> T:
-        """The result of a call of the storage, in a limited time.
+        """Calls the storage with a time limit and returns the result.
 
         Raises:
-            MachineError: no answer, or one line for whatever Optuna, SQLAlchemy or a database driver raises.
+            MachineError: there is no answer, or Optuna, SQLAlchemy or a database driver has raised any error.
         """
         try:
             return self._bounded(action)
@@ -201,14 +203,14 @@ class Search:
         return getattr(self._optuna.trial.TrialState, name)
 
     def _folder_id(self) -> str:
-        """What tells this folder's trials from another machine's, also after the machine was renamed."""
+        """An id that tells the trials of this folder from those of other machines, even if the host is renamed."""
         file = self.suite.output_dir / "search_folder_id"
         if not file.exists():
             write_whole(file, uuid.uuid4().hex)
         return file.read_text(encoding="utf-8")
 
     def _study_name(self, task: GlueTask) -> str:
-        """The task and a hash of all that is not searched, so that no two problems share a study."""
+        """The task and a hash of all settings that are not searched, so that different problems never share a study."""
         first = {name: text.replace(":", ",").split(",")[0] for name, text in self.space.items()}
         settings = self.suite.run(task, 0, first, 0).settings
         same = {name: value for name, value in settings.items() if name not in (*self.space, "seed")}
@@ -216,7 +218,7 @@ class Search:
         return f"bert_glue {task.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def next_run(self) -> SweepRun | None:
-        """A run of an open trial, else of a new one; None where every study has its trials."""
+        """A run of an open trial, else of a new trial. None once every study has all of its trials."""
         for task in self.tasks:
             if not self._waiting and len(self._trials(task)) < self.trials:
                 self._begin(task, *self._asked(partial(self._new_trial, self._studies[task.name])))
@@ -240,7 +242,7 @@ class Search:
             self._tell(trial)
 
     def ended(self, run: SweepRun, is_done: bool) -> None:
-        """Tell the study when the last run of a trial is done, or the first one failed for good."""
+        """Reports a trial to the study once all of its runs are done, or once one of them has failed."""
         trial = self._open.get((run.task.name, run.trial or 0))
         if trial is None:
             return
@@ -256,7 +258,7 @@ class Search:
         del self._open[trial.task.name, trial.number]
         key = headline_keys(trial.task)[0]
         values = [(run.results() or {}).get(key) for run in trial.runs]
-        if None in values:  # scores without a correlation: nothing to compare
+        if None in values:  # a correlation of constant scores has no value
             self._fail(trial)
         else:
             self._asked(lambda: self._studies[trial.task.name].tell(trial.number, statistics.fmean(values)))
@@ -265,10 +267,10 @@ class Search:
         self._asked(lambda: self._studies[trial.task.name].tell(trial.number, state=self._state("FAIL")))
 
     def summary(self) -> dict[str, Any]:
-        """Best trial and counts of each task's study, over all machines; writes `best_<task>.json`.
+        """The best trial and the counts of each study, over all machines. Also writes `best_<task>.json`.
 
         Raises:
-            MachineError: as `open`.
+            MachineError: as in `open`.
         """
         return {name: self._about(name, study) for name, study in self._studies.items()}
 

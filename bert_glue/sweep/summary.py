@@ -1,4 +1,4 @@
-"""Mean, deviation and best over the seeds of each task, with what a constant would score beside it."""
+"""Mean, standard deviation and best score over the seeds of each task, beside the score of a constant prediction."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def summarise(runs: list[SweepRun], failures: dict[Path, str]) -> dict[str, Any]
     """All figures of a sweep.
 
     Args:
-        runs: finished or not.
-        failures: folder -> why its run failed for good.
+        runs: all runs, finished or not.
+        failures: folder -> reason why its run failed.
 
     Returns:
-        `groups`: one a task, evaluation split and choice of flags, figures x100 (points), null where
-        there are too few runs; `standard_error_of_dev` is the metric's over other dev sets of the same
-        size. `runs`: one a run, with its state.
+        `groups`: one entry per task, evaluation split and choice of flags. Scores are in points (x100), and null if
+        there are too few runs. `standard_error_of_dev` is the standard error of the metric that comes from the size of
+        the dev set alone. `runs`: one entry per run, with its state.
     """
     found = {run.folder: run.results() for run in runs}
     groups: dict[tuple[str, tuple], list[SweepRun]] = {}
@@ -53,7 +53,7 @@ def best_mean(runs: list[SweepRun], key: str, is_low: bool = False) -> float | N
     Args:
         is_low: the lowest is the best, as of a loss; else the highest.
 
-    None where no setting has all of its runs done with such a figure.
+    None if no setting has this entry in all of its runs.
     """
     found: dict[tuple, list[float | None]] = {}
     for run in runs:
@@ -66,17 +66,17 @@ def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, di
     task = members[0].task
     done = [(run.seed, run, found[run.folder]) for run in members if found[run.folder] is not None]
     key = keys.evaluation_key(task.headline, split.key_suffix)
-    # A metric that does not exist (null with a reason) belongs to a collapsed run and has no mean.
+    # A metric without a value (null) comes from a collapsed run and does not enter the mean.
     scored = [(100 * results[key], seed) for seed, _, results in done if results.get(key) is not None]
     lost = [seed for seed, run, results in done if collapse_reason(results)]
     values, sound = [v for v, _ in scored], [v for v, seed in scored if seed not in lost]
     speeds = [speed for _, _, r in done if (speed := r.get(keys.TRAIN_SAMPLES_PER_SECOND)) is not None]
     deviation = statistics.stdev(values) if len(values) > 1 else None
     given = [(seed, r.get(keys.standard_error_key(task.headline, split.key_suffix))) for seed, _, r in done]
-    # 0 is that of a perfect score; that of a constant prediction says only that redrawing it gives the same again.
+    # A perfect score has a true standard error of 0. The 0 of a constant prediction means nothing and is left out.
     errors = [error for seed, error in given if error is not None and (error > 0 or seed not in lost)]
     baseline_key = keys.evaluation_key(keys.MAJORITY_BASELINE, split.key_suffix)
-    # One value, but where each seed holds out other rows of own data.
+    # All seeds share one value, unless each holds out different rows of own data.
     baselines = {found for _, _, r in done if (found := r.get(baseline_key)) is not None}
     baseline = statistics.fmean(baselines) if baselines else None
     return {
@@ -103,9 +103,12 @@ def _group(members: list[SweepRun], split: EvaluationSplit, found: dict[Path, di
 
 
 def _row(run: SweepRun, results: dict[str, Any] | None, failure: str | None) -> dict[str, Any]:
-    state = (
-        "done" if results is not None else "failed" if failure else "unfinished" if run.is_started() else "not started"
-    )
+    if results is not None:
+        state = "done"
+    elif failure:
+        state = "failed"
+    else:
+        state = "unfinished" if run.is_started() else "not started"
     row = {"task": run.task.name, "seed": run.seed, "chosen": run.chosen, "folder": str(run.folder), "state": state}
     if failure:
         row["failure"] = failure
@@ -123,10 +126,10 @@ def _row(run: SweepRun, results: dict[str, Any] | None, failure: str | None) -> 
 
 
 def write(output_dir: Path, summary: dict[str, Any]) -> None:
-    """`summary.json` and `summary.csv`, each never seen half-written.
+    """Writes `summary.json` and `summary.csv`, each in one step, so that no reader meets half a file.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
 
     table = io.StringIO()
@@ -146,7 +149,7 @@ def _cell(value: Any) -> Any:
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
-    """The groups as a plain table, notes below."""
+    """The groups as a plain table, with notes below."""
     header = ("task", "metric", "runs", "mean", "std", "best", "majority", "dev error", "collapsed seeds")
     rows = [header]
     for group in summary["groups"]:
@@ -163,8 +166,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
     found = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if any(group["sample_data"] for group in summary["groups"]):
         found.append("sample data, not GLUE")
-    found.append("points (x100); majority: the metric of a constant prediction")
-    found.append("dev error: standard error of the metric from the dev set's size alone, mean over runs")
+    found.append("all figures in points (x100); majority: the metric of a constant prediction")
+    found.append("dev error: standard error of the metric due to the size of the dev set, mean over runs")
     return found
 
 

@@ -1,7 +1,7 @@
-"""`--class_weights`: the weight of each class in the training loss, balanced by its rows or read from a file.
+"""`--class_weights`: the weight of each class in the training loss, balanced by row counts or read from a file.
 
-Of one label a row it is torch's `weight` of cross_entropy, of several its `pos_weight`: what a row that has the class
-counts beside one that has not.
+With one label per row it is `weight` of torch's cross_entropy. With several labels per row it is `pos_weight`, the
+weight of a row with the class relative to a row without it.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ _SHOWN_NAMES = 5
 
 
 def class_weights(choice: str | None, task: GlueTask, labels: np.ndarray) -> np.ndarray | None:
-    """The weight of each class, `[labels]` float64 from 0 on; None without the flag.
+    """The weight of each class, `[labels]` float64 in [0, inf). None without the flag.
 
     Args:
-        choice: the flag's value: `balanced` (rows / (classes * rows of the class), as scikit-learn has it; of several
-            labels rows without the class / rows with it), or the path of a json file of {class: weight}.
-        labels: of the rows that are trained on, `[rows]` class ids or `[rows, labels]` bool.
+        choice: the value of the flag: `balanced`, or the path of a json file of {class: weight}. Balanced weights are
+            rows / (classes * rows of the class), as in scikit-learn, or with several labels per row, rows without the
+            class / rows with it.
+        labels: the labels of the training rows, `[rows]` class ids or `[rows, labels]` bool.
 
     Raises:
         UsageError: the task is a regression.
-        DataError: the file does not give each class a weight, a class has no rows to be balanced by, or no row counts.
+        DataError: the file lacks the weight of a class, a class has no rows to balance, or all weights are 0.
     """
     if choice is None:
         return None
     if task.is_regression:
         raise UsageError(
-            f"--class_weights {shown(choice)}: the labels of this data are scores, and a regression has no classes; "
-            "leave the flag out"
+            f"--class_weights {shown(choice)}: the labels of this data are scores, which have no classes; drop the flag"
         )
     rows = labels.sum(0) if task.is_multi_label else np.bincount(labels, minlength=task.num_labels)
     weights = _balanced(task, rows, len(labels)) if choice == BALANCED else _from_file(Path(choice), task)
     if not (weights * rows).any():
-        raise DataError(f"--class_weights {choice}: every class with training rows has weight 0: nothing is learned")
+        raise DataError(f"--class_weights {choice}: every class with training rows has weight 0; give positive weights")
     return weights
 
 
 def named(task: GlueTask, weights: np.ndarray | None) -> dict[str, float] | None:
-    """The weights by class name, as run.json and the results hold them."""
+    """The weights by class name, as in run.json and the results. None without weights."""
     return None if weights is None else dict(zip(task.labels, weights.tolist(), strict=True))
 
 
 def step_weight(weights: np.ndarray, labels: np.ndarray) -> float:
-    """The divisor of a step's loss: the sum of the weights of its rows on all ranks.
+    """The divisor of the loss of a step: the sum of the weights of its rows on all ranks.
 
     Args:
-        labels: class ids of those rows, `[rows]`.
+        labels: the class ids of these rows, `[rows]`.
     """
-    # If every row has weight 0, the mean does not exist (torch returns nan). Loss and gradient are 0 then.
+    # If every row has weight 0, there is no mean (torch returns nan), and loss and gradient are 0.
     return float(weights[labels].sum()) or 1.0
 
 
@@ -67,15 +67,15 @@ def _balanced(task: GlueTask, rows: np.ndarray, total: int) -> np.ndarray:
     absent = [task.labels[at] for at in np.flatnonzero(rows == 0)]
     if absent:
         raise DataError(
-            f"--class_weights {BALANCED}: no training row has class {_listed(absent)}, and a weight follows from the "
-            "rows of its class; give a json file of weights instead"
+            f"--class_weights {BALANCED}: no training row has class {_listed(absent)}, so its weight cannot be "
+            "computed; give a json file of weights instead"
         )
     if not task.is_multi_label:
         return total / (task.num_labels * rows)
     if everywhere := [task.labels[at] for at in np.flatnonzero(rows == total)]:
         raise DataError(
-            f"--class_weights {BALANCED}: every training row has class {_listed(everywhere)}, so that nothing balances "
-            "it; give a json file of weights instead"
+            f"--class_weights {BALANCED}: every training row has class {_listed(everywhere)}, so its weight cannot be "
+            "computed; give a json file of weights instead"
         )
     return (total - rows) / rows
 
@@ -89,12 +89,12 @@ def _from_file(path: Path, task: GlueTask) -> np.ndarray:
         if name not in task.labels:
             raise DataError(f"{place}: {did_you_mean('class', name, list(task.labels))}")
         if names.count(name) > 1:
-            raise DataError(f"{place}: class {name!r} stands there twice")
+            raise DataError(f"{place}: class {name!r} is listed twice")
     if absent := [name for name in task.labels if name not in given]:
         raise DataError(f"{place}: no weight for class {_listed(absent)}; every class of the data needs one")
     for name, value in given.items():
         if not _is_weight(value):
-            raise DataError(f"{place}: class {name!r} has weight {str(value)[:40]}, not a finite number from 0 on")
+            raise DataError(f"{place}: class {name!r} has weight {str(value)[:40]}, not a finite number of at least 0")
     return np.array([float(given[name]) for name in task.labels])
 
 
@@ -104,7 +104,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _read(path: Path) -> list[tuple[str, Any]]:
-    """The pairs of the file's JSON object, in its order: a dict would lose the first value of a name given twice."""
+    """The pairs of the JSON object in file order. A dict would lose the first value of a repeated name."""
     try:
         content = json.loads(read_plain_text(path), object_pairs_hook=tuple)
     except FileNotFoundError:

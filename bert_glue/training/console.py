@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_glue.config.arguments import FLAGS, Arguments
-from bert_glue.errors import MachineError, first_line, printable, say
+from bert_glue.errors import MachineError, first_line, print_lines, printable
 from bert_glue.result_keys import is_measured
 from bert_glue.storage.files import make_own_folder
 
@@ -102,7 +102,7 @@ class ConsoleLog:
         if not self.is_shown:
             return
         if self._bar is None:
-            say(text)
+            print_lines(text)
         else:  # above the bar
             self._bar.console.print(printable(text), markup=False, highlight=False)
 

@@ -1,12 +1,12 @@
 """`--cuda_graph`: an optimizer step as CUDA graphs, each replayed in one launch.
 
 Forward and backward of a pass are recorded once for each shape of a batch. Norm, clip and update are the same for all
-shapes and are recorded once. Between the recordings runs what the host decides or the ranks do together: the learning
-rate, a dynamic loss scale and the all_reduce. A pass adds to the gradients, so that accumulation replays it again.
+shapes and are recorded once. The work of the host and of all ranks together runs between the recordings: the learning
+rate, a dynamic loss scale and the all_reduce. A pass adds to the gradients, so accumulation replays it several times.
 
-Every shape runs eagerly a few times first, so that rare shapes are never recorded. Each batch is copied into the memory
-that the recording reads. Token counts are therefore rounded up to buckets, and cu_seqlens lie on the device.
-This module has not run on a GPU yet.
+Every shape runs eagerly a few times first, so rare shapes are never recorded. Each batch is copied into the memory that
+its recording reads. To limit the number of shapes, token counts are rounded up to buckets; cu_seqlens are in device
+memory. This module has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ class RecordedStep:
         """As `NativePrecision.step`."""
         if self.after is None:
             return self.precision.step(self.optimizer, norm, self.max_norm)
+        # With a dynamic loss scale the host waits here for the norm, because it decides whether to launch the update.
         if self.precision.should_skip(norm):
             return False
         self.after[1]()
@@ -231,14 +232,16 @@ def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) ->
     """
     if not device.can_record:
         raise MachineError(
-            f"--cuda_graph: only CUDA devices replay recorded work, and this device is {device.name}; leave it out"
+            f"--cuda_graph: only CUDA devices replay recorded work, and this device is {device.name}; drop the flag"
         )
     if not model.is_packed:
-        raise MachineError(f"--cuda_graph: works with packed models only ({model.why_padded}); use --torch_compile")
+        raise MachineError(f"--cuda_graph works only with packed models ({model.why_padded}); use --torch_compile")
     shape = model.module.shape
     dim = shape.hidden // shape.heads
+    # Without such a kernel, attention would split the batch by lengths on the host, and a recording would keep the
+    # lengths of one batch for all.
     if cuda_kernel(device.torch_device, plan.dtype, dim, shape.attention_dropout) is None:
         raise MachineError(
-            f"--cuda_graph: no attention kernel here takes {plan.name} with dropout {shape.attention_dropout:g}; "
+            f"--cuda_graph: no attention kernel supports {plan.name} with dropout {shape.attention_dropout:g} here; "
             "use --bf16 or --fp16, and --attention_probs_dropout_prob 0"
         )

@@ -1,7 +1,7 @@
 """Optimizers by the names of `--optim`, learning rates by layer, and learning-rate schedules.
 
 Element-wise optimizers (the Adam family) update flat buffers. LAMB and Adafactor need whole parameters and get one view
-a parameter.
+per parameter.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def _height(name: str) -> int | None:
     return 0 if name.startswith(_BELOW) or "embed" in name else None
 
 
+# Their updates depend on norms or means of a whole parameter, which a flat buffer would mix with those of others. The
+# price is a view and several launches for each parameter, instead of a few launches for all.
 _WHOLE_PARAMETER = ("adafactor", "lamb")
 
 
@@ -92,7 +94,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def is_elementwise(name: str) -> bool:
-    """True if an optimizer gives the same result on one flat buffer as on separate parameters."""
+    """True if the optimizer gives the same result on one flat buffer as on separate parameters."""
     return name not in _WHOLE_PARAMETER
 
 
@@ -102,7 +104,7 @@ def build_optimizer(
     """The optimizer of `--optim`, or the nearest one that this machine has.
 
     Args:
-        parameter_groups: (parameters, whether they are decayed) a group, from `NativePrecision.optimizer_groups`.
+        parameter_groups: (parameters, whether they are decayed) per group, from `NativePrecision.optimizer_groups`.
 
     Returns:
         The optimizer and its name; with the reason if it is not the requested one.
@@ -133,6 +135,8 @@ def _adam_options(args: Arguments) -> dict:
 
 
 def _adamw_torch(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
+    # foreach updates a group in a few launches, where torch's default on a CPU loops over the tensors in Python. It
+    # needs temporary memory as large as the group.
     return torch.optim.AdamW(params, foreach=True, **_adam_options(args))
 
 
@@ -150,7 +154,7 @@ def _adamw_torch_fused(args: Arguments, params: list[dict]) -> torch.optim.Optim
 
 
 def set_rate(group: dict, rate: float) -> None:
-    """Set the learning rate of an optimizer's group for the next step; a rate on the device is changed in place."""
+    """Sets the learning rate of a group for the next step. A rate in device memory is changed in place."""
     if torch.is_tensor(group["lr"]):
         group["lr"].fill_(rate)
     else:
@@ -160,6 +164,8 @@ def set_rate(group: dict, rate: float) -> None:
 def runs_without_host(optimizer: torch.optim.Optimizer) -> bool:
     """True if a step, with its clip and its overflow check, reads all of its numbers on the device."""
     rates_there = all(torch.is_tensor(group["lr"]) for group in optimizer.param_groups)
+    # torch sets this attribute on its fused optimizers. They take loss scale and overflow flag as tensors; the others
+    # read them on the host, which costs a wait per step and cannot be recorded.
     return rates_there and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -252,7 +258,7 @@ _NEAREST = {
 
 
 def schedule(name: str, total_steps: int, warmup_steps: float) -> Callable[[int], float]:
-    """A function that gives the factor of the learning rate at each optimizer step, in [0, 1].
+    """The factor of the learning rate at each optimizer step, in [0, 1], as a function.
 
     Args:
         name: linear, cosine, constant or constant_with_warmup.
@@ -267,7 +273,7 @@ def schedule(name: str, total_steps: int, warmup_steps: float) -> Callable[[int]
         return lambda step: 1.0
 
     def factor(step: int) -> float:
-        if step < warmup:
+        if step < warmup:  # as in transformers, the first step has rate 0 and changes nothing
             return step / max(1, warmup)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if name == "linear":

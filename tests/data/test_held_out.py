@@ -52,11 +52,11 @@ def test_the_seed_of_the_order_chooses(tmp_path):
 
 def test_texts_on_both_sides_are_told(tmp_path):
     data = load(table(tmp_path / "a.csv", {"a": 20, "b": 20}, text="the same"), 10)
-    assert any("warning: 4 of them have a text that is in training too" in line for line in data.warnings)
+    assert any("warning: 4 of them have the same text as a training row" in line for line in data.warnings)
 
 
 def test_no_row_at_all_is_refused(tmp_path):
-    with pytest.raises(DataError, match="--validation_split_percentage 1 of 8 rows is no row"):
+    with pytest.raises(DataError, match="--validation_split_percentage 1 of 8 rows holds out no row"):
         load(table(tmp_path / "a.csv", {"a": 4, "b": 4}), 1)
 
 

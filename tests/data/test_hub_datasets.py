@@ -133,7 +133,7 @@ def test_an_unlabelled_training_row_is_refused(hub):
 
 def test_what_the_hub_does_not_have(hub):
     error = hub["cold"][4]
-    assert error["exit_code"] == 3 and "did not give it: BuilderConfig 'cola' not found" in error["error"]
+    assert error["exit_code"] == 3 and "did not provide it: BuilderConfig 'cola' not found" in error["error"]
 
 
 def test_a_data_set_by_name_keeps_its_class_names(hub):
@@ -246,7 +246,7 @@ def test_broken_saved_data_sets(tmp_path):
     with pytest.raises(DataError, match="train row 2: label -1 means unlabelled"):
         load(tmp_path, needed={"train"})
     saved([0], names=("yes", "no")).save_to_disk(str(tmp_path / "names" / "train"))
-    with pytest.raises(DataError, match="'yes', 'no' do not fit"):
+    with pytest.raises(DataError, match="'yes', 'no' do not match"):
         load(tmp_path / "names", needed={"train"})
     next((tmp_path / "train").glob("*.arrow")).write_bytes(b"damaged")
     with pytest.raises(DataError, match="cannot be read as a saved data set"):

@@ -90,7 +90,7 @@ def test_texts_that_look_joined_are_refused_until_a_flag_says_what_they_are(tmp_
 def test_names_with_a_comma_and_decimal_commas_are_not_taken_for_several(tmp_path):
     names = ["Toys, Games", "Books, Music", "Garden"] * 6
     assert load(table(tmp_path / "a.csv", {"text": TEXTS, "label": names})).task.num_labels == 3
-    with pytest.raises(DataError, match="decimal comma"):
+    with pytest.raises(DataError, match="has a comma. Write numbers with a decimal point"):
         load(table(tmp_path / "b.csv", {"text": TEXTS, "label": ["1,5", "2,0", "1,0", "2,5", "5,0", "0,5"] * 3}))
 
 
@@ -100,7 +100,7 @@ def test_a_column_a_class(tmp_path):
         "insult": [0] * 18, "obscene": ["False", "True", "True"] * 6,
     }  # fmt: skip
     path = table(tmp_path / "a.csv", columns)
-    with pytest.raises(DataError, match="one column of 0 and 1 a class: toxic,threat,insult,obscene"):
+    with pytest.raises(DataError, match="one column of 0 and 1 per class: toxic,threat,insult,obscene"):
         load(path)
     data = load(path, label_column_name="toxic,threat,obscene,insult")
     assert data.task.labels == ("toxic", "threat", "obscene", "insult"), "in the order given"
@@ -127,7 +127,7 @@ def test_vectors_of_0_and_1_are_positions(tmp_path):
 @pytest.mark.parametrize("write", [json.dumps, repr])
 def test_lists_written_as_text_need_a_flag(tmp_path, write):
     path = table(tmp_path / "a.csv", {"text": TEXTS, "label": [write(labels) for labels in SETS]})
-    with pytest.raises(DataError, match="is a list as text: --problem_type multi_label_classification"):
+    with pytest.raises(DataError, match="looks like a list: --problem_type multi_label_classification"):
         load(path)
     data = load(path, problem_type="multi_label_classification")
     assert names_of(data) == [sorted(labels) for labels in SETS]
@@ -139,7 +139,7 @@ def test_lists_of_one_stay_one_label_unless_a_flag_or_an_empty_list_says_otherwi
     assert not data.task.is_multi_label and any("--problem_type multi_label" in line for line in data.warnings)
     assert load(jsonl(tmp_path / "a.jsonl", ones), problem_type="multi_label_classification").task.is_multi_label
     path = jsonl(tmp_path / "b.jsonl", [[], *ones[1:]])
-    with pytest.raises(DataError, match="1 of 18 lists are empty"):
+    with pytest.raises(DataError, match="1 of 18 are empty"):
         load(path)
     assert load(path, problem_type="multi_label_classification").splits["train"].labels[0] == ()
     single = load(path, problem_type="single_label_classification", drop_rows="label=")
@@ -150,10 +150,10 @@ def test_lists_of_one_stay_one_label_unless_a_flag_or_an_empty_list_says_otherwi
     ("labels", "said"),
     [
         ([["a", "b"], None, ["a"]], "a.jsonl:2: no label"),
-        ([["a", "b"], ["a", {"x": 1}]], "a.jsonl:2: label {'x': 1} in a list is no class"),
-        ([["a", "b"], "a;b"], "a.jsonl:2: label 'a;b' is a text.*--label_delimiter"),
+        ([["a", "b"], ["a", {"x": 1}]], "a.jsonl:2: label {'x': 1} in a list cannot be a class"),
+        ([["a", "b"], "a;b"], "a.jsonl:2: label 'a;b' may hold several labels.*--label_delimiter"),
         ([["a", "b"], ["b", "a"]], "all labels are"),
-        ([["a", "b"], ["a", None]], "in a list is no class"),
+        ([["a", "b"], ["a", None]], "in a list cannot be a class"),
     ],
 )
 def test_what_is_no_set_of_labels_is_refused(tmp_path, labels, said):
@@ -171,7 +171,7 @@ def test_a_finished_model_says_the_classes_and_both_lists_are_shown(tmp_path):
     assert names_of(data, "validation") == [["sport"], ["art", "news"], []] and data.task.labels == CLASSES
     path = jsonl(tmp_path / "b.jsonl", [["sport", "weather"], ["news"]])
     with pytest.raises(
-        DataError, match="b.jsonl:1: label 'weather' is no class of the model.*'art'.*labels of the file"
+        DataError, match="b.jsonl:1: label 'weather' is not a class of the model.*'art'.*labels of the file"
     ):
         load(None, only, finished(), validation_file=path)
 
@@ -191,9 +191,9 @@ def test_a_finished_model_finds_its_classes_as_columns_or_as_texts(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"problem_type": "regression"}, "the model is of multi_label_classification, and the flags say regression"),
-        ({"problem_type": "single_label_classification"}, "say single_label_classification"),
-        ({"do_regression": True}, "say regression"),
+        ({"problem_type": "regression"}, "problem_type multi_label_classification, but the flags ask for regression"),
+        ({"problem_type": "single_label_classification"}, "ask for single_label_classification"),
+        ({"do_regression": True}, "ask for regression"),
     ],
 )
 def test_a_finished_model_and_a_flag_that_contradicts_it(tmp_path, flags, said):
@@ -201,7 +201,7 @@ def test_a_finished_model_and_a_flag_that_contradicts_it(tmp_path, flags, said):
     with pytest.raises(UsageError, match=said):
         load(None, frozenset({"evaluation"}), finished(), validation_file=path, **flags)
     single = own_task("own", ("text",), CLASSES)
-    with pytest.raises(UsageError, match="the model is of single_label_classification"):
+    with pytest.raises(UsageError, match="the model has problem_type single_label_classification"):
         load(None, frozenset({"evaluation"}), single, validation_file=path, label_delimiter=";")
 
 

@@ -84,7 +84,7 @@ def test_whole_numbers_written_as_fractions_need_a_flag():
         classes_of(data, "label", LabelFlags({}))
     assert classes_of(data, "label", LabelFlags({}, is_regression=True))[0] == ()
     assert classes_of(data, "label", LabelFlags({}, is_regression=False))[0] == ("1.0", "2.0")
-    with pytest.raises(DataError, match="decimal comma"):
+    with pytest.raises(DataError, match="has a comma. Write numbers with a decimal point"):
         classes_of(table(label=["1,5", "2,5"]), "label", LabelFlags({}))
 
 
@@ -119,9 +119,9 @@ def test_rows_that_count_for_nothing_are_asked_about(columns, flag, rows):
 def test_lists_of_labels():
     kept, notes = labelled_rows(table(label=[["a"], ["b"]]), "label", LabelFlags({}))
     assert kept.columns["label"] == ["a", "b"]
-    with pytest.raises(DataError, match="FILE:3: label is a list of 2"):
+    with pytest.raises(DataError, match="FILE:3: the label is a list of 2"):
         labelled_rows(table(label=[["a"], ["a", "b"]]), "label", LabelFlags({}))
-    with pytest.raises(UsageError, match="--drop_rows x: is not NAME=VALUE"):
+    with pytest.raises(UsageError, match="--drop_rows x: expected NAME=VALUE"):
         LabelFlags.of(Arguments(drop_rows="x"))
 
 

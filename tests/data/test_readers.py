@@ -62,7 +62,7 @@ def test_tsv_ragged_rows_are_named_and_none_is_skipped(tmp_path):
     path = write(tmp_path, "a.tsv", "a\tb\n1\t2\n1\n1\t2\t3\n\n1\t2\n")
     lines = refusal(read_tsv, path).splitlines()
     assert [line.split(": ")[0] for line in lines] == ["FILE:3", "FILE:4", "FILE:5"]
-    assert lines[0].startswith("FILE:3: 1 columns where 2 are expected")
+    assert lines[0].startswith("FILE:3: 1 columns instead of 2")
     assert lines[2] == "FILE:5: the line is empty"
 
 
@@ -134,7 +134,7 @@ def test_csv_broken_quoting_and_ragged_rows(tmp_path):
         read_csv, write(tmp_path, "a.csv", 'a,b\n1,2\n"never closed,2\n3,4\n5,6\n')
     )
     text = refusal(read_csv, write(tmp_path, "b.csv", 'a,b\n"x\ny",2\n1,2,3\n\n4,5\n'))
-    assert text.startswith("FILE:4: 3 columns where 2 are expected")
+    assert text.startswith("FILE:4: 3 columns instead of 2")
     assert "FILE:5: the line is empty" in text
 
 

@@ -173,7 +173,7 @@ def test_a_pointer_or_rubbish_instead_of_a_tokenizer(bert_uncased, tmp_path, nam
 
 def test_nothing_to_tokenize_with(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(MachineError, match="no tokenizer.json"):
+    with pytest.raises(MachineError, match="neither a tokenizer.json"):
         TextTokenizer(tmp_path)
 
 

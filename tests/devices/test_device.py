@@ -77,38 +77,57 @@ def test_an_absent_index(three_gpus, requested, local_rank):
 
 @pytest.fixture
 def broken_torch_npu(monkeypatch, tmp_path):
-    """Makes a torch_npu of a version that fails with a message; the versions that torch and it tell of are given."""
+    """Makes a torch_npu whose import fails with a message, beside installed versions of torch and CANN."""
 
-    def make(message: str, torch_npu: str = "2.13.0", torch_version: str = "2.13.0+cpu") -> None:
+    def make(
+        message: str,
+        torch_npu: str = "2.12.0",
+        torch_version: str = "2.12.0+cpu",
+        needs: tuple[str, ...] = (),
+        cann: str | None = None,
+        is_sourced: bool = False,
+    ) -> None:
         (tmp_path / "torch_npu.py").write_text(f"raise ImportError({message!r})")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
         versions = {"torch": torch_version, "torch_npu": torch_npu}
         monkeypatch.setattr(npu_versions.metadata, "version", versions.__getitem__)
+        monkeypatch.setattr(npu_versions.metadata, "requires", {"torch": list(needs)}.__getitem__)
+        monkeypatch.setattr(npu_versions, "cann_version", lambda: cann)
         monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+        if is_sourced:
+            monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/Ascend/cann")
 
     return make
 
 
+SOURCED = {"cann": "9.1.0", "is_sourced": True}
+
+
+@pytest.mark.parametrize("message", ["libhccl.so: undefined symbol: x", "Two accelerators", "something new\nand more"])
 @pytest.mark.parametrize(
-    ("message", "versions", "fix"),
+    ("installed", "fix"),
     [
-        ("libtorch_npu.so: undefined symbol: _ZN3c10", {}, "built for another torch or CANN"),
-        ("libhccl.so: cannot open shared object file: No such file or directory", {}, "source its set_env.sh"),
-        ("ASCEND_OPP_PATH environment variable is not set", {}, "source its set_env.sh"),
-        ("undefined symbol: x", {"torch_npu": "2.12.0.post2"}, "built for torch 2.12.0, not 2.13.0+cpu"),
-        ("undefined symbol: x", {"torch_version": "2.6.0"}, "install torch==2.13.0, or the torch_npu of torch 2.6.0"),
-        ("Two accelerators cannot be used at the same time", {}, "install the CPU build of torch"),
-        ("something new\nand more", {}, "reinstall a matching pair"),
+        ({"torch_npu": "2.12.0.post2", "torch_version": "2.13.0+cpu"}, "built for torch 2.12.0, not 2.13.0+cpu"),
+        ({"torch_version": "2.6.0", **SOURCED}, "install torch==2.12.0, or the torch_npu of torch 2.6.0"),
+        ({"torch_version": "2.12.0+cu126", **SOURCED}, "install the CPU build of torch"),
+        ({"torch_version": "2.12.0", "needs": ("nvidia-nccl-cu12==2.2",), **SOURCED}, "install the CPU build of torch"),
+        ({}, "install CANN and source its set_env.sh"),
+        ({"cann": "9.1.0"}, "the environment of CANN 9.1.0 is not set: source its set_env.sh"),
+        ({"cann": "8.5.0", "is_sourced": True}, "was tested with CANN 9.1.0, not 8.5.0"),
+        (SOURCED, "the versions match: reinstall torch_npu"),
     ],
 )
-def test_a_broken_torch_npu_is_explained(broken_torch_npu, message, versions, fix):
-    broken_torch_npu(message, **versions)
+def test_the_fix_for_a_broken_torch_npu_follows_from_versions_and_not_from_the_message(
+    broken_torch_npu, message, installed, fix
+):
+    broken_torch_npu(message, **installed)
     with pytest.raises(MachineError) as caught:
         is_available("npu")
     first, here, *table = str(caught.value).splitlines()
     assert first.startswith(f"torch_npu cannot be imported: {message.splitlines()[0]}; ") and fix in first
-    assert "ASCEND_HOME_PATH is not set" in here and versions.get("torch_npu", "2.13.0") in here
+    assert installed.get("torch_npu", "2.12.0") in here
+    assert ("ASCEND_HOME_PATH is not set" in here) == ("is_sourced" not in installed)
     assert any("2.12.0: CANN 9.1.0" in line for line in table) and "--device cpu" in table[-1]
 
 

@@ -217,7 +217,9 @@ def test_a_broken_diagnostic_does_not_cost_the_run(tmp_path):
     reason = _diagnose(args, get_task("ax"), np.zeros(2, int), analysis)["diagnostic_ax_reason"]
     assert "diagnostic-full.tsv:3" in reason and analysis == {}
     args = arguments(tmp_path, data_path=str(tmp_path / "diagnostic"), model_name_or_path="x")
-    assert "need GLUE's diagnostic-full.tsv" in _diagnose(args, get_task("ax"), np.zeros(2, int), analysis).popitem()[1]
+    assert (
+        "need diagnostic-full.tsv of GLUE" in _diagnose(args, get_task("ax"), np.zeros(2, int), analysis).popitem()[1]
+    )
 
 
 @pytest.mark.parametrize(("classes", "rows"), [(60, 500), (1200, 1200), (5000, 300)])

@@ -119,7 +119,7 @@ def test_it_is_kept_with_the_model_and_applied(tmp_path: Path, capsys: pytest.Ca
     assert run(args) == 0
     out, results = Path(args.output_dir), results_of(args)
     said = capsys.readouterr().out
-    assert "calibration: temperature" in said and "their scores are no longer those of unseen rows" in said
+    assert "calibration: temperature" in said and "so their scores no longer count as scores of unseen rows" in said
     chosen = json.loads((out / "bert_glue.json").read_text())["calibration"]
     assert chosen == results["calibration"] and chosen["rows"] == 50 and chosen["threshold_of"] == "yes"
     assert {"eval_ece", "eval_calibrated_ece", "eval_calibrated_loss", "eval_calibrated_accuracy"} <= set(results)
@@ -200,7 +200,7 @@ def test_a_graph_carries_it_in_its_metadata(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_calibrated_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--calibrate: 13 rows of validation choose nothing that holds; give 20"):
+    with pytest.raises(DataError, match="--calibrate: validation has 13 rows, which are too few; give 20"):
         run(arguments(tmp_path, do_eval=True, calibrate=True))
     scores = tmp_path / "scores.csv"
     scores.write_text("text,label\n" + "".join(f"a dog runs {n} times,{n / 4}\n" for n in range(30)))
@@ -241,4 +241,4 @@ def test_other_weights_are_not_calibrated() -> None:
 def test_a_calibration_that_does_not_help_is_said(after: float, warns: bool) -> None:
     chosen = {"temperature": 1.5, "chosen_on": "validation", "rows": 40}
     lines = calibration_lines({"calibration": chosen, "eval_ece": 0.1, "eval_calibrated_ece": after})
-    assert ("warning: on rows that did not choose it" in lines[-1]) == warns
+    assert ("warning: calibration does not lower" in lines[-1]) == warns

@@ -150,9 +150,9 @@ FORMATS = {
 }
 # Messages about a whole file or column: there is no line to name.
 WHOLE = re.compile(
-    r"is empty|has no rows|cannot be read as parquet|cannot be read: |no column of texts|all labels are|no labels"
-    r"|column name more than once|no column |do not fit|class names|is not UTF-8|the text may be|--drop_rows"
-    r"|lone CR|as pandas writes|several lists of rows|--problem_type"
+    r"is empty|has no rows|cannot be read as parquet|cannot be read: |no column looks like text|all labels are"
+    r"|no labels|column name more than once|no column |do not match|class names|is not UTF-8|the text may be"
+    r"|--drop_rows|lone CR|as pandas writes|several lists of rows|--problem_type"
 )
 
 

@@ -39,7 +39,7 @@ def test_a_torch_that_can_work_is_enough(installed: dict[str, str], version: str
 def test_a_torch_that_cannot_work_is_refused_with_the_reason(installed: dict[str, str]) -> None:
     installed["torch"] = "2.1.0"
     assert str(gap("torch")) == "torch 2.1.0 (needs 2.4: older ones lack torch.library.custom_op)"
-    with pytest.raises(MachineError, match=r"torch 2\.1\.0 cannot run this: it needs 2\.4"):
+    with pytest.raises(MachineError, match=r"torch 2\.1\.0 is too old: this program needs 2\.4"):
         refuse_unusable()
 
 
@@ -62,7 +62,7 @@ def test_no_other_version_is_refused(installed: dict[str, str]) -> None:
 def test_versions_outside_the_tested_range_are_warned_about(installed, name, version, is_tested) -> None:
     installed[name] = version
     told = [line for line in stack_warnings() if not line.startswith("python")]
-    line = f"{name} {version} is outside the tested range, {RANGES[name]}; the run goes on"
+    line = f"{name} {version} is outside the tested range {RANGES[name]}; the run continues"
     assert told == ([] if is_tested else [line])
 
 
@@ -85,7 +85,7 @@ def test_without_a_torch_the_tested_set_is_installed(installed, wanted, monkeypa
 def test_a_torch_that_is_too_old_is_not_exchanged(installed, wanted, capsys) -> None:
     installed.update(torch="2.1.0", torch_npu="2.1.0.post17")
     assert main(["--specs", str(wanted)]) == 4
-    assert "use an environment with a newer one" in capsys.readouterr().out
+    assert "use an environment with a newer version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("torch", "code"), [(None, 1), ("2.7.1", 3)])

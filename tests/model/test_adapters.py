@@ -279,7 +279,7 @@ def test_the_folder_of_a_run_works_everywhere(peft, tmp_path, capsys):
     )  # fmt: skip
     assert pipeline_run.run(again) == 0
     assert results_of(again)["eval_accuracy"] == pytest.approx(results["eval_accuracy"], abs=0.08)
-    with pytest.raises(MachineError, match="adapters alone"):
+    with pytest.raises(MachineError, match="holds only adapters"):
         load_model(Arguments(model_name_or_path=str(out / "adapter")), RTE)
     # A later run of all weights deletes nothing, and says what it found.
     assert pipeline_run.run(changed(args, lora_rank=None)) == 0

@@ -65,7 +65,9 @@ def test_weights_are_read_on_both_paths(tmp_path, layout, padding, shards):
 def test_a_vocabulary_with_more_words_than_the_model_is_refused(tmp_path):
     write_model(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"later": len(VOCAB), "latest": len(VOCAB) + 1}))
-    with pytest.raises(MachineError, match=f"has {len(VOCAB) + 2} ids, the model's table of words has {len(VOCAB)}"):
+    with pytest.raises(
+        MachineError, match=f"has {len(VOCAB) + 2} ids, but the model's word embedding has {len(VOCAB)}"
+    ):
         _stored(tmp_path)
 
 

@@ -155,7 +155,7 @@ def test_other_label_names_keep_their_order_with_a_note(bert_of_three, tmp_path,
     plain = _logits(_load(bert_of_three, MNLI, padding=padding))
     named = _with_config(bert_of_three, tmp_path, id2label={"0": "no", "1": "maybe", "2": "yes"})
     model = _load(named, MNLI, padding=padding, do_train=True)
-    assert "stored order" in model.notes[0] and torch.equal(_logits(model), plain)
+    assert "their order is kept" in model.notes[0] and torch.equal(_logits(model), plain)
 
 
 @pytest.mark.parametrize("names", [["no", "maybe", "yes"], ["entailment", "neutral", "other"], ["NEUTRAL"] * 3])
@@ -170,7 +170,7 @@ def test_a_head_of_another_size(bert_of_three, padding):
     with pytest.raises(MachineError, match="--ignore_mismatched_sizes|ignore_mismatched_sizes"):
         _load(bert_of_three, MRPC, padding=padding)
     model = _load(bert_of_three, MRPC, padding=padding, ignore_mismatched_sizes=True)
-    assert "started anew" in model.notes[0] and _logits(model).shape == (3, 2)
+    assert "initialised at random" in model.notes[0] and _logits(model).shape == (3, 2)
 
 
 @pytest.mark.parametrize("padding", ["packed", "longest"])
@@ -181,7 +181,7 @@ def test_a_head_that_is_not_stored_starts_anew(bert, tmp_path, padding):
     kept = {n: v for n, v in load_file(bert / "model.safetensors").items() if not n.startswith("classifier")}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
     model = _load(tmp_path, MNLI, padding=padding)
-    assert "started anew" in model.notes[0] and _logits(model).shape == (3, 3)
+    assert "initialised at random" in model.notes[0] and _logits(model).shape == (3, 3)
 
 
 def test_regression_has_one_output(tmp_path):

@@ -142,9 +142,9 @@ def test_samples_are_rows_and_windows_are_told_apart(trained):
     assert results["train_windows_per_second"] > results["train_samples_per_second"]
     assert results["predict_windowed_rows_own"] > 0 and (results["doc_stride"], results["max_windows"]) == (4, 64)
     card = (Path(trained.output_dir) / "README.md").read_text()
-    assert "overlapping windows that share 4 tokens, 64 at most" in card
+    assert "at most 64 windows, which overlap by 4 tokens" in card
     assert f"{results['train_windowed_rows']} rows of training" in card and "were cut" not in card
-    assert "overlapping windows that share 4 tokens" in (Path(trained.output_dir) / "report.html").read_text()
+    assert "windows, which overlap by 4 tokens" in (Path(trained.output_dir) / "report.html").read_text()
 
 
 def test_a_later_evaluation_reads_the_stride_beside_the_weights(trained, tmp_path, capsys):
@@ -253,7 +253,7 @@ def test_a_prediction_of_other_windows_does_not_go_on(trained, tmp_path, capsys)
 @pytest.mark.parametrize("value", ["3", -2, True, 1.5])
 def test_a_stride_beside_the_weights_that_is_none_is_refused(tmp_path, value):
     (tmp_path / "bert_glue.json").write_text(json.dumps({"doc_stride": value}))
-    with pytest.raises(MachineError, match="doc_stride is .*, not a whole number from -1 on"):
+    with pytest.raises(MachineError, match="doc_stride is .*, not an integer of at least -1"):
         read_description(tmp_path)
 
 

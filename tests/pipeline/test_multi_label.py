@@ -96,7 +96,7 @@ def test_report_and_card_have_no_confusions(done):
     assert not {"confusion", "confused"} & set(analysis) and len(analysis["explained"]) == 2
     report, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     assert ">Confusion matrix" not in report and "Micro F1" in report and "Rows predicted" in report
-    assert "Predicting always the same labels" in report and "most frequent class" not in report
+    assert "Always predicting the same labels" in report and "most frequent class" not in report
     assert "any number of: " + ", ".join(CLASSES) in card and "top_k=None" in card and "above 0.5" in card
 
 

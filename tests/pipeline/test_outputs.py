@@ -376,4 +376,4 @@ def test_a_harness_finds_each_metric_by_grep(sample, tmp_path: Path, name: str, 
 
 def test_a_run_that_learned_nothing_says_so(own):
     results = results_of(own.args) | {"eval_collapsed": "all 13 predictions are no"}
-    assert "  warning  nothing was learned: all 13 predictions are no" in outputs.summary(results, own.folder)
+    assert "  warning  the model learned nothing: all 13 predictions are no" in outputs.summary(results, own.folder)

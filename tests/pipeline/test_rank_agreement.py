@@ -41,8 +41,8 @@ class Recorder(Peers):
 def test_differences_are_named_with_their_ranks():
     facts = [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 3, "c": None}]
     assert differences(facts) == [
-        "ranks differ in b: 2 on rank 0; 3 on ranks 1, 2; start all ranks with the same",
-        "ranks differ in c: not there on ranks 0, 1; None on rank 2; start all ranks with the same",
+        "ranks differ in b: 2 on rank 0; 3 on ranks 1, 2; start all ranks with the same value",
+        "ranks differ in c: missing on ranks 0, 1; None on rank 2; start all ranks with the same value",
     ]
     assert differences([{"a": 1}] * 8) == []
 

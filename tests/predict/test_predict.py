@@ -174,7 +174,7 @@ def test_kill_9_and_go_on(run, tmp_path):
     assert 0 < done < 1280
     resumed = process(run, source, target, stdout=subprocess.PIPE, text=True)
     out = resumed.communicate()[0]
-    assert resumed.returncode == 0 and f"going on after row {done}" in out
+    assert resumed.returncode == 0 and f"continuing after row {done}" in out
     assert f"labelled {1280 - done} rows" in out
     assert target.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
@@ -201,14 +201,14 @@ def test_another_input_does_not_go_on(run, tmp_path, monkeypatch, capsys):
     source, target = interrupted(run, tmp_path, monkeypatch)
     source.write_text(source.read_text().replace('"id": 3,', '"id": 4,'))
     assert label(run, source, target) == 3
-    assert "its first 64 rows are not those labelled so far" in capsys.readouterr().err
+    assert "its first 64 rows are not the rows labelled so far" in capsys.readouterr().err
 
 
 def test_a_finished_output_is_kept(run, tmp_path, capsys):
     source, target = write_input(tmp_path / "in.csv", 5), tmp_path / "out.csv"
     target.write_text("mine")
     assert label(run, source, target) == 6 and target.read_text() == "mine"
-    assert "exists; choose another, or --overwrite" in capsys.readouterr().err
+    assert "exists; choose another path, or give --overwrite" in capsys.readouterr().err
     assert label(run, source, target, "--overwrite") == 0 and len(target.read_text().splitlines()) == 6
 
 
@@ -224,9 +224,9 @@ def test_two_processes_do_not_share_an_output(run, tmp_path, capsys):
     [
         ("in.jsonl", '{"sentence1": "a", "sentence2": "b"}\n{"sentence1": "a", "sentence2": null}\n', ":2: column"),
         ("in.jsonl", '{"sentence1": "a", "sentence2": "b"}\n{"sentence1": "a"\n', ":2: not JSON"),
-        ("in.csv", "sentence1,sentence2\na,b\nc\n", ":3: 1 columns where 2 are expected"),
-        ("in.tsv", "sentence1\tother\na\tb\n", "no column 'sentence2'; columns: sentence1, other; name those"),
-        ("in.csv", "sentence1,sentence2,prediction\na,b,c\n", "has a column 'prediction' already"),
+        ("in.csv", "sentence1,sentence2\na,b\nc\n", ":3: 1 columns instead of 2"),
+        ("in.tsv", "sentence1\tother\na\tb\n", "no column 'sentence2'; columns: sentence1, other; name the text"),
+        ("in.csv", "sentence1,sentence2,prediction\na,b,c\n", "already has a column 'prediction'"),
     ],
 )
 def test_broken_input_is_exit_code_3_with_its_line(run, tmp_path, capsys, name, content, expected):
@@ -244,7 +244,7 @@ def test_a_mended_line_goes_on(run, tmp_path, capsys):
     assert label(run, source, target) == 3 and ":101: not JSON" in capsys.readouterr().err
     source.write_text(good)
     assert label(run, source, target) == 0
-    assert "going on after row 64" in capsys.readouterr().out
+    assert "continuing after row 64" in capsys.readouterr().out
     assert [json.loads(line)["id"] for line in target.read_text().splitlines()] == list(range(COUNT))
 
 
@@ -263,7 +263,7 @@ def test_a_reader_that_leaves_is_no_traceback(run, tmp_path):
     piped.stdout.readline()
     piped.stdout.close()
     errors = piped.stderr.read()
-    assert piped.wait() == 6 and errors == b"error: --output -: the reader of standard output is gone\n"
+    assert piped.wait() == 6 and errors == b"error: --output -: the reader of standard output has ended\n"
 
 
 def test_columns_by_name(run, tmp_path, capsys):
@@ -279,11 +279,11 @@ def test_what_a_kind_cannot_hold_is_refused(run, tmp_path, capsys):
     row = {"sentence1": "a dog", "sentence2": "a cat", "note": "x"}
     source.write_text("".join(json.dumps({**row, **more}) + "\n" for more in ({}, {"note": "tab\there"})))
     assert label(run, source, tmp_path / "out.tsv") == 3
-    assert ":2: a tab or line break in a text" in capsys.readouterr().err
+    assert ":2: a text has a tab or line break" in capsys.readouterr().err
     lines = [json.dumps(row)] * 64 + [json.dumps({**row, "late": 1})]
     source.write_text("\n".join(lines) + "\n")
     assert label(run, source, tmp_path / "out.csv") == 3
-    assert ":65: 'late' is not among the columns of the first rows" in capsys.readouterr().err
+    assert ":65: the first rows have no column 'late'" in capsys.readouterr().err
     assert label(run, source, tmp_path / "late.jsonl") == 0
     lines[64] = json.dumps({**row, "note": 7})
     source.write_text("\n".join(lines) + "\n")
@@ -318,7 +318,7 @@ def test_what_a_folder_leaves_open_is_told(run, tmp_path, capsys):
     ("words", "expected"),
     [
         (["--output", "x.xlsx"], "--output x.xlsx: unknown extension. Choices: csv, tsv, jsonl, parquet"),
-        (["--output", "-", "--output_format", "parquet"], "--output -: parquet needs a file"),
+        (["--output", "-", "--output_format", "parquet"], "--output -: parquet cannot be piped"),
     ],
 )
 def test_usage(run, tmp_path, capsys, words, expected):

@@ -64,7 +64,7 @@ def test_the_choice_of_columns_and_the_majority_are_shown_first(sweep: Sweep, fi
 def test_finished_runs_stay_and_changed_data_is_refused(sweep: Sweep, files) -> None:
     assert sweep.run(*files, "--seeds", "1").returncode == 0
     done = sweep.run(*files, "--seeds", "1,2")
-    assert done.returncode == 0 and "1 runs are done already; 1 to do" in done.stdout
+    assert done.returncode == 0 and "1 runs are already done; 1 to do" in done.stdout
     with Path(files[1]).open("a") as file:
         file.write("one more text,bad\n")
     done = sweep.run(*files, "--seeds", "1,2")
@@ -77,7 +77,7 @@ def test_scores_have_the_metrics_of_a_regression(sweep: Sweep, tmp_path: Path) -
            "--label_column_name", "verdict", "--seeds", "1"]  # fmt: skip
     done = sweep.run(*own, "--expect", "own.spearmanr>=0.4")
     assert done.returncode == 0, done.stderr
-    assert sweep.group("own")["metric"] == "spearmanr" and "each seed holds out other rows" in done.stdout
+    assert sweep.group("own")["metric"] == "spearmanr" and "each seed holds out different rows" in done.stdout
     assert "most frequent class" not in done.stdout
     done = sweep.run(*own, "--expect", "own.spearmanr>=0.9")
     assert done.returncode == 8 and "--expect own.spearmanr>=0.9: missed" in done.stderr
@@ -93,7 +93,7 @@ def test_label_maps_dropped_rows_and_switches_are_handed_on(sweep: Sweep, tmp_pa
         "--drop_broken_rows", "--seeds", "7", "--", "--data_seed", "3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "most frequent class: accuracy" in done.stdout and "holds out other rows" not in done.stdout
+    assert "most frequent class: accuracy" in done.stdout and "holds out different rows" not in done.stdout
     argv = sweep.attempts("own", 7)[0]["argv"]
     assert {"--label_map=0=neg,1=pos", "--drop_rows=verdict=-", "--drop_broken_rows=true"} <= set(argv)
 
@@ -114,13 +114,16 @@ def test_a_search_goes_over_own_data_too(sweep: Sweep, files) -> None:
         (["--tasks", "own"], "--tasks own needs --train_file or --dataset_name"),
         (["--tasks", "own,mrpc", "--train_file", "x.csv"], "--train_file is for own data"),
         (["--tasks", "own,mrpc"], "own goes alone"),
-        (["--tasks", "rte", "--label_map", "0=a"], "--label_map is for own data: give --tasks own, not --tasks rte"),
-        (["--tasks", "own", "--sample", "--train_file", "x.csv"], "--tasks own and --sample are two sources of data"),
+        (
+            ["--tasks", "rte", "--label_map", "0=a"],
+            "--label_map is for own data: it needs --tasks own, not --tasks rte",
+        ),
+        (["--tasks", "own", "--sample", "--train_file", "x.csv"], "--tasks own and --sample exclude each other"),
         (["--train_file", "x.csv", "--model", ""], "needs --model"),
-        (["--train_file", "x.csv", "--recipe", "stable"], "--recipe stable has settings by GLUE task"),
+        (["--train_file", "x.csv", "--recipe", "stable"], "--recipe stable has settings for GLUE tasks only"),
         (["--train_file", "x.csv"], "--do_eval needs --validation_file"),
         (["--tasks", "onw"], "Did you mean own?"),
-        (["--train_file", "x.csv", "--", "--train_file", "y.csv"], "--train_file cannot go behind --"),
+        (["--train_file", "x.csv", "--", "--train_file", "y.csv"], "--train_file cannot follow --"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(sweep: Sweep, flags: list[str], says: str) -> None:

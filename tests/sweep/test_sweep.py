@@ -109,12 +109,12 @@ def test_jobs_run_at_the_same_time(sweep: Sweep) -> None:
         (["--seeds", "one"], "neither a seed nor a range"),
         (["--devices", "cpu,cpu"], "--jobs N"),
         (["--devices", "NPU 0"], "--devices:"),
-        (["--jobs", "0"], "at least 1"),
+        (["--jobs", "0"], "--jobs 0 is below the minimum of 1"),
         (["--learning_rates", "fast"], "'fast' is not a number"),
-        (["--storage", "sqlite:///x"], "belong to --search"),
-        (["--sample", "--data_path", "x"], "two sources"),
-        (["--", "--seed", "3"], "--seed cannot go behind --"),
-        (["--", "--no_do_eval"], "--do_eval cannot go behind --"),
+        (["--storage", "sqlite:///x"], "need --search"),
+        (["--sample", "--data_path", "x"], "exclude each other"),
+        (["--", "--seed", "3"], "--seed cannot follow --"),
+        (["--", "--no_do_eval"], "--do_eval cannot follow --"),
         (["--", "--no_such_flag"], "--no_such_flag: unknown flag"),
     ],
 )
@@ -141,7 +141,7 @@ def test_help_says_why_one_run_a_device(sweep: Sweep) -> None:
 def test_finished_runs_are_kept_and_new_ones_added(sweep: Sweep) -> None:
     assert sweep.run(*MRPC, "1,2").returncode == 0
     done = sweep.run(*MRPC, "1-3")
-    assert done.returncode == 0 and "2 runs are done already; 1 to do" in done.stdout
+    assert done.returncode == 0 and "2 runs are already done; 1 to do" in done.stdout
     assert [len(sweep.attempts("mrpc", seed)) for seed in (1, 2, 3)] == [1, 1, 1]
 
 
@@ -158,7 +158,7 @@ def test_a_folder_of_something_else_is_refused(sweep: Sweep) -> None:
     sweep.folder("mrpc", 1).mkdir(parents=True)
     (sweep.folder("mrpc", 1) / "all_results.json").write_text("{}")
     done = sweep.run(*MRPC, "1")
-    assert done.returncode == 2 and "is not of a sweep" in done.stderr
+    assert done.returncode == 2 and "was not written by a sweep" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"seed": 1}', '{"seed": 2, "eval_f1": 0.9}'])
@@ -203,7 +203,7 @@ def test_a_failed_run_is_retried_once_at_the_end_and_goes_on(sweep: Sweep) -> No
     sweep.stub = {"mrpc-1": {"exit": [-9]}}
     done = sweep.run(*MRPC, "1,2")
     assert done.returncode == 0
-    assert "failed mrpc seed 1: ended by SIGKILL (out of memory?); it is tried once more" in done.stdout
+    assert "failed mrpc seed 1: ended by SIGKILL (out of memory?); it will be retried once" in done.stdout
     assert done.stdout.index("done mrpc seed 2") < done.stdout.index("done mrpc seed 1")
     assert "--resume_from_checkpoint=auto" in sweep.attempts("mrpc", 1)[1]["argv"]
 
@@ -276,7 +276,7 @@ def test_a_run_that_ignores_the_signal_is_killed_after_the_grace(sweep: Sweep) -
     child.terminate()
     out, _ = child.communicate(timeout=30)
     assert child.returncode == 143 and time.monotonic() - began < 10
-    assert "did not end within 1 s: killed" in out
+    assert "did not end within 1 s (--grace) and are killed" in out
     assert not is_alive(sweep.attempts("mrpc", 1)[0]["pid"])
 
 

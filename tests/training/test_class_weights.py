@@ -150,7 +150,7 @@ def test_a_class_of_weight_0_alone_in_a_step_changes_nothing(tmp_path: Path) -> 
         ('{"yes": true, "no": 1}', "class 'yes' has weight True"),
         ('{"yes": "2", "no": 1}', "class 'yes' has weight 2, not"),
         ('{"yes": 0, "no": 0.0}', "every class with training rows has weight 0"),
-        ('{"yes": 1, "no": 2, "yes": 3}', "class 'yes' stands there twice"),
+        ('{"yes": 1, "no": 2, "yes": 3}', "class 'yes' is listed twice"),
         ("[1, 2]", "not a JSON object"),
         ("{yes: 1}", "it is not JSON"),
     ],

@@ -269,5 +269,5 @@ def test_padded_models_and_absent_kernels_are_refused(tmp_path, recordable, monk
         pipeline.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
     monkeypatch.setattr(attention, "CUDA_KERNELS", {})
     attention.cuda_kernel.cache_clear()
-    with pytest.raises(MachineError, match="no attention kernel here takes O0 fp32 with dropout 0; use --bf16"):
+    with pytest.raises(MachineError, match="no attention kernel supports O0 fp32 with dropout 0 here; use --bf16"):
         pipeline.run(arguments(tmp_path, cuda_graph=True))

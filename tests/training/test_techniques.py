@@ -114,7 +114,7 @@ def test_top_layers_and_pooler_start_anew_and_nothing_else(tmp_path: Path) -> No
         n for n in old if ("layer.1." in n or "pooler" in n) and n.endswith("weight") and "LayerNorm" not in n
     }
     assert 0.01 < new["bert.encoder.layer.1.output.dense.weight"].std() < 0.03
-    assert any("layers 2 to 2 start anew" in note for note in fresh.learner.model.notes)
+    assert any("layers 2 to 2 are initialised at random" in note for note in fresh.learner.model.notes)
     with pytest.raises(UsageError, match="--reinit_layers 3: the model has 2 layers"):
         fit(replace(args, reinit_layers=3))
 

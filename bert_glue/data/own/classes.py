@@ -1,4 +1,4 @@
-"""Which class is number n: the vocabulary of a model or of training data, and the labels of a file held against it."""
+"""The classes of a task and their order, and how the labels of a file are matched to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ClassVocabulary:
 
     Args:
         names: in class order.
-        owner: whose they are, for messages: "the model" or "the training data".
+        owner: where the classes come from, for messages: "the model" or "the training data".
         has_numbers: a number in a file means the class of that number, as in GLUE.
     """
 
@@ -41,17 +41,17 @@ class ClassVocabulary:
 
     @property
     def is_unnamed(self) -> bool:
-        """True where transformers made up the names: LABEL_0, LABEL_1, ..."""
+        """True if the names are the defaults of transformers: LABEL_0, LABEL_1, ..."""
         return all(_UNNAMED.fullmatch(name) for name in self.names)
 
     def match(self, table: Table, column: str) -> tuple[dict[str, str], list[str]]:
-        """Label of a file -> name of its class, and what to tell the user.
+        """Label of a file -> name of its class, and log lines.
 
-        A label matches its name exactly, else a name that differs in case only, if there is one such name. -1 is
-        left to `make_split`, which refuses unlabelled rows.
+        A label matches the class with exactly its name, or else the only class whose name differs just in case. A
+        label -1 is left to `make_split`, which refuses unlabelled rows.
 
         Raises:
-            DataError: a label matches no class; it names the first such row and shows both lists.
+            DataError: a label matches no class. The error names the first such row and shows both lists.
         """
         labels = [text for text in distinct_labels(table, column) if text != "-1" or text in self.names]
         if self.is_unnamed and not set(labels) <= set(self.names):
@@ -60,7 +60,10 @@ class ClassVocabulary:
             matches = {label: self._find(label) for label in labels}
             found = {label: match for label, match in matches.items() if match is not None}
             changed = {label: name for label, name in found.items() if label != name}
-            notes = [f"{table.origin}: label {label!r} is {name!r} of {self.owner}" for label, name in changed.items()]
+            notes = [
+                f"{table.origin}: label {label!r} is read as {name!r} of {self.owner}"
+                for label, name in changed.items()
+            ]
         missing = [label for label in labels if label not in found]
         if missing:
             row = next(at for at, value in enumerate(table.column(column)) if missing[0] in texts_of(value))
@@ -80,23 +83,23 @@ class ClassVocabulary:
     def _match_unnamed(self, labels: list[str], origin: str) -> tuple[dict[str, str], list[str]]:
         if all(_is_number_below(label, len(self.names)) for label in labels):
             return {label: f"LABEL_{int(label)}" for label in labels}, [
-                f"{origin}: {self.owner} has no names for its classes; number n is taken for LABEL_n"
+                f"{origin}: {self.owner} has no names for its classes; number n is read as LABEL_n"
             ]
         if len(labels) != len(self.names):
             return {}, []
         order = dict(zip(sorted_labels(labels), self.names, strict=True))
         said = ",".join(f"{label}={name}" for label, name in order.items())
         return order, [
-            f"warning: {origin}: {self.owner} calls its classes LABEL_n, so that their order is a guess: {said}; "
-            f'--label_map "{said}" says it'
+            f"warning: {origin}: {self.owner} names its classes LABEL_n, so this order is a guess: {said}; "
+            f'confirm or change it with --label_map "{said}"'
         ]
 
     def _refusal(self, missing: list[str], labels: list[str], where: str) -> str:
         example = ",".join(f"{label}={name}" for label, name in zip(missing, self.names, strict=False))
         return (
-            f"{where}: label {shown(missing)} is no class of {self.owner}; "
+            f"{where}: label {shown(missing)} is not a class of {self.owner}; "
             f"classes of {self.owner}: {shown(self.names)}; "
-            f'labels of the file: {shown(sorted_labels(labels))}; --label_map, such as "{example}", says which is which'
+            f'labels of the file: {shown(sorted_labels(labels))}; map them with --label_map, such as "{example}"'
         )
 
 
@@ -106,14 +109,14 @@ def _is_number_below(label: str, limit: int) -> bool:
 
 @dataclass(frozen=True)
 class LabelFlags:
-    """What the command line says of labels and rows.
+    """The flags about labels and rows.
 
     Args:
-        translated: text in the label column -> class it stands for.
-        dropped: column -> values whose rows are left out; None: nothing was said.
-        is_regression: None where the labels decide.
-        is_multi_label: a row may have several labels; likewise.
-        delimiter: parts several labels in a text.
+        translated: text in the label column -> the class that it stands for (`--label_map`).
+        dropped: column -> values whose rows are dropped. None if `--drop_rows` is not given.
+        is_regression: whether labels are scores. None: the labels decide.
+        is_multi_label: whether a row may have several labels. None: the labels decide.
+        delimiter: separates the labels in a text.
     """
 
     translated: dict[str, str]
@@ -148,41 +151,40 @@ class LabelFlags:
 def _halves(flag: str, part: str) -> tuple[str, str]:
     name, equals, value = part.partition("=")
     if not equals or not name:
-        raise UsageError(f"--{flag} {part}: is not NAME=VALUE")
+        raise UsageError(f"--{flag} {part}: expected NAME=VALUE")
     return name, value
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names in quotes, twenty at most."""
+    """The names in quotes, at most twenty of them."""
     names = list(names)
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return ", ".join(map(repr, names[:_MOST_SHOWN])) + more
 
 
 def labelled_rows(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[str]]:
-    """The rows to train or to score on, each with one label as text (or a number), and what to tell the user.
+    """The rows to train or to score on, each with one label (a text or a number), and log lines.
 
-    Lists of one label become that label, and the numbers of a file that names its classes become names.
+    A list of one label becomes that label. If the file names its classes, numbers become names.
 
     Raises:
-        DataError: rows whose label cannot be used and that `--drop_rows` does not speak of.
+        DataError: rows have labels that cannot be used, and `--drop_rows` does not mention them.
     """
     names = table.class_names.get(label)
     values = [_single(value) for value in table.column(label)]
-    several = (row for row, value in enumerate(values) if isinstance(value, list) and len(value) > 1)
-    row = next(several, None)
-    if row is not None:
-        raise DataError(
-            f"{table.where(row)}: label is a list of {len(values[row])}: one label a row is needed; if the model gives "
-            f"several, --problem_type {MULTI_LABEL} says so"
-        )
+    for row, value in enumerate(values):
+        if isinstance(value, list) and len(value) > 1:
+            raise DataError(
+                f"{table.where(row)}: the label is a list of {len(value)}, and each row needs one label; "
+                f"--problem_type {MULTI_LABEL} allows several"
+            )
     if names is not None:
         values = [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
     values = [flags.translated.get(class_text(value) or "", value) for value in values]
     table = replace(table, columns={**table.columns, label: values})
     kept, notes = without_dropped(table, label, flags)
     if any(isinstance(value, list) for value in table.column(label)):
-        notes.append(f"{table.origin}: each label is a list of one: it is taken out of its list")
+        notes.append(f"{table.origin}: each label is a list with one item; the item is used")
     return kept, notes
 
 
@@ -191,12 +193,12 @@ def _single(value: Any) -> Any:
 
 
 def _whole_text(value: Any) -> str | None:
-    """The text that `--drop_rows` knows a value by, "" for an empty one; None for a list of several."""
+    """The text with which `--drop_rows` compares a value: "" for an empty value, None for a list of several."""
     return None if isinstance(value, (list, tuple)) and len(value) > 1 else class_text(_single(value)) or ""
 
 
 def without_dropped(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[str]]:
-    """The table without the rows that `--drop_rows` leaves out, counted."""
+    """The table without the rows that `--drop_rows` names, and log lines with their counts."""
     if flags.dropped is None:
         _refuse_unusable(table, label)
         return table, []
@@ -205,22 +207,22 @@ def without_dropped(table: Table, label: str, flags: LabelFlags) -> tuple[Table,
         texts = [_whole_text(value) for value in table.column(column)]
         for value in values:
             rows = [at for at, text in enumerate(texts) if text == value]
-            notes.append(f"{table.origin}: {len(rows)} rows are left out: {column!r} is {value!r}")
+            notes.append(f"{table.origin}: {len(rows)} rows with {column!r} = {value!r} are left out")
             for at in rows:
                 keep[at] = False
     rows = [at for at, is_kept in enumerate(keep) if is_kept]
     if not rows:
-        raise DataError(f"{table.origin}: --drop_rows leaves no rows")
+        raise DataError(f"{table.origin}: --drop_rows drops all {len(table)} rows")
     return table.take(rows), notes
 
 
 def _refuse_unusable(table: Table, label: str) -> None:
-    """Refuses rows without a majority, and rows that an annotation tool marks as rejected or skipped."""
+    """Refuses rows without a majority label, and rows that an annotation tool has marked as rejected or skipped."""
     counts = Counter(value for value in table.columns.get(label, ()) if isinstance(value, str))
     if counts["-"] and any(re.search(r"\w\w", value) for value in counts):
         raise DataError(
-            f"{table.origin}: {counts['-']} of {len(table)} rows have the label '-', which stands for no majority in "
-            f"SNLI and its kin; --drop_rows \"{label}=-\" leaves them out, --drop_rows nothing makes '-' a class"
+            f"{table.origin}: {counts['-']} of {len(table)} rows have the label '-', which means no majority in SNLI "
+            f"and similar data; --drop_rows \"{label}=-\" leaves them out, --drop_rows nothing makes '-' a class"
         )
     for column, values in table.columns.items():
         states = Counter(text for text in map(class_text, map(_single, values)) if text)
@@ -234,14 +236,14 @@ def _refuse_unusable(table: Table, label: str) -> None:
             is_answer = len(distinct_labels(table, label)) == 1 if label in table.columns else False
             meant = f"; if it is the label: --label_column_name {column} --drop_rows nothing" if is_answer else ""
             raise DataError(
-                f"{table.origin}: column {column!r} says {shown(sorted(marked))} in "
+                f"{table.origin}: column {column!r} is {shown(sorted(marked))} in "
                 f'{sum(states[state] for state in marked)} of {len(table)} rows; --drop_rows "{given}" leaves them '
                 f"out, --drop_rows nothing keeps them{meant}"
             )
 
 
 def translated(table: Table, label: str, names: dict[str, str]) -> Table:
-    """The table with each label under its class's name; what is not in `names` stays as it is."""
+    """The table with its labels replaced by the names of their classes. Labels that are not in `names` stay."""
 
     def one(value: Any) -> Any:
         return [one(own) for own in value] if isinstance(value, list) else names.get(class_text(value) or "", value)
@@ -250,18 +252,18 @@ def translated(table: Table, label: str, names: dict[str, str]) -> Table:
 
 
 def distinct_labels(table: Table, label: str) -> list[str]:
-    """The different labels of a column as text, in order of appearance; -1 counts as unlabelled."""
+    """The different labels of a column as texts, in order of appearance."""
     texts = (text for value in table.column(label) for text in texts_of(value))
     return list(dict.fromkeys(text for text in texts if text is not None))
 
 
 def texts_of(value: Any) -> list[str | None]:
-    """The labels of a row as text: one, or those of a list."""
+    """The labels of a row as texts: a single one, or those of a list."""
     return [class_text(one) for one in value] if isinstance(value, (list, tuple)) else [class_text(value)]
 
 
 def class_text(value: Any) -> str | None:
-    """A label as text: "1" for 1, 1.0 and "1"; "true" for True; None where it cannot be a class."""
+    """A label as text: "1" for 1, 1.0 and "1"; "true" for True. None if the value cannot be a class."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and math.isfinite(value):
@@ -270,7 +272,7 @@ def class_text(value: Any) -> str | None:
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or a text that is one in decimal digits, as float; else None."""
+    """A number, or a text with a decimal number, as float. None for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if isinstance(value, str) and not _NUMBER.fullmatch(value):
@@ -292,15 +294,15 @@ def sorted_labels(values: Collection[str]) -> tuple[str, ...]:
 def classes_of(
     table: Table, label: str, flags: LabelFlags, has_sets: bool = False
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The classes that training data has, () for scores, and what to tell the user.
+    """The classes of training data (() for scores), and log lines.
 
-    Numbers with a fraction are scores, other labels are classes; `--do_regression` overrules.
+    Numbers with a fraction are scores, and other labels are classes. `--do_regression` overrules this.
 
     Args:
         has_sets: each row has a list of labels.
 
     Raises:
-        DataError: fewer than two classes, rows that all have the same labels, or numbers that may be either.
+        DataError: there are fewer than two classes, all rows have the same labels, or numbers may be either.
     """
     values = table.column(label)
     if has_sets:
@@ -316,17 +318,17 @@ def classes_of(
     texts = {text for text in map(class_text, values) if text is not None}
     if len(texts) < 2:
         only = f"all labels are {texts.pop()!r}" if texts else "there are no labels"
-        raise DataError(f"{table.origin}: {only}; at least two different ones are needed")
+        raise DataError(f"{table.origin}: {only}; training needs at least two different labels")
     return sorted_labels(texts), [*notes, *_alike(table, values), *_single_rows(table, texts)]
 
 
 def _single_rows(table: Table, texts: set[str]) -> list[str]:
-    """A warning where labels identify rows more than they class them."""
+    """A warning if most labels occur in one row only, so that they may identify rows."""
     if len(texts) <= _MOST_SHOWN or 2 * len(texts) <= len(table):
         return []
     return [
         f"warning: {table.origin}: {len(texts)} classes for {len(table)} rows, most with one row; if these are not the "
-        "labels, --label_column_name names their column"
+        "labels, name the label column with --label_column_name"
     ]
 
 
@@ -334,7 +336,7 @@ def _classes_of_sets(table: Table, label: str) -> tuple[tuple[str, ...], list[st
     sets = [value for value in table.column(label) if value is not None]
     if len({frozenset(value) for value in sets}) < 2:
         only = f"all labels are {sets[0]}" if any(sets) else "there are no labels"
-        raise DataError(f"{table.origin}: {only}; at least two rows must differ")
+        raise DataError(f"{table.origin}: {only}; training needs rows with different labels")
     names = [name for value in sets for name in value]
     classes = table.class_names.get(label) or sorted_labels(set(names))
     absent = sorted(set(classes) - set(names))
@@ -346,27 +348,26 @@ def _are_scores(table: Table, label: str) -> tuple[bool, list[str]]:
     values = table.column(label)
     numbers = [number for number in map(as_number, values) if number is not None]
     fractions = [number for number in numbers if not float(number).is_integer()]
-    # Most labels, not all: one typing error must not turn 5,000 scores into 5,000 classes.
+    # More than half of the labels is enough: one typing error must not turn 5,000 scores into 5,000 classes.
     if fractions and 2 * len(numbers) > len(values):
         return True, [f"the labels are scores ({fractions[0]:g} is one); --do_regression false makes them classes"]
-    commas = (row for row, v in enumerate(values) if isinstance(v, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", v))
-    row = next(commas, None)
-    if row is not None:
-        raise DataError(
-            f"{table.where(row)}: label {values[row]!r} has a decimal comma; numbers have a point. Several labels "
-            'a row need --label_delimiter ","'
-        )
+    for row, value in enumerate(values):
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
+            raise DataError(
+                f"{table.where(row)}: label {value!r} has a comma. Write numbers with a decimal point; if the comma "
+                'separates labels, give --label_delimiter ","'
+            )
     row = next((row for row, value in enumerate(values) if _is_pointed(value)), None)
     if row is not None and len(numbers) == len(values):
         raise DataError(
-            f"{table.where(row)}: labels such as {values[row]!r} are whole numbers written as fractions: "
-            "--do_regression true if they are scores, --do_regression false if they are classes"
+            f"{table.where(row)}: labels such as {values[row]!r} are whole numbers with a decimal point; give "
+            "--do_regression true if they are scores, or --do_regression false if they are classes"
         )
     return False, []
 
 
 def _is_pointed(value: Any) -> bool:
-    """True for a float, and for a text such as 3.0."""
+    """True for a float and for a text such as 3.0."""
     if isinstance(value, str):
         return re.fullmatch(r"\s*[+-]?\d+\.0*\s*", value) is not None
     return isinstance(value, float)
@@ -384,6 +385,6 @@ def _alike(table: Table, values: list) -> list[str]:
             shown_texts = " and ".join(f"{text!r} ({counts[text]} rows)" for text in sorted(texts))
             warnings.append(
                 f"warning: {table.origin}: labels {shown_texts} differ only in case or white space, "
-                f"and are {len(texts)} classes; --label_map can join them"
+                f"but count as {len(texts)} classes; --label_map can merge them"
             )
     return warnings

@@ -1,4 +1,4 @@
-"""Chooses the text and label columns of a user's table: by flags, or where the choice is certain; else it refuses."""
+"""Chooses the text and label columns of a user's table: by flags, or by content if the choice is certain."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _IDENTIFIER = re.compile(
     r"(.*[_\W])?(id|ids|idx|index|guid|uuid|key|hash|url|uri|link|file|filename|path|date|time|timestamp)"
     r"|.*(Id|ID|Idx)|.*_at|unnamed.*|"
 )
-_LOOKED_AT = 1000  # rows that decide what a column holds
+_LOOKED_AT = 1000  # the first rows decide what a column holds
 _SHOWN_ROWS, _SHOWN_LETTERS = 3, 60
-# Scripts that put no spaces between words: four letters count as several words.
+# Scripts without spaces between words: four letters count as several words.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4}")
 _QUOTED = re.compile(r'"[^"]*""(?:[^"]|"")*"')
 _NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?\s*%?\s*", re.IGNORECASE)
@@ -32,12 +32,13 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?\s*%?\s*", re.
 
 @dataclass(frozen=True)
 class ColumnFlags:
-    """What the command line says of a table's columns; see the flags of the same names.
+    """The flags about the columns of a table.
 
     Args:
-        texts: () where they shall be found.
-        label: None where it shall be found; several columns of 0 and 1, one a class, with commas between.
-        removed: columns that are neither.
+        texts: the text columns (`--text_column_names`). () if they are to be chosen.
+        label: the label column (`--label_column_name`), or a column of 0 and 1 per class, separated by commas.
+            None if it is to be chosen.
+        removed: columns that are neither (`--remove_columns`).
     """
 
     texts: tuple[str, ...] = ()
@@ -52,12 +53,12 @@ class ColumnFlags:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that are read.
+    """The chosen columns.
 
     Args:
-        texts: at least one, in the order in which the model reads them.
-        label: None where none was looked for or found; several with commas between.
-        left_out: every other column -> why it is neither.
+        texts: at least one column, in the order in which the model reads them.
+        label: None if there is none; several are separated by commas.
+        left_out: every other column -> the reason why it is not used.
     """
 
     texts: tuple[str, ...]
@@ -65,32 +66,35 @@ class Columns:
     left_out: dict[str, str]
 
     def lines(self, table: Table) -> Iterator[str]:
-        """The choice and three rows, for the log."""
-        said = f"columns: text {', '.join(map(repr, self.texts))}"
+        """Log lines with the choice and the first three rows."""
+        line = f"columns: text {', '.join(map(repr, self.texts))}"
         labels = parts_of_label(table, self.label)
-        said += f"; {'labels' if len(labels) > 1 else 'label'} {', '.join(map(repr, labels))}" if labels else ""
-        others = ", ".join(f"{name!r} ({why})" for name, why in self.left_out.items())
-        yield said + (f"; left out: {others}" if others else "")
+        if labels:
+            line += f"; {'labels' if len(labels) > 1 else 'label'} {', '.join(map(repr, labels))}"
+        if self.left_out:
+            line += "; left out: " + ", ".join(f"{name!r} ({why})" for name, why in self.left_out.items())
+        yield line
         shown = (*self.texts, *labels)
         for row in range(min(_SHOWN_ROWS, len(table))):
             yield "  " + " | ".join(_cut(table.columns[name][row]) for name in shown)
 
 
 def names_in(text: str | None) -> tuple[str, ...]:
-    """The names of a flag that takes several."""
+    """The names in the value of a flag, separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
 def parts_of_label(table: Table, label: str | None) -> tuple[str, ...]:
-    """The column of the labels; several where each holds the zeros and ones of one class."""
+    """The label column, or several columns if each holds the zeros and ones of one class."""
     if label is None:
         return ()
     names = names_in(label)
-    return (label,) if label in table.columns or len(names) < 2 else names
+    is_one = label in table.columns or len(names) < 2
+    return (label,) if is_one else names
 
 
 def unescaped(delimiter: str) -> str:
-    r"""A delimiter as it is meant: a shell hands on the letters \n and \t."""
+    r"""A delimiter in which the letters \n and \t, as a shell passes them, stand for a line end and a tab."""
     return delimiter.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -98,11 +102,11 @@ def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: t
     """The text columns and the label column of a table.
 
     Args:
-        is_labelled: a label column must be there.
-        known: text columns that a finished model was trained on; () if they are not known.
+        is_labelled: the table must have a label column.
+        known: the text columns that a finished model was trained on. () if they are not known.
 
     Raises:
-        DataError: a column that a flag names is not there, or the choice is not certain; it says what was looked at.
+        DataError: a flag names a missing column, or the choice is not certain. The error lists the columns.
     """
     label = _label(table, flags, is_labelled)
     labels = parts_of_label(table, label)
@@ -115,17 +119,17 @@ def choose_columns(table: Table, flags: ColumnFlags, is_labelled: bool, known: t
     texts = texts or _certain_texts(table, why)
     if both := [name for name in labels if name in texts]:
         raise DataError(
-            f"{table.origin}: column {both[0]!r} is the label and a text; --label_column_name names another"
+            f"{table.origin}: column {both[0]!r} is both label and text; name another label by --label_column_name"
         )
     left_out = {name: reason or "not named" for name, reason in why.items() if name not in texts}
     return Columns(texts, label, left_out)
 
 
 def check_quoting(table: Table, columns: tuple[str, ...]) -> None:
-    """Refuses a tsv file that was written with the quoting of csv, which would leave the quotes in its texts.
+    """Refuses a tsv file with the quoting of csv, because its quotes would become part of the texts.
 
     Raises:
-        DataError: a text stands in quotes and has its own quotes doubled; file:line.
+        DataError: a text is quoted and has doubled quotes inside (file:line).
     """
     if not table.origin.lower().endswith(".tsv"):
         return
@@ -133,8 +137,8 @@ def check_quoting(table: Table, columns: tuple[str, ...]) -> None:
         for row, value in enumerate(table.columns.get(name, ())):
             if isinstance(value, str) and _QUOTED.fullmatch(value):
                 raise DataError(
-                    f"{table.where(row)}: column {name!r} is quoted as in csv ({_cut(value)}), and a tsv file has no "
-                    "quoting: write it as csv or jsonl (pandas: to_csv without sep), or with quoting=csv.QUOTE_NONE"
+                    f"{table.where(row)}: column {name!r} is quoted as in csv ({_cut(value)}), but tsv has no quoting; "
+                    "write the file as csv or jsonl (pandas: to_csv without sep), or with quoting=csv.QUOTE_NONE"
                 )
 
 
@@ -163,14 +167,14 @@ def _label(table: Table, flags: ColumnFlags, is_labelled: bool) -> str | None:
 
 
 def _candidates(table: Table) -> str:
-    """Columns whose values repeat as classes do."""
+    """A hint at the columns whose values repeat like classes."""
     plain = {name: values for name, values in table.columns.items() if name not in _objects_in(table)}
     counts = {name: len(set(map(str, values[:_LOOKED_AT]))) for name, values in plain.items()}
     few = [f"{name!r} has {n} different values" for name, n in counts.items() if 1 < n <= 20 and 2 * n <= len(table)]
     outcomes = [str(name) for name, values in table.columns.items() if _are_outcomes(values[:_LOOKED_AT])]
     said = f" ({', '.join(few)})" if few else ""
     if len(outcomes) > 1:
-        said += f"; or one column of 0 and 1 a class: {','.join(outcomes)}"
+        said += f"; or one column of 0 and 1 per class: {','.join(outcomes)}"
     return said
 
 
@@ -196,17 +200,20 @@ def _are_outcomes(values: list) -> bool:
 
 
 def _without_header(table: Table) -> str:
-    """The hint for a table whose column names look like the values of a row; "" for others."""
+    """A hint for tables whose column names look like the values of a row. "" for other tables."""
     if table.unit == "line" and any(_NUMBER.fullmatch(str(n)) or len(str(n).split()) > 4 for n in table.columns):
-        return "; the first line looks like a row: the file needs a first line (header) with the names of its columns"
+        return "; the first line looks like a row, and it must be a header with the names of the columns"
     return ""
 
 
 def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
-    """The one column of texts, or the two of a well-known pair.
+    """The only text column, or the two columns of a well-known pair.
 
     Args:
-        why: every column that may hold texts -> why it does not, None where it may.
+        why: each column -> the reason why it cannot be a text. None if it can.
+
+    Raises:
+        DataError: no such choice, or several are possible.
     """
     if header := _without_header(table):
         raise DataError(f"{table.place}: columns: {table.names}{header}, or name the text by --text_column_names")
@@ -216,7 +223,7 @@ def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
     pairs = [pair for pair in pairs if all(name in texts for name in pair)]
     if pairs:
         pair = pairs[0]
-        derived = tuple(f"{str(name).lower()}_" for name in pair)  # SNLI's sentence1_parse
+        derived = tuple(f"{str(name).lower()}_" for name in pair)  # such as sentence1_parse in SNLI
         others = [name for name, reason in why.items() if name not in pair and not reason]
         rest = [name for name in others if not str(name).lower().startswith(derived)]
         if not rest and len(pairs) == 1:
@@ -225,7 +232,7 @@ def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
         raise _undecided(table, why, paired + rest)
     found = [name for name in texts if not why[name] or str(name).strip().lower() in _TEXT_NAMES]
     if not found:
-        # Single words and few different texts are a text where nothing else could be one.
+        # A column of single words or few different texts is chosen only if no other column can be a text.
         found = [name for name in texts if why[name] in _WEAK]
     if len(found) != 1:
         raise _undecided(table, why, found)
@@ -235,11 +242,10 @@ def _certain_texts(table: Table, why: dict[str, str | None]) -> tuple[str, ...]:
 def _undecided(table: Table, why: dict[str, str | None], found: list[str]) -> DataError:
     others = ", ".join(f"{name!r}: {reason}" for name, reason in why.items() if name not in found and reason)
     nested = "" if found else _nested(table)
-    said = f"the text may be {' or '.join(map(repr, found))}; one text or a pair" if found else "no column of texts"
+    said = f"the text may be {' or '.join(map(repr, found))}" if found else "no column looks like text"
     return DataError(
-        f"{table.origin}: {said}; columns: {table.names}; name it by --text_column_names"
-        + (f" ({others})" if others else "")
-        + nested
+        f"{table.origin}: {said}; columns: {table.names}; name one text column, or the two of a pair, by "
+        "--text_column_names" + (f" ({others})" if others else "") + nested
     )
 
 
@@ -252,7 +258,7 @@ def _are_texts(values: list) -> bool:
 
 
 def _why_not_text(table: Table, name: Any, label: str | None) -> str | None:
-    """The reason why a column cannot be a text; None if it may be one."""
+    """The reason why a column cannot be a text. None if it can."""
     values = [value for value in table.columns[name][:_LOOKED_AT] if value not in (None, "", [], {})]
     texts = [value for value in values if isinstance(value, str)]
     if not values:
@@ -277,12 +283,12 @@ def _is_prose(text: str) -> bool:
 
 
 def _are_identifiers(texts: list[str], distinct: int) -> bool:
-    """True for values that identify rows: all are different, without spaces, and with digits."""
+    """True for values that identify rows: all different, with digits, without spaces."""
     return distinct == len(texts) > 1 and all(re.search(r"\d", text) and " " not in text for text in texts)
 
 
 def _spells(table: Table, name: Any, label: str) -> bool:
-    """Whether a column has exactly one value for each label, and a different one for each."""
+    """Whether a column spells out the labels: exactly one value for each label, and a different one for each."""
     pairs = list(zip(table.columns[name][:_LOOKED_AT], map(str, table.columns[label][:_LOOKED_AT]), strict=True))
     there = {(str(value), own) for value, own in pairs}
     values, labels = {value for value, _ in there}, {own for _, own in there}

@@ -1,6 +1,6 @@
-"""Rows that have any number of labels: as lists, as texts with a delimiter, as vectors, or as a column a class.
+"""Reads rows with any number of labels: as lists, texts with a delimiter, vectors, or one column per class.
 
-All of them become one column of lists of class names, in which an empty list means none of the classes.
+Each form becomes one column of lists of class names. An empty list means none of the classes.
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ from bert_glue.errors import DataError
 from bert_glue.storage.files import one_line
 from bert_glue.tasks import MULTI_LABEL, SINGLE_LABEL
 
-DELIMITER = ";"  # joins the labels of a row where neither the data nor a flag names another
+DELIMITER = ";"  # joins the labels of a row if neither the data nor a flag names another
 _USUAL_DELIMITERS = (";", "|", ",")
 _VECTOR_CELLS = (0, 1, "0", "1")
 _OUTCOMES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 def join_labels(labels: Iterable[str], delimiter: str) -> str:
-    r"""The labels of a row as one text; a delimiter or backslash within a name gets a backslash before it."""
+    r"""The labels of a row as one text. A backslash escapes each delimiter and backslash within a name."""
     return delimiter.join(name.replace("\\", "\\\\").replace(delimiter, f"\\{delimiter}") for name in labels)
 
 
 def one_line_of(labels: Iterable[str], delimiter: str) -> str:
-    """The same for a format without quoting, where tabs and line ends are escaped too."""
+    """As `join_labels`, for a format without quoting: tabs and line ends are escaped too."""
     return delimiter.join(one_line(name).replace(delimiter, f"\\{delimiter}") for name in labels)
 
 
 def part_labels(text: str, delimiter: str) -> list[str]:
-    r"""The labels of a text that `join_labels` made, or that a user wrote.
+    r"""The labels in a text that `join_labels` or a user wrote.
 
-    White space around a label and empty labels are left out. A backslash has a meaning before a backslash or the
-    delimiter only.
+    White space around labels and empty labels are dropped. A backslash escapes only a backslash or the delimiter.
     """
     if "\\" not in text:
         return [part.strip() for part in text.split(delimiter) if part.strip()]
@@ -57,15 +56,18 @@ def part_labels(text: str, delimiter: str) -> list[str]:
 
 
 def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, list[str]]:
-    """Whether the rows of training data have several labels each, and what to tell the user.
+    """Whether the rows of training data may have several labels, and log lines.
 
-    Lists decide it where one has several labels; texts are never parted without a flag.
+    Lists decide it if one of them has several labels. Texts are never split without a flag.
 
     Raises:
-        DataError: it is not certain; the flags that settle it are named.
+        DataError: the answer is not certain. The error names the flags that settle it.
     """
     if label not in table.columns and flags.is_multi_label is False:
-        raise DataError(f"{table.origin}: --label_column_name {label}: several columns are several labels a row")
+        raise DataError(
+            f"{table.origin}: --label_column_name {label} names several columns, which needs --problem_type "
+            f"{MULTI_LABEL}"
+        )
     if flags.is_multi_label is not None or label not in table.columns:
         return flags.is_multi_label is not False, []
     values = table.column(label)
@@ -78,15 +80,15 @@ def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, l
     sizes = [len(value) for value in lists]
     overruled = f"--problem_type {SINGLE_LABEL} overrules"
     if max(sizes) > 1:
-        said = f"{table.origin}: labels are lists of up to {max(sizes)}: a row may have several ({MULTI_LABEL})"
+        said = f"{table.origin}: labels are lists of up to {max(sizes)}, so rows may have several ({MULTI_LABEL})"
         return True, [f"{said}; {overruled}"]
     if 0 in sizes:
         raise DataError(
-            f"{table.origin}: labels are lists of one, and {sizes.count(0)} of {len(values)} lists are empty: "
-            f"--problem_type {MULTI_LABEL} takes those for rows of no class, "
+            f"{table.origin}: no label list has more than one item, and {sizes.count(0)} of {len(values)} are empty: "
+            f"--problem_type {MULTI_LABEL} reads these as rows with none of the classes, "
             f'--problem_type {SINGLE_LABEL} --drop_rows "{label}=" leaves them out'
         )
-    return False, [f"{table.origin}: --problem_type {MULTI_LABEL} makes lists of one label several labels a row"]
+    return False, [f"{table.origin}: labels are lists of one item; --problem_type {MULTI_LABEL} allows more"]
 
 
 def _refuse_objects(table: Table, label: str) -> None:
@@ -101,39 +103,39 @@ def _refuse_objects(table: Table, label: str) -> None:
 
 
 def _refuse_joined(table: Table, label: str) -> None:
-    """Refuses texts that hold several labels, where nothing says so."""
+    """Refuses texts that look like several labels, if no flag says how to read them."""
     texts = {value for value in table.column(label) if isinstance(value, str)}
     both = f"--problem_type {SINGLE_LABEL} makes each text one class"
     if written := next((text for text in texts if len(_written_list(text) or ()) > 1), None):
         raise DataError(
-            f"{table.origin}: label {written[:60]!r} is a list as text: --problem_type {MULTI_LABEL} reads its labels, "
+            f"{table.origin}: label {written[:60]!r} looks like a list: --problem_type {MULTI_LABEL} reads its labels, "
             f"{both}"
         )
     for delimiter in (*_USUAL_DELIMITERS, " "):
         joined = [text for text in texts if len(part_labels(text, delimiter)) > 1]
         parts = {part for text in texts for part in part_labels(text, delimiter)}
-        # Texts that are made of fewer parts than there are texts; numbers may have a decimal comma, names a space.
+        # Several labels share few parts among many texts. A comma in numbers may be decimal, and names have spaces.
         are_numbers = all(part.strip("+-").isdecimal() for part in parts)
         is_plain = (delimiter == "," and are_numbers) or (delimiter == " " and not are_numbers)
         if joined and len(parts) < len(texts) and not is_plain:
             raise DataError(
-                f"{table.origin}: {len(texts)} different labels, such as {min(joined)[:60]!r}, are made of "
-                f'{len(parts)} parts: --label_delimiter "{delimiter}" makes these the labels, several a row; {both}'
+                f"{table.origin}: {len(texts)} different labels, such as {min(joined)[:60]!r}, consist of only "
+                f'{len(parts)} parts: --label_delimiter "{delimiter}" makes each part a label; {both}'
             )
 
 
 def labelled_sets(
     table: Table, label: str, flags: LabelFlags, delimiter: str | None = None, known: tuple[str, ...] = ()
 ) -> tuple[Table, list[str]]:
-    """The rows to train or to score on, each with a list of labels as text (None: unlabelled); and what to tell.
+    """The rows to train or to score on, each with a list of labels as texts (None: unlabelled), and log lines.
 
     Args:
-        label: a column, or several columns of 0 and 1 with commas between.
-        delimiter: parts texts.
-        known: classes of a finished model; a text that is one of them is that label.
+        label: one column, or several columns of 0 and 1, separated by commas.
+        delimiter: separates the labels in a text.
+        known: the classes of a finished model. A text that equals one of them is one label.
 
     Raises:
-        DataError: rows whose label cannot be used and that `--drop_rows` does not speak of; file:line.
+        DataError: rows have labels that cannot be used, and `--drop_rows` does not mention them (file:line).
     """
     table, notes = without_dropped(table, label, flags)
     if label not in table.columns:
@@ -155,8 +157,10 @@ def labelled_sets(
 def _as_list(
     table: Table, row: int, value: Any, delimiter: str | None, known: tuple[str, ...], has_lists: bool
 ) -> list | None:
-    if value is None or isinstance(value, (list, tuple)):
-        return None if value is None else list(value)
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return list(value)
     if not isinstance(value, str):
         return [value]
     if delimiter is not None:
@@ -165,29 +169,29 @@ def _as_list(
         return [value] if value.strip() else []
     written = _written_list(value)
     if written is None and has_lists and not any(sign in value for sign in _USUAL_DELIMITERS):
-        return [value]  # among lists a plain text is one label
+        return [value]  # in a column with lists, a plain text is a single label
     if written is None:
         raise DataError(
-            f"{table.where(row)}: label {value[:60]!r} is a text, and a row may have several labels: --label_delimiter "
-            f'says what parts them, such as "{DELIMITER}"'
+            f"{table.where(row)}: label {value[:60]!r} may hold several labels; name their separator with "
+            f'--label_delimiter, such as "{DELIMITER}"'
         )
     return written
 
 
 def _refuse_fractions(table: Table, label: str) -> None:
-    """Refuses lists of probabilities or scores: as names of classes they would train something else."""
+    """Refuses lists of probabilities or scores, which would otherwise be taken for names of classes."""
     for row, value in enumerate(table.column(label)):
         if found := [one for one in value or () if isinstance(one, float) and not one.is_integer()]:
             raise DataError(
-                f"{table.where(row)}: label {found[0]!r} in a list has a fraction: probabilities of classes and "
-                "several scores a row are not supported; give the classes of each row"
+                f"{table.where(row)}: label {found[0]!r} in a list has a fraction; lists of probabilities or scores "
+                "are not supported, so list the classes of each row"
             )
 
 
 def _written_list(text: str) -> list | None:
-    """The list that a text is as JSON or Python write it; None for any other text.
+    """The list that a text spells as JSON or Python would. None for any other text.
 
-    A list may stand under one key, as Label Studio exports several choices: `{"choices": ["art", "news"]}`.
+    The list may be under one key, as Label Studio exports several choices: `{"choices": ["art", "news"]}`.
     """
     text = text.strip()
     if text[:1] + text[-1:] not in ("[]", "{}"):
@@ -202,7 +206,7 @@ def _written_list(text: str) -> list | None:
 
 
 def _merged(table: Table, label: str) -> Table:
-    """Columns of 0 and 1 as one column of lists; the classes are the columns, in the order given."""
+    """Merges columns of 0 and 1 into one column of lists. The classes are the columns, in the given order."""
     names, problems = names_in(label), Problems(table.origin)
     found: list[list[int]] = [[] for _ in range(len(table))]
     for number, name in enumerate(names):
@@ -221,7 +225,7 @@ def _merged(table: Table, label: str) -> Table:
 
 
 def _are_vectors(table: Table, label: str) -> bool:
-    """Whether every row is as many zeros and ones, one for each class, as a list of classes would never be."""
+    """Whether the rows are vectors of 0 and 1 of one length. A list of classes never repeats an item; a vector does."""
     rows = [value for value in table.column(label) if value is not None]
     if label in table.class_names or not rows or len(rows[0]) < 2:
         return False
@@ -238,14 +242,14 @@ def _positions(table: Table, label: str) -> Table:
 
 
 def _named(table: Table, label: str, flags: LabelFlags) -> Table:
-    """Numbers of classes as names, `--label_map` applied, and no label twice in a row."""
+    """Replaces class numbers by names, applies `--label_map`, and removes repeated labels from each row."""
     names, found = table.class_names.get(label), []
     for row, value in enumerate(table.column(label)):
         if names is not None and value is not None:
             value = [names[one] if type(one) is int and 0 <= one < len(names) else one for one in value]
         texts = [] if value is None else texts_of(value)
         if None in texts:
-            raise DataError(f"{table.where(row)}: label {value[texts.index(None)]!r} in a list is no class")
+            raise DataError(f"{table.where(row)}: label {value[texts.index(None)]!r} in a list cannot be a class")
         found.append(None if value is None else list(dict.fromkeys(flags.translated.get(t, t) for t in texts)))
     classes = dict(table.class_names)
     if names is not None:
