@@ -83,20 +83,14 @@ def make_split(task: GlueTask, name: str, table: Table, is_labelled: bool) -> Sp
     texts = tuple(table.column(column) for column in task.columns)
     for column, values in zip(task.columns, texts, strict=True):
         _check_texts(table, column, values, problems)
-    labels = _read_labels(task, table, problems) if is_labelled else None
+    readers = {REGRESSION: _scores, MULTI_LABEL: _class_sets, SINGLE_LABEL: _classes}
+    labels: Any = None
+    if is_labelled:
+        labels = readers[task.problem_type](task, table, table.column(task.label_column), problems)
     problems.raise_any()
     if task.text_delimiter is not None:
         texts = ([task.text_delimiter.join(row) for row in zip(*texts, strict=True)],)
     return Split(name, texts, labels, table.origin)
-
-
-def _read_labels(task: GlueTask, table: Table, problems: Problems) -> Any:
-    raw = table.column(task.label_column)
-    if task.is_regression:
-        return _scores(task, table, raw, problems)
-    if task.is_multi_label:
-        return _class_sets(task, table, raw, problems)
-    return _classes(task, table, raw, problems)
 
 
 def join_splits(splits: list[Split]) -> Split:
@@ -131,13 +125,12 @@ def _is_encodable(text: str) -> bool:
 
 
 def _check_names(table: Table, label: str, classes: tuple[str, ...]) -> None:
-    """Raises DataError where a class's name is no text, with the first row that has it, or else the file."""
+    """Raises DataError if the name of a class cannot be encoded. It names the first such row, or else the file."""
     broken = next((name for name in classes if not _is_encodable(name)), None)
     if broken is not None:
-        rows = (row for row, value in enumerate(table.column(label)) if broken in texts_of(value))
-        row = next(rows, None)
+        row = next((row for row, value in enumerate(table.column(label)) if broken in texts_of(value)), None)
         where = table.origin if row is None else table.where(row)
-        raise DataError(f"{where}: the class name {broken!r} has half a surrogate pair, which is no text")
+        raise DataError(f"{where}: the class name {broken!r} has half a surrogate pair, which UTF-8 cannot hold")
 
 
 def _shown(value: Any) -> str:
@@ -309,9 +302,8 @@ class OwnData:
         delimiter = self.delimiter if self.delimiter is not None else finished.text_delimiter
         if finished.columns and delimiter is None and len(columns.texts) != len(finished.columns):
             raise DataError(
-                f"{table.origin}: the model reads {len(finished.columns)} texts per row "
-                f"({', '.join(finished.columns)}), not {len(columns.texts)} ({', '.join(columns.texts)}); "
-                "choose with --text_column_names"
+                f"{table.origin}: the model reads {len(finished.columns)} texts per row ({', '.join(finished.columns)})"
+                f", not {len(columns.texts)} ({', '.join(columns.texts)}); choose with --text_column_names"
             )
         task = self._task(_plain(name), columns.texts, columns.label, finished.labels, finished.is_multi_label)
         task = replace(task, label_delimiter=self.labels.delimiter or finished.label_delimiter)
@@ -402,8 +394,7 @@ def parted(split: Split, percentage: float, seed: int) -> tuple[list[int], list[
         chosen += generator.permutation(rows)[:count].tolist()
     if not chosen:
         raise DataError(
-            f"{split.origin}: --validation_split_percentage {percentage:g} of {len(split)} rows holds out no row; "
-            "give a larger percentage or a --validation_file"
+            f"{split.origin}: --validation_split_percentage {percentage:g} of {len(split)} rows holds out no row"
         )
     held_out = set(chosen)
     return [row for row in range(len(split)) if row not in held_out], sorted(chosen)
