@@ -1,4 +1,4 @@
-"""A training step with LoRA, and with a frozen encoder, against one of all weights: same batch, in turn.
+"""Compares training steps with LoRA and with a frozen encoder to steps that train all weights, on the same batch.
 
     python benchmarks/adapters.py --shape bert-base --lengths 20:90 --json out.json
 

@@ -1,10 +1,10 @@
-"""Scores of several runs put together: a soup of their weights, and the mean of their answers.
+"""Scores combinations of several runs: a soup of their weights, and an ensemble of their predictions.
 
     python benchmarks/combine.py --data_path GLUE --rows rows.jsonl RUN RUN [RUN...]
     python benchmarks/combine.py --rows rows.jsonl --table
 
-The runs are kept by `benchmarks/quality.py --keep`. Each part goes the way a user would go: `bert-glue soup` and
-an evaluation of what it wrote, `bert-glue predict` with all runs over the dev set.
+`benchmarks/quality.py --keep` keeps the runs. Each part uses the commands of a user: `bert-glue soup` with an
+evaluation of its result, and `bert-glue predict` with all runs over the dev set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bert_glue.storage.files import read_results  # noqa: E402
 
 
 def soup(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, float | None]:
-    """Scores of the mean of the weights."""
+    """The scores of the mean of the weights."""
     finish([sys.executable, "-m", "bert_glue", "soup", *runs, "--output_dir", str(folder / "soup")], 1)
     finish(
         [
@@ -37,7 +37,7 @@ def soup(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, 
 
 
 def ensemble(task: str, runs: list[str], data_path: str, folder: Path) -> dict[str, float | None]:
-    """Scores of the mean of the answers."""
+    """The scores of the mean of the probabilities."""
     from bert_glue.config.arguments import Arguments
     from bert_glue.data.sources import load_task_data
     from bert_glue.evaluation.metrics import compute_metrics
@@ -88,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="output folders of runs of one task")
     parser.add_argument("--data_path", help="as for run_glue.py")
-    parser.add_argument("--rows", type=Path, required=True, help="results, one line a call")
+    parser.add_argument("--rows", type=Path, required=True, help="file of results, one line per call")
     parser.add_argument("--table", action="store_true", help="print the table of --rows and end")
     args = parser.parse_args()
     if args.table:

@@ -1,6 +1,6 @@
-"""What several benchmarks share: models of random weights, processes run to their end, and files of measured rows.
+"""Code that several benchmarks share: models with random weights, child processes, and files of measured rows.
 
-A file of rows has one JSON object a line; an interrupted measurement goes on with the rows that are missing.
+A file of rows has one JSON object per line. An interrupted measurement continues with the missing rows.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The plain Hugging Face recipe that ours is measured against: stock Trainer, stock settings.
+"""The plain Hugging Face recipe, with which bert_glue is compared: the stock Trainer with its stock settings.
 
     python benchmarks/hf_recipe.py --model FOLDER --task mrpc --data_path GLUE --epochs 1 --json out.json
     python benchmarks/hf_recipe.py --model_shape bert-base --vocab vocab.txt --padding grouped --task cola ...
 
-`--padding max_length` is the default of Hugging Face's run_glue.py; `longest` pads each batch to its
-longest; `grouped`, its fastest setting, also keeps samples of like length together. Only the reader of the rows and the
-metrics come from bert_glue. Trainer keeps its defaults, but for checkpoints, trackers and the progress
-bar (all off) and a log line every 10 steps. The keys of the JSON are those of `summarize`.
+`--padding max_length` is the default of Hugging Face's run_glue.py. `longest` pads each batch to its longest sample.
+`grouped`, the fastest setting, also groups samples of similar length. Only the reader of the rows and the metrics
+come from bert_glue. Trainer keeps its defaults, except that checkpoints, trackers and the progress bar are off and
+it logs every 10 steps. `summarize` lists the keys of the JSON.
 
-Beware of few steps with `grouped`: Trainer sorts within 50 batches, longest first, so that a window that
-is no whole epoch sees other lengths than the data has. Compare epochs, or tokens per second.
+Do not compare a few steps with `grouped`: Trainer sorts within 50 batches, longest first, so a part of an epoch has
+other lengths than the data. Compare whole epochs, or tokens per second.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Scores of ours against the stock Hugging Face Trainer: same model, rows, steps, settings and seeds.
+"""Compares the scores of bert_glue and the stock Hugging Face Trainer with equal model, rows, steps and settings.
 
     python benchmarks/quality.py --model FOLDER --data_path GLUE --seeds 3 --rows rows.jsonl
     python benchmarks/quality.py --rows rows.jsonl --table
 
-Each (task, run, seed) is a process of its own, its scores one line of `--rows`; ended by anything, the
-first command goes on with what is missing. `ours` is packed fp32 (O0), `ours_bf16_O2` its bf16 O2, `hf` the
-stock Trainer of hf_recipe.py with dynamic padding; other runs are `ours` with one technique. `hf` and `ours` draw
-their batches from generators of their own, so seeds are pairs only by name; the interval of the difference is
-Student's t over those pairs.
+Each (task, run, seed) is a separate process, and its scores are one line of `--rows`. If the first command is
+interrupted, the same command continues with the missing runs. `ours` is packed fp32 (O0), `ours_bf16_O2` is bf16 O2,
+and `hf` is the stock Trainer of hf_recipe.py with dynamic padding. Other runs are `ours` with one technique. `hf` and
+`ours` draw batches from different generators, so equal seeds do not mean equal batches. The interval of the
+difference is Student's t over the pairs of seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PLAN: dict[str, tuple[int, int | None]] = {
     "mnli": (60, 1000),
 }
 RUNS = {"ours": (), "ours_bf16_O2": ("--bf16", "--fp16_opt_level", "O2"), "hf": ()}
-# Beside `ours`, which they are held against: same seed, same first weights, same batches.
+# Each is compared with `ours`: same seed, same initial weights, same batches.
 TECHNIQUES = {
     "layerwise_0.9": ("--layerwise_lr_decay", "0.9"),
     "reinit_1": ("--reinit_layers", "1"),
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--warmup_steps", type=float, default=0.0, help="below 1: share of all steps")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--rows", type=Path, required=True, help="results, one line a run")
+    parser.add_argument("--rows", type=Path, required=True, help="file of results, one line per run")
     parser.add_argument("--table", action="store_true", help="print the table of --rows and end")
     args = parser.parse_args()
     if args.table:

@@ -1,12 +1,12 @@
-"""Scores of `--recipe stable` beside `--recipe reference`, as they are, on the first rows of a task's training set.
+"""Compares `--recipe stable` with `--recipe reference` on the first training rows of a task.
 
     python benchmarks/recipe_quality.py --model FOLDER --data_path GLUE --seeds 5 --rows rows.jsonl
     python benchmarks/recipe_quality.py --rows rows.jsonl --table
 
-Few rows because twenty epochs of all of them take a CPU hours, and because small data is what `stable` is for
-(Zhang et al. 2021 cut larger tasks to 1,000 rows likewise). Only the learning rate differs from the files: it is
-the same in every run. `stable` ends with its best epoch on the dev set, which flatters; `reference_best_epoch` is
-`reference` with the same choice. Ended by anything, the first command goes on with what is missing.
+It uses few rows because twenty epochs of all rows take hours on a CPU, and because `stable` is meant for small data
+(Zhang et al. 2021 also reduce larger tasks to 1,000 rows). All runs use the same learning rate instead of those in the
+recipes. `stable` ends with its best epoch on the dev set, which raises its score; `reference_best_epoch` is
+`reference` with the same choice. If the first command is interrupted, the same command continues it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--train_rows", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--rows", type=Path, required=True, help="results, one line a run")
+    parser.add_argument("--rows", type=Path, required=True, help="file of results, one line per run")
     parser.add_argument("--table", action="store_true", help="print the table of --rows and end")
     args = parser.parse_args()
     if args.table:

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, measured; and what larger machines would do, predicted from a paper model.
+"""Measures several ranks on this machine, and predicts larger machines by a model.
 
     python benchmarks/scaling.py measure --json scaling.json [--steps 12] [--rounds 2]
     python benchmarks/scaling.py page scaling.json          the tables of docs/scaling.md
@@ -9,7 +9,7 @@ step is
 
     t(N) = t(1) + 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency
 
-the ring all-reduce after the backward pass (Patarasuk and Yuan 2009), without overlap, as our loop does it.
+with the ring all-reduce (Patarasuk and Yuan 2009) after the backward pass, without overlap, as in our loop.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def step_seconds(alone: float, ranks: int, volume: float, bandwidth: float, hop:
 
     Args:
         alone: seconds of a step on one device, without an all-reduce.
-        volume: bytes to be added up.
+        volume: bytes to reduce.
         bandwidth: bytes/s of the slowest link of the ring, each way.
         hop: seconds of latency of one of its 2 (ranks - 1) hops.
     """
@@ -170,7 +170,7 @@ def page(found: dict) -> str:
 
     alone, *_ = found["step_ms"].values()
     middle = {name: statistics.median(times) for name, times in found["step_ms"].items()}
-    # Machines are noisy: a ratio is formed inside one round.
+    # The load of a machine changes, so ratios are formed only inside one round.
     faster = {
         name: statistics.median(one / other for one, other in zip(alone, times, strict=True))
         for name, times in found["step_ms"].items()

@@ -1,12 +1,12 @@
-"""Ways to run the same training step, in turn: eager and compiled; on CUDA also recorded, and each attention kernel.
+"""Compares ways to run one training step: eager and compiled, and on CUDA also recorded and with each attention kernel.
 
     python benchmarks/steps.py --model FOLDER --json out.json            on a GPU if there is one, else on the CPU
     python benchmarks/steps.py --shape bert-base --bf16 --json out.json  random weights
 
-Random tokens: no data is needed. A round runs every way over the same batches: forward, backward, clip, update.
-Ratios are formed inside a round, medians printed; those of CPU seconds are the quiet ones on a busy machine. What a
-way needs first (compiling, recording) is told apart. On CUDA every attention kernel that runs there is a way, without
-and with attention dropout, beside the product's choice.
+The tokens are random, so no data is needed. A round runs every way over the same batches: forward, backward, clip,
+update. Ratios are formed inside a round, and their medians are printed; on a busy machine those of CPU seconds vary
+least. Compiling and recording are timed separately. On CUDA each attention kernel is a separate way, without and with
+attention dropout, beside the automatic choice.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Way:
 
 
 def random_split(args: argparse.Namespace):
-    """Rows of random tokens, as long as asked."""
+    """Rows of random tokens with the given lengths."""
     import numpy as np
 
     from bert_glue.data.batching import TokenSplit

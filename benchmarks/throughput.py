@@ -1,4 +1,4 @@
-"""Ours against the stock Hugging Face Trainer, in turn, on the same rows, model, threads and precision.
+"""Compares the speed of bert_glue and the stock Hugging Face Trainer on equal rows, model, threads and precision.
 
     python benchmarks/throughput.py --model FOLDER --data_path GLUE --json out.json
     python benchmarks/throughput.py --shape bert-base --vocab vocab.txt --data_path GLUE --json out.json
@@ -6,10 +6,10 @@
 
 A round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`
 (padded to each batch's longest, similar lengths together) one after the other, each in its own process,
-on `--rows` random training rows. Machines are noisy: only ratios inside one round are formed, and their
-median is printed. Rates are real tokens per second after the first steps; hf_default computes 128 tokens
-a row whatever the row holds, so that `--default_steps` of it are enough. `sst2-like` stands where
-SST-2 is not at hand: single sentences (MNLI's hypotheses) of 14 tokens on average.
+on `--rows` random training rows. The load of a machine changes, so ratios are formed only inside one round, and their
+median is printed. Rates are real tokens per second after the first steps. hf_default computes 128 tokens for every
+row, so `--default_steps` steps of it are enough. `sst2-like` replaces SST-2 where it is missing: single sentences
+(hypotheses of MNLI) with 14 tokens on average.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measure(run: str, args: argparse.Namespace, task: str, data: Path, scores: b
         return {
             "real_tokens_per_second": r["real_tokens_per_second"],
             "seconds_to_first_step": r["process_start_to_first_step_s"],
-            # A run of fewer steps is no measure of the whole.
+            # The time of a run with fewer steps would say nothing about a whole run.
             "seconds_to_end": None if run == "hf_default" else r["process_start_to_end_s"],
             "peak_bytes": r["peak_device_bytes"] or r["training_peak_rss_bytes"],
             "eval_tokens_per_second": scored and scored["real_tokens"] / scored["seconds"],

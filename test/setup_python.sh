@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034
-# Finds a python that can run this or makes one; sourced by the launchers.
+# Finds a Python that can run this program, or creates an environment for it. The launchers source this file.
 #
-#   base_python                  sets BASE_PYTHON: any Python >= 3.10, enough for the standard library
-#   setup_python FILE...         sets PYTHON: has what the requirements files name
+#   base_python                  sets BASE_PYTHON to any Python >= 3.10, which is enough for the standard library
+#   setup_python FILE...         sets PYTHON to a Python with the packages of the requirements files
 #
-# Order: $BERT_GLUE_PYTHON (used or refused), python3 and python of the PATH (an activated conda, NPU or
-# virtual environment is used as it is). One that has torch and lacks something else gets .venv-system, which
-# adds the rest on top and leaves the environment as it is. Without a torch: .venv with the tested set.
+# The order is: $BERT_GLUE_PYTHON (used or refused), then python3 and python of the PATH, such as those of an activated
+# conda, NPU or virtual environment. If such a Python has torch but lacks other packages, .venv-system adds these on top
+# without changing the environment. If it has no torch, .venv gets the tested set.
 
 fail() { # fail <exit code> <message>
   printf 'error: %s\n' "$2" >&2
@@ -27,7 +27,7 @@ base_python() {
       return
     fi
   done
-  fail 4 "Python 3.10 or newer is needed, and neither python3 nor python3.11 on the PATH is one"
+  fail 4 "Python 3.10 or newer is needed, but the PATH has none; install one, or set BERT_GLUE_PYTHON"
 }
 
 setup_python() {
@@ -45,7 +45,7 @@ setup_python() {
     if ((status == 0)); then
       PYTHON=$(command -v "$name")
       return
-    elif ((status == 3)); then # never a .venv without its torch: it would quietly train on the host
+    elif ((status == 3)); then # a .venv would not have its torch, and would train on the host without a warning
       BASE_PYTHON=$(command -v "$name")
       if "$name" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
         fail 4 "this virtual environment has torch but lacks $missing$(remedy "$name" "$@")"
@@ -58,7 +58,7 @@ setup_python() {
   build "$ROOT/.venv" "${missing:-a Python >= 3.10}" "$@"
 }
 
-remedy() { # remedy <python> <requirements file>...: the end of a message, with the one command that helps
+remedy() { # remedy <python> <requirements file>...: the end of a message, with the command to run
   local command
   if command=$(requirements "$1" --command "${@:2}"); then
     printf '; install it with: %s' "$command"
@@ -95,7 +95,7 @@ is_ready() { # is_ready <venv> <requirements file>...
   [[ ! -e $venv/.installing ]] && stands_on_base "$venv" && requirements "$venv/bin/python" "$@" >/dev/null
 }
 
-stands_on_base() { # stands_on_base <venv>: always for .venv; .venv-system only with the python it was made from
+stands_on_base() { # stands_on_base <venv>: true for .venv; for .venv-system only if BASE_PYTHON has created it
   [[ $1 != *-system ]] || [[ $("$1/bin/python" -c "$PREFIX" 2>/dev/null) == $("$BASE_PYTHON" -c "$PREFIX") ]]
 }
 PREFIX='import sys; print(sys.base_prefix)'
@@ -115,8 +115,8 @@ install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; th
     missing="${venv##*/} lacks $(requirements "$venv/bin/python" "$@" || true)"
   fi
   echo "setup: $missing; installing into ${venv##*/} (once; 2 to 10 minutes)" >&2
-  # The file stays if this process is killed. It tells the next launch that pip may have left an incomplete package, which
-  # pip takes for a complete one. So the environment is made again. Its python is removed first, so nobody uses it before.
+  # The file stays if this process is killed. It tells the next launch that a package may be incomplete, which pip does not
+  # notice, so the environment is created again. Its python is removed first, so that nobody uses it meanwhile.
   [[ ! -e $venv/.installing ]] || rm -f "$venv/bin/python"
   if ! "$venv/bin/python" -c '' 2>/dev/null; then
     "$BASE_PYTHON" -m venv --clear --without-pip ${system[@]+"${system[@]}"} "$venv" >&2 ||
@@ -128,7 +128,7 @@ install() { # install <venv> <what BASE_PYTHON lacks> <requirements file>...; th
       fail 4 "$BASE_PYTHON has no pip for a virtual environment (Debian, Ubuntu: apt install python3-venv)"
   fi
   : >"$venv/.installing"
-  # The tested set, where it can be: not beside another torch, and it has no versions for Python 3.10.
+  # Install the tested set, except on top of another torch, and for Python 3.10, for which it has no versions.
   if [[ $venv == *-system ]] || "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then
     specs=$(requirements "$venv/bin/python" --specs "$@") || fail 4 "${specs:-$venv/bin/python does not run}"
     printf '%s\n' "$specs" >"$venv/specs.txt"

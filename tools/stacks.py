@@ -3,8 +3,8 @@
     python -m tools.stacks --folder FOLDER [--only NAME...]   environments are built below FOLDER, 3 to 5 GB each
     python -m tools.stacks --folder FOLDER --beside           the old pure-Python packages on this python's torch
 
-Each stack is an environment of its own, in which the areas below are tested and six steps of the sample are
-trained. Its losses have to equal those of this python's. The result is a table in docs/stacks.md, with the date.
+Each stack is a separate environment, in which the areas below are tested and six steps of the sample are trained. The
+losses must equal those of the current Python. The result is a table in docs/stacks.md, with the date.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEGIN, END = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
 class Stack(NamedTuple):
-    """One set of versions. Without a torch it is laid over the environment of the python that runs this."""
+    """One set of versions. A set without torch is added on top of the current environment."""
 
     name: str
     python: str
@@ -49,7 +49,7 @@ STACKS = (
     Stack("pinned", "3.13", dict(pins(ROOT / "requirements.txt"))),
     Stack("newest", "3.13", {"torch": "", "transformers": "", "datasets": "", "accelerate": ""}),
 )  # fmt: skip
-# What no stack decides and every one needs.
+# Packages that every stack needs, in any version.
 _REST = (
     "evaluate", "numpy", "scipy", "scikit-learn", "safetensors", "rich", "PyYAML", "Jinja2", "matplotlib",
     "sentencepiece", "protobuf", "pytest", "pytest-xdist", "hypothesis",
@@ -83,8 +83,8 @@ AREAS = {
         f"{_NPU}test_the_recipe_equals_the_hosts", f"{_NPU}test_each_precision", f"{_NPU}test_two_ranks_equal_one",
     ],
 }  # fmt: skip
-_EQUAL = 1e-5  # of a loss near 0.7: kernels of another torch round in another order
-# The gate has minutes, not an hour.
+_EQUAL = 1e-5  # for losses near 0.7: another torch sums in another order
+# The areas for the gate, which must end within minutes.
 _QUICK = ("resume", "saved folder", "tokenizers", "two ranks", "simulated NPU")
 _TRAINING = (
     "run_glue.py", "--sample", "--task_name", "mrpc", "--do_train", "--max_steps", "6", "--logging_steps", "1",
@@ -93,9 +93,9 @@ _TRAINING = (
 
 
 def main(argv: list[str]) -> int:
-    """Build, test and write the table; 1 if anything failed."""
+    """Builds and tests the stacks, and writes the table. Returns 1 if anything failed, else 0."""
     parser = argparse.ArgumentParser(prog="tools.stacks", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the environments; kept, and used again")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the environments, which are kept")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=", ".join(s.name for s in STACKS))
     parser.add_argument("--beside", action="store_true", help="only the old packages, on the torch of this python")
     args = parser.parse_args(argv)
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
 
 
 def _examine_beside(folder: Path, losses: list[float]) -> int:
-    """One line for the gate. Without a package index there is nothing to install, which is told and no failure."""
+    """Prints one line for the gate. Without a package index nothing can be installed: a note, and no failure."""
     try:
         python = beside(BESIDE, folder)
     except subprocess.CalledProcessError as error:
@@ -123,7 +123,7 @@ def _examine_beside(folder: Path, losses: list[float]) -> int:
 
 
 def build(stack: Stack, folder: Path) -> Path:
-    """The python of the stack's environment, made if it is not there."""
+    """The Python of the stack's environment, which is built if it does not exist."""
     place = folder / stack.name.replace(" ", "-").replace(",", "")
     python = place / "bin" / "python"
     if not (place / "complete").exists():
@@ -136,7 +136,7 @@ def build(stack: Stack, folder: Path) -> Path:
 
 
 def beside(stack: Stack, folder: Path) -> Path:
-    """The python of an environment that sees the packages of this one behind its own."""
+    """The Python of an environment whose packages hide those of the current one."""
     place = folder / stack.name.replace(" ", "-")
     python = place / "bin" / "python"
     if not (place / "complete").exists():
@@ -184,7 +184,7 @@ def train(python: Path) -> list[float]:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Of python and the packages that matter."""
+    """The versions of Python and of the packages in `SHOWN`."""
     code = (
         "import json, platform\nfrom importlib.metadata import version\n"
         f"print(json.dumps({{'python': platform.python_version()}} | {{n: version(n) for n in {SHOWN!r}}}))"
@@ -196,10 +196,10 @@ def tested(python: Path, tests: list[str], report: Path) -> dict[str, int]:
     """How many tests passed, failed and were skipped; reasons go to the screen. What did not run counts as failed.
 
     Args:
-        report: what pytest writes about each test; kept for whoever looks into a failure.
+        report: the report of pytest on each test, which is kept for debugging.
     """
     report.unlink(missing_ok=True)
-    # A test that is named alone is wanted even if it is slow.
+    # A test that is named individually runs even if it is slow.
     selection = [] if all("::" in name for name in tests) else ["-m", "not slow"]
     done = _run(python, "-m", "pytest", "-q", "-ra", "--tb=short", *selection, f"--junitxml={report}", *tests)
     if not report.exists():
@@ -224,7 +224,7 @@ def _run(python: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def write_page(rows: list[dict]) -> None:
-    """Put the table into docs/stacks.md, rows of stacks that were not examined as they are."""
+    """Writes the table into docs/stacks.md. Rows of other stacks stay unchanged."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     old, after = rest.split(END)
     kept = [
@@ -239,9 +239,10 @@ def table_row(row: dict) -> str:
     """One row of the table in markdown."""
     difference = row["loss_difference"]
     cells = [row["stack"], row["versions"]["python"], *(row["versions"][name] for name in SHOWN)]
-    cells.append(
-        "do not run" if difference is None else "equal" if difference < 1e-5 else f"differ by {difference:.1e}"
-    )
+    if difference is None:
+        cells.append("do not run")
+    else:
+        cells.append("equal" if difference < _EQUAL else f"differ by {difference:.1e}")
     for area in AREAS:
         counts = row["areas"][area]
         skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""

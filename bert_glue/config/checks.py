@@ -191,7 +191,9 @@ def technique_problems(args: Arguments) -> Iterator[Problem]:
     if {"rdrop_alpha", "fgm_epsilon"} <= set(names):
         text = "--rdrop_alpha and --fgm_epsilon both run each batch twice; give only one"
         yield Problem(("rdrop_alpha", "fgm_epsilon"), text)
-    partly = "lora_rank" if args.lora_rank is not None else "freeze_encoder" if args.freeze_encoder else None
+    partly = "freeze_encoder" if args.freeze_encoder else None
+    if args.lora_rank is not None:
+        partly = "lora_rank"
     for name in names:
         if partly and name in ("reinit_layers", "fgm_epsilon", "layerwise_lr_decay"):
             text = f"--{name} is for training the whole model, but --{partly} trains a part of it; give only one"

@@ -243,9 +243,8 @@ class _Settings:
         if len(words) < least:
             self._report(f"{written} needs a value: {found.text if isinstance(found, Flag) else ''}", name)
             return
-        taken = words[:most]
-        text = ",".join(taken) if taken else "false" if is_negated else "true"
-        self._apply(written, name, text)
+        taken = words[:most] or ["false" if is_negated else "true"]
+        self._apply(written, name, ",".join(taken))
 
     def _apply(self, origin: str, name: str, text: str) -> None:
         """Converts the text of a current or old flag and keeps the value."""

@@ -204,10 +204,9 @@ def _slips(typed: str, known: str, vocabulary: Collection[str]) -> int:
     count = 0
     for one, other in zip_longest(typed.split("_"), known.split("_"), fillvalue=""):
         slips = _distance(one, other)
+        most = int(len(other) >= 3) + int(len(other) >= 8)
         is_plural = one.removesuffix("s") == other.removesuffix("s")
-        if slips > (0 if len(other) < 3 else 1 if len(other) < 8 else 2) or (
-            slips and not is_plural and one in vocabulary
-        ):
+        if slips > most or (slips and not is_plural and one in vocabulary):
             return 0
         count += slips
     return count if count <= 2 else 0

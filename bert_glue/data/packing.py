@@ -241,7 +241,8 @@ class HeadRows:
         self._cells = [block.sequences if first_only else block.tokens for block in layout.blocks]
         self._index: dict[int, list[torch.Tensor]] = {}
         self._empty: list[torch.Tensor] = []
-        begin, count = 0, len(layout.all_lengths) if first_only else layout.tokens
+        begin = 0
+        count = len(layout.all_lengths) if first_only else layout.tokens
         of_row = torch.full((count, heads), -1)
         for cells in self._cells:
             shape = (len(cells), heads, cells.shape[1])

@@ -82,7 +82,9 @@ def examine(requested: str, time_limit: float) -> dict[str, Any]:
     is_unknown = any(fact.get("exit_code") == UsageError.exit_code for fact in facts.get("chosen", []))
     report["stack"] = stack(report["versions"]) if report["versions"] else []
     report["can_train"] = _can_train(report)
-    report["exit_code"] = 0 if report["can_train"] else 2 if is_unknown else 4
+    report["exit_code"] = 2 if is_unknown else 4
+    if report["can_train"]:
+        report["exit_code"] = 0
     report["problems"] = [problem._asdict() for problem in dict.fromkeys(problems)]
     return report
 

@@ -101,8 +101,9 @@ def run_rank(notes: Path, logs: Path, command: list[str]) -> int:
     The host's first rank writes to the launcher's two pipes, `NOTES/out` and `NOTES/err`, the others to their log.
     """
     rank, is_shown = int(os.environ["RANK"]), os.environ["LOCAL_RANK"] == "0"
-    paths = (notes / "out", notes / "err") if is_shown else (log_of(logs, rank),) * 2
-    with paths[0].open("ab") as out, paths[1].open("ab") as err:
+    out_path = notes / "out" if is_shown else log_of(logs, rank)
+    err_path = notes / "err" if is_shown else log_of(logs, rank)
+    with out_path.open("ab") as out, err_path.open("ab") as err:
         note = {"rank": rank, "code": None, "is_cleared": False, "time": 0.0}
         _write_note(notes, note)
         die_with_parent()
@@ -194,7 +195,9 @@ def verdict(notes: Path, logs: Path, launcher_log: Path, status: int, signal_num
         lines = last_lines(launcher_log, 1)
         return 4, [f"no rank was started; torch's launcher ended with {status}: {launcher_log}", *lines]
     if not failed:
-        return (_LOST, [f"torch's launcher ended with {status}: {launcher_log}"]) if status else (0, [])
+        if status == 0:
+            return 0, []
+        return _LOST, [f"torch's launcher ended with {status}: {launcher_log}"]
     root = _root(failed)
     code = root["code"] if root["code"] in _DOCUMENTED else _LOST
     log = log_of(logs, root["rank"])
