@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
 
 def check(group: Group, entries: list[dict[str, Any]]) -> list[Row]:
-    """Rows of one group: its scores and its speed, beside those of the nearest entry for its task."""
+    """The rows of one group: its scores and speed, beside those of the nearest entry for its task."""
     task = group.setup["task_name"]
     of_task = [entry for entry in entries if entry["setup"].get("task_name") == task]
     if not of_task:

@@ -38,7 +38,7 @@ class TsvFile:
     """The file of one split in the original GLUE folder, and its columns.
 
     `texts` and `label` name header columns, or are 0-based positions where the file has no header.
-    `label` is None where the split is unlabelled.
+    `label` is None if the split is unlabelled.
     """
 
     file: str
@@ -118,7 +118,7 @@ class GlueTask:
         label_column: name of the column with the labels.
         text_delimiter: what joins all columns into one text; None: two columns are a pair.
         is_multi_label: a row has any number of the classes, none included.
-        label_delimiter: what parts the labels in a text of several; None where they come as lists.
+        label_delimiter: separates the labels in a text. None if they are lists.
         decision: how probabilities become an answer.
     """
 
@@ -151,7 +151,7 @@ class GlueTask:
 
     @property
     def problem_type(self) -> str:
-        """The name that transformers gives to the kind of answer, in config.json."""
+        """The problem type as transformers names it in config.json."""
         if self.is_regression:
             return REGRESSION
         return MULTI_LABEL if self.is_multi_label else SINGLE_LABEL
@@ -431,7 +431,7 @@ MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "f1_samples", "subset_accuracy")
 
 
 def own_task(name: str, columns: tuple[str, ...], labels: tuple[str, ...], is_multi_label: bool = False) -> GlueTask:
-    """A row for a user's own data: classes `labels`, one or several a row, or regression where there are none."""
+    """A row for own data: classes `labels`, one or several per row, or a regression if there are none."""
     template = TASKS["stsb"] if not labels else TASKS["sst2"]
     if is_multi_label:
         template = replace(template, metrics=MULTI_LABEL_METRICS, headline="f1_micro", is_multi_label=True)

@@ -234,7 +234,7 @@ def trained_problems(args: Arguments) -> Iterator[Problem]:
 
 
 def weight_problems(args: Arguments) -> Iterator[Problem]:
-    """Weights of the classes where there are none; of own data it is known once it is read."""
+    """Problems with `--class_weights` for tasks without classes. For own data this is checked after reading it."""
     task = named_task(args)
     if args.class_weights and (args.do_regression or (task and task.is_regression)):
         yield Problem(
@@ -244,7 +244,7 @@ def weight_problems(args: Arguments) -> Iterator[Problem]:
 
 
 def calibration_problems(args: Arguments) -> Iterator[Problem]:
-    """What `--calibrate` needs, and the threshold that it would choose a second time."""
+    """Problems with `--calibrate`: missing flags, and a threshold that is also given as a flag."""
     if not args.calibrate:
         return
     task = named_task(args)

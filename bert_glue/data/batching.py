@@ -27,7 +27,7 @@ class TokenSplit:
     Args:
         name: of the split.
         table: token ids.
-        labels: `[rows]` int64 or float32; None where unlabelled.
+        labels: `[rows]` int64 or float32. None if unlabelled.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Batch:
 
     Args:
         inputs: keyword arguments of the module.
-        labels: `[samples]` on the module's device, None where unlabelled.
+        labels: `[samples]` on the module's device. None if unlabelled.
         lengths: tokens of each sequence, on the host.
         computed_tokens: tokens the model runs, padding and filler included.
         step_weight: 0-d on the device, the sum of the class weights of all rows of the optimizer step, on all ranks;
             None without `--class_weights`.
-        windows: sequences of each sample, on the host; None where each sample is one.
+        windows: the number of sequences of each sample, on the host. None if each sample is one sequence.
     """
 
     inputs: dict

@@ -54,7 +54,7 @@ class Windows:
 
     @classmethod
     def of(cls, args: Arguments) -> Windows | None:
-        """The windows that the flags request; None where longer rows are cut."""
+        """The windows that the flags request. None: longer rows are cut."""
         if args.doc_stride is None or args.doc_stride < 0:
             return None
         return cls(args.doc_stride, args.max_windows)
@@ -79,7 +79,7 @@ class NoRoomError(Exception):
     """A window has no room for more than `stride` tokens of text.
 
     Args:
-        row: 0-based; None where no row has room.
+        row: 0-based. None if no row has space for windows.
         room: tokens of text in a window.
     """
 
@@ -135,7 +135,7 @@ def _encode_ends(backend: Any, columns: Sequence[Sequence[str]], max_length: int
 
 
 def encode_in_python(tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int) -> Iterator[list[EncodedRow]]:
-    """As `encode_rows`, with a tokenizer of transformers that has no backend in Rust."""
+    """As `encode_rows`, for tokenizers of transformers without a Rust backend."""
     for first, last in _chunks(columns, max_length):
         texts = [list(column[first:last]) for column in columns]
         found = tokenizer(*texts, truncation="longest_first", max_length=max_length, return_attention_mask=False)
@@ -242,7 +242,7 @@ def _windows_of(
 
 
 def _is_longer(encoded: list[tuple[list[int], bool]], budget: int) -> bool:
-    """Whether a row's texts have more tokens than `budget`; a text that is not read to its end always has."""
+    """Whether the texts of a row have more tokens than `budget`. A text that was not read to its end always has."""
     return sum(len(ids) for ids, _ in encoded) > budget or not all(is_whole for _, is_whole in encoded)
 
 

@@ -22,7 +22,7 @@ class Layout:
         name: as shown to the user.
         find: (task, root, split) -> its files or folders, in order; [] where there is none.
         read: (task, split, path, drop_broken) -> its rows, in the task's own column names; see `read_table`.
-        looks_like: what it expects, for the error where nothing was found.
+        looks_like: the files that it expects, for the error if nothing was found.
     """
 
     name: str
@@ -170,7 +170,7 @@ def roots_of(task: GlueTask, folder: Path) -> list[Path]:
 
 
 def detect(task: GlueTask, roots: list[Path]) -> tuple[Layout, Path] | None:
-    """The first layout, and root of it, that has any split of the task."""
+    """The first layout with a split of the task, and its root."""
     for layout in LAYOUTS:
         for root in roots:
             if any(layout.find(task, root, split) for split in task.splits):

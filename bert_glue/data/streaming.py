@@ -79,7 +79,7 @@ def text_lines(file: BinaryIO, origin: str) -> Iterator[str]:
 
 
 def _without_blank_end(items: Iterable[Item], is_blank: Callable[[Item], bool]) -> Iterator[Item]:
-    """All items but the blank ones after the last that is not: these are no rows."""
+    """The items without the blank ones at the end, which are not rows."""
     held: list[Item] = []
     for item in items:
         held.append(item)

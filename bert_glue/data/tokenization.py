@@ -55,7 +55,7 @@ class TokenTable:
         ids: `[tokens]` int32, the sequences end to end, special tokens included.
         offsets: `[sequences + 1]` int64, where each sequence begins; the last entry is `tokens`.
         types: `[tokens]` int8, the token type of each; 0 where the tokenizer gives none.
-        first: `[rows + 1]` int64, the first sequence (window) of each row; None where each row is one sequence.
+        first: `[rows + 1]` int64, the first sequence (window) of each row. None if each row is one sequence.
         cut_rows: rows that have text beyond their tokens.
     """
 
@@ -118,7 +118,7 @@ class TextTokenizer:
     Args:
         folder: model folder.
         config: the model's config.json; None to read it from `folder`.
-        word_rows, type_rows: rows of the model's tables of words and of token types; None where it has none.
+        word_rows, type_rows: rows of the model's word and token type embeddings. None if it has none.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TextTokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """Token id of padding; None where the vocabulary has none."""
+        """The token id of padding. None if the vocabulary has none."""
         return self.stock.pad_token_id
 
     @property
@@ -275,7 +275,7 @@ class TextTokenizer:
             (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
     def _implied(self) -> dict[str, Any]:
-        """What transformers took for granted where no file says it."""
+        """Notes on choices of transformers that no file of the folder states."""
         name, lower = type(self.stock).__name__, getattr(self.stock, "do_lower_case", None)
         implied = {} if name in _GENERIC else {"tokenizer_class": name}
         return implied if lower is None else {**implied, "do_lower_case": lower}
@@ -312,7 +312,7 @@ def tokenize(
         threads: of the tokenizer; None for one a core. Counts for the first call of a process.
 
     Returns:
-        The table, memory-mapped where it comes from the cache, and its origin: "cached", "made", or
+        The table (memory-mapped if it comes from the cache), and its origin: "cached", "made", or
         "made (not cached: reason)".
     """
     folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length, windows)

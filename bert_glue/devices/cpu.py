@@ -51,7 +51,7 @@ def has_bf16_products() -> bool:
 
 
 def vendor() -> str:
-    """As the kernel names it, such as AuthenticAMD; "" where it does not, as on Arm."""
+    """The vendor as the kernel names it, such as AuthenticAMD. "" if it does not, as on Arm."""
     return _facts().get("vendor_id", "")
 
 

@@ -81,7 +81,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        """As result files have it: `model_name`, and of a CPU the threads that torch computes with now."""
+        """The name in result files: `model_name`, and for a CPU the number of torch's threads."""
         threads = f", {torch.get_num_threads()} threads" if self.is_host else ""
         return self.model_name + threads
 

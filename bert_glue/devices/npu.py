@@ -21,7 +21,7 @@ from bert_glue.devices.npu_versions import explained
 
 
 def import_torch_npu() -> ModuleType | None:
-    """Import torch_npu; None where it is not installed.
+    """Imports torch_npu. None if it is not installed.
 
     Raises:
         MachineError: torch_npu is installed and cannot be imported; the message explains why.
@@ -92,7 +92,7 @@ class OverflowFlag:
 
 
 def overflow_flag(device: torch.device) -> OverflowFlag | None:
-    """The flag of a device that saturates; None where an overflow gives inf and gradients show it."""
+    """The overflow flag of a device that saturates. None if an overflow gives inf, which gradients show."""
     torch_npu = torch_npu_of(device)
     if torch_npu is None or torch_npu.npu.utils.is_support_inf_nan():
         return None

@@ -29,7 +29,7 @@ def collapsed_predictions(task: GlueTask, predictions: np.ndarray, references: n
 
     Args:
         predictions: class ids or scores, `[rows]`, or `[rows, labels]` of a multi-label task.
-        references: labels, likewise; where they are constant themselves nothing can be said.
+        references: the labels, in the same form. If they are constant, the result is None.
     """
     if len(references) < 2 or (references == references[0]).all():
         return None

@@ -18,7 +18,7 @@ F1_MACRO = "f1_macro"
 
 
 class Scores(dict[str, float | None]):
-    """Metric name -> value (0..1, correlations -1..1), or None where there is no value.
+    """Metric name -> value (0..1, correlations -1..1), or None without a value.
 
     Attributes:
         reasons: metric name -> why its value is None, or why a value should not be trusted.
@@ -29,7 +29,7 @@ class Scores(dict[str, float | None]):
         self.reasons: dict[str, str] = {}
 
     def put(self, metric: str, value: float | None, reason: str = "") -> None:
-        """Adds one value; a `reason` is kept only where there is one."""
+        """Adds one value, and its `reason` if there is one."""
         self[metric] = value
         if reason:
             self.reasons[metric] = reason

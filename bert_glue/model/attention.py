@@ -62,8 +62,8 @@ def _without_gradients(query, key, value, layout, first_only, *_) -> torch.Tenso
 def padded_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
     """Any device: padded inside attention only, to a width that recurs, through torch's fused kernel.
 
-    Taken where no kernel takes cumulative lengths, or where that kernel has no dropout. Of filler only the first token
-    is computed, for all of it: its width would be another in every batch.
+    It is used if no kernel takes cumulative lengths, or if that kernel has no dropout. Only the first token of filler
+    is computed, because the width of the whole filler changes with every batch.
     """
     PATHS_TAKEN.add("padded inside attention only: no packed kernel takes this dtype, dropout or device")
     device, width = key.device, width_bucket(max(layout.lengths))

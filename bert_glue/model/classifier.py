@@ -85,7 +85,7 @@ class LoadedModel:
     def notes_on_description(self, folder: Path) -> list[str]:
         """A line where the file beside the weights in `folder` was written with other ones.
 
-        A note and no refusal: weights that another program stored anew, in another dtype say, are read in the same way.
+        This is only a note: weights that another program has saved again, for example in another dtype, are valid.
         """
         stored, weights = self.description.get("weights_sha256"), folder / "model.safetensors"
         if stored is None or weights not in self.files or self.file_hashes[weights] == stored:
@@ -125,7 +125,7 @@ class LoadedModel:
 
     @property
     def word_rows(self) -> int | None:
-        """Rows of the table of words; None where there is no such table."""
+        """The number of rows of the word embedding. None without one."""
         if self.is_packed:
             return self.module.words.num_embeddings
         try:
@@ -192,7 +192,7 @@ class LoadedModel:
 
 
 def why_own_code(config: dict) -> str | None:
-    """Why a model that may run its own code is not one of ours; None where it has no classifier of its own."""
+    """Why a model with its own code cannot run packed. None if it has no classifier of its own."""
     classes = config.get("auto_map")
     has_classifier = isinstance(classes, dict) and "AutoModelForSequenceClassification" in classes
     return "its own code is what answers" if has_classifier else None

@@ -37,7 +37,7 @@ class EncoderShape:
     """Sizes and constants of one encoder with its head.
 
     Args:
-        embedding: width of the embedding table; a projection follows where it differs from `hidden`.
+        embedding: width of the embedding table; a projection follows if it differs from `hidden`.
         types: rows of the token-type table; 0 if the family has none.
         position_offset: position id of a sequence's first token (2 for the RoBERTa family).
         output_dropout: dropout after the feed-forward, in [0, 1).

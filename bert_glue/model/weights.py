@@ -51,7 +51,7 @@ _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold a model's weights: safetensors, or pickles where there are none.
+    """The files that hold a model's weights: safetensors, or else pickles.
 
     Args:
         allow_pickle: True accepts pickles with a torch whose restricted reader is not safe.

@@ -245,7 +245,7 @@ def _save_model(state: TrainState) -> None:
 def _save_calibration(
     args: Arguments, results: dict, ranks: DistributedContext, log: ConsoleLog, failures: Failures
 ) -> None:
-    """What `--calibrate` chose, beside the weights it was chosen for."""
+    """Saves the choice of `--calibrate` beside the weights for which it was made."""
     chosen = results.get(keys.CALIBRATION)
     if chosen is None or not ranks.is_first:
         return

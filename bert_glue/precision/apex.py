@@ -110,7 +110,7 @@ class ApexPrecision:
         """Compute the gradients of one forward pass; after the last pass, sum them over the ranks and unscale them.
 
         Args:
-            loss: 0-d; None where this rank has no sample in the pass.
+            loss: 0-d. None if this rank has no sample in the pass.
             is_last: True in the optimizer step's last pass.
         """
         alone = self.ranks.world_size == 1

@@ -154,7 +154,7 @@ class NativePrecision:
         """Compute the scaled gradients of one forward pass.
 
         Args:
-            loss: 0-d; None where this rank has no sample in the pass.
+            loss: 0-d. None if this rank has no sample in the pass.
             is_last: True in the optimizer step's last pass.
         """
         if loss is not None:
@@ -186,7 +186,7 @@ class NativePrecision:
         # The norm of the scaled gradients is divided by the scale: unscaling every gradient first would cost another
         # pass over memory. A NaN or Inf anywhere makes the norm NaN or Inf, so that no pass has to look for them.
         self.norm.copy_(l2_norm(self.gradients) / self._scale)
-        if self._register is not None:  # the sum over ranks can overflow where no single rank does
+        if self._register is not None:  # the sum over ranks can overflow although no single rank does
             self.summed.overflow.add_(self._register.read())
         self._is_bad.copy_(~torch.isfinite(self.norm) | (self.summed.overflow > 0))
         return self.norm

@@ -112,7 +112,7 @@ class TrainingPrecision(ModelPrecision, Protocol):
         """Clear every buffer that a step adds to."""
 
     def backward(self, loss: torch.Tensor | None, is_last: bool = True) -> None:
-        """Compute the gradients of one forward pass; `loss` is None where this rank has no sample in the pass."""
+        """Computes the gradients of one forward pass. `loss` is None if this rank has no sample in the pass."""
 
     def gather_gradients(self) -> torch.Tensor:
         """The L2 norm of the step's gradients on all ranks, unscaled, 0-d fp32."""
@@ -248,6 +248,6 @@ def too_many_overflows(count: int, scale: float) -> str:
 
 def check_weights(masters: list[torch.Tensor]) -> None:
     """Raise DivergedError if a weight is not finite."""
-    # The host waits for the device once a tensor, so callers check only where they log, evaluate or save.
+    # The host waits for the device once per tensor, so callers check only when they log, evaluate or save.
     if not all(torch.isfinite(master).all() for master in masters):
         raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")

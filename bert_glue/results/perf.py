@@ -58,7 +58,7 @@ def perf_of(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def setup_of(results: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the speed; a model counts by its name and not by its folder."""
+    """The settings that decide the speed. A model is compared by its name, not by its folder."""
     setup = {name: results[name] for name in SETUP}
     setup["model"] = PurePath(results["model_name_or_path"] or "unnamed").name
     if "doc_stride" in results:

@@ -238,7 +238,7 @@ def open_own(path: Path) -> BinaryIO:
 
 
 def make_own_folder(path: Path) -> None:
-    """Create a folder inside one of ours.
+    """Creates a folder inside an output folder of this program.
 
     Raises:
         OSError: it is a link, or it cannot be created.

@@ -131,12 +131,12 @@ class BoundedCalls:
 
 
 class Search:
-    """A source of runs for the queue: asks the study for trials and tells it their values.
+    """A source of runs for the queue: gets trials from the study and reports their values to it.
 
     Args:
-        trials: of each task's study in all, whichever machine runs them.
-        storage: of Optuna; None: a file in the sweep's folder.
-        space: of `read_space`.
+        trials: the number of trials of each study, over all machines.
+        storage: the address of Optuna's storage. None: a file in the folder of the sweep.
+        space: the result of `read_space`.
         timeout: seconds that one call of the storage may take.
     """
 

@@ -259,7 +259,7 @@ def _stay_offline_without_login(name: str) -> list[str]:
     """Let trackers without a login record to files, because nobody answers a login prompt in a batch job.
 
     Returns:
-        One line for each of them; none where there is a login, or where the user has chosen a mode.
+        One line for each of them. None if there is a login or the user has chosen a mode.
     """
     if name not in _LOGINS:
         return []

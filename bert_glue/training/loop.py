@@ -266,7 +266,7 @@ def _continues_after_resume(state: TrainState, recent_loss: torch.Tensor) -> boo
 
 
 def _after_step(state: TrainState, recent_loss: torch.Tensor, stop_requested: bool = False) -> bool:
-    """Evaluate, save and check for early stopping where they are due; return False to end training."""
+    """Evaluates, saves and checks for early stopping at the steps that need it. Returns False to end training."""
     state.checkpoints.saver.check()
     must_evaluate, must_save = _must_evaluate(state), _must_save(state)
     if not (must_evaluate or must_save or stop_requested):

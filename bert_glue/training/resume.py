@@ -24,7 +24,7 @@ from bert_glue.training.state import Learner, TrainState
 
 
 def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    """The final weights, as `LoadedModel.tensors`: fp32 masters where they exist, and the whole embedding table."""
+    """The final weights, as `LoadedModel.tensors`: fp32 masters if they exist, and the whole embedding table."""
     learner = state.learner
     with learner.averaged():
         tensors = learner.model.tensors(learner.precision.named_masters())
@@ -35,11 +35,11 @@ def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def say_if_gone(state: TrainState) -> None:
-    """Tell the user that the output folder is not there any more; what is saved from now on makes it anew."""
+    """Tells the user that the output folder has disappeared. The next save creates it again."""
     if not state.output_dir.is_dir():
         state.observers.log.line(
             f"note: --output_dir {state.output_dir} was deleted or moved while the run was writing there: "
-            "it is made anew, without the earlier checkpoints and without a lock against a second run"
+            "it is created again, without the earlier checkpoints and without a lock against a second run"
         )
 
 
@@ -235,7 +235,7 @@ def choose(state: TrainState, wanted: str) -> tuple[Path | None, list[str], str]
         return Path(wanted), [], f"--resume_from_checkpoint {wanted}: {reason}" if reason else ""
     folder, rejected = checkpoint.newest_sound(state.output_dir)
     if folder is None:
-        rejected.append(f"no sound checkpoint in {state.output_dir}: training starts anew")
+        rejected.append(f"there is no valid checkpoint in {state.output_dir}: training starts from the beginning")
     return folder, rejected, ""
 
 
@@ -246,7 +246,7 @@ def resume(state: TrainState, folder: Path) -> list[str]:
         Lines on what was changed.
 
     Raises:
-        CheckpointError: it belongs to other data, model or batch sizes, or is not one of ours.
+        CheckpointError: it belongs to other data, another model or other batch sizes, or another program wrote it.
     """
     try:
         return _resume(state, folder)

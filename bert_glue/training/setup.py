@@ -320,7 +320,7 @@ def _why_no_value(state: TrainState) -> str:
 
 
 def _load_best(state: TrainState) -> None:
-    """Put the best checkpoint's parameters back into the module; say so where there was nothing to choose by."""
+    """Restores the parameters of the best checkpoint. Logs a line if no metric could choose one."""
     if not state.progress.best_step:
         state.observers.log.line(
             "note: --load_best_model_at_end chose nothing and the last weights stay: "
