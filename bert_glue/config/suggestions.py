@@ -182,7 +182,7 @@ def _begun(name: str, own: Mapping[str, str], refused: Collection[str]) -> str:
 
 
 def _mistyped(name: str, own: Mapping[str, str], meant: Mapping[str, str]) -> str:
-    """The flag that `name` is a misspelling of; "" if two flags are equally close."""
+    """The flag that `name` misspells. "" if two flags are equally close."""
     words = {word: meant[flag] for flag in meant for word in _MEANINGS[flag].split() if len(word) > _SHORTEST_BEGINNING}
     flag_of = {**words, **own}
     others = [*_MEANINGS, *(word for words in _MEANINGS.values() for word in words.split())]

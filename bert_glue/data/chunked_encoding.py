@@ -289,7 +289,7 @@ def _beginnings(backend: Any, texts: Sequence[str], budget: int) -> list[tuple[l
 
 
 def _shortened(backend: Any, text: str) -> str:
-    """`text` with the runs shortened of which WordPiece makes the same whatever their length."""
+    """`text` with long runs of characters shortened, if WordPiece encodes them the same at any length."""
     limit = getattr(backend.model, "max_input_chars_per_word", 1 << 30)
     return _LONG_RUN.sub(r"\1\2", text) if limit < 20000 else text
 

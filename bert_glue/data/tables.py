@@ -47,14 +47,14 @@ class Problems:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length and where each row stands.
+    """Columns of equal length, and the place of each row in its file.
 
     Args:
         origin: file path or data set name.
-        columns: name (or 0-based position, in a file without header) -> values, one a row.
+        columns: name (or 0-based position, in a file without header) -> values, one per row.
         places: 1-based line or row number of each row.
         unit: "line": places are lines of the file; "row": rows of a file without lines.
-        class_names: column -> names of its integer classes, where the file itself has them.
+        class_names: column -> names of its integer classes, if the file has them.
         notes: lines for the user about how the file was read.
     """
 

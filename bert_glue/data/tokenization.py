@@ -176,14 +176,14 @@ class TextTokenizer:
         return [word or "?" for word in self.stock.convert_ids_to_tokens(list(map(int, ids)))]
 
     def encode(self, split: Split, max_length: int, windows: Windows | None = None) -> TokenTable:
-        """Tokenize one split; rows longer than `max_length` tokens are cut, of a pair the longest text first.
+        """Tokenize one split; rows longer than `max_length` tokens are cut; in a pair the longer text first.
 
         Args:
             windows: how longer rows become several sequences instead.
 
         Raises:
-            UsageError: `max_length` holds no more than the special tokens, or a window no more than the stride.
-            DataError: the same of one row, a pair of two long texts.
+            UsageError: `max_length` has no space beside the special tokens, or a window none beside the stride.
+            DataError: one row, a pair of two long texts, has no space for windows.
             MachineError: a token id or type is not in the model's tables, or the library fails.
         """
         if self.stock.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
@@ -225,8 +225,8 @@ class TextTokenizer:
         for kind, (found, rows) in limits.items():
             if rows is not None and found.max(initial=0) >= rows:
                 raise MachineError(
-                    f"the tokenizer in {self.folder} gives {kind} {found.max()}, and the model has {rows} rows of "
-                    "embeddings for it: they do not belong together"
+                    f"the tokenizer in {self.folder} gives {kind} {found.max()}, but the model has only {rows} rows of "
+                    "embeddings for it; use the tokenizer of this model"
                 )
         return table
 

@@ -22,7 +22,7 @@ class RankEnvironment(NamedTuple):
     port: int = 0
 
     def variables(self) -> dict[str, str]:
-        """The same as torchrun's variables, which accelerate and torch read; none for a process alone."""
+        """The place as the variables of torchrun, which accelerate and torch read. {} for a process alone."""
         if self.world_size == 1:
             return {}
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -250,4 +250,4 @@ def check_weights(masters: list[torch.Tensor]) -> None:
     """Raise DivergedError if a weight is not finite."""
     # The host waits for the device once per tensor, so callers check only when they log, evaluate or save.
     if not all(torch.isfinite(master).all() for master in masters):
-        raise DivergedError("weights are not finite (NaN or Inf); nothing was saved since: lower --learning_rate")
+        raise DivergedError("weights are not finite (NaN or Inf), and were not saved; lower --learning_rate")

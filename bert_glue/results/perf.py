@@ -79,7 +79,7 @@ def read_baseline(file: Path) -> dict[str, Any]:
     """The `perf.json` of an earlier run.
 
     Raises:
-        UsageError: it cannot be read, is none, or holds no samples/s.
+        UsageError: the file cannot be read, is not a perf.json, or has no samples/s.
     """
     try:
         perf = json_object(file)

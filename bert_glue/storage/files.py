@@ -60,8 +60,8 @@ def read_plain_text(path: Path, most: int = _LARGEST_TEXT, encoding: str = "utf-
     """The text of a regular file of at most `most` bytes.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
-        ValueError: it is larger, or not text in `encoding`.
+        OSError: the file is not a regular file, or cannot be read.
+        ValueError: the file is larger, or is not text in `encoding`.
     """
     with open_plain(path) as file:
         content = file.read(most + 1)
