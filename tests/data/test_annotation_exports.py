@@ -42,7 +42,7 @@ def table(file: Path, header: list[str], rows: list[list]) -> Path:
 def test_several_choices_of_label_studio_are_lists(tmp_path: Path) -> None:
     rows = [[at, text, json.dumps({"choices": [label, "long"]})] for at, (text, label) in enumerate(ROWS)]
     file = table(tmp_path / "a.csv", ["id", "text", "label"], rows)
-    assert f"is a list as text: --problem_type {SEVERAL} reads its labels" in refusal(file)
+    assert f"looks like a list: --problem_type {SEVERAL} reads its labels" in refusal(file)
     found = load(file, "--problem_type", SEVERAL)
     assert found.task.labels == ("long", "neg", "pos") and found.splits["train"].labels[:5:4] == [(0, 2), (0, 1)]
     whole = load(file, "--problem_type", "single_label_classification")
@@ -55,7 +55,7 @@ def test_several_choices_of_label_studio_are_lists(tmp_path: Path) -> None:
         (lambda text, label: {"doc": {"text": text}, "meta": {"label": label}}, None, "'doc', 'meta': objects"),
         (lambda text, label: {"data": {"text": text}, "annotations": [{"result": label}]}, None,
          "'data', 'annotations': objects, whose fields must become columns of their own (pandas.json_normalize)"),
-        (lambda text, label: {"fields": {"text": text}, "label": label}, None, "no column of texts"),
+        (lambda text, label: {"fields": {"text": text}, "label": label}, None, "no column looks like text"),
         (lambda text, label: {"text": text, "cats": {"pos": label == "pos"}}, "cats", "is an object: a name is needed"),
         (lambda text, label: {"text": text, "label": {"value": label}}, None, "is an object: a name is needed"),
         (lambda text, label: {"text": text, "spans": [{"label": label}]}, "spans", "is an object: a name is needed"),

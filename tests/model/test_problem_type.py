@@ -55,11 +55,11 @@ def test_prediction_tells_the_reading_and_the_flag_changes_it(unsaid: Path, tmp_
     logits = logits_of_transformers(unsaid, texts)
     rows = label(unsaid, tmp_path, texts)
     said = capsys.readouterr().out
-    assert "config.json has no problem_type: its 3 classes are read as one label a row" in said
-    assert f"--problem_type {SEVERAL} reads several" in said
+    assert "config.json has no problem_type, so its 3 classes are read as one label per row" in said
+    assert f"--problem_type {SEVERAL} allows several" in said
     assert [row["prediction"] for row in rows] == [CLASSES[at] for at in logits.argmax(1)]
     rows = label(unsaid, tmp_path, texts, "--problem_type", SEVERAL)
-    assert f"config.json has no problem_type: {SEVERAL}, as --problem_type says" in capsys.readouterr().out
+    assert f"config.json has no problem_type; --problem_type {SEVERAL} is used" in capsys.readouterr().out
     shares = np.array([[float(row[f"probability_{name}"]) for name in CLASSES] for row in rows])
     assert np.abs(shares - 1 / (1 + np.exp(-logits))).max() < 1e-5
     given = [";".join(np.array(CLASSES)[row > 0.5]) for row in shares]
