@@ -227,7 +227,7 @@ def _tiny_run(args: Any) -> tuple[Any, Any]:
 
 
 def _tiny_shape() -> Any:
-    from bert_glue.model.encoder import EncoderShape
+    from bert_glue.model.shape import EncoderShape
 
     # Head size 64, as in every BERT, because the kernel depends on it. Dropout 0, as in the published recipe.
     return EncoderShape(

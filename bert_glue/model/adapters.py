@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bert_glue.errors import MachineError, UsageError
-from bert_glue.model.families import FAMILIES, Family, weight_names
+from bert_glue.model.families import FAMILIES, HEAD, Family, weight_names
 from bert_glue.model.layers import Adapter, LowRank
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _head(model: LoadedModel, family: Family | None) -> set[str]:
     """Names of the parameters above the encoder."""
     names = [name for name, _ in model.module.named_parameters()]
     if family is not None:
-        return {name for name in names if name.startswith(("head_dense.", "head_output."))}
+        return {name for name in names if name.startswith(HEAD)}
     encoder = f"stock.{model.module.stock.base_model_prefix}."
     return {name for name in names if not name.startswith(encoder) or "pooler." in name}
 
@@ -134,8 +134,11 @@ def _targets(args: Arguments, model: LoadedModel, family: Family | None, layers:
         return tuple(args.lora_target_modules.split(","))
     kind = model.config.get("model_type", "")
     if kind in FAMILIES:  # query and value, as in the paper; peft names no default for some of them
-        query, _, value = FAMILIES[kind].inside["qkv"]
-        return tuple(name.rpartition(".")[2] for name in (query, value))
+        names = FAMILIES[kind].inside["qkv"]
+        adapted = (
+            (names,) if isinstance(names, str) else (names[0], names[2])
+        )  # one product of all three is adapted whole
+        return tuple(name.rpartition(".")[2] for name in adapted)
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     if not isinstance(DEFAULTS.get(kind), list):

@@ -36,26 +36,54 @@ class _Range(NamedTuple):
 
 
 _WIDTH, _COUNT, _SHARE = _Range(1, 2**20), _Range(1, _MOST_LAYERS), _Range(0, 1, is_whole=False)
+_BASE = _Range(1, 1e12, is_whole=False)
 _HIDDEN = ("hidden_size", "dim", "d_model", "n_embd")
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "encoder_attention_heads")
 _RANGES: dict[str, _Range] = {
-    **dict.fromkeys((*_HIDDEN, "embedding_size", "intermediate_size", "hidden_dim", "d_inner", "d_ff"), _WIDTH),
+    **dict.fromkeys((*_HIDDEN, "embedding_size", "input_embedding_size", "intermediate_size"), _WIDTH),
+    **dict.fromkeys(("hidden_dim", "d_inner", "d_ff"), _WIDTH),
     **dict.fromkeys((*_LAYERS, *_HEADS, "decoder_layers", "num_hidden_groups", "inner_group_num"), _COUNT),
     "vocab_size": _Range(1, 2**26),
     "max_position_embeddings": _Range(1, 2**26),
     "type_vocab_size": _Range(0, 2**16),
+    "task_type_vocab_size": _Range(1, 2**16),
+    "relative_attention_num_buckets": _Range(1, 2**16),
+    "position_buckets": _Range(-1, 2**20),
+    "max_relative_positions": _Range(-1, 2**20),
+    "local_attention": _Range(2, 2**26),
+    "global_attn_every_n_layers": _COUNT,
+    "global_rope_theta": _BASE,
+    "local_rope_theta": _BASE,
     "initializer_range": _Range(0, 100, is_whole=False),
     "layer_norm_eps": _Range(0, 1, is_whole=False),
+    "norm_eps": _Range(0, 1, is_whole=False),
     **dict.fromkeys(
         (
             "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
-            "dropout", "attention_dropout", "seq_classif_dropout",
+            "dropout", "attention_dropout", "seq_classif_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout",
+            "cls_dropout",
         ),
         _SHARE,
     ),
 }  # fmt: skip
-_TEXTS = ("model_type", "hidden_act", "activation", "position_embedding_type", "finetuning_task", "problem_type")
+_TEXTS = (
+    "model_type", "hidden_act", "activation", "hidden_activation", "classifier_activation", "pooler_hidden_act",
+    "position_embedding_type", "classifier_pooling", "norm_rel_ebd", "finetuning_task", "problem_type",
+)  # fmt: skip
+# Other keys that a description reads, and what their values are.
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "rope_parameters": (dict, "an object with the keys of rotary positions"),
+    "layer_types": (list, "a list with the kind of each layer"),
+    "pos_att_type": ((str, list), "c2p, p2c, or a list of both"),
+    **dict.fromkeys(
+        (
+            "relative_attention", "share_att_key", "position_biased_input", "use_task_id", "attention_bias",
+            "mlp_bias", "norm_bias", "classifier_bias",
+        ),
+        (bool, "true or false"),
+    ),
+}  # fmt: skip
 # Keys that may be null; the model's class then uses its own value.
 _OPTIONAL = (
     "model_type",
@@ -64,6 +92,11 @@ _OPTIONAL = (
     "problem_type",
     "embedding_size",
     "position_embedding_type",
+    "cls_dropout",
+    "rope_parameters",
+    "layer_types",
+    "pos_att_type",
+    "local_rope_theta",
 )
 
 
@@ -80,6 +113,8 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             raise MachineError(f"{path}: {key} is {_shown(value)}, not {_RANGES[key]}")
         if key in _TEXTS and not isinstance(value, str):
             raise MachineError(f"{path}: {key} is {_shown(value)}, not a text")
+        if key in _TYPES and not isinstance(value, _TYPES[key][0]):
+            raise MachineError(f"{path}: {key} is {_shown(value)}, not {_TYPES[key][1]}")
         if isinstance(value, int) and abs(value) > _LARGEST:
             raise MachineError(f"{path}: {key} is {_shown(value)}, not a number in [-2**40, 2**40]")
     hidden, heads = _first(config, _HIDDEN), _first(config, _HEADS)

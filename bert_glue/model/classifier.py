@@ -16,9 +16,9 @@ from torch import nn
 
 from bert_glue.data.tokenization import TextTokenizer
 from bert_glue.model.description import FILE, write_description
-from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.layers import Adapter, plain_names
+from bert_glue.model.shape import EncoderShape
 from bert_glue.model.weights import load_packed, packed_tensors
 from bert_glue.storage.files import file_hash, is_inside, open_plain
 

@@ -166,7 +166,7 @@ class _LinearIntoGrad(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.parameters = (weight, bias)
         ctx.which = which
-        return multiply(x, weight[which], bias[which])
+        return multiply(x, weight[which], None if bias is None else bias[which])
 
     @staticmethod
     def backward(ctx, grad):
@@ -175,7 +175,8 @@ class _LinearIntoGrad(torch.autograd.Function):
         # The product goes directly into the flat gradient buffer. autograd would write it to fresh memory and read it
         # again to add it. For a weight of n bytes that moves 4n bytes instead of 2n, n of them in new pages.
         _add_product(leaf_weight.grad[ctx.which], grad.t(), x)
-        leaf_bias.grad[ctx.which].add_(grad.sum(0))
+        if leaf_bias is not None:
+            leaf_bias.grad[ctx.which].add_(grad.sum(0))
         grad_x = multiply(grad, weight[ctx.which].t()) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None
 
@@ -199,15 +200,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class Linear(nn.Linear):
-    """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`, always with a bias.
+    """`[rows, in_features] -> [rows, out_features]`, as `nn.Linear`.
 
     If `low_rank` is set, its term is added. `dropout_masks` and `mask_id` belong to the dropout of that term.
     """
 
     adds_into_grad = False  # `flatten` sets it: `.grad` must be a view that stays where it is
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
         self.low_rank: LowRank | None = None
 
     def forward(self, x: torch.Tensor, dropout_masks: DropoutMasks | None = None, mask_id: int = 0) -> torch.Tensor:
@@ -222,7 +223,7 @@ class Linear(nn.Linear):
         """
         if self._adds_into_grad(x):
             return _LinearIntoGrad.apply(x, self.weight, self.bias, which)
-        y = linear(x, self.weight[which], self.bias[which])
+        y = linear(x, self.weight[which], None if self.bias is None else self.bias[which])
         if self.low_rank is None:
             return y
         return self.low_rank.add(y, x, linear, dropout_masks, _LOW_RANK_MASK_IDS + mask_id, which)
@@ -232,7 +233,7 @@ class Linear(nn.Linear):
             torch.compiler.is_compiling()
             or not self.adds_into_grad
             or self.weight.grad is None
-            or self.bias.grad is None
+            or (self.bias is not None and self.bias.grad is None)
             or not torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
             or has_slow_products(x.device.type, x.dtype)

@@ -11,7 +11,7 @@ from torch import nn
 
 from bert_glue.errors import DivergedError, MachineError, UsageError, first_line
 from bert_glue.model.encoder import PackedClassifier
-from bert_glue.model.families import Family, weight_names
+from bert_glue.model.families import HEAD, Family, weight_names
 from bert_glue.storage.files import check_not_lfs_pointer, json_object
 
 
@@ -34,7 +34,8 @@ def reinitialise(module: PackedClassifier, count: int, deviation: float) -> str:
         raise UsageError(f"--reinit_layers {count}: the layers of this model share their weights")
     if count > total:
         raise UsageError(f"--reinit_layers {count}: the model has {total} layers")
-    for part in (*module.layers[total - count :], module.head_dense):
+    head = [module.head_dense] if module.head_norm is None else [module.head_dense, module.head_norm]
+    for part in (*module.layers[total - count :], *head):
         initialise(part, deviation)
         for norm in part.modules():
             if isinstance(norm, nn.LayerNorm):
@@ -44,7 +45,6 @@ def reinitialise(module: PackedClassifier, count: int, deviation: float) -> str:
 
 
 _WRAPPED = "module."
-_HEAD = ("head_dense.", "head_output.")
 # Before 2.6 `weights_only=True` could be made to run code (CVE-2025-32434).
 _SAFE_PICKLE_TORCH = (2, 6)
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -157,7 +157,7 @@ def load_packed(
     for ours, theirs in weight_names(family, module.shape).items():
         parts = theirs if isinstance(theirs, tuple) else (theirs,)
         missing = [part for part in parts if part not in stored]
-        is_head = ours.startswith(_HEAD)
+        is_head = ours.startswith(HEAD)
         if missing and is_head:
             fresh.append(ours)
             continue
@@ -212,5 +212,5 @@ def initialise(module: nn.Module, deviation: float) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             part.weight.normal_(0.0, deviation)
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and part.bias is not None:
             part.bias.zero_()

@@ -237,6 +237,11 @@ def check_recordable(model: LoadedModel, plan: PrecisionPlan, device: Device) ->
     if not model.is_packed:
         raise MachineError(f"--cuda_graph works only with packed models ({model.why_padded}); use --torch_compile")
     shape = model.module.shape
+    if shape.has_relative_scores or shape.windows or shape.pooling != "first":
+        raise MachineError(
+            "--cuda_graph: this family's attention or pooling reads lengths on the host in every step, which a "
+            "recording would repeat; leave it out, or use --torch_compile"
+        )
     dim = shape.hidden // shape.heads
     # Without such a kernel, attention would split the batch by lengths on the host, and a recording would keep the
     # lengths of one batch for all.

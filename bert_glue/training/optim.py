@@ -18,7 +18,10 @@ from bert_glue.errors import MachineError, UsageError
 from bert_glue.precision.flat_buffers import l2_norm
 
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
-_BELOW = ("words.", "positions.", "types.", "embedding_norm.", "projection.")
+_BELOW = (
+    "words.", "positions.", "types.", "task_types.", "embedding_norm.", "projection.", "relative_positions.",
+    "relative_norm.",
+)  # fmt: skip
 
 
 def rate_factors(names: Iterable[str], decay: float, is_shared: bool) -> dict[str, float]:

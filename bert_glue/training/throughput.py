@@ -21,8 +21,8 @@ import torch
 from bert_glue import result_keys as keys
 from bert_glue.data.batching import Batch
 from bert_glue.devices.device import Device, has_slow_products
-from bert_glue.model.encoder import EncoderShape
 from bert_glue.model.layers import multiply
+from bert_glue.model.shape import EncoderShape
 
 _IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -79,13 +79,16 @@ def forward_flops(shape: EncoderShape, lengths: tuple[int, ...], first_only_last
             feed-forward for first tokens only; False counts a full last layer.
     """
     hidden, inner, tokens, count = shape.hidden, shape.intermediate, sum(lengths), len(lengths)
-    per_token = 2 * (4 * hidden * hidden + 2 * hidden * inner)
-    attention = 4 * hidden * sum(n * n for n in lengths)
-    layer = per_token * tokens + attention
-    last = layer
-    if first_only_last:
-        last = 4 * hidden * hidden * tokens + (per_token - 4 * hidden * hidden) * count + 4 * hidden * tokens
-    return float((shape.layers - 1) * layer + last + 2 * hidden * hidden * count)
+    per_token = 2 * (4 * hidden * hidden + (3 if shape.gated else 2) * hidden * inner)
+    # Two products of queries and keys or values, and one for each term of relative positions.
+    per_pair = (4 + 2 * len(shape.disentangled.terms if shape.disentangled else ())) * hidden
+    seen = [[n if w is None else min(n, 2 * w + 1) for n in lengths] for w in shape.windows or (None,) * shape.layers]
+    pairs = [sum(n * keys for n, keys in zip(lengths, own, strict=True)) for own in seen]
+    total = sum(per_token * tokens + per_pair * own for own in pairs)
+    if first_only_last and shape.pooling == "first":
+        total -= per_token * tokens + per_pair * pairs[-1]
+        total += 4 * hidden * hidden * tokens + (per_token - 4 * hidden * hidden) * count + per_pair * tokens
+    return float(total + 2 * hidden * hidden * count)
 
 
 def gemm_rate(device: Device, dtype: torch.dtype, seconds: float = 0.3) -> float:

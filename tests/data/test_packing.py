@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bert_glue.data.batching import bucket
-from bert_glue.data.packing import PackedLayout
+from bert_glue.data.packing import Cells, PackedLayout
 from bert_glue.training.cuda_graphs import RecordedLayout
 
 
@@ -51,13 +51,14 @@ def test_blocks_hold_every_token_once_and_no_filler(seed):
 @pytest.mark.parametrize("pitch", [3, 9], ids=["alone", "of a joint product"])
 def test_rows_of_a_head_are_found_and_put_back(first_only, pitch):
     layout = PackedLayout((80, 1, 7, 6, 40, 2), tail=3)
-    head_rows, count = layout.head_rows(3, first_only), len(layout.all_lengths) if first_only else layout.tokens
+    cells = Cells.FIRST if first_only else Cells.QUERIES
+    head_rows, count = layout.head_rows(3, cells), len(layout.all_lengths) if first_only else layout.tokens
     filler = 1 if first_only else layout.tail
     rows = torch.arange(1, count * pitch + 1)
     taken = torch.cat([rows[head_rows.index(number, pitch)] for number in range(len(layout.blocks))])
-    found = torch.cat([taken, torch.zeros(1, dtype=torch.int64)])[head_rows.of_row].view(count, 3)
+    found = head_rows.in_order(torch.cat([taken, torch.zeros(1, dtype=torch.int64)])[:, None]).view(count, 3)
     assert torch.equal(found[:-filler], rows.view(count, pitch)[:-filler, :3]) and (found[-filler:] == 0).all()
-    assert head_rows.rows == len(taken) + 1 and layout.head_rows(3, first_only) is head_rows
+    assert head_rows.rows == len(taken) + 1 and layout.head_rows(3, cells) is head_rows
 
 
 def test_equal_lengths_that_fill_their_rows_need_no_mask():

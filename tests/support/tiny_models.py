@@ -57,12 +57,37 @@ SETTINGS: dict[str, dict] = {
     "electra": {**_SIZES, "embedding_size": 24},
     "distilbert": _DISTILBERT,
     "albert": {**_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "classifier_dropout_prob": 0.0},
+    # Four layers: global, local, local, global. The window ends inside every longer test row.
+    "modernbert": {
+        **{key: value for key, value in _SIZES.items() if not key.endswith("prob")},
+        "num_hidden_layers": 4,
+        "local_attention": 16,
+        "pad_token_id": 0,
+    },
+    "mpnet": {**_SIZES, "max_position_embeddings": 514},
+    "deberta-v2": {
+        **_SIZES,
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 16,
+        "max_relative_positions": 128,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+    },
+    "ernie": {**_SIZES, "use_task_id": True},
+    "rembert": {**_SIZES, "input_embedding_size": 24, "output_embedding_size": 24, "classifier_dropout_prob": 0.0},
+    "data2vec-text": _ROBERTA,
+    "roberta-prelayernorm": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
 }
 
 
 def takes_types(model_type: str) -> bool:
     """True if the second text of a pair has token type 1."""
-    return model_type != "distilbert" and SETTINGS[model_type].get("type_vocab_size", 2) > 1
+    has_none = model_type in ("distilbert", "mpnet", "modernbert")
+    return not has_none and SETTINGS[model_type].get("type_vocab_size", 2) > 1
 
 
 def stock_model(model_type: str, labels: int = 3, seed: int = 0, **changes) -> nn.Module:

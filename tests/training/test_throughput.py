@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bert_glue.data.batching import Batch
 from bert_glue.data.packing import PackedLayout
 from bert_glue.devices.device import Device
-from bert_glue.model.encoder import EncoderShape, PackedClassifier
+from bert_glue.model.encoder import PackedClassifier
+from bert_glue.model.shape import EncoderShape
 from bert_glue.pipeline import run as pipeline
 from bert_glue.training import loop, setup, throughput
 from bert_glue.training.throughput import Meter, forward_flops, gemm_rate
