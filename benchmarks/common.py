@@ -26,6 +26,22 @@ from bert_glue.tasks import TASKS  # noqa: E402
 # Devlin et al. 2019, section 3; transformers' BertConfig is bert-base.
 _LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
 MODEL_SHAPES = {"bert-base": {}, "bert-large": _LARGE}
+# MiniLM's size (Wang et al. 2020, arXiv 2002.10957) in the shape of other families; a gated feed-forward has 2/3 of the
+# width, so that its three products cost what two do.
+_MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_DEBERTA_V3 = {
+    "relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0,
+}  # fmt: skip
+_ORDINARY_IDS = {"bos_token_id": 101, "cls_token_id": 101, "eos_token_id": 102, "sep_token_id": 102, "pad_token_id": 0}
+FAMILY_SHAPES = {
+    "bert": _MINILM,
+    "modernbert": {**_MINILM, "intermediate_size": 1024, **_ORDINARY_IDS},
+    "mpnet": _MINILM,
+    "deberta-v2": {**_MINILM, **_DEBERTA_V3},
+    "ernie": _MINILM,
+    "roberta-prelayernorm": _MINILM,
+}
 
 
 def write_model(folder: Path, shape: str, vocab: Path | None = None) -> str:
@@ -43,6 +59,19 @@ def write_model(folder: Path, shape: str, vocab: Path | None = None) -> str:
     shutil.copy(vocab, folder / "vocab.txt")
     settings = {"do_lower_case": "uncased" in vocab.name, "tokenizer_class": "BertTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return str(folder)
+
+
+def write_family(folder: Path, model_type: str, vocab: Path) -> str:
+    """A model folder of a family in MiniLM's size with random weights and the WordPiece vocabulary `vocab`."""
+    import torch
+    from transformers import AutoConfig, AutoModel, BertTokenizerFast
+
+    torch.manual_seed(0)
+    words = len(vocab.read_text(encoding="utf-8").splitlines())
+    config = AutoConfig.for_model(model_type, vocab_size=words, **FAMILY_SHAPES[model_type])
+    AutoModel.from_config(config).save_pretrained(folder)
+    BertTokenizerFast(str(vocab), do_lower_case="uncased" in vocab.name).save_pretrained(folder)
     return str(folder)
 
 

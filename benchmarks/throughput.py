@@ -2,6 +2,8 @@
 
     python benchmarks/throughput.py --model FOLDER --data_path GLUE --json out.json
     python benchmarks/throughput.py --shape bert-base --vocab vocab.txt --data_path GLUE --json out.json
+    python benchmarks/throughput.py --families modernbert,mpnet,deberta-v2 --vocab vocab.txt --data_path GLUE \
+        --tasks mrpc,cola --runs ours,hf_best --json benchmarks/results/families-cpu.json
     python benchmarks/throughput.py --json out.json --table
 
 A round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import write_model  # noqa: E402
+from benchmarks.common import FAMILY_SHAPES, write_family, write_model  # noqa: E402
 from bert_glue import result_keys as keys  # noqa: E402
 from bert_glue.storage.files import read_results  # noqa: E402
 
@@ -189,7 +192,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder of a BERT-family model")
     parser.add_argument("--shape", choices=("bert-base", "bert-large"), help="random weights of this shape instead")
-    parser.add_argument("--vocab", type=Path, help="vocabulary for --shape")
+    parser.add_argument("--families", help=f"some of {', '.join(FAMILY_SHAPES)}, in MiniLM's size with random weights")
+    parser.add_argument("--vocab", type=Path, help="WordPiece vocabulary for --shape and --families")
     parser.add_argument("--data_path", help="as for run_glue.py")
     parser.add_argument("--tasks", default="cola,sst2-like,stsb,mrpc,qnli")
     parser.add_argument("--eval_tasks", default="mrpc", help="those whose evaluation is timed too")
@@ -202,8 +206,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the table of --json and end")
     parser.add_argument("extra", nargs="*", help="flags of run_glue.py, after --")
     args = parser.parse_args()
-    if not args.table and not (args.data_path and (args.model or (args.shape and args.vocab))):
-        parser.error("give --data_path, and --model or --shape with --vocab; or --table")
+    is_random = bool((args.shape or args.families) and args.vocab)
+    if not args.table and not (args.data_path and (args.model or is_random)):
+        parser.error("give --data_path, and --model, or --shape or --families with --vocab; or --table")
     return args
 
 
@@ -211,28 +216,66 @@ def main() -> int:
     """Measure, print, and write the JSON."""
     args = parse()
     if args.table:
-        print(table(json.loads(args.json.read_text(encoding="utf-8"))))
+        report = json.loads(args.json.read_text(encoding="utf-8"))
+        print(family_table(report) if "families" in report else table(report))
         return 0
+    if args.families:
+        return measure_families(args)
     with tempfile.TemporaryDirectory() as folder:
         name = args.shape or Path(args.model).parent.name
         args.model = write_model(Path(folder), args.shape, args.vocab) if args.shape else args.model
-        settings = {k: v for k, v in vars(args).items() if k not in ("model", "vocab", "data_path", "json", "table")}
-        report: dict = {"model": name, "machine": _machine(args.threads), "settings": settings, "tasks": {}}
-        for task in args.tasks.split(","):
-            rounds = report["tasks"].setdefault(task, {"rounds": []})["rounds"]
-            with tempfile.TemporaryDirectory() as rows:
-                run_as, data = write_rows(Path(rows), task, args.data_path, args.rows)
-                for number in range(args.rounds):
-                    scores = task in args.eval_tasks.split(",")
-                    load = os.getloadavg()[0]
-                    rounds.append({run: measure(run, args, run_as, data, scores) for run in args.runs.split(",")})
-                    rounds[-1]["load_before"] = load  # how busy the cores were with other programs
-                    print(task, "round", number + 1, json.dumps(rounds[-1]), flush=True)
-            report["tasks"][task] |= ratios(rounds)
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report = {"model": name, "machine": _machine(args.threads), "settings": _settings(args), "tasks": {}}
+        measure_tasks(args, report["tasks"], lambda: _write(args.json, report))
     print(table(report))
     return 0
+
+
+def measure_families(args: argparse.Namespace) -> int:
+    """Every family of `--families` on every task, into one file."""
+    report = {"machine": _machine(args.threads), "settings": _settings(args), "families": {}}
+    for name in args.families.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            args.model = write_family(Path(folder), name, args.vocab)
+            tasks = report["families"].setdefault(name, {})
+            measure_tasks(args, tasks, lambda: _write(args.json, report))
+    print(family_table(report))
+    return 0
+
+
+def family_table(report: dict) -> str:
+    """A Markdown table of a report over families."""
+    lines = ["| family | task | training rate against hf_best | peak memory against hf_best |", "|---|---|---|---|"]
+    for name, tasks in report["families"].items():
+        for task, found in tasks.items():
+            cells = [found.get(f"{key}_vs_hf_best") for key in ("real_tokens_per_second", "peak_bytes")]
+            shown = " | ".join("-" if x is None else f"{x:.2f}" for x in cells)
+            lines.append(f"| {name} | {task} | {shown} |")
+    return "\n".join(lines)
+
+
+def measure_tasks(args: argparse.Namespace, tasks: dict, save: Callable[[], None]) -> None:
+    """The rounds of every task into `tasks`, saved after each task."""
+    for task in args.tasks.split(","):
+        rounds = tasks.setdefault(task, {"rounds": []})["rounds"]
+        with tempfile.TemporaryDirectory() as rows:
+            run_as, data = write_rows(Path(rows), task, args.data_path, args.rows)
+            for number in range(args.rounds):
+                scores = task in args.eval_tasks.split(",")
+                load = os.getloadavg()[0]
+                rounds.append({run: measure(run, args, run_as, data, scores) for run in args.runs.split(",")})
+                rounds[-1]["load_before"] = load  # how busy the cores were with other programs
+                print(task, "round", number + 1, json.dumps(rounds[-1]), flush=True)
+        tasks[task] |= ratios(rounds)
+        save()
+
+
+def _settings(args: argparse.Namespace) -> dict[str, object]:
+    return {k: v for k, v in vars(args).items() if k not in ("model", "vocab", "data_path", "json", "table")}
+
+
+def _write(file: Path, report: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _machine(threads: int) -> dict[str, object]:

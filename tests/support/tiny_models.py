@@ -62,6 +62,8 @@ SETTINGS: dict[str, dict] = {
         **{key: value for key, value in _SIZES.items() if not key.endswith("prob")},
         "num_hidden_layers": 4,
         "local_attention": 16,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
         "pad_token_id": 0,
     },
     "mpnet": {**_SIZES, "max_position_embeddings": 514},
@@ -145,10 +147,14 @@ def write_vocab(folder: Path, **settings) -> None:
 
 def write_model(folder: Path, model_type: str = "bert", labels: int = 2, **changes) -> nn.Module:
     """A complete model folder with a WordPiece vocabulary; returns the model that was saved."""
+    from transformers import BertTokenizerFast
+
     stock = stock_model(model_type, labels, **{"vocab_size": len(VOCAB), **changes})
     stock.save_pretrained(folder)
     inputs = ["input_ids", "attention_mask"]
     if getattr(stock.config, "type_vocab_size", 0) > 1:
         inputs.append("token_type_ids")
     write_vocab(folder, do_lower_case=True, tokenizer_class="BertTokenizer", model_input_names=inputs)
+    if model_type == "modernbert":  # its tokenizer has no class of its own and is read from this file alone
+        BertTokenizerFast(str(folder / "vocab.txt")).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return stock
