@@ -26,7 +26,7 @@ def _figures(rate: float, share: float | None = None) -> dict:
 
 
 def test_a_ratio_is_formed_inside_its_round():
-    """The machine ran at half speed in the second round, and ours was 4, 6 and 8 times as fast."""
+    """The machine runs at half speed in the second round, and ours is 4, 6 and 8 times as fast."""
     rounds = [
         {"ours": _figures(400, 0.5), "hf_default": _figures(100)},
         {"ours": _figures(300, 0.6), "hf_default": _figures(50)},

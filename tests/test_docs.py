@@ -1,4 +1,4 @@
-"""Documentation says what the program does: generated pages are fresh, links lead somewhere, commands parse."""
+"""The documentation is right: generated pages are up to date, links have targets, and commands parse."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_examples_have_padding_and_no_padding_id_in_texts(tmp_path):
 
 
 def test_the_atc_script_runs_what_it_says(tmp_path):
-    """With a stand-in for atc that tells its arguments."""
+    """With a replacement for atc that prints its arguments."""
     script = tmp_path / "x.atc.sh"
     script.write_text(export.atc_script(Path("x.onnx"), ["input_ids", "attention_mask", "token_type_ids"], 4))
     stand_in = tmp_path / "bin" / "atc"

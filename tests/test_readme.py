@@ -42,7 +42,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 def _commands(pages: list[Path]) -> dict[str, str]:
-    """Each command of the pages' bash blocks, continued lines joined -> what the comment above says it needs."""
+    """Each command of the pages' bash blocks, continued lines joined -> its needs by the comment above."""
     found, needs = {}, ""
     blocks = [block for page in pages for block in _blocks(page, "bash")]
     for line in "\n\n".join(blocks).replace("\\\n", " ").splitlines():
@@ -151,7 +151,7 @@ def launched(clone: Clone, out: str, folder: str) -> dict:
 
 
 def installation(clone: Clone, command: str) -> None:
-    """Of what this python has: pip finds it on PYTHONPATH, and asks no index."""
+    """Installs from the packages of this Python, which pip finds on PYTHONPATH, without an index."""
     settings = {"PIP_NO_INDEX": "1", "PYTHONPATH": sysconfig.get_path("purelib")}
     out = clone.run(shlex.join(["bash", "-c", command]), **settings)
     assert (clone.root / ".venv/bin/python").is_file() and "already satisfied: torch" in out
@@ -226,7 +226,7 @@ def on_two_ranks(clone: Clone, command: str) -> None:
 
 
 def performance(clone: Clone, command: str) -> None:
-    """An earlier run first: its perf.json, of half the speed, so that noise decides nothing."""
+    """An earlier run first: its perf.json, with half the speed, so that the load of the machine does not matter."""
     two = ("--nproc=2", "--device=cpu")
     clone.run(command.partition(" --baseline")[0], *two)
     perf = json.loads((clone.root / "test/output/wnli/bert-large-cased_2p_perf/perf.json").read_text())

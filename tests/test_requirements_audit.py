@@ -1,4 +1,4 @@
-"""The audit of installed packages: what fails the gate, what is only said, and never a false all-clear."""
+"""The audit of installed packages: what fails the gate, what is only reported, and that no failed audit passes."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_a_task_is_known_by_its_name_in_one_place() -> None:
 
 
 def device_literals(module: ast.Module) -> Iterator[int]:
-    """Lines that name a device. `map_location=` says where a file is read to, whatever trains."""
+    """Lines that name a device. `map_location=` names where a file is loaded, not the training device."""
     allowed = {
         id(node.value) for node in ast.walk(module) if isinstance(node, ast.keyword) and node.arg == "map_location"
     }

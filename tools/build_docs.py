@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from bert_glue.errors import DataError, exit_code_of, say
+from bert_glue.errors import DataError, exit_code_of, print_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAGE = """<!doctype html>
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
         if args.plain:
             args.folder.mkdir(parents=True, exist_ok=True)
             (args.folder / "index.html").write_text(plain_page(), encoding="utf-8")
-            say(f"wrote {args.folder / 'index.html'}")
+            print_lines(f"wrote {args.folder / 'index.html'}")
         else:
             gather(args.folder)
         return 0

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bert_glue.errors import MachineError, exit_code_of, say
+from bert_glue.errors import MachineError, exit_code_of, print_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -109,11 +109,11 @@ def main(argv: list[str]) -> int:
 
     def make() -> int:
         if args.run:
-            say(*make_pictures(args.run))
+            print_lines(*make_pictures(args.run))
             return 0
         with tempfile.TemporaryDirectory() as folder:
             _train_sample(Path(folder) / "mrpc")
-            say(*make_pictures(Path(folder) / "mrpc"))
+            print_lines(*make_pictures(Path(folder) / "mrpc"))
         return 0
 
     return exit_code_of(make)

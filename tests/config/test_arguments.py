@@ -1,4 +1,4 @@
-"""Flags, their checks and the command line: what is accepted, what is refused, and how it is said."""
+"""Flags, their checks and the command line: what is accepted, what is refused, and the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--dataset_name ./FOLDER`: all rows of the folder are read, or the error says what lies there and the way out."""
+"""`--dataset_name ./FOLDER`: all rows of the folder are read, or the error lists its files and the way out."""
 
 from __future__ import annotations
 

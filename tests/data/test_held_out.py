@@ -1,4 +1,4 @@
-"""`--validation_split_percentage`: that share of each class, by the seed, and what is told about it."""
+"""`--validation_split_percentage`: holds out that share of each class by the seed, and the log states it."""
 
 from collections import Counter
 

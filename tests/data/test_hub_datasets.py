@@ -45,7 +45,7 @@ print(json.dumps(answers))
 
 
 def limit() -> float:
-    """Seconds in which a missing hub must be noticed: 5 on idle cores, more where they are shared."""
+    """The time limit for noticing a missing hub: 5 s on idle cores, more on shared ones."""
     return 5.0 * max(1.0, os.getloadavg()[0] / os.cpu_count()) + (2.0 if os.environ.get("PYTEST_XDIST_WORKER") else 0.0)
 
 

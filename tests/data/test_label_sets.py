@@ -1,4 +1,4 @@
-"""Several labels a row, as people's tables have them: certain, told by a flag, or refused."""
+"""Several labels per row in the forms of users' tables: recognised, set by a flag, or refused."""
 
 from __future__ import annotations
 

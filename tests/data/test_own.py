@@ -1,4 +1,4 @@
-"""Columns and classes of a user's own data: certain, told by a flag, or refused."""
+"""Columns and classes of own data: recognised, set by a flag, or refused."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Token ids equal transformers' own, and the cache never gives what was not asked for."""
+"""Token ids equal those of transformers, and the cache never returns tokens of other settings."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ print(before - resident())
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
 def test_free_pages_between_used_ones_go_back_to_the_kernel():
-    """200 MiB, of which every twentieth block stays in use: glibc alone returns nothing below the last of them."""
+    """Uses 200 MiB and keeps every twentieth block: glibc alone returns no memory below the last of these."""
     found = subprocess.run([sys.executable, "-c", _FRAGMENTED], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 150 << 20
 

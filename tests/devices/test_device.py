@@ -1,4 +1,4 @@
-"""Which device a request means, and what is said where it is not here."""
+"""Which device a request means, and the error if this machine does not have it."""
 
 from __future__ import annotations
 

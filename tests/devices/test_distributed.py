@@ -105,7 +105,7 @@ def test_no_thread_of_the_group_outlives_it(parts: Path) -> None:
 
 
 class Pretended:
-    """Two ranks of which the other one has only ones; and a device that answers later."""
+    """Two ranks, where the other one has only ones, and a device that answers later."""
 
     world_size = 2
 
@@ -233,7 +233,7 @@ def test_the_references_own_way_in(tmp_path: Path, killed: bool) -> None:
 
 @pytest.mark.slow
 def test_a_launch_of_ours_saves_on_a_signal_and_goes_on(tmp_path: Path) -> None:
-    """Two real ranks below the launcher: SIGTERM saves one checkpoint, 143; the next launch goes on from it."""
+    """Two real ranks below the launcher: SIGTERM saves a checkpoint (143); the next launch resumes."""
     args = arguments(tmp_path, num_train_epochs=1e5, max_seq_length=32)
     env = {**os.environ, "BERT_GLUE_PYTHON": os.sys.executable, "OMP_NUM_THREADS": "1"}
     words = flags_of(args)

@@ -287,7 +287,7 @@ def test_two_ranks_in_low_precision(runs: dict[str, dict], folder: Path, name: s
 
 @pytest.mark.slow
 def test_two_ranks_skip_the_same_steps_on_a_chip_that_saturates(old_chip) -> None:
-    """One rank's overflow is in no gradient of the other, and a sum may overflow where no rank did."""
+    """The overflow of one rank reaches no gradient of the other, and a sum can overflow although no rank did."""
     own, _ = old_chip
     words = overflowing(own)["dynamic"]
     words[words.index("--output_dir") + 1] = str(own / "two")

@@ -50,7 +50,7 @@ def test_a_perfect_and_an_overconfident_model():
 
 @pytest.mark.parametrize("name", ["wnli", "mrpc", "cola", "stsb"])
 def test_standard_error_is_the_spread_over_samples(name):
-    """Against drawing whole evaluation sets anew from one population."""
+    """Compared with drawing new evaluation sets from one population."""
     task, draw = get_task(name), np.random.default_rng(3)
 
     def sample(rows: int) -> tuple[np.ndarray, np.ndarray]:

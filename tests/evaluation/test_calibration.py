@@ -1,4 +1,4 @@
-"""`--calibrate`: what is chosen, held against torch and scikit-learn; where it lies, and who applies it."""
+"""`--calibrate`: the choice compared with torch and scikit-learn, where it is stored, and which commands apply it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that learned nothing are told from those that did, while they run and in their results."""
+"""Runs that learn nothing are detected, during the run and in its results."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Lines(ConsoleLog):
 
 
 def test_a_run_that_cannot_learn_is_warned_of_and_marked(tmp_path) -> None:
-    """Learning rate 0: the loss stays where it was, predictions may still differ."""
+    """With learning rate 0 the loss stays constant, but predictions may still differ."""
     stuck = arguments(tmp_path, learning_rate=0.0, num_train_epochs=10.0, eval_strategy="epoch", do_eval=True)
     log = Lines()
     fit(stuck, log)

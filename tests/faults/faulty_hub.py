@@ -35,7 +35,7 @@ class FaultyHandler(loopback_hub._Handler):
         self.end_headers()
 
     def _cut(self, body: bytes) -> None:
-        """The connection ends in the middle; a Range asked for is not honoured."""
+        """The connection ends in the middle, and a requested Range is ignored."""
         self._begin(len(body), body)
         self.wfile.write(body[: len(body) // 2])
         self.wfile.flush()

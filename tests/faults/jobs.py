@@ -105,7 +105,7 @@ def free_port() -> int:
 
 
 def last_state(output: Path) -> dict:
-    """All that a run's last checkpoint says about where it ended, times left out."""
+    """The facts in the last checkpoint of a run about where it ended, without times."""
     folder = max(checkpoint.list_checkpoints(output), key=checkpoint.step_of)
     assert checkpoint.verify(folder) == ""
     state = json.loads((folder / "trainer_state.json").read_text())

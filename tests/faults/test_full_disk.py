@@ -55,7 +55,7 @@ def size_of(folder: Path) -> int:
 
 
 def test_no_space_at_any_page_of_a_save(run, tmp_path, monkeypatch, report):
-    """A real full disk, one page more free each time; the check beforehand is told that there is room."""
+    """A full disk with one more free page each time; the check before writing is made to see enough space."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 1 << 40))
     needed = size_of(run.output_dir / "checkpoint-2") // PAGE + 40
@@ -83,7 +83,7 @@ def test_no_space_at_any_page_of_a_save(run, tmp_path, monkeypatch, report):
 
 
 def test_no_file_may_grow_over_any_limit(run, tmp_path, report):
-    """The kernel's limit on file sizes, where nothing may be mounted."""
+    """The kernel's limit on file sizes, for machines on which nothing may be mounted."""
     save(run, tmp_path, 1)
     largest = max(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""A hub that is slow, cuts, fails, truncates or lies: retried with limits, never a half file used, a clear end."""
+"""A hub that is slow, disconnects, fails, truncates or sends wrong bytes: retries, no partial file, an error."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_damage_in_the_cache_is_found_offline(server, tmp_path, glue):
 
 
 def test_a_file_is_asked_for_ten_times_at_most(tmp_path, monkeypatch):
-    """The client itself counts anew with each chunk it gets: of large files it would ask for ever."""
+    """The client resets its count of retries with each chunk, so it would retry large files forever."""
     import huggingface_hub
     from huggingface_hub import get_session
 

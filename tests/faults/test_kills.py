@@ -1,4 +1,4 @@
-"""kill -9 at any moment: the run that goes on ends with the same bits as the one that was left alone."""
+"""kill -9 at any moment: the resumed run ends with the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_jobs_at_once_on_one_cold_cache(server, tmp_path, report, jobs):
 @pytest.mark.parametrize("what", ["cache", "home"])
 @pytest.mark.parametrize("is_warm", [False, True])
 def test_a_folder_that_cannot_be_written(server, tmp_path, report, what, is_warm):
-    """The results are those of a run that could write, and the log says what could not be kept."""
+    """The results equal those of a run that could write, and the log lists what could not be saved."""
     args = settings(tmp_path)
     closed = tmp_path / "closed"
     closed.mkdir()

@@ -1,4 +1,4 @@
-"""Two real ranks of which one has other settings, data, weights, code or libraries: refused before the first step."""
+"""Two real ranks with different settings, data, weights, code or libraries are refused before the first step."""
 
 from __future__ import annotations
 

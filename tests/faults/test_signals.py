@@ -53,7 +53,7 @@ PHASES = {
 
 
 def stopped(server, args, folder: Path, moment: Callable[[Job, Path], None], delay: float, **environment: str) -> Job:
-    """A run that SIGTERM ended with 143, within seconds; begun anew where it had come to its end before."""
+    """A run that SIGTERM ends with 143 within seconds; it is started again if it has finished before the signal."""
     for _ in range(ATTEMPTS):
         job = server.start(argv_of(args), folder, **environment)
         moment(job, Path(args.output_dir))

@@ -1,4 +1,4 @@
-"""Ranks on two hosts: they meet at real addresses; if one is lost the other ends in time; a new launch goes on."""
+"""Ranks on two hosts: they meet at real addresses; if one is lost, the other ends in time, and a new launch resumes."""
 
 from __future__ import annotations
 

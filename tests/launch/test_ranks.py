@@ -139,7 +139,7 @@ def test_help_names_the_flags_of_this_launcher(repo: Path) -> None:
 
 
 def ranks_that(repo: Path, actions: dict[int, str], nproc: int = 3) -> tuple[subprocess.CompletedProcess[str], float]:
-    """A launch whose ranks do as told, and the seconds from the deed to the launcher's end."""
+    """A launch whose ranks follow a script, and the seconds from the event to the end of the launcher."""
     done = launch(
         repo, "--TASK=mrpc", f"--nproc={nproc}", launcher="train_full_8p.sh", STUB_RANKS=json.dumps(actions)
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What belongs to the weights lies with them, and what comes later does not replace it."""
+"""The description is stored with the weights, and later commands do not replace it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def needs_transformers(model_type: str) -> None:
 
 
 def slow_canine(model_type: str) -> Any:
-    """Its vocabulary is all of Unicode, of which transformers makes a dict in several seconds."""
+    """Its vocabulary is all of Unicode; transformers needs several seconds to build its dict."""
     return pytest.param(model_type, marks=pytest.mark.slow) if model_type == "canine" else model_type
 
 
@@ -77,7 +77,7 @@ BARE = ["albert", "camembert", "canine", "deberta", "deberta-v2", "fnet", "mpnet
 
 @pytest.mark.parametrize("model_type", [slow_canine(name) for name in BARE])
 def test_a_vocabulary_file_alone_is_enough(model_type, tmp_path):
-    """No tokenizer.json, no tokenizer_config.json: transformers says what a text becomes, before and after saving."""
+    """No tokenizer.json, no tokenizer_config.json: transformers decides the tokens, before and after saving."""
     from transformers import AutoTokenizer
 
     write_folder(model_type, tmp_path / "model", bare=True)

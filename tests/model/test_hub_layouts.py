@@ -72,7 +72,7 @@ def test_a_vocabulary_with_more_words_than_the_model_is_refused(tmp_path):
 
 
 def test_a_tokenizer_of_another_family_is_named_in_the_saved_folder(tmp_path):
-    """--tokenizer_name: the saved config.json no longer says which class the vocabulary is for."""
+    """--tokenizer_name: the saved config.json no longer names the class of the vocabulary."""
     from transformers import AutoTokenizer
 
     write_model(tmp_path / "model", vocab_size=400)

@@ -1,4 +1,4 @@
-"""A classifier whose config.json has no problem_type: read as transformers does, told, and overruled by a flag."""
+"""A classifier whose config.json has no problem_type: read as in transformers, with a note; a flag overrules it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files: which are read, which are refused, and what is said where they do not fit."""
+"""Weight files: which are read, which are refused, and the errors if they do not fit."""
 
 from __future__ import annotations
 

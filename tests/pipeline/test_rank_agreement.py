@@ -1,4 +1,4 @@
-"""Ranks that differ refuse to train and say what differs on which rank."""
+"""Ranks that differ refuse to train, and the error names what differs on which rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bert_glue.pipeline.rank_agreement import compare_inputs, compare_settings, 
 
 
 class Peers:
-    """Ranks of which this one is the first and the others gave `others`, in the order of collectives."""
+    """The first of several ranks; the others return `others`, in the order of collectives."""
 
     def __init__(self, *others):
         self.others, self.world_size, self.is_closed = list(others), 2, False

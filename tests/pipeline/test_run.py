@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_at_the_end_is_exit_code_6(tmp_path, capsys, monkeyp
 
 
 def test_sigterm_saves_a_checkpoint_and_the_second_run_goes_on(tmp_path):
-    """A second run in the folder is refused meanwhile; after the signal `auto` goes on to the end."""
+    """A second run in the folder is refused meanwhile; after the signal `auto` resumes and finishes."""
     args = arguments(tmp_path, num_train_epochs=100000.0)
     process = start(args)
     try:

@@ -37,7 +37,7 @@ def forget_apex() -> None:
 
 @pytest.fixture
 def amp(monkeypatch):
-    """Ascend's apex; a CPU that is said to have fp16."""
+    """Ascend's apex, and a CPU that is declared to have fp16."""
     monkeypatch.syspath_prepend(CONTRACT)
     monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx512_fp16"}))
     monkeypatch.setattr(throughput, "gemm_rate", lambda *_: 1.0)

@@ -1,4 +1,4 @@
-"""Labelling a file: the labels, what is kept, how it goes on after a kill, and what is refused."""
+"""Labelling a file: the labels, the copied columns, resuming after a kill, and refused inputs."""
 
 from __future__ import annotations
 

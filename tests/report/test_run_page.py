@@ -1,4 +1,4 @@
-"""The page of one run: what it says, in both languages, and that nothing in a run's files becomes markup."""
+"""The page of one run: its content in both languages, and that nothing in the files of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_sentence_for_who_reads_nothing_else(tmp_path):
 
 
 def test_the_picture_of_a_row_says_what_its_verdict_says(tmp_path):
-    """The dot lies in the shaded zone exactly where the difference is noise."""
+    """The dot is in the shaded area exactly if the difference is within the margin of error."""
     page = run_page(make_run(tmp_path / "run", value=0.71))
     rows = re.findall(r'class="strip".*?>(.*?)</svg>', page, re.S)
     assert len(rows) == 7  # this run, the most frequent class, five published

@@ -26,7 +26,7 @@ def test_a_suite_has_means_deviations_collapses_and_what_is_missing(tmp_path):
 
 
 def settings_suite(folder: Path, effect: float, seeds: int = 5) -> Path:
-    """Two settings that differ in the learning rate, by `effect` and some noise that differs by seed."""
+    """Two settings with different learning rates, whose scores differ by `effect` and a random part per seed."""
     for seed in range(seeds):
         base = 0.60 + 0.02 * seed
         make_run(folder / f"a{seed}", value=base, seed=seed, learning_rate=2e-5, model_name_or_path="bert")

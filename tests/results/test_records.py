@@ -1,4 +1,4 @@
-"""Values of result files: of the type that is asked for, or absent."""
+"""Values of result files have the requested type, or count as absent."""
 
 from __future__ import annotations
 

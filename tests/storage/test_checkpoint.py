@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_program_in_the_way_is_kept_whole(tmp_path):
 
 
 class Killed(BaseException):
-    """In place of kill -9, where no `finally` stands in the way."""
+    """Replaces kill -9, without any `finally` being run."""
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])

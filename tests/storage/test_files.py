@@ -1,4 +1,4 @@
-"""Files of ours: whole or not there, never written through somebody else's link, cells and labels of one line."""
+"""Files are complete or absent, never written through a foreign link, and their cells and labels have one line."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ class Stopping(StopSignals):
 
 @pytest.mark.parametrize("after", range(1, 24, 2))
 def test_a_run_stopped_anywhere_and_resumed_is_the_undisturbed_one(tmp_path, monkeypatch, after):
-    """Before, in and after steps and evaluations: each batch of an evaluation asks too."""
+    """Before, during and after steps and evaluations; each batch of an evaluation checks for a signal too."""
     settings = {
         "max_steps": 6, "num_train_epochs": 3.0, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps",
         "save_steps": 2, "load_best_model_at_end": True, "per_device_eval_batch_size": 4,

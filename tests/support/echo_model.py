@@ -1,4 +1,4 @@
-"""A model that answers with what its rows say, and splits of such rows."""
+"""A model whose logits are encoded in its rows, and splits of such rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_glue.precision.plan import PrecisionPlan
 
 
 class Echo(torch.nn.Module):
-    """Logits from which the row can be told: its first token's id and its length."""
+    """Logits that identify the row: the id of its first token, and its length."""
 
     def __init__(self):
         super().__init__()

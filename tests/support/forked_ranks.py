@@ -196,7 +196,7 @@ def evaluations(folder: Path) -> dict[str, list]:
 
 
 def stopped(folder: Path) -> dict[str, Any]:
-    """A run of which the last rank alone is asked to stop, in the middle of its fifth step."""
+    """A run whose last rank alone receives a stop signal, in the middle of its fifth step."""
     from resume_checks import fit_until
     from tiny_run import arguments
 

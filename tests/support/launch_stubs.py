@@ -1,4 +1,4 @@
-"""Stubs for the launchers: a copy of the repository, a run_glue.py and a python that do as they are told."""
+"""Stubs for the launchers: a copy of the repository, a run_glue.py and a python that follow a script."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def _asked_paths(body: bytes) -> list[str]:
 
 @contextmanager
 def serve(root: Path, name: str, commit: str, models: dict[str, Path] | None = None) -> Iterator[ThreadingHTTPServer]:
-    """Serves `root` as the data set `name`; the server's `url` is for HF_ENDPOINT, `asked` the log.
+    """Serves `root` as the data set `name`; the server's `url` is for HF_ENDPOINT, and `asked` is the log of requests.
 
     Models: names and their folders, each file as of `commit`.
     Uploads: `created` repositories, `sent` files, `tokens`; `fails` maps a path to the status of its refusal.

@@ -25,7 +25,7 @@ _SECONDS = 240
 
 
 def fetch_wheel(folder: Path, package: str = "torch_npu", pin: str = PIN) -> Path:
-    """The wheel, from `folder` or by pip; skips the test where it cannot be had."""
+    """The wheel, from `folder` or by pip; skips the test if neither has it."""
     pattern = f"{package}-{pin}-*.whl"
     found = next(folder.glob(pattern), None)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, to hold ours against, and model folders made of them."""
+"""Tiny random models of transformers for comparison, and model folders made of them."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def make_label_sets(folder: Path, train: int = 61, validation: int = 23, test: i
 
 
 def arguments(folder: Path, **changes) -> Arguments:
-    """Settings of a short run on the CPU; model and data are made in `folder` where they are not yet."""
+    """Settings of a short run on the CPU; model and data are created in `folder` if they are missing."""
     if "model_name_or_path" not in changes and not changes.get("sample"):
         model = folder / "model"
         changes["model_name_or_path"] = str(model if model.is_dir() else make_model(model))

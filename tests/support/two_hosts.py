@@ -70,7 +70,7 @@ class TwoHosts:
         return [*self._inside[host], *words]
 
     def cut(self) -> None:
-        """Pull the cable: nothing arrives any more, and nobody is told."""
+        """Simulates a pulled cable: nothing arrives any more, without an error."""
         self._ip(1, "link", "set", CABLE, "down")
 
     def mend(self) -> None:

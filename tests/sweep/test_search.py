@@ -1,4 +1,4 @@
-"""Search: ranges, a shared study, trials that outlive a kill, and what is said without Optuna."""
+"""Search: ranges, a shared study, trials that survive a kill, and the error without Optuna."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_success_without_results_is_a_failure(sweep: Sweep) -> None:
 
 
 def test_a_device_that_never_works_is_left_out(sweep: Sweep) -> None:
-    """npu:9 is not here for the real run_glue.py; the stub is told so by a seed that fails at first."""
+    """The real run_glue.py has no npu:9; the stub imitates that with a seed that fails at first."""
     sweep.stub = {"mrpc-1": {"exit": [4]}}
     child = [word if word != "cpu" else "npu:9,cpu" for word in sweep.command(*MRPC, "1-4")]
     done = subprocess.run(child, env=sweep.environment(), cwd=sweep.root, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""--torch_compile: the numbers of an eager run, few graphs, time told apart, and one line where it cannot be."""
+"""--torch_compile: the numbers of an eager run, few graphs, separate timing, and its errors."""
 
 from __future__ import annotations
 

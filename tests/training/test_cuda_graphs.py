@@ -91,7 +91,7 @@ def test_replayed_steps_are_the_eager_ones_bit_for_bit(tmp_path, recordable, set
 
 
 def test_a_growing_loss_scale_and_a_skipped_step_are_those_of_the_eager_run(tmp_path, recordable, monkeypatch):
-    """The scale lies on the device, so that no recording holds it; the host decides between two recordings."""
+    """The scale is in device memory, so no recording fixes it; the host decides between two recordings."""
     monkeypatch.setattr(native, "_GROWTH_STEPS", 4)
     overflow = native.NativePrecision.should_skip
 
@@ -157,7 +157,7 @@ def test_a_number_baked_in_would_be_seen(tmp_path, recordable):
 
 
 def test_two_ranks_are_one(tmp_path):
-    """What the ranks add up lies between two recordings."""
+    """The sum over ranks runs between two recordings."""
     (alone,), pair = (on_ranks(world, "recorded_run", tmp_path / str(world)) for world in (1, 2))
     for found in pair:
         assert found["updates"] > 3 and found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
@@ -165,7 +165,7 @@ def test_two_ranks_are_one(tmp_path):
 
 
 class Notes:
-    """A recorder that notes what it was asked for."""
+    """A recorder that logs its calls."""
 
     def __init__(self):
         self.asked = []

@@ -43,7 +43,7 @@ def _rows(file: Path, lengths: tuple[int, int]) -> Path:
 
 
 def _peaks(command: list[str], output_dir: Path) -> dict[int, int]:
-    """Highest resident bytes within each `WINDOW` of steps, by its first step; the loss file tells the step."""
+    """The highest resident bytes within each `WINDOW` of steps, by its first step, which the loss file shows."""
     losses, peaks = output_dir / "train_loss.tsv", {}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as run:

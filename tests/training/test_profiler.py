@@ -81,7 +81,7 @@ def test_what_was_traced_before_a_failure_is_there(tmp_path):
 
 def test_a_trace_that_cannot_be_written_is_exit_code_6(tmp_path, monkeypatch):
     class Silent:
-        """torch_npu's profiler warns where it cannot write."""
+        """The profiler of torch_npu only warns if it cannot write."""
 
         def start(self): ...
         def stop(self): ...

@@ -41,7 +41,7 @@ def test_flops_by_hand():
 
 
 def test_flops_are_those_torch_counts():
-    """On sequences of one length, where nothing is padded; the classifier's 2 outputs are left out."""
+    """On sequences of one length, so that nothing is padded; without the 2 outputs of the classifier."""
     from torch.utils.flop_counter import FlopCounterMode
 
     lengths = (48,) * 4

@@ -146,7 +146,7 @@ def init(project=None, **more):
 
 
 def _run_with_fake(tmp_path, where: str, **changes):
-    """One process that reports to the fake; returns it, its seconds, and what the fake was told."""
+    """Runs one process that reports to the fake. Returns it, its seconds, and the calls of the fake."""
     import time
 
     room = tmp_path / "packages"

@@ -48,7 +48,7 @@ def is_moving(name: str) -> bool:
 
 
 def saturate(result: torch.Tensor) -> None:
-    """Do to a computed host tensor what a saturating chip does, and set the flag if it had to."""
+    """Saturates a computed host tensor as the chip does, and sets the flag if a value overflowed."""
     if result.is_floating_point() and not torch.isfinite(result).all():
         CHIP.has_overflowed = True
         result.nan_to_num_(nan=0.0)  # infinities go to the dtype's largest numbers

@@ -77,7 +77,7 @@ def npu_fusion_attention(
 
 
 def npu_get_float_status(self, mode=0):
-    """The status register: a first element that is not 0 tells of an overflow since it was cleared."""
+    """The status register: a first element other than 0 means an overflow since it was cleared."""
     return torch.full_like(self, float(CHIP.has_overflowed))
 
 

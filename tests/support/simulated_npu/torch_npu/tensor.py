@@ -121,7 +121,7 @@ class NpuTensor(torch.Tensor):
 
 
 class _Storage:
-    """What `Tensor.storage()` tells: how many elements it has."""
+    """The result of `Tensor.storage()`, which only knows its number of elements."""
 
     def __init__(self, elements: int):
         self.elements = elements
