@@ -187,7 +187,7 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:.0f}" if key == "real_tokens_per_second" else f"{value:.2f}x"
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Settings; those after `--` go to run_glue.py."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder of a BERT-family model")
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print the table of --json and end")
     parser.add_argument("extra", nargs="*", help="flags of run_glue.py, after --")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     is_random = bool((args.shape or args.families) and args.vocab)
     if not args.table and not (args.data_path and (args.model or is_random)):
         parser.error("give --data_path, and --model, or --shape or --families with --vocab; or --table")
@@ -221,13 +221,26 @@ def main() -> int:
         return 0
     if args.families:
         return measure_families(args)
+    print(table(measure_model(args, lambda report: _write(args.json, report))))
+    return 0
+
+
+def measure_model(args: argparse.Namespace, keep: Callable[[dict], None]) -> dict:
+    """One model on all tasks.
+
+    Args:
+        args: result of `parse`.
+        keep: is called with the report after each task.
+
+    Returns:
+        The report: model, machine, settings, and the rounds of each task with their ratios.
+    """
     with tempfile.TemporaryDirectory() as folder:
         name = args.shape or Path(args.model).parent.name
         args.model = write_model(Path(folder), args.shape, args.vocab) if args.shape else args.model
         report = {"model": name, "machine": _machine(args.threads), "settings": _settings(args), "tasks": {}}
-        measure_tasks(args, report["tasks"], lambda: _write(args.json, report))
-    print(table(report))
-    return 0
+        measure_tasks(args, report["tasks"], lambda: keep(report))
+    return report
 
 
 def measure_families(args: argparse.Namespace) -> int:

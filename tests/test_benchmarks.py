@@ -8,13 +8,16 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 from fake_cuda_graph import Tape, batched_kernel
 from scipy import stats
 from tiny_models import write_model
+from tiny_run import make_data
 
-from benchmarks import adapters, combine, common, hf_recipe, quality, recipe_quality, steps, throughput
+from benchmarks import adapters, combine, common, hf_recipe, processor, quality, recipe_quality, steps, throughput
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import load_task_data
+from bert_glue.devices import cpu, device
 from bert_glue.devices.device import Device
 from bert_glue.model import attention
 from bert_glue.training import cuda_graphs
@@ -157,3 +160,66 @@ def test_ways_of_a_step_on_a_gpu_run_on_stand_ins(tiny_steps, monkeypatch):
     assert list(found) == [f"{way}, dropout 0" for way in plain] + [
         f"{way}, dropout 0.1" for way in plain if way != "eager, a"
     ]
+
+
+@pytest.fixture
+def few_stages(monkeypatch, tmp_path):
+    """Three stages of tiny models over a few rows: two measured, one in bf16 where this CPU has no such products."""
+    monkeypatch.setattr(processor, "_WINDOW", 2)
+    monkeypatch.setattr(device, "has_slow_products", lambda kind, dtype: dtype == torch.bfloat16)
+    reports = []
+
+    def measured(args, keep):
+        reports.append(args)
+        rounds = [{"ours": _figures(400, 0.5), "hf_best": _figures(100)}]
+        return {"tasks": {"mrpc": {"rounds": rounds}}, "settings": {"rows": args.rows, "extra": args.extra}}
+
+    monkeypatch.setattr(throughput, "measure_model", measured)
+    monkeypatch.setattr(processor, "resident_by_step", lambda asked, *given: {0: 10, 2: 12})
+    return reports
+
+
+def test_a_processor_has_one_file_and_keeps_what_is_measured(few_stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processor, "file_name", lambda: "cpu-amd-avx2.json")
+    vocab = tmp_path / "vocab.txt"
+    asked = ["--model", "M", "--vocab", str(vocab), "--data_path", "D", "--out", str(tmp_path), "--rows", "7"]
+    processor.main([*asked, "--stages", "MiniLM, fp32;MiniLM, bf16"])
+    content = json.loads((tmp_path / "cpu-amd-avx2.json").read_text())
+    assert [report["stage"] for report in content["reports"]] == ["MiniLM, fp32"]
+    assert content["left_out"] == {"MiniLM, bf16": "this processor has no bf16 products"}
+    assert content["resident_bytes"] == {"MiniLM, fp32": {"0": 10, "2": 12}}
+    processor.main(asked)
+    content = json.loads((tmp_path / "cpu-amd-avx2.json").read_text())
+    assert [report["stage"] for report in content["reports"]] == ["MiniLM, fp32", "bert-base shape, fp32"]
+    assert [args.shape for args in few_stages] == [None, "bert-base"]  # the first stage ran once
+    assert "4.00x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("vendor", "features", "capability", "expected"),
+    [
+        ("AuthenticAMD", {"avx2"}, "AVX2", "cpu-amd-avx2.json"),
+        ("GenuineIntel", {"amx_bf16"}, "AVX512", "cpu-intel-avx512-amx.json"),
+        ("", {"asimd"}, "DEFAULT", "cpu-arm-default.json"),
+    ],
+)
+def test_the_file_is_named_after_the_processor(monkeypatch, vendor, features, capability, expected):
+    monkeypatch.setattr(cpu, "vendor", lambda: vendor)
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(features))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert processor.file_name() == expected
+
+
+def test_memory_over_a_run_is_read_by_step(tmp_path):
+    write_model(tmp_path / "model")
+    data = make_data(tmp_path)
+    out = tmp_path / "out"
+    asked = [
+        sys.executable, "run_glue.py", "--model_name_or_path", str(tmp_path / "model"), "--do_train", "--train_file",
+        data["train_file"], "--max_steps", "200", "--logging_steps", "10", "--save_strategy", "no", "--output_dir",
+        str(out), "--use_cpu", "--max_seq_length", "16",
+    ]  # fmt: skip
+    peaks = common.resident_by_step(asked, 1, out, 100)
+    assert set(peaks) <= {0, 100, 200} and all(peak > 100 << 20 for peak in peaks.values()) and peaks
+    with pytest.raises(SystemExit, match=r"ended with 2"):
+        common.resident_by_step([*asked, "--no_such_flag"], 1, out, 100)

@@ -15,6 +15,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import common, quality, throughput  # noqa: E402
 
 MEASURED = ROOT / "benchmarks" / "results"
+# Results file (`processor.file_name`) -> heading of its column. A column without a file is shown as not measured.
+PROCESSORS = {
+    "cpu-amd-avx512": "AMD, AVX-512",
+    "cpu-amd-avx2": "AMD, AVX2",
+    "cpu-intel-avx512-amx": "Intel, AVX-512 and AMX",
+}
 
 
 def _published() -> str:
@@ -30,7 +36,7 @@ def _published() -> str:
 
 
 def _speeds() -> str:
-    reports = json.loads((MEASURED / "cpu-2-cores.json").read_text(encoding="utf-8"))["reports"]
+    reports = json.loads((MEASURED / "cpu-amd-avx512.json").read_text(encoding="utf-8"))["reports"]
     columns = (
         "task", "MiniLM vs HF default", "MiniLM vs HF best", "share of GEMM", "start to first step vs HF default",
         "peak memory vs HF default", "bert-base shape vs HF default", "bert-base share of GEMM",
@@ -114,6 +120,17 @@ stock Trainer too.
 
 {"".join(f"{part}" + chr(10) for part in parts).rstrip()}
 
+## Processors side by side
+
+Real tokens per second, relative to the Trainer at its best setting in the same precision. `benchmarks/processor.py`
+measures one processor in about 15 minutes and writes its file.
+
+{_processors()}
+
+Memory over a training of 300 steps on mrpc:
+
+{_memory()}
+
 ## Where the speed comes from
 
 The first source is padding. At 128 tokens, HF default computes 11 times the real tokens of cola and 2.4 times those
@@ -150,6 +167,40 @@ has run on a GPU yet. To measure there, run `python benchmarks/steps.py --shape 
 
 {_steps()}
 """
+
+
+def _processors() -> str:
+    """Real tokens per second relative to the Trainer's best setting, a column for each kind of processor."""
+    from benchmarks.processor import STAGES
+
+    files = {name: MEASURED / f"{name}.json" for name in PROCESSORS}
+    measured = {
+        name: {report["stage"]: report for report in json.loads(file.read_text(encoding="utf-8"))["reports"]}
+        for name, file in files.items()
+        if file.exists()
+    }
+    lines = [f"| stage | task | {' | '.join(PROCESSORS.values())} |", "|" + "---|" * (2 + len(PROCESSORS))]
+    for stage, settings in STAGES.items():
+        for task in settings.tasks.split(","):
+            cells = [_ratio(measured.get(name, {}).get(stage), task) for name in PROCESSORS]
+            lines.append(f"| {stage} | {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(report: dict | None, task: str) -> str:
+    rounds = report["tasks"].get(task, {}).get("rounds", []) if report else []
+    value = throughput.ratios(rounds).get("real_tokens_per_second_vs_hf_best") if rounds else None
+    return "not measured" if value is None else f"{value:.2f}x"
+
+
+def _memory() -> str:
+    lines = ["| processor | run | highest resident memory in each 50 steps, MiB |", "|---|---|---|"]
+    for name, title in PROCESSORS.items():
+        file = MEASURED / f"{name}.json"
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        for run, peaks in content.get("resident_bytes", {}).items():
+            lines.append(f"| {title} | {run} | {', '.join(str(peak >> 20) for peak in peaks.values())} |")
+    return "\n".join(lines)
 
 
 def _steps() -> str:

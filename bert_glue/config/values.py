@@ -19,6 +19,7 @@ NONE_WORDS = ("none", "null")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _LARGEST_INT = 2**63 - 1
 _SHOWN_LENGTH = 80
+_LONGEST_NAME = 255  # bytes of one part of a path: NAME_MAX of Linux
 # A placeholder of a template as a whole part of a path or name: %MODEL%, REPLACE_ME, YOUR_MODEL, hf_xxx, ...
 _PLACEHOLDER = re.compile(
     r"\$\w+|\$?\{+[^{}]+\}+|%\w+%|(?i:(replace|change|fill|insert|edit|fix)[ _-]?(me|this|in))"
@@ -41,6 +42,10 @@ def flag_value(flag: Flag, text: str) -> Any:
     """
     if flag.optional and text.lower() in NONE_WORDS and text not in flag.choices:
         return None
+    is_name = flag.kind == "str" and not (flag.many or flag.verbatim or flag.secret)
+    # Refused here: every look at such a path raises an OSError of its own, wherever the run first looks.
+    if is_name and any(len(part.encode(errors="surrogateescape")) > _LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"{shown(text)} has a name of more than {_LONGEST_NAME} bytes, which no file system holds")
     if not flag.many and not flag.verbatim and is_placeholder(text):
         value = "a value" if flag.secret else shown(text)
         raise ValueError(f"{value} is a placeholder of a template; replace it by: {flag.text}")

@@ -53,9 +53,13 @@ def test_what_exists_is_a_value(tmp_path, monkeypatch):
         ("output_dir", "/path/to/output", "'/path/to/output' is a placeholder"),
         ("run_name", "<name>", "'<name>' is a placeholder"),
         ("token", "<your token>", "a value is a placeholder"),
+        # Looking at such a path raises an OSError, each time in another place.
+        ("model_name_or_path", 256 * "m", "has a name of more than 255 bytes"),
+        ("resume_from_checkpoint", f"out/{128 * 'é'}", "has a name of more than 255 bytes"),
+        ("dataset_name", f"{300 * 'x'}/data", "has a name of more than 255 bytes"),
     ],
 )
-def test_command_lines_and_files_with_placeholders(tmp_path, name, value, says):
+def test_command_lines_and_files_with_values_that_name_nothing(tmp_path, name, value, says):
     line = [word for key, given in BASE.items() for word in ([f"--{key}"] if given is True else [f"--{key}", given])]
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({**BASE, name: value}))
@@ -63,7 +67,7 @@ def test_command_lines_and_files_with_placeholders(tmp_path, name, value, says):
         with pytest.raises(UsageError) as caught:
             parse(argv)
         (problem,) = str(caught.value).splitlines()
-        assert f"{name}: {says}" in problem
+        assert f"{name}: " in problem and says in problem
 
 
 def test_a_delimiter_is_taken_as_it_is():

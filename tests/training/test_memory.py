@@ -6,14 +6,13 @@ import csv
 import json
 import os
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from tiny_run import REPOSITORY
 from transformers import BertConfig, BertModel
+
+from benchmarks.common import resident_by_step
 
 STEPS, WINDOW = 1000, 50
 # name -> least and most words of a row: as mrpc's sentences, and as RTE's, with few long rows among short ones
@@ -42,22 +41,6 @@ def _rows(file: Path, lengths: tuple[int, int]) -> Path:
     return file
 
 
-def _peaks(command: list[str], output_dir: Path) -> dict[int, int]:
-    """The highest resident bytes within each `WINDOW` of steps, by its first step, which the loss file shows."""
-    losses, peaks = output_dir / "train_loss.tsv", {}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as run:
-        while run.poll() is None:
-            last = losses.read_text().splitlines()[-1].split("\t")[0] if losses.exists() else ""
-            resident = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            if last.isdigit() and resident:
-                window = int(last) // WINDOW * WINDOW
-                peaks[window] = max(peaks.get(window, 0), resident)
-            time.sleep(0.05)
-        assert run.returncode == 0, run.stderr.read()
-    return peaks
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
 @pytest.mark.parametrize("rows", LENGTHS)
@@ -69,9 +52,8 @@ def test_resident_memory_is_flat(tmp_path, rows, precision, threads):
     command = [
         sys.executable, "run_glue.py", "--model_name_or_path", str(model), "--train_file", str(file), "--do_train",
         "--max_seq_length", "256", "--per_device_train_batch_size", "32", "--max_steps", str(STEPS), "--logging_steps",
-        "10", "--save_strategy", "no", "--output_dir", str(output_dir), "--use_cpu",
-        "--num_cpu_threads_per_process", str(threads), *precision,
+        "10", "--save_strategy", "no", "--output_dir", str(output_dir), "--use_cpu", *precision,
     ]  # fmt: skip
-    peaks = _peaks(command, output_dir)
+    peaks = resident_by_step(command, threads, output_dir, WINDOW)
     early, late = peaks[100], max(peaks[window] for window in (STEPS - 2 * WINDOW, STEPS - WINDOW))
     assert late < 1.03 * early, {window: size >> 20 for window, size in peaks.items()}
