@@ -75,17 +75,17 @@ def cut_note(rows: str, max_length: int, windows: Windows | None) -> str:
     )
 
 
-class NoRoomError(Exception):
-    """A window has no room for more than `stride` tokens of text.
+class WindowTooSmallError(Exception):
+    """A window holds `stride` tokens of text or fewer, so that the next one would not advance.
 
     Args:
         row: 0-based. None if no row has space for windows.
-        room: tokens of text in a window.
+        capacity: the number of text tokens in a window.
     """
 
-    def __init__(self, row: int | None, room: int):
-        super().__init__(row, room)
-        self.row, self.room = row, room
+    def __init__(self, row: int | None, capacity: int):
+        super().__init__(row, capacity)
+        self.row, self.capacity = row, capacity
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ def encode_windows(
         max_length: tokens of a sequence, special ones included.
 
     Raises:
-        NoRoomError: beside the special tokens and the shorter text there is room for `windows.stride` tokens or less.
+        WindowTooSmallError: a window has `windows.stride` tokens or fewer beside the special tokens and the shorter text.
     """
     budget = max_length - tokenizer.num_special_tokens_to_add(len(columns) == 2)
     if budget <= windows.stride:
-        raise NoRoomError(None, budget)
+        raise WindowTooSmallError(None, budget)
     keeps_end = tokenizer.truncation_side == "left"
     # If the end of a text counts, all of its tokens are needed; otherwise only those of the windows that are kept.
     needed = 1 << 40 if keeps_end else budget + (windows.most - 1) * (budget - windows.stride)
@@ -180,8 +180,8 @@ def encode_windows(
         for at in range(last - first):
             try:
                 kept, is_cut = _windows_of([one[at] for one in encoded], budget, windows, keeps_end)
-            except NoRoomError as error:
-                raise NoRoomError(first + at, error.room) from None
+            except WindowTooSmallError as error:
+                raise WindowTooSmallError(first + at, error.capacity) from None
             rows.append([assemble(parts, is_cut) for parts in kept])
         yield rows
 
@@ -228,13 +228,13 @@ def _windows_of(
         return [texts], False
     longer = max(range(len(texts)), key=lambda at: (len(texts[at]), at))
     ids, is_whole = encoded[longer]
-    room = budget - sum(map(len, texts)) + len(ids)
-    if room <= windows.stride:
-        raise NoRoomError(None, max(0, room))
-    step = room - windows.stride
-    count = -(-(len(ids) - room) // step) + 1
+    capacity = budget - sum(map(len, texts)) + len(ids)
+    if capacity <= windows.stride:
+        raise WindowTooSmallError(None, max(0, capacity))
+    step = capacity - windows.stride
+    count = -(-(len(ids) - capacity) // step) + 1
     starts = range(0, min(count, windows.most) * step, step)
-    borders = [(start, min(start + room, len(ids))) for start in starts]
+    borders = [(start, min(start + capacity, len(ids))) for start in starts]
     if keeps_end:
         borders = [(len(ids) - end, len(ids) - start) for start, end in borders]
     parts = [[*texts[:longer], ids[start:end], *texts[longer + 1 :]] for start, end in borders]

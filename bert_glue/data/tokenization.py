@@ -23,7 +23,7 @@ from bert_glue import result_keys as keys
 from bert_glue.data.auto_tokenizer import library_errors, load_tokenizer
 from bert_glue.data.chunked_encoding import (
     EncodedRow,
-    NoRoomError,
+    WindowTooSmallError,
     Windows,
     encode_in_python,
     encode_rows,
@@ -187,7 +187,7 @@ class TextTokenizer:
             MachineError: a token id or type is not in the model's tables, or the library fails.
         """
         if self.stock.num_special_tokens_to_add(len(split.texts) == 2) >= max_length:
-            raise UsageError(f"--max_seq_length {max_length} leaves no room beside the special tokens")
+            raise UsageError(f"--max_seq_length {max_length} leaves no room for text beside the special tokens")
         chunks, counts, cut_rows = [], [0], 0
         with library_errors(self.folder):
             for rows in self._encoded(split, max_length, windows):
@@ -205,8 +205,8 @@ class TextTokenizer:
         if windows is not None:
             try:
                 yield from encode_windows(self.stock, split.texts, max_length, windows)
-            except NoRoomError as error:
-                raise _no_room(error, split, max_length, windows.stride) from None
+            except WindowTooSmallError as error:
+                raise _window_too_small(error, split, max_length, windows.stride) from None
             return
         if self.backend is None:
             encoded = encode_in_python(self.stock, split.texts, max_length)
@@ -281,17 +281,17 @@ class TextTokenizer:
         return implied if lower is None else {**implied, "do_lower_case": lower}
 
 
-def _no_room(error: NoRoomError, split: Split, max_length: int, stride: int) -> UsageError | DataError:
-    """What a user reads where a window has no room for more than the stride."""
+def _window_too_small(error: WindowTooSmallError, split: Split, max_length: int, stride: int) -> UsageError | DataError:
+    """The error for a window that is too small for the stride."""
     if error.row is None:
         return UsageError(
-            f"--doc_stride {stride}: a window of {max_length} tokens (--max_seq_length) has room for {error.room} "
-            f"tokens of text; give less than {error.room}"
+            f"--doc_stride {stride}: a window of {max_length} tokens (--max_seq_length) has room for {error.capacity} "
+            f"tokens of text; give less than {error.capacity}"
         )
-    lower = f"give a --doc_stride below {error.room}, or " if error.room else ""
+    lower = f"give a --doc_stride below {error.capacity}, or " if error.capacity else ""
     return DataError(
         f"{split.origin}: row {error.row + 1}: --doc_stride {stride}: beside the shorter of its two texts a window of "
-        f"{max_length} tokens (--max_seq_length) has room for {error.room}; {lower}give a longer --max_seq_length"
+        f"{max_length} tokens (--max_seq_length) has room for {error.capacity}; {lower}give a longer --max_seq_length"
     )
 
 

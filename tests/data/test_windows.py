@@ -13,7 +13,7 @@ from token_splits import _assembler
 from transformers import PreTrainedTokenizerFast
 
 from bert_glue.data.batching import Batch, TokenSplit
-from bert_glue.data.chunked_encoding import NoRoomError, Windows, encode_windows
+from bert_glue.data.chunked_encoding import WindowTooSmallError, Windows, encode_windows
 from bert_glue.data.sources import Split
 from bert_glue.data.tokenization import TextTokenizer, TokenTable, tokenize
 from bert_glue.errors import DataError, UsageError
@@ -148,6 +148,6 @@ def test_the_logits_of_a_row_are_the_mean_over_its_windows() -> None:
 
 def test_no_room_is_told_by_row() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["word_piece"]())
-    with pytest.raises(NoRoomError) as caught:
+    with pytest.raises(WindowTooSmallError) as caught:
         list(encode_windows(tokenizer, (["cat", "cat " * 30], ["dog", "dog " * 50]), 32, Windows(4, 64)))
-    assert (caught.value.row, caught.value.room) == (1, 0)
+    assert (caught.value.row, caught.value.capacity) == (1, 0)
