@@ -162,7 +162,7 @@ def encode_windows(
         max_length: tokens of a sequence, special ones included.
 
     Raises:
-        WindowTooSmallError: a window has `windows.stride` tokens or fewer beside the special tokens and the shorter text.
+        WindowTooSmallError: a window has `windows.stride` tokens or fewer beside special tokens and the shorter text.
     """
     budget = max_length - tokenizer.num_special_tokens_to_add(len(columns) == 2)
     if budget <= windows.stride:

@@ -113,7 +113,7 @@ def test_a_search_goes_over_own_data_too(sweep: Sweep, files) -> None:
     [
         (["--tasks", "own"], "--tasks own needs --train_file or --dataset_name"),
         (["--tasks", "own,mrpc", "--train_file", "x.csv"], "--train_file is for own data"),
-        (["--tasks", "own,mrpc"], "own goes alone"),
+        (["--tasks", "own,mrpc"], "own cannot be combined"),
         (
             ["--tasks", "rte", "--label_map", "0=a"],
             "--label_map is for own data: it needs --tasks own, not --tasks rte",
