@@ -23,8 +23,8 @@ from bert_glue import result_keys as keys
 from bert_glue.data.auto_tokenizer import library_errors, load_tokenizer
 from bert_glue.data.chunked_encoding import (
     EncodedRow,
-    WindowTooSmallError,
     Windows,
+    WindowTooSmallError,
     encode_in_python,
     encode_rows,
     encode_windows,

@@ -128,20 +128,14 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
         own = read_own_data(suite.run(tasks[0], seeds[0], chosen).flags)
         print_lines(*own.lines)
         suite, tasks = replace(suite, data_sha256=own.sha256), [own.task]
-    if args.jobs < 1 or (args.search is not None and args.search < 1):
-        short = f"--search {args.search}" if args.jobs >= 1 else f"--jobs {args.jobs}"
-        raise UsageError(f"{short} is below the minimum of 1")
+    _check_search_flags(args)
     if args.search is not None:
         from bert_glue.sweep.search import STORAGE_SECONDS, Search, read_space
 
-        if rates:
-            raise UsageError("--learning_rates and --search exclude each other; --space sets the rates of a search")
         space = read_space(args.space, args.sample)
         source = Search(suite, tasks, seeds, args.search, args.storage, space, args.storage_timeout or STORAGE_SECONDS)
         runs = source.runs  # grows while the search goes on
     else:
-        if args.storage or args.space or args.storage_timeout:
-            raise UsageError("--storage, --storage_timeout and --space need --search N")
         runs = plan(suite, tasks, seeds, rates)
     bounds = _bounds(args.expect, tasks)
     if args.dry_run:
@@ -179,6 +173,18 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
         if not args.keep_checkpoints:
             _drop_checkpoints(runs)
     return _close(queue, summary, suite.output_dir) or _gate(bounds, runs)
+
+
+def _check_search_flags(args: argparse.Namespace) -> None:
+    """Raises UsageError for a number below 1, and for flags that need or exclude `--search`."""
+    for name in ("jobs", "search"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise UsageError(f"--{name} {number} is below the minimum of 1")
+    if args.search is not None and args.learning_rates:
+        raise UsageError("--learning_rates and --search exclude each other; --space sets the rates of a search")
+    if args.search is None and (args.storage or args.space or args.storage_timeout):
+        raise UsageError("--storage, --storage_timeout and --space need --search N")
 
 
 def _write_report(output_dir: Path) -> None:

@@ -13,7 +13,7 @@ from token_splits import _assembler
 from transformers import PreTrainedTokenizerFast
 
 from bert_glue.data.batching import Batch, TokenSplit
-from bert_glue.data.chunked_encoding import WindowTooSmallError, Windows, encode_windows
+from bert_glue.data.chunked_encoding import Windows, WindowTooSmallError, encode_windows
 from bert_glue.data.sources import Split
 from bert_glue.data.tokenization import TextTokenizer, TokenTable, tokenize
 from bert_glue.errors import DataError, UsageError
