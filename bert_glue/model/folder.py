@@ -109,13 +109,15 @@ def task_of_model(folder: Path, asked: str | None = None) -> tuple[GlueTask, dic
         asked: `--problem_type`, which is used if config.json has none.
 
     Raises:
-        MachineError: the folder has no config.json, or its description is damaged.
+        MachineError: the folder has no config.json, its description is damaged, or its answers are ambiguous: two
+            classes with one name, several scores per row.
         UsageError: config.json has another problem_type, or the number of outputs does not fit it.
     """
     config = read_config(folder)
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write these defaults
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    kind = config.get("problem_type") or _asked_kind(asked, labels, folder)
+    _check_outputs(config, labels, folder)
+    kind = stated_kind(config) or _asked_kind(asked, labels, folder)
     if asked is not None and kind != asked:
         raise UsageError(f"--problem_type {asked}: {folder / 'config.json'} says {kind}; leave the flag out")
     is_multi_label = kind == MULTI_LABEL
@@ -129,6 +131,22 @@ def task_of_model(folder: Path, asked: str | None = None) -> tuple[GlueTask, dic
     return replace(task, label_delimiter=settings.get("label_delimiter"), decision=decision_of(settings)), settings
 
 
+def stated_kind(config: dict) -> str | None:
+    """The problem_type of a config.json; None where it has none, or one that transformers does not know either."""
+    kind = config.get("problem_type")
+    return kind if kind in (SINGLE_LABEL, MULTI_LABEL, REGRESSION) else None
+
+
+def _check_outputs(config: dict, labels: tuple[str, ...], folder: Path) -> None:
+    path = folder / "config.json"
+    if twice := sorted({name for name in labels if labels.count(name) > 1}):
+        raise MachineError(f"{path}: id2label gives several classes the name {twice[0]!r}; give each its own")
+    if stated_kind(config) == REGRESSION and len(labels) > 1:
+        raise MachineError(
+            f"{path}: problem_type regression with {len(labels)} outputs: models of one score a row are supported"
+        )
+
+
 def _asked_kind(asked: str | None, labels: tuple[str, ...], folder: Path) -> str | None:
     """`--problem_type` for a model whose config.json has none.
 
@@ -140,15 +158,24 @@ def _asked_kind(asked: str | None, labels: tuple[str, ...], folder: Path) -> str
     return asked
 
 
+def notes_on_quantization(config: dict) -> list[str]:
+    """A line where transformers would quantize the weights of a folder as it loads them."""
+    if not config.get("quantization_config"):
+        return []
+    return ["config.json's quantization_config is not applied: the weights are used as they are stored"]
+
+
 def kind_notes(config: dict, args: Arguments, task: GlueTask) -> list[str]:
     """A note if config.json does not state whether rows have one label or several."""
     names = config.get("id2label") or {}
-    if args.do_train or config.get("problem_type") or task.is_official or len(names) < 3:
+    if args.do_train or stated_kind(config) or task.is_official or len(names) < 3:
         return []
+    stored = config.get("problem_type")
+    said = f"config.json has the unknown problem_type {stored!r}" if stored else "config.json has no problem_type"
     if task.is_multi_label:
-        return [f"config.json has no problem_type; --problem_type {MULTI_LABEL} is used"]
+        return [f"{said}; --problem_type {MULTI_LABEL} is used"]
     return [
-        f"config.json has no problem_type, so its {len(names)} classes are read as one label per row, as in "
+        f"{said}, so its {len(names)} classes are read as one label per row, as in "
         f"transformers.pipeline; --problem_type {MULTI_LABEL} allows several"
     ]
 
@@ -182,7 +209,7 @@ def check_problem_type(config: dict, task: GlueTask, folder: Path, asked: str | 
     Raises:
         MachineError: the model has one label per row and the task several, or the reverse.
     """
-    has_several = (config.get("problem_type") or asked) == MULTI_LABEL
+    has_several = (stated_kind(config) or asked) == MULTI_LABEL
     if has_several != task.is_multi_label:
         raise MachineError(
             f"{folder / 'config.json'}: the model's problem_type is {config.get('problem_type') or SINGLE_LABEL}, but "

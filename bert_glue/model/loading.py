@@ -22,7 +22,14 @@ from bert_glue.model.classifier import LoadedModel, PaddedClassifier, code_files
 from bert_glue.model.description import notes_on_calibration, read_description
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names, why_not_packed
-from bert_glue.model.folder import check_problem_type, guessed_type, kind_notes, model_folder, read_config
+from bert_glue.model.folder import (
+    check_problem_type,
+    guessed_type,
+    kind_notes,
+    model_folder,
+    notes_on_quantization,
+    read_config,
+)
 from bert_glue.model.weights import initialise, load_packed, packed_tensors, read_tensors, reinitialise, weight_files
 from bert_glue.tasks import GlueTask
 
@@ -57,7 +64,7 @@ def _load(args: Arguments, task: GlueTask) -> LoadedModel:
             config[key] = getattr(args, flag)
     if not args.do_train:
         check_problem_type(config, task, config_folder, args.problem_type)
-    said = kind_notes(config, args, task)
+    said = kind_notes(config, args, task) + notes_on_quantization(config)
     stored_labels, earlier = _stored_labels(config), _earlier_task(config, args, task)
     config = _with_labels(config, task)
     reason = why_not_packed(config) if not args.trust_remote_code else why_own_code(config) or why_not_packed(config)
@@ -174,8 +181,12 @@ def _stored_labels(config: dict) -> list[str]:
     return [] if labels == _unnamed(len(labels)) else labels
 
 
+# Of a config.json; the weights are computed and saved as they lie there, not quantized.
+_REPLACED = ("id2label", "label2id", "num_labels", "quantization_config")
+
+
 def _with_labels(config: dict, task: GlueTask) -> dict:
-    kept = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
+    kept = {key: value for key, value in config.items() if key not in _REPLACED}
     labels = task.labels or ("score",)
     kept["id2label"] = {str(number): label for number, label in enumerate(labels)}
     kept["label2id"] = {label: number for number, label in enumerate(labels)}

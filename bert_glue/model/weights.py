@@ -92,7 +92,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
     """All tensors of `files` under their stored names, without the prefix `module.` that DDP adds.
 
     Raises:
-        MachineError: a file is damaged or holds anything but named tensors; the message names it.
+        MachineError: a file is damaged or holds anything but named tensors, or quantized weights; the message names it.
         DivergedError: a number is not finite; such weights come from a run that has diverged.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -108,6 +108,9 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
             raise MachineError(f"{file} cannot be read as weights: {first_line(error)}") from error
     tensors = {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
+        if name.endswith(".weight") and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise MachineError(f"the weights {name} are {kind}: the model is quantized; give the one it was made from")
         # Both extremes are NaN if any number is NaN: one pass over memory and no copy.
         if tensor.dtype in _CHECKED and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
             where = ", ".join(map(str, files))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_run import arguments, label_sets, make_label_sets, make_model, results_of
 
-from bert_glue.errors import DataError, UsageError
-from bert_glue.model.folder import task_of_model
+from bert_glue.errors import DataError, MachineError, UsageError
+from bert_glue.model.folder import kind_notes, read_config, task_of_model
 from bert_glue.pipeline.run import run
 from bert_glue.predict.__main__ import main as predict
 
@@ -104,3 +104,24 @@ def test_what_config_json_says_is_not_overruled(tmp_path: Path) -> None:
     assert task_of_model(one)[0].is_regression and task_of_model(one, SEVERAL)[0].labels == ("toxic",)
     with pytest.raises(UsageError, match="has 1 output"):
         task_of_model(one, "single_label_classification")
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label gives several classes the name 'a'"),
+        ({"id2label": {"0": 1, "1": "1"}}, "id2label gives several classes the name '1'"),
+        ({"id2label": {"0": "a", "1": "b"}, "problem_type": "regression"}, "problem_type regression with 2 outputs"),
+    ],
+)
+def test_answers_without_a_single_reading_are_refused(tmp_path: Path, facts: dict, says: str) -> None:
+    with pytest.raises(MachineError, match=says):
+        task_of_model(config_of(tmp_path / "model", **facts))
+
+
+def test_an_unknown_problem_type_is_none_and_said(tmp_path: Path) -> None:
+    model = config_of(tmp_path / "model", id2label=dict(enumerate(CLASSES)), problem_type="multi_class")
+    task, _ = task_of_model(model)
+    assert not task.is_multi_label and task_of_model(model, SEVERAL)[0].is_multi_label
+    (note,) = kind_notes(read_config(model), arguments(tmp_path, model_name_or_path=str(model), do_train=False), task)
+    assert note.startswith("config.json has the unknown problem_type 'multi_class', so its 3 classes are read as one")
