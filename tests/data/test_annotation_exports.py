@@ -73,7 +73,7 @@ def test_rejected_rows_are_told_in_lists_too(tmp_path: Path, name: str) -> None:
     states = ["discarded", *["submitted"] * (len(ROWS) - 1)]
     rows = [{"text": t, "label": label, name: [state]} for (t, label), state in zip(ROWS, states, strict=True)]
     file = lines(tmp_path / "a.jsonl", rows)
-    assert f"column '{name}' says 'discarded' in 1 of 8 rows; --drop_rows \"{name}=discarded\"" in refusal(file)
+    assert f"column '{name}' is 'discarded' in 1 of 8 rows; --drop_rows \"{name}=discarded\"" in refusal(file)
     assert len(load(file, "--drop_rows", f"{name}=discarded").splits["train"]) == 7
 
 

@@ -150,7 +150,7 @@ def test_lists_of_one_stay_one_label_unless_a_flag_or_an_empty_list_says_otherwi
     ("labels", "said"),
     [
         ([["a", "b"], None, ["a"]], "a.jsonl:2: no label"),
-        ([["a", "b"], ["a", {"x": 1}]], "a.jsonl:2: label {'x': 1} in a list cannot be a class"),
+        ([["a", "b"], ["a", {"x": 1}]], "a.jsonl:2: label .* is an object: a name is needed"),
         ([["a", "b"], "a;b"], "a.jsonl:2: label 'a;b' may hold several labels.*--label_delimiter"),
         ([["a", "b"], ["b", "a"]], "all labels are"),
         ([["a", "b"], ["a", None]], "in a list cannot be a class"),
