@@ -96,6 +96,16 @@ def with_metric(args: Arguments, task: GlueTask) -> GlueTask:
     return task
 
 
+def headline_notes(args: Arguments, task: GlueTask) -> list[str]:
+    """A note if `--metric_name` chooses the best checkpoint but is not the headline: the loss, or a GLUE task."""
+    if args.metric_name is None or _own_name(keys.without_eval(args.metric_name), task) == task.headline:
+        return []
+    return [
+        f"--metric_name {args.metric_name} chooses the best checkpoint if --metric_for_best_model does not; the "
+        f"headline metric is still {task.headline}"
+    ]
+
+
 def metric_for_best(args: Arguments, task: GlueTask) -> str:
     """The metric that chooses the best checkpoint: of `--metric_for_best_model`, `--metric_name`, or the headline."""
     given = next(filter(None, [args.metric_for_best_model, args.metric_name]), task.headline)

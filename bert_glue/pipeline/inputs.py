@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_glue.config.arguments import Arguments
-from bert_glue.config.metric_checks import with_metric
+from bert_glue.config.metric_checks import headline_notes, with_metric
 from bert_glue.config.repeat import check_inputs, read_run
 from bert_glue.data.batching import TokenSplit
 from bert_glue.data.chunked_encoding import Windows, cut_note
@@ -122,6 +122,8 @@ def _read_data(args: Arguments, log: ConsoleLog) -> TaskData:
     for line in (f"data: {data.source}", *data.warnings):
         log.line(line)
     data = replace(data, task=with_metric(args, data.task))
+    for note in headline_notes(args, data.task):
+        log.line(f"note: {note}")
     if args.do_predict:
         check_predictable(data.task)
     return data

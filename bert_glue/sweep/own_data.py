@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bert_glue.config.arguments import FLAGS
-from bert_glue.config.metric_checks import with_metric
+from bert_glue.config.metric_checks import headline_notes, with_metric
 from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
 from bert_glue.tasks import OWN, GlueTask
@@ -102,6 +102,7 @@ def read_own_data(flags: tuple[str, ...]) -> OwnData:
     data = replace(data, task=with_metric(args, data.task))
     task = data.task
     lines = [f"data: {data.source}", *data.warnings, *_baseline(data), *_split_note(args)]
+    lines += [f"note: {note}" for note in headline_notes(args, task)]
     if args.validation_split_percentage is not None:  # hash the whole file: which rows are held out depends on the seed
         data = load_task_data(replace(args, validation_split_percentage=None), frozenset({"train"}))
     return OwnData(replace(task, name=OWN), lines, data_hashes(data))

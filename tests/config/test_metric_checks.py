@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny_run import arguments, changed, results_of
 
-from bert_glue.config.metric_checks import choices_of, metric_for_best, metric_names, with_metric
+from bert_glue.config.metric_checks import choices_of, headline_notes, metric_for_best, metric_names, with_metric
 from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
 from bert_glue.evaluation.analysis import standard_error
@@ -98,3 +98,20 @@ def test_a_run_shows_it_first_and_chooses_by_it(tmp_path: Path) -> None:
     assert results["headline_metric"] == "f1" and "eval_f1_standard_error" in results
     assert results["eval_f1"] == pytest.approx(results["eval_classes"]["yes"]["f1"] or 0.0, abs=1e-6)
     assert "eval_combined_score" not in results
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "says"),
+    [
+        (TWO, "f1_macro", ""),
+        (TWO, "eval_accuracy", ""),
+        (TWO, "loss", "the headline metric is still accuracy"),
+        (SCORES, "mse", "--metric_name mse chooses the best checkpoint"),
+        (SCORES, "pearsonr", ""),
+        (get_task("mrpc"), "accuracy", "the headline metric is still f1"),
+    ],
+)
+def test_a_metric_that_is_not_the_headline_is_told(tmp_path: Path, task, name: str, says: str) -> None:
+    args = arguments(tmp_path, metric_name=name)
+    notes = headline_notes(args, with_metric(args, task))
+    assert len(notes) == bool(says) and says in "".join(notes)

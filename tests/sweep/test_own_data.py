@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from sweep_stubs import Sweep
 
 from bert_glue.config.arguments import FLAGS
+from bert_glue.config.expectations import read_expectations
 from bert_glue.errors import DataError, UsageError
 from bert_glue.sweep.own_data import DATA_FLAGS, read_own_data
 from bert_glue.sweep.plan import SweepRun, tasks_of
+from bert_glue.sweep.summary import best_mean
 
 WORDS = ["river", "stone", "cloud", "green", "seven", "paper", "night"]
 
@@ -163,3 +166,45 @@ def test_several_labels_a_row_have_their_own_metrics(tmp_path: Path) -> None:
     own = read_own_data(flags)
     assert own.task.is_multi_label and own.task.labels == ("a", "b", "c")
     assert any(f"always the best set of labels: {own.task.headline}" in line for line in own.lines)
+
+
+@dataclass
+class FinishedRun:
+    """As much of a run as the mean over seeds needs."""
+
+    chosen: dict[str, str]
+    found: dict[str, float] | None
+    trial: int | None = None
+
+    def results(self) -> dict[str, float] | None:
+        return self.found
+
+
+def test_the_best_setting_is_the_lowest_where_low_is_good() -> None:
+    runs = [
+        FinishedRun({"learning_rate": rate}, {"eval_loss": loss, "eval_f1_macro": 1 - loss})
+        for rate, losses in (("1e-5", (0.5, 0.7)), ("2e-5", (0.3, 0.4)))
+        for loss in losses
+    ]
+    assert best_mean(runs, "eval_loss", is_low=True) == pytest.approx(0.35)
+    assert best_mean(runs, "eval_f1_macro") == pytest.approx(0.65)
+    runs[-1].found = None
+    assert best_mean(runs, "eval_loss", is_low=True) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("bound", "is_upper"), [("own.loss<=0.4", True), ("own.loss<0.4", True), ("own.f1>0.4", False)]
+)
+def test_the_sign_of_a_bound_says_what_is_good(bound: str, is_upper: bool) -> None:
+    assert read_expectations(bound, None, ["loss", "f1"])[0].is_upper is is_upper
+
+
+@pytest.mark.parametrize(
+    ("name", "headline"), [("f1_macro", "f1_macro"), ("matthews_correlation",) * 2, ("loss", "accuracy")]
+)
+def test_the_metric_of_a_sweep_is_that_of_its_runs(files, name: str, headline: str) -> None:
+    flags = ("--model_name_or_path=m", "--output_dir=o", "--do_train", "--do_eval", *files, f"--metric_name={name}")
+    own = read_own_data(flags)
+    assert own.task.headline == headline
+    assert any(f"always the most frequent class: {headline}" in line for line in own.lines)
+    assert any("the headline metric is still" in line for line in own.lines) == (name == "loss")
