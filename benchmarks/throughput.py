@@ -300,7 +300,7 @@ def _machine(threads: int) -> dict[str, object]:
     device = resolve_device("auto")
     return {
         "device": device.name,
-        "processor": _processor(),
+        "processor": processor(),
         "vendor": cpu.vendor(),
         "features": sorted(name for name in cpu.features() if name.startswith(("avx", "amx", "sve", "bf16", "asimd"))),
         "product_library": device.product_library,
@@ -310,7 +310,7 @@ def _machine(threads: int) -> dict[str, object]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name, the vector instructions that torch uses, and the cores."""
     import torch
 

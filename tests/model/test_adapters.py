@@ -67,7 +67,7 @@ def our_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def _is_head(name: str) -> bool:
-    return "pooler" in name or name.startswith(("classifier", "pre_classifier"))
+    return "pooler" in name or name.startswith(("classifier", "pre_classifier", "head."))
 
 
 # ---- exactness ----

@@ -155,6 +155,6 @@ def write_model(folder: Path, model_type: str = "bert", labels: int = 2, **chang
     if getattr(stock.config, "type_vocab_size", 0) > 1:
         inputs.append("token_type_ids")
     write_vocab(folder, do_lower_case=True, tokenizer_class="BertTokenizer", model_input_names=inputs)
-    if model_type == "modernbert":  # its tokenizer has no class of its own and is read from this file alone
+    if model_type in ("modernbert", "xlm-roberta-xl"):  # whose tokenizers are read from this file alone
         BertTokenizerFast(str(folder / "vocab.txt")).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return stock

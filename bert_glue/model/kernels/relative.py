@@ -140,17 +140,27 @@ def _attend(query, key, value, layout, first_only, drop, dropout_masks, mask_id,
     if first_only:
         bias = _first_token_bias(table)
         return first_token_attention(query, key, value, layout, drop, dropout_masks, mask_id, bias, table.scale)
-    if not query.is_cpu:
-        PATHS_TAKEN.add("blocks with a bias by relative position")
-        if table.scale is None:
-            return sdpa_blocks(query, key, value, layout, drop, lambda number, q, k: table.biases[number])
-        # Scaled before the products: in fp16 a sum of three products overflows where its scaled terms do not.
-        return sdpa_blocks(query * table.scale, key, value, layout, drop, _block_bias(table), 1.0)
+    if query.is_cpu:
+        return attend_on_cpu(query, key, value, layout, drop, dropout_masks, mask_id, table)
+    return attend_elsewhere(query, key, value, layout, drop, table)
+
+
+def attend_on_cpu(query, key, value, layout, drop, dropout_masks, mask_id, table) -> torch.Tensor:
+    """CPU: blocks of rows with a backward pass by hand; the arguments are those of `attend_relative`."""
     PATHS_TAKEN.add("packed: blocks of rows with scores by relative position")
     if table.scale is None:
         return BlockAttention.apply(query, key, value, layout, False, drop, dropout_masks, mask_id, *table.biases)
     positions = (table.product(term, table.width) for term in ("c2p", "p2c"))
     return DisentangledAttention.apply(query, key, value, layout, drop, dropout_masks, mask_id, table.scale, *positions)
+
+
+def attend_elsewhere(query, key, value, layout, drop, table) -> torch.Tensor:
+    """CUDA and NPU: no packed kernel there takes a bias, so that blocks go through torch's fused attention with one."""
+    PATHS_TAKEN.add("blocks with a bias by relative position")
+    if table.scale is None:
+        return sdpa_blocks(query, key, value, layout, drop, lambda number, q, k: table.biases[number])
+    # Scaled before the products: in fp16 a sum of three products overflows where its scaled terms do not.
+    return sdpa_blocks(query * table.scale, key, value, layout, drop, _block_bias(table), 1.0)
 
 
 def _first_token_bias(table: RelativeTable) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

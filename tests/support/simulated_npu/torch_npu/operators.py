@@ -11,12 +11,18 @@ from torch_npu.tensor import CALLS, NpuTensor, on_device
 _ND = 2  # the plain memory format
 
 
-def _attend(query, key, value, scale, keep_prob, query_ends, key_ends) -> torch.Tensor:
-    """softmax(q k' scale) v within each sequence, on host tensors `[tokens, heads, dim]`."""
+_BAND_MASK = (2048, 2048)  # shape of the mask that stands for any band
+
+
+def _attend(query, key, value, scale, keep_prob, query_ends, key_ends, window) -> torch.Tensor:
+    """softmax(q k' scale) v within each sequence and window, on host tensors `[tokens, heads, dim]`."""
     out, query_begin, key_begin = [], 0, 0
     for query_end, key_end in zip(query_ends, key_ends, strict=True):
         q, k, v = query[query_begin:query_end], key[key_begin:key_end], value[key_begin:key_end]
         scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+        if window is not None:
+            apart = torch.arange(len(q))[:, None] - torch.arange(len(k))
+            scores = scores.masked_fill((apart > window[0]) | (apart < -window[1]), -torch.inf)
         probabilities = torch.dropout(scores.softmax(-1), 1.0 - keep_prob, train=keep_prob < 1.0)
         out.append(torch.einsum("hqk,khd->qhd", probabilities, v.float()).to(query.dtype))
         query_begin, key_begin = query_end, key_end
@@ -45,7 +51,7 @@ class _FusionAttention(torch.autograd.Function):
             result = _attend(*hosts, *ctx.settings)
         npu.set_rng_state(now)
         found = torch.autograd.grad(result, hosts, grad.host)
-        return *(on_device(x) for x in found), *([None] * 4)
+        return *(on_device(x) for x in found), *([None] * 5)
 
 
 def npu_fusion_attention(
@@ -59,9 +65,12 @@ def npu_fusion_attention(
         raise NotImplementedError(f"simulated npu_fusion_attention: layout {input_layout}")
     if not CHIP.has_packed_attention:
         raise RuntimeError(f"npu_fusion_attention: {CHIP.name} does not support layout TND")
-    others = (pse, padding_mask, atten_mask, prefix, sink, dropout_mask)
-    if sparse_mode or any(x is not None for x in others):
+    others = (pse, padding_mask, prefix, sink, dropout_mask)
+    is_band = sparse_mode == 4 and atten_mask is not None and tuple(atten_mask.shape) == _BAND_MASK
+    if any(x is not None for x in others) or not (is_band or (sparse_mode == 0 and atten_mask is None)):
         raise NotImplementedError("simulated npu_fusion_attention: masks")
+    if is_band and (atten_mask.dtype != torch.bool or tuple(actual_seq_qlen) != tuple(actual_seq_kvlen)):
+        raise RuntimeError("npu_fusion_attention: a band wants a bool mask, and as many queries as keys")
     tensors = (query, key, value)
     if not all(isinstance(x, NpuTensor) for x in tensors) or len({x.dtype for x in tensors}) > 1:
         raise RuntimeError("npu_fusion_attention: query, key and value must be of one dtype, on the device")
@@ -73,7 +82,8 @@ def npu_fusion_attention(
             raise RuntimeError(f"npu_fusion_attention: cumulative lengths {ends} for {len(x)} tokens")
     CALLS["npu_fusion_attention.TND"] += 1
     ends = tuple(actual_seq_qlen), tuple(actual_seq_kvlen)
-    return _FusionAttention.apply(query, key, value, scale, keep_prob, *ends), None, None, None, 0, 0, 0
+    window = (pre_tockens, next_tockens) if is_band else None
+    return _FusionAttention.apply(query, key, value, scale, keep_prob, *ends, window), None, None, None, 0, 0, 0
 
 
 def npu_get_float_status(self, mode=0):
