@@ -2,20 +2,25 @@
 
 The graph takes the output of transformers' tokenizers: `input_ids`, `attention_mask` and, if the model has token types,
 `token_type_ids`, each `[batch, seq_len]` int64 of any size. It returns `logits` `[batch, labels]`. If onnxruntime is
-installed, its logits are compared with torch's for several shapes, and a model that differs is not kept.
+installed, its logits are compared with torch's for several shapes, and a model that differs is not kept. Then it and
+its variants (`--fp16`, `--int8`) run on the validation rows of the run, see `onnx_variants`.
 `<name>.atc.sh` beside it has CANN's command. atc itself is part of CANN and is not run here.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bert_glue import onnx_variants
 from bert_glue.config.command_line import CommandParser
-from bert_glue.errors import MachineError, exit_code_of, print_lines, printable, run_program
+from bert_glue.errors import MachineError, UserError, exit_code_of, print_lines, printable, run_program
 from bert_glue.launch.requirements import refuse_unusable
 from bert_glue.storage.files import write_whole, written_aside
 from bert_glue.tasks import MULTI_LABEL
@@ -25,7 +30,9 @@ if TYPE_CHECKING:
 
     from bert_glue.model.classifier import LoadedModel
 
-_OPSET = 17  # the newest version that both the tracer and CANN's parser support
+_OPSET = 18  # the oldest that torch's exporter writes without converting
+_TRACED_OPSET = 17  # the newest that the tracer writes
+_ROWS = 256  # validation rows that the graphs are compared on
 _SHAPES = ((1, 8), (3, 17), (8, 64))  # batch, seq_len
 _TOLERANCE = 1e-4  # of logits, fp32
 _LENGTHS = (32, 64, 96, 128)  # atc compiles the graph for each; its documentation advises three or four
@@ -79,14 +86,18 @@ def example(model: LoadedModel, batch: int, seq_len: int) -> dict[str, torch.Ten
     return inputs
 
 
-def write_onnx(model: LoadedModel, path: Path) -> None:
-    """Traces the module into `path`, with dynamic batch and length."""
+def write_onnx(model: LoadedModel, path: Path) -> str:
+    """Exports the module into `path`, with dynamic batch and length.
+
+    Returns:
+        What exported it: torch's exporter, which needs the package onnxscript, or the older tracer.
+    """
     import torch
 
     names = input_names(model)
 
     class Positional(torch.nn.Module):
-        """Accepts the inputs by position, as the tracer passes them."""
+        """Accepts the inputs by position, as both exporters pass them."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -95,14 +106,57 @@ def write_onnx(model: LoadedModel, path: Path) -> None:
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
             return self.inner(**dict(zip(names, values, strict=True)))
 
-    axes = {name: {0: "batch", 1: "seq_len"} for name in names} | {"logits": {0: "batch"}}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's remarks on constants; `worst_difference` checks the result
-        # The wrapper must be in evaluation mode too: the tracer restores the mode it finds, including dropout.
-        torch.onnx.export(
-            Positional().eval(), tuple(example(model, 2, 16).values()), str(path), input_names=names,
-            output_names=["logits"], dynamic_axes=axes, opset_version=_OPSET, dynamo=False,
+    # The wrapper must be in evaluation mode too: the tracer restores the mode it finds, including dropout.
+    module, inputs = Positional().eval(), tuple(example(model, 2, 16).values())
+    with warnings.catch_warnings(), _without_remarks(), torch.no_grad():
+        warnings.simplefilter("ignore")  # remarks on constants; `worst_difference` checks the result
+        if find_spec("onnxscript") is None:
+            axes = {name: {0: "batch", 1: "seq_len"} for name in names} | {"logits": {0: "batch"}}
+            torch.onnx.export(
+                module, inputs, str(path), input_names=names, output_names=["logits"], dynamic_axes=axes,
+                opset_version=_TRACED_OPSET, dynamo=False,
+            )  # fmt: skip
+            return "torch's tracer, because onnxscript is not installed"
+        sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq_len", max=model.position_limit)}
+        program = torch.onnx.export(
+            module, inputs, input_names=names, output_names=["logits"], dynamic_shapes=(tuple(sizes for _ in names),),
+            opset_version=_OPSET, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
+        program.save(str(path))
+    return "torch's exporter"
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """torch's exporter logs what it does not find, torchvision among it."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def metadata(model: LoadedModel) -> dict[str, str]:
+    """What a program needs beside the graph: labels in the order of the logits, and the limits of the tokenizer."""
+    config, description = model.config, model.description
+    longest = model.row_limit(int(description.get("max_seq_length") or model.position_limit))
+    values = {
+        "labels": list(config["id2label"].values()) if isinstance(config["id2label"], dict) else config["id2label"],
+        "problem_type": config["problem_type"],
+        "inputs": input_names(model),
+        "max_seq_length": longest,
+        "max_positions": model.position_limit,
+        "pad_token_id": model.pad_id,
+        "padding_side": "left" if model.tokenizer.pads_left else "right",
+    }
+    if calibration := description.get("calibration"):
+        values["calibration"] = calibration
+    return {
+        f"bert_glue.{name}": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in values.items()
+    }
 
 
 def add_metadata(path: Path, values: dict[str, str]) -> None:
@@ -149,41 +203,67 @@ def atc_script(path: Path, names: list[str], batch: int) -> str:
     )
 
 
-def export(name: str, path: Path, batch: int) -> list[str]:
-    """Writes the graph and the script. Returns lines for the user.
+def export(name: str, path: Path, batch: int, variants: tuple[str, ...] = ()) -> list[str]:
+    """Writes the graph, its variants and the script. Returns lines for the user.
+
+    Args:
+        batch: rows per batch in the OM model.
+        variants: `onnx_variants.FP16`, `INT8`.
 
     Raises:
-        MachineError: the folder has no classifier, or the graph's logits differ from torch's.
+        MachineError: the folder has no classifier, a package is missing, or the graph's logits differ from torch's.
         CheckpointError: a file cannot be written.
     """
     from bert_glue.storage.files import plain_errors
 
-    if find_spec("onnx") is None:
-        raise MachineError("--onnx: the package onnx is not installed (pip install onnx onnxruntime)")
+    for package in ("onnx", *(["onnxruntime"] if variants else [])):
+        if find_spec(package) is None:
+            raise MachineError(
+                f"--onnx: the package {package} is not installed (pip install onnx onnxruntime onnxscript)"
+            )
     model = load(name)
     with plain_errors(path):
         # The file is created first, because torch gives no reason if it cannot write.
         with written_aside(path) as aside:
-            write_onnx(model, aside)
+            how = write_onnx(model, aside)
             checked = "not checked, because onnxruntime is not installed"
             if find_spec("onnxruntime"):
                 worst = worst_difference(model, aside)
                 if not worst <= _TOLERANCE:
                     raise MachineError(f"{path} was not kept: its logits differ from torch's by {worst:g}")
                 checked = f"in onnxruntime, logits equal torch's to {worst:.1e} for {len(_SHAPES)} shapes"
-            if calibration := model.description.get("calibration"):
-                add_metadata(aside, {"bert_glue.calibration": json.dumps(calibration, ensure_ascii=False)})
+            add_metadata(aside, metadata(model))
+        for kind in variants:
+            with written_aside(onnx_variants.variant_path(path, kind)) as aside:
+                onnx_variants.write_variant(path, aside, kind)
         script = path.with_suffix(".atc.sh")
         write_whole(script, atc_script(path, input_names(model), batch))
-    lines = [f"wrote {path} ({checked})", f"wrote {script} (atc's command for an OM model; not run here)"]
+    lines = [f"wrote {path} ({how}; {checked})"]
+    lines += [f"wrote {onnx_variants.variant_path(path, kind)}" for kind in variants]
+    lines.append(f"wrote {script} (atc's command for an OM model; not run here)")
+    if find_spec("onnxruntime"):
+        lines += _on_own_rows(name, model, path, variants)
     if model.config["problem_type"] == MULTI_LABEL:
         lines.append("several labels a row: the sigmoid of each logit is the probability of its class")
-    if calibration:
+    if model.description.get("calibration"):
         lines.append(
             "note: the graph gives logits without the calibration of --calibrate; its metadata has temperature and "
             "threshold under bert_glue.calibration"
         )
     return lines
+
+
+def _on_own_rows(name: str, model: LoadedModel, path: Path, variants: tuple[str, ...]) -> list[str]:
+    """The table of `onnx_variants.compare`, or the reason why there is none."""
+    import torch
+
+    try:
+        task, split = onnx_variants.own_rows(Path(name), model, _ROWS)
+    except UserError as error:
+        return [onnx_variants.why_no_rows(error)]
+    graphs = {"onnx": path} | {kind: onnx_variants.variant_path(path, kind) for kind in variants}
+    found = onnx_variants.compare(model, input_names(model), graphs, task, split)
+    return onnx_variants.table(found, task, len(split), torch.get_num_threads())
 
 
 def main(argv: list[str]) -> int:
@@ -197,6 +277,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="output folder of a run, a checkpoint, or a hub name")
     parser.add_argument("--onnx", nargs="?", const="", metavar="FILE", help="default: model.onnx in RUN")
     parser.add_argument("--batch", type=int, default=1, help="rows per batch in the OM model; default: 1")
+    parser.add_argument("--fp16", action="store_true", help="also write model.fp16.onnx: weights and products in fp16")
+    parser.add_argument(
+        "--int8", action="store_true", help="also write model.int8.onnx: products quantised dynamically"
+    )
     args = parser.parse_args(argv)
     if args.onnx is None:
         parser.error("nothing to do: give --onnx")
@@ -208,7 +292,8 @@ def main(argv: list[str]) -> int:
 
     def write() -> int:
         refuse_unusable()
-        print_lines(*export(args.run, path, args.batch))
+        variants = [kind for kind in (onnx_variants.FP16, onnx_variants.INT8) if getattr(args, kind)]
+        print_lines(*export(args.run, path, args.batch, tuple(variants)))
         return 0
 
     return exit_code_of(write)

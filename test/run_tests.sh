@@ -29,7 +29,7 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check .
 shellcheck=$(dirname "$PYTHON")/shellcheck
 [[ -x $shellcheck ]] || shellcheck=$(command -v shellcheck) || true
-[[ -z $shellcheck ]] || "$shellcheck" -x test/*.sh .ci/run
+[[ -z $shellcheck ]] || "$shellcheck" -x test/*.sh tools/*.sh .ci/run
 audit=$ROOT/.venv-audit/bin/pip-audit
 if [[ -n $wants_audit && ! -x $audit ]]; then
   "$PYTHON" -m venv "$ROOT/.venv-audit"

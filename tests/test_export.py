@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,15 +14,123 @@ import torch
 from tiny_models import write_model
 from tiny_run import make_model
 
+import run_glue
 from bert_glue import export
 from bert_glue.errors import MachineError
 
+FAMILIES = ["bert", "roberta", "distilbert", "electra", "albert"]
+needs_onnxscript = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))), reason="onnxscript is not installed"
+)
 needs_onnx = pytest.mark.skipif(find_spec("onnx") is None, reason="onnx is not installed")
 needs_onnxruntime = pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
 
 
+@pytest.fixture(autouse=True)
+def exporter(request, monkeypatch):
+    """The tracer, which takes a second where torch's exporter takes fifteen; tests of that one are marked `current`."""
+    if "current" not in request.fixturenames:
+        monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+
+
+@pytest.fixture
+def current():
+    """torch's exporter."""
+
+
+@needs_onnxscript
+@pytest.mark.parametrize(
+    "family",
+    ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "distilbert", "electra", "albert"))],
+)
+def test_torchs_exporter_gives_torchs_logits(tmp_path, current, family):
+    write_model(tmp_path / "model", family, labels=3)
+    line = export.export(str(tmp_path / "model"), tmp_path / "x.onnx", 1)[0]
+    assert "(torch's exporter; in onnxruntime, logits equal torch's to" in line
+    import onnx
+
+    graph = onnx.load(str(tmp_path / "x.onnx"))
+    assert graph.opset_import[0].version == 18
+    sizes = {one.name: [d.dim_param for d in one.type.tensor_type.shape.dim] for one in graph.graph.input}
+    assert all(len(set(size)) == 2 and all(size) for size in sizes.values())  # batch and length are free
+
+
 @needs_onnx
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "albert"])
+def test_the_graph_has_labels_and_the_limits_of_the_tokenizer(tmp_path):
+    import onnx
+
+    write_model(tmp_path / "model", labels=3)
+    (tmp_path / "model" / "bert_glue.json").write_text(json.dumps({"version": 1, "max_seq_length": 24}))
+    export.export(str(tmp_path / "model"), tmp_path / "x.onnx", 1)
+    found = {one.key: one.value for one in onnx.load(str(tmp_path / "x.onnx")).metadata_props}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert json.loads(found["bert_glue.labels"]) == [
+        *config.get("id2label", {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}).values()
+    ]
+    assert json.loads(found["bert_glue.inputs"]) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert found["bert_glue.max_seq_length"] == "24" and int(found["bert_glue.max_positions"]) >= 24
+    assert found["bert_glue.padding_side"] == "right" and found["bert_glue.pad_token_id"] == "0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the sample, in few steps."""
+    run = tmp_path_factory.mktemp("export") / "run"
+    words = ["--sample", "--task_name", "mrpc", "--do_train", "--do_eval", "--max_steps", "3", "--use_cpu"]
+    assert run_glue.main([*words, "--output_dir", str(run), "--report_to", "none", "--disable_tqdm"]) == 0
+    return run
+
+
+@needs_onnxruntime
+def test_variants_are_compared_on_the_rows_of_the_run(tmp_path, finished, capsys):
+    """A user sees what each costs and gains: logits, answers, score, time."""
+    assert export.main([str(finished), "--onnx", str(tmp_path / "x.onnx"), "--fp16", "--int8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.atc.sh", "x.fp16.onnx", "x.int8.onnx", "x.onnx"]
+    about, head, *rows = lines[-6:]
+    assert about.startswith("on 200 validation rows of the run, CPU,") and "rows/s" in head
+    cells = {row.split()[0]: row.split()[1:] for row in rows}
+    assert [*cells] == ["torch", "onnx", "fp16", "int8"]
+    score = json.loads((finished / "all_results.json").read_text())["eval_f1"]
+    assert float(cells["torch"][4]) == float(cells["onnx"][4]) == pytest.approx(score, abs=1e-4)
+    differences = [float(row[1]) for row in cells.values()]
+    assert differences[0] == 0 < differences[1] < 1e-4 < differences[2] < differences[3] < 1
+    assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in cells.values())
+
+
+@needs_onnxruntime
+def test_variants_keep_metadata_and_types(tmp_path):
+    import onnx
+
+    write_model(tmp_path / "model")
+    export.export(str(tmp_path / "model"), tmp_path / "x.onnx", 1, ("fp16", "int8"))
+    whole = onnx.load(str(tmp_path / "x.onnx"))
+    for kind, stored in (("fp16", onnx.TensorProto.FLOAT16), ("int8", onnx.TensorProto.INT8)):
+        graph = onnx.load(str(tmp_path / f"x.{kind}.onnx"))
+        assert {(p.key, p.value) for p in graph.metadata_props} == {(p.key, p.value) for p in whole.metadata_props}
+        assert any(weight.data_type == stored for weight in graph.graph.initializer)
+        assert [o.type.tensor_type.elem_type for o in graph.graph.output] == [onnx.TensorProto.FLOAT]
+
+
+@needs_onnxruntime
+@pytest.mark.parametrize("lost", ["run.json", "labels"])
+def test_without_the_rows_of_the_run_it_says_so(tmp_path, finished, capsys, lost):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    if lost == "run.json":
+        (run / "run.json").unlink()
+    else:
+        record = json.loads((run / "run.json").read_text())
+        record["arguments"] |= {"sample": False, "data_path": str(tmp_path / "gone")}
+        (run / "run.json").write_text(json.dumps(record))
+    assert export.main([str(run), "--onnx"]) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert note.startswith("note: score and latency are not measured, because the rows of the run are not here: ")
+    assert (run / "model.onnx").is_file()
+
+
+@needs_onnx
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_is_written_with_its_inputs(tmp_path, family):
     write_model(tmp_path / "model", family, labels=3)
     lines = export.export(str(tmp_path / "model"), tmp_path / "x.onnx", 1)
@@ -56,9 +165,10 @@ def test_a_graph_that_differs_is_not_kept(tmp_path, monkeypatch):
     traced = export.write_onnx
 
     def trace_then_change(model, path):
-        traced(model, path)
+        how = traced(model, path)
         with torch.no_grad():
             next(model.module.stock.classifier.parameters()).add_(1.0)
+        return how
 
     monkeypatch.setattr(export, "write_onnx", trace_then_change)
     with pytest.raises(MachineError, match="not kept: its logits differ"):

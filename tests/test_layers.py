@@ -22,7 +22,8 @@ LAYERS = (
     ("evaluation", "results"),
     ("training", "report", "launch", "check"),
     ("pipeline", "predict", "doctor"),
-    ("sweep", "export", "soup", "submission", "glue_metric"),
+    ("sweep", "soup", "submission", "glue_metric", "onnx_variants"),
+    ("export",),
     ("__main__",),
 )
 ROW = {name: number for number, row in enumerate(LAYERS) for name in row}

@@ -285,7 +285,12 @@ def onnx(clone: Clone, command: str) -> None:
     pytest.importorskip("onnx")
     clone.trained("output/mrpc")
     out = clone.run(command)
-    assert (clone.root / "output/mrpc/model.onnx").is_file() and "atc" in out
+    assert (clone.root / "output/mrpc/model.onnx").is_file() and "atc" in out and "validation rows of the run" in out
+
+
+def onnx_variants(clone: Clone, command: str) -> None:
+    onnx(clone, command)
+    assert all((clone.root / f"output/mrpc/model.{kind}.onnx").is_file() for kind in ("fp16", "int8"))
 
 
 def gate(clone: Clone, command: str) -> None:
@@ -313,9 +318,10 @@ FAST: dict[str, Callable[[Clone, str], None]] = {
     "python -m bert_glue.submission": submission,
     "python -m bert_glue.predict --model output/mrpc": prediction,
     "python -m bert_glue.report": report,
-    "python -m bert_glue.export": onnx,
+    "python -m bert_glue.export output/mrpc --onnx": onnx,
 }
 SLOW: dict[str, Callable[[Clone, str], None]] = {
+    "python -m bert_glue.export output/mrpc --onnx --fp16": onnx_variants,
     "bash test/train_full_1p.sh --TASK=mrpc --sample": sample,
     "bash test/run_tests.sh": gate,
     "bash test/train_full_1p.sh --TASK=mrpc": from_the_hub,
