@@ -18,7 +18,7 @@ import numpy as np
 
 from bert_glue.config.arguments import FLAGS, Arguments
 from bert_glue.errors import DataError, UserError
-from bert_glue.model.loading import task_of_model
+from bert_glue.model.folder import task_of_model
 from bert_glue.storage.files import RECORD_FILE
 from bert_glue.tasks import GlueTask
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import combine, common, quality, recipe_quality, scaling, throughput
-from bert_glue.__main__ import COMMANDS
+from bert_glue.__main__ import ALIASES, COMMANDS
 from bert_glue.config.arguments import FLAGS
 from bert_glue.launch.requirements import STACK
 from tools import build_docs, make_measurements, make_migration, make_pictures, make_tree
@@ -222,7 +222,9 @@ def _program(words: list[str]) -> list[Path]:
     if words[0] == "bash":
         return [ROOT / words[1], *(ROOT / "test").glob("*.sh")]
     names = [name for name in words[1].split("|") if name not in ("...", "completion")]  # train|eval|predict|...
-    return [file for name in names for file in _files_of(COMMANDS[name].module.removesuffix(".__main__"))]
+    return [
+        file for name in names for file in _files_of(COMMANDS[ALIASES.get(name, name)].module.removesuffix(".__main__"))
+    ]
 
 
 def _files_of(module: str) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,11 +141,18 @@ def summary(results: dict, folder: Path) -> list[str]:
     rows.append(("time", f"{duration(record.number(keys.E2E_RUNTIME))}{training}"))
     rows.append(("report", str(folder / "report.html")))
     if keys.TRAIN_STEPS in record:
-        call = ["python", "-m", "bert_glue.predict", "--model", str(folder), "--input", "FILE", "--output", "FILE"]
+        call = [_python(), "-m", "bert_glue.predict", "--model", str(folder), "--input", "FILE", "--output", "FILE"]
         rows.append(("next", shlex.join(call)))
     note = f" ({SAMPLE_NOTE})" if results["sample_data"] else ""
     lines = [f"***** results *****{note}", *(f"  {name:<9}{text}" for name, text in rows)]
     return [*lines, *_lines_for_harnesses(task, record)]
+
+
+def _python() -> str:
+    """How a user starts this python: by its name if the PATH leads to it, as in an activated environment."""
+    found = shutil.which("python")
+    # The folders are compared, because both files of a virtual environment are links to the python it was made from.
+    return "python" if found and Path(found).parent.samefile(Path(sys.executable).parent) else sys.executable
 
 
 def _lines_for_harnesses(task: GlueTask, record: Record) -> list[str]:

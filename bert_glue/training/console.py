@@ -92,10 +92,21 @@ class ConsoleLog:
 
     def __init__(self, is_shown: bool, wants_bar: bool):
         self.is_shown = is_shown
-        self._last = ""  # loss and rate of the last entry, for the bar
+        # What the bar shows beside the steps: loss and rate of the last entry, and the score of the last evaluation.
+        self._last = self._score = ""
+        self._samples_per_step, self._score_key = 0, ""
         self._wants_bar = wants_bar and is_shown and sys.stderr.isatty()
         self._bar: Any = None
         self._task: Any = None
+
+    def set_scale(self, samples_per_step: int, score_key: str) -> None:
+        """Say what the bar counts in.
+
+        Args:
+            samples_per_step: on all ranks together.
+            score_key: the key of the score in the entry of an evaluation, such as eval_f1.
+        """
+        self._samples_per_step, self._score_key = samples_per_step, score_key
 
     def line(self, text: str) -> None:
         """Print one line of the log."""
@@ -110,6 +121,8 @@ class ConsoleLog:
         """Print a line of the log with the numbers of an entry."""
         if "loss" in entry:
             self._last = f"loss {entry['loss']:.4f} rate {entry['learning_rate']:.2e}"
+        if entry.get(self._score_key) is not None:
+            self._score = f"{self._score_key} {entry[self._score_key]:.4f}"
         self.line(format_entry(entry))
 
     def advance(self, step: int, total: int, epoch: float) -> None:
@@ -120,7 +133,10 @@ class ConsoleLog:
             self._bar = _make_bar()
             self._task = self._bar.add_task("", total=total, epoch=epoch, last="")
             self._bar.start()
-        self._bar.update(self._task, completed=step, epoch=epoch, last=self._last)
+        steps_per_second = self._bar.tasks[0].speed  # of the last 30 s
+        speed = f"{steps_per_second * self._samples_per_step:.1f} samples/s" if steps_per_second else ""
+        last = " ".join(filter(None, (self._last, self._score, speed)))
+        self._bar.update(self._task, completed=step, epoch=epoch, last=last)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bert_glue import result_keys as keys
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.metric_checks import metric_for_best
-from bert_glue.config.resolve import with_step_counts
+from bert_glue.config.resolve import samples_per_step, with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
 from bert_glue.devices import cpu
 from bert_glue.devices.device import Device, has_slow_products
@@ -140,6 +140,7 @@ def fine_tune(
         f"batch {args.per_device_train_batch_size} x {ranks.world_size} ranks x "
         f"{args.gradient_accumulation_steps} accumulated"
     )
+    log.set_scale(samples_per_step(args, ranks.world_size), state.validation.best_key)
     signals.ends_at_once = False
     _train(state)
     log.close()

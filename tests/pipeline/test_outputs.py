@@ -333,7 +333,17 @@ def test_the_curves_are_those_of_the_report(own, monkeypatch):
     assert drawn[1].axes == [] and "too few steps" in drawn[1].get_suptitle()
 
 
-def test_a_run_ends_with_lines_for_a_person(own, sample):
+@pytest.mark.parametrize("is_activated", [True, False])
+def test_the_next_command_starts_the_python_of_the_run(tmp_path, monkeypatch, is_activated):
+    """As the README's reader has it: the launcher's .venv is not on the PATH of the shell."""
+    (tmp_path / "python").symlink_to(sys.executable)  # another environment of the same python
+    folder = Path(sys.executable).parent if is_activated else tmp_path
+    monkeypatch.setattr(outputs.shutil, "which", lambda name: str(folder / name))
+    assert outputs._python() == ("python" if is_activated else sys.executable)
+
+
+def test_a_run_ends_with_lines_for_a_person(own, sample, monkeypatch):
+    monkeypatch.setattr(outputs, "_python", lambda: "python")
     results = results_of(sample.args)
     lines = outputs.summary(results, Path("a folder"))
     assert lines[0] == f"***** results ***** ({SAMPLE_LABEL})" and len(lines) <= 12
@@ -347,6 +357,7 @@ def test_a_run_ends_with_lines_for_a_person(own, sample):
         f"eval_accuracy = {results['eval_accuracy']:.4f}",
         f"train_samples_per_second = {results['train_samples_per_second']:.4f}",
     ]
+    monkeypatch.undo()
     assert all(line in sample.console for line in outputs.summary(results, sample.folder))
     assert "eval_loss =" not in sample.console
     assert f"  eval_accuracy = {results['eval_accuracy']}" in outputs.figures(results)

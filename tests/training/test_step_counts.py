@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ def test_a_best_model_that_was_not_chosen_is_told(tmp_path, capsys):
     assert results_of(args)["epoch"] == 2.0
 
 
-def test_the_bar_shows_loss_and_rate(monkeypatch):
+def test_the_bar_shows_loss_rate_score_and_speed(monkeypatch):
     from io import StringIO
 
     class Terminal(StringIO):
@@ -154,8 +155,13 @@ def test_the_bar_shows_loss_and_rate(monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("COLUMNS", "200")
     log = ConsoleLog(True, True)
+    log.set_scale(32, "eval_f1")
     log.advance(1, 10, 0.1)
     log.entry({"step": 1, "epoch": 0.1, "loss": 0.6543, "learning_rate": 2e-5, "grad_norm": 1.0, "loss_scale": 1.0})
+    log.entry({"step": 1, "eval_loss": 0.5, "eval_accuracy": 0.7, "eval_f1": 0.8125})
     log.advance(2, 10, 0.2)
+    log.advance(3, 10, 0.3)
     log.close()
-    assert "loss 0.6543" in screen.getvalue() and "2.00e-05" in screen.getvalue()
+    shown = screen.getvalue()
+    assert "loss 0.6543" in shown and "2.00e-05" in shown and "eval_f1 0.8125" in shown
+    assert re.search(r"[1-9][\d.]* samples/s", shown)
