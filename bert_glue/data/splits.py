@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from bert_glue.data.own.classes import (
-    ClassVocabulary,
     LabelFlags,
     as_number,
     class_text,
@@ -28,6 +27,7 @@ from bert_glue.data.own.classes import (
 )
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.own.label_sets import has_label_sets, labelled_sets
+from bert_glue.data.own.vocabulary import ClassVocabulary
 from bert_glue.data.tables import Problems, Table, pieces
 from bert_glue.errors import DataError, UsageError
 from bert_glue.tasks import MULTI_LABEL, REGRESSION, SINGLE_LABEL, GlueTask, own_task

@@ -10,8 +10,9 @@ import pytest
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.parser import parse
-from bert_glue.data.own.classes import ClassVocabulary, LabelFlags, classes_of, labelled_rows
+from bert_glue.data.own.classes import LabelFlags, classes_of, labelled_rows
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
+from bert_glue.data.own.vocabulary import ClassVocabulary
 from bert_glue.data.sources import load_task_data
 from bert_glue.data.splits import Split, parted
 from bert_glue.data.tables import Table
@@ -152,6 +153,22 @@ def write(path, rows):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "example"),
+    [
+        (("neg", "pos"), ["pos ", "neg"], '"pos =pos"'),
+        (("not_entailment", "entailment"), ["Not Entailment", "entailment"], '"Not Entailment=not_entailment"'),
+        (("caf\u00e9", "th\u00e9"), ["cafe\u0301", "th\u00e9"], '"cafe\u0301=caf\u00e9"'),
+        (("neg", "pos"), ["pos", "mixed"], '"mixed=CLASS"'),
+        (("neg", "pos"), ["0", "1"], '"0=neg,1=pos"'),
+    ],
+)
+def test_the_example_of_a_map_is_never_plainly_wrong(names, labels, example):
+    with pytest.raises(DataError) as error:
+        ClassVocabulary(names, "the model").match(table(label=labels), "label")
+    assert str(error.value).endswith(f"--label_map, such as {example}")
 
 
 def test_a_finished_model_says_what_the_classes_are(tmp_path):

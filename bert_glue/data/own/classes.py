@@ -1,4 +1,4 @@
-"""The classes of a task and their order, and how the labels of a file are matched to them."""
+"""The classes that training data has, and the labels of a file as text: rows to leave out, numbers, lists of one."""
 
 from __future__ import annotations
 
@@ -17,94 +17,11 @@ from bert_glue.tasks import MULTI_LABEL, REGRESSION
 
 # Python's float() also reads 1_1, inf and nan, which are names here.
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
-_UNNAMED = re.compile(r"LABEL_\d+")
 _STATES = {"accept", "accepted", "approved", "submitted", "reject", "rejected", "ignore", "ignored", "skip", "skipped",
            "discarded", "cancelled", "canceled", "pending", "draft", "completed"}  # fmt: skip
 _UNUSABLE = _STATES - {"accept", "accepted", "approved", "submitted", "completed"}
 _FLAGGED = re.compile(r"(was_|is_)?(rejected|cancell?ed|skipped|ignored|discarded|deleted|ground_truth_missing)")
-_MOST_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class ClassVocabulary:
-    """The classes of a task in the order of the classifier's outputs.
-
-    Args:
-        names: in class order.
-        owner: where the classes come from, for messages: "the model" or "the training data".
-        has_numbers: a number in a file means the class of that number, as in GLUE.
-    """
-
-    names: tuple[str, ...]
-    owner: str
-    has_numbers: bool = False
-
-    @property
-    def is_unnamed(self) -> bool:
-        """True if the names are the defaults of transformers: LABEL_0, LABEL_1, ..."""
-        return all(_UNNAMED.fullmatch(name) for name in self.names)
-
-    def match(self, table: Table, column: str) -> tuple[dict[str, str], list[str]]:
-        """Label of a file -> name of its class, and log lines.
-
-        A label matches the class with exactly its name, or else the only class whose name differs just in case. A
-        label -1 is left to `make_split`, which refuses unlabelled rows.
-
-        Raises:
-            DataError: a label matches no class. The error names the first such row and shows both lists.
-        """
-        labels = [text for text in distinct_labels(table, column) if text != "-1" or text in self.names]
-        if self.is_unnamed and not set(labels) <= set(self.names):
-            found, notes = self._match_unnamed(labels, table.origin)
-        else:
-            matches = {label: self._find(label) for label in labels}
-            found = {label: match for label, match in matches.items() if match is not None}
-            changed = {label: name for label, name in found.items() if label != name}
-            notes = [
-                f"{table.origin}: label {label!r} is read as {name!r} of {self.owner}"
-                for label, name in changed.items()
-            ]
-        missing = [label for label in labels if label not in found]
-        if missing:
-            row = next(at for at, value in enumerate(table.column(column)) if missing[0] in texts_of(value))
-            raise DataError(self._refusal(missing, labels, table.where(row)))
-        return found, notes[:_MOST_SHOWN]
-
-    def _find(self, label: str) -> str | None:
-        if label in self.names:
-            return label
-        alike = [name for name in self.names if name.casefold() == label.casefold()]
-        if len(alike) == 1:
-            return alike[0]
-        if self.has_numbers and _is_number_below(label, len(self.names)):
-            return self.names[int(label)]
-        return None
-
-    def _match_unnamed(self, labels: list[str], origin: str) -> tuple[dict[str, str], list[str]]:
-        if all(_is_number_below(label, len(self.names)) for label in labels):
-            return {label: f"LABEL_{int(label)}" for label in labels}, [
-                f"{origin}: {self.owner} has no names for its classes; number n is read as LABEL_n"
-            ]
-        if len(labels) != len(self.names):
-            return {}, []
-        order = dict(zip(sorted_labels(labels), self.names, strict=True))
-        said = ",".join(f"{label}={name}" for label, name in order.items())
-        return order, [
-            f"warning: {origin}: {self.owner} names its classes LABEL_n, so this order is a guess: {said}; "
-            f'confirm or change it with --label_map "{said}"'
-        ]
-
-    def _refusal(self, missing: list[str], labels: list[str], where: str) -> str:
-        example = ",".join(f"{label}={name}" for label, name in zip(missing, self.names, strict=False))
-        return (
-            f"{where}: label {shown(missing)} is not a class of {self.owner}; "
-            f"classes of {self.owner}: {shown(self.names)}; "
-            f'labels of the file: {shown(sorted_labels(labels))}; map them with --label_map, such as "{example}"'
-        )
-
-
-def _is_number_below(label: str, limit: int) -> bool:
-    return re.fullmatch("[0-9]+", label) is not None and int(label) < limit
+MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -158,8 +75,8 @@ def _halves(flag: str, part: str) -> tuple[str, str]:
 def shown(names: Iterable[str]) -> str:
     """The names in quotes, at most twenty of them."""
     names = list(names)
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(map(repr, names[:_MOST_SHOWN])) + more
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(map(repr, names[:MOST_SHOWN])) + more
 
 
 def labelled_rows(table: Table, label: str, flags: LabelFlags) -> tuple[Table, list[str]]:
@@ -324,7 +241,7 @@ def classes_of(
 
 def _single_rows(table: Table, texts: set[str]) -> list[str]:
     """A warning if most labels occur in one row only, so that they may identify rows."""
-    if len(texts) <= _MOST_SHOWN or 2 * len(texts) <= len(table):
+    if len(texts) <= MOST_SHOWN or 2 * len(texts) <= len(table):
         return []
     return [
         f"warning: {table.origin}: {len(texts)} classes for {len(table)} rows, most with one row; if these are not the "
