@@ -176,6 +176,9 @@ def default_file(groups: list[Group]) -> Path:
 
 
 def _run(options: argparse.Namespace) -> int:
+    missing = [str(folder) for folder in options.runs if not folder.is_dir()]
+    if missing:
+        raise UsageError(f"{', '.join(missing)}: no such folder")
     groups = group_runs(options.runs)
     if options.write:
         source = options.source or f"measured on {', '.join(sorted({g.setup['device_name'] for g in groups}))}"
@@ -201,9 +204,6 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.write and options.baseline:
         parser.error("--write and --baseline: give only one")
-    missing = [str(folder) for folder in options.runs if not folder.is_dir()]
-    if missing:
-        parser.error(f"{', '.join(missing)}: no such folder")
     return exit_code_of(lambda: _run(options))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -161,6 +162,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+# What the file system refuses wherever a path is looked at; pathlib's is_file() and exists() raise it too.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
+
+
+def _of_file_system(error: OSError) -> UserError | None:
+    """What a user reads of an error that is about a path of his and not about this program; None for any other."""
+    if error.filename is None or error.errno not in (*_FULL, *_CLOSED):
+        return None
+    kind = CheckpointError if error.errno in _FULL else MachineError
+    return kind(f"{os.fsdecode(error.filename)}: {error.strerror}")
+
+
 def exit_code_of(action: Callable[[], int]) -> int:
     """Runs a command. A user's error is printed to stderr and gives its exit code, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -169,12 +183,22 @@ def exit_code_of(action: Callable[[], int]) -> int:
     try:
         return action()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        _hand_over(error)
-        return error.exit_code
+        return _told(error)
+    except OSError as error:
+        known = _of_file_system(error)
+        if known is None:
+            raise
+        return _told(known)
     except KeyboardInterrupt:
         return 130
+
+
+def _told(error: UserError) -> int:
+    """The exit code of an error that was printed, and handed over."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    _hand_over(error)
+    return error.exit_code
 
 
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -42,6 +44,44 @@ def test_the_error_is_handed_over_as_data(tmp_path, monkeypatch):
 def test_a_fault_of_ours_is_not_dressed_up(kind):
     with pytest.raises(kind):
         exit_code_of(fail_with(kind("bug")))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 4), (errno.ENAMETOOLONG, 4), (errno.EMFILE, 4), (errno.ENOSPC, 6), (errno.EROFS, 6)],
+)
+def test_what_the_file_system_refuses_anywhere_is_a_line(capsys, number, code):
+    reason = os.strerror(number)
+    assert exit_code_of(fail_with(OSError(number, reason, "/closed/file"))) == code
+    assert capsys.readouterr().err == f"error: /closed/file: {reason}\n"
+    with pytest.raises(OSError):  # no path, so not the user's file
+        exit_code_of(fail_with(OSError(number, reason)))
+    with pytest.raises(FileNotFoundError):
+        exit_code_of(fail_with(FileNotFoundError(errno.ENOENT, "gone", "/ours")))
+
+
+def test_a_name_that_no_file_can_have_is_a_line(tmp_path, capsys):
+    import run_glue
+    from bert_glue import check, soup
+    from bert_glue.predict import __main__ as predict
+    from bert_glue.report import __main__ as report
+
+    name = str(tmp_path / ("x" * 300))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("sentence1,label\na dog runs,yes\na cat sleeps,no\n")
+    needed = ["--do_train", "--output_dir", str(tmp_path / "out")]
+    for main, argv in (
+        (run_glue.main, ["--model_name_or_path", name, "--train_file", str(rows), *needed]),
+        (run_glue.main, ["--model_name_or_path", str(tmp_path), "--task_name", "mrpc", "--data_path", name, *needed]),
+        (run_glue.main, ["--model_name_or_path", str(tmp_path), "--train_file", f"{name}.csv", *needed]),
+        (predict.main, ["--model", name, "--input", "a.csv", "--output", "b.csv"]),
+        (report.main, [name]),
+        (check.main, [name]),
+        (soup.main, [name, name, "--output_dir", str(tmp_path / "soup")]),
+    ):
+        assert main(argv) in (2, 3, 4, 6), argv
+        errors = capsys.readouterr().err
+        assert "error: " in errors and "x" * 300 in errors, argv
 
 
 HOSTILE = [

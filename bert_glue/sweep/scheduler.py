@@ -183,7 +183,7 @@ class Queue:
             run.note_settings()
             (run.folder / _ERROR_NAME).unlink(missing_ok=True)
             with open_own(run.folder / LOG_FILE) as log:
-                log.write(f"\n$ {shlex.join(command)}\n".encode())
+                log.write(os.fsencode(f"\n$ {shlex.join(command)}\n"))
                 log.flush()
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

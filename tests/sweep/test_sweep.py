@@ -453,3 +453,10 @@ def test_real_runs_on_the_sample_killed_and_continued(tmp_path: Path) -> None:
     assert group["standard_error_of_dev"] == pytest.approx(100 * results["eval_accuracy_standard_error"])
     assert not list(tmp_path.glob("wnli/seed1/checkpoint-*"))
     assert (tmp_path / "wnli/seed1/model.safetensors").is_file()
+
+
+def test_a_folder_that_the_locale_cannot_decode(sweep: Sweep, tmp_path: Path) -> None:
+    sweep.output = tmp_path / "\u8f93\u51fa"
+    done = sweep.run(*MRPC, "1", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert str(sweep.output).encode() in (sweep.folder("mrpc", 1) / "run.log").read_bytes()
