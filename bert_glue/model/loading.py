@@ -126,7 +126,7 @@ def _depends_on_padding(model: LoadedModel) -> bool:
     try:
         alone, padded = (model.module(**collate(split, rows).inputs)[0] for rows in (np.array([0]), np.array([0, 1])))
     except Exception as error:  # models of transformers raise many types
-        way_out = "--pad_to_max_length pads all texts to one length"
+        way_out = "in run_glue.py --pad_to_max_length pads all texts to one length"
         if model.module.stock.config.pad_token_id is None:
             way_out = "name a padding token (pad_token) in tokenizer_config.json"
         why = f"the model cannot run texts of different lengths in one batch: {first_line(error)}"
