@@ -284,6 +284,7 @@ def _own(
         whole = own.split(task, name, "train" if is_parted and is_labelled else part, is_labelled, vocabulary)
         if is_parted and is_labelled:
             whole = whole.rows(_rows_of(args, whole, own.notes)[part != "train"])
+        own.notes += _empty_texts(whole)
         found[name] = whole
     return TaskData(task, found, source, warnings=tuple(dict.fromkeys(own.notes)))
 
@@ -323,6 +324,12 @@ def _rows_of(args: Arguments, whole: Split, notes: list[str]) -> tuple[list[int]
         + (f"; warning: {doubled} of them have the same text as a training row" if doubled else "")
     )
     return train, validation
+
+
+def _empty_texts(split: Split) -> list[str]:
+    """A note on rows with an empty text: a model answers them all alike."""
+    count = sum(not all(map(str.strip, row)) for row in zip(*split.texts, strict=True))
+    return [f"{split.origin}: {count} of {len(split)} rows have an empty text"] if count else []
 
 
 def _outputs(task: GlueTask) -> str:

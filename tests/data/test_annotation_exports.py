@@ -59,6 +59,7 @@ def test_several_choices_of_label_studio_are_lists(tmp_path: Path) -> None:
         (lambda text, label: {"text": text, "cats": {"pos": label == "pos"}}, "cats", "is an object: a name is needed"),
         (lambda text, label: {"text": text, "label": {"value": label}}, None, "is an object: a name is needed"),
         (lambda text, label: {"text": text, "spans": [{"label": label}]}, "spans", "is an object: a name is needed"),
+        (lambda text, label: {"text": text, "label": [[label]]}, None, "is a list in a list: a name is needed"),
         (lambda text, label: [text, label], None, "each line is a list; one object a row is needed"),
     ],
 )  # fmt: skip
@@ -100,3 +101,12 @@ def test_every_other_encoding_has_its_name(tmp_path: Path) -> None:
     for encoding, says in (("utf-16", "is UTF-16"), ("utf-32", "is UTF-32"), ("utf-16-le", "NUL byte")):
         (tmp_path / "a.csv").write_bytes(text.encode(encoding))
         assert says in refusal(tmp_path / "a.csv") and "UTF-8" in refusal(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u00a0\t"])
+def test_rows_with_an_empty_text_are_counted(tmp_path: Path, blank: str) -> None:
+    rows = [[text if at % 4 else blank, label] for at, (text, label) in enumerate(ROWS)]
+    file = table(tmp_path / "a.csv", ["text", "label"], rows)
+    assert f"{file}: 2 of 8 rows have an empty text" in load(file).warnings
+    whole = load(table(tmp_path / "b.csv", ["text", "label"], [list(row) for row in ROWS]))
+    assert not any("empty text" in line for line in whole.warnings)

@@ -92,12 +92,13 @@ def has_label_sets(table: Table, label: str, flags: LabelFlags) -> tuple[bool, l
 
 
 def _refuse_objects(table: Table, label: str) -> None:
-    """Refuses labels that are JSON objects, such as `{"art": true, "news": false}`."""
+    """Refuses labels that are JSON objects, such as `{"art": true, "news": false}`, or lists in lists."""
     for row, value in enumerate(table.column(label)):
         cells = value if isinstance(value, (list, tuple)) else [value]
-        if found := next((one for one in cells if isinstance(one, dict)), None):
+        if found := next((one for one in cells if isinstance(one, (dict, list, tuple))), None):
+            kind = "an object" if isinstance(found, dict) else "a list in a list"
             raise DataError(
-                f"{table.where(row)}: label {str(found)[:60]!r} is an object: a name is needed, or a list of names, or "
+                f"{table.where(row)}: label {str(found)[:60]!r} is {kind}: a name is needed, or a list of names, or "
                 "a column of 0 and 1 for each class"
             )
 
