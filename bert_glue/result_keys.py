@@ -49,6 +49,7 @@ TRAIN_TIMED_SECONDS = "train_timed_seconds"
 TRAIN_MODEL_TFLOPS_PER_SECOND = "train_model_tflops_per_second"
 TRAIN_SHARE_OF_GEMM = "train_share_of_gemm"
 E2E_RUNTIME = "e2e_runtime"
+STOPPED_BY_SIGNAL = "stopped_by_signal"  # true if a signal ended the run; else absent
 PEAK_MEMORY_BYTES = "peak_memory_bytes"
 SECONDS_TO_FIRST_STEP = "seconds_to_first_step"
 CLASS_WEIGHTS = "class_weights"

@@ -140,7 +140,10 @@ def summary(results: dict, folder: Path) -> list[str]:
     training = f", training {duration(record.number(keys.TRAIN_RUNTIME))}" if keys.TRAIN_RUNTIME in record else ""
     rows.append(("time", f"{duration(record.number(keys.E2E_RUNTIME))}{training}"))
     rows.append(("report", str(folder / "report.html")))
-    if keys.TRAIN_STEPS in record:
+    if keys.STOPPED_BY_SIGNAL in record:  # the folder may have no model, so nothing can be predicted with it
+        more = " with --resume_from_checkpoint auto continues" if keys.TRAIN_STEPS in record else " starts it again"
+        rows += [("stopped", "by a signal, before the run was complete"), ("next", f"the same command{more}")]
+    elif keys.TRAIN_STEPS in record:
         call = [_python(), "-m", "bert_glue.predict", "--model", str(folder), "--input", "FILE", "--output", "FILE"]
         rows.append(("next", shlex.join(call)))
     note = f" ({SAMPLE_NOTE})" if results["sample_data"] else ""

@@ -142,7 +142,7 @@ def _steps(
         results |= compiled.summary(evaluator.collate.shapes, log)
     results["peak_memory_bytes"] = max(ranks.all_gather_object(ranks.device.peak_memory()))
     results |= {"seconds": phase.seconds, "e2e_runtime": seconds_since_process_start()}
-    results |= {"stopped_by_signal": True} if is_stopped else _judged(args, data.task, results)
+    results |= {keys.STOPPED_BY_SIGNAL: True} if is_stopped else _judged(args, data.task, results)
     if ranks.is_first:
         progress = state.progress if state else TrainProgress()
         trackers.log_results(results, progress.step)

@@ -15,7 +15,7 @@ from bert_glue.config.arguments import FLAGS
 from bert_glue.config.files import CONFIG_SUFFIXES, SAMPLE_RECIPE, read_config, recipe_file, recipe_names, value_text
 from bert_glue.config.parser import as_config, parse
 from bert_glue.errors import UsageError, did_you_mean
-from bert_glue.result_keys import headline_keys
+from bert_glue.result_keys import STOPPED_BY_SIGNAL, headline_keys
 from bert_glue.storage.files import RESULTS_FILE, json_object, write_json
 from bert_glue.tasks import OWN, TASKS, TRAINABLE, GlueTask, own_task
 
@@ -95,7 +95,7 @@ class SweepRun:
         results = _read_object(self.folder / RESULTS_FILE)
         is_whole = (
             results is not None
-            and "stopped_by_signal" not in results
+            and STOPPED_BY_SIGNAL not in results
             and all(key in results for key in headline_keys(self.task))
         )
         return results if is_whole and results.get("seed") == self.seed else None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_run import arguments, changed, make_data, make_model, results_of
 
+from bert_glue import result_keys as keys
 from bert_glue.data.sample import SAMPLE_LABEL
 from bert_glue.pipeline import outputs
 from bert_glue.pipeline import run as pipeline
@@ -340,6 +341,15 @@ def test_the_next_command_starts_the_python_of_the_run(tmp_path, monkeypatch, is
     folder = Path(sys.executable).parent if is_activated else tmp_path
     monkeypatch.setattr(outputs.shutil, "which", lambda name: str(folder / name))
     assert outputs._python() == ("python" if is_activated else sys.executable)
+
+
+def test_a_stopped_run_says_so_and_how_it_continues(sample):
+    results = {**results_of(sample.args), keys.STOPPED_BY_SIGNAL: True}
+    text = "\n".join(outputs.summary(results, sample.folder))
+    assert "  stopped  by a signal, before the run was complete" in text and "bert_glue.predict" not in text
+    assert "  next     the same command with --resume_from_checkpoint auto continues" in text
+    del results[keys.TRAIN_STEPS]
+    assert "  next     the same command starts it again" in outputs.summary(results, sample.folder)
 
 
 def test_a_run_ends_with_lines_for_a_person(own, sample, monkeypatch):
