@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +14,16 @@ from packed_reference import LENGTH_SETS, _backward, _compare, _stock_logits
 from tiny_models import SETTINGS, packed_like, random_batch, stock_model, takes_types
 
 from bert_glue.data.packing import PackedLayout
+from bert_glue.errors import MachineError
+from bert_glue.model import attention
 from bert_glue.model.attention import attend, block_attention, padded_attention
 from bert_glue.model.encoder import PackedClassifier
-from bert_glue.model.families import why_not_packed
+from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.kernels import relative
 from bert_glue.model.kernels.padded import sdpa_blocks
 from bert_glue.model.layers import DropoutMasks
 from bert_glue.precision.flat_buffers import flatten
+from bert_glue.training.cuda_graphs import check_recordable
 
 NEW = ("modernbert", "mpnet", "deberta-v2", "ernie", "rembert", "roberta-prelayernorm", "xlm-roberta-xl")
 SITE = 8
@@ -277,3 +282,50 @@ def test_keys_that_are_off_or_read_by_nothing_run_packed(model_type):
     config = stock_model(model_type).config.to_dict()
     for extra in ({}, {"_attn_implementation": "sdpa"}, {"layer_drop_every": 0}, {"model_max_length": 512}):
         assert why_not_packed(config | extra) is None
+
+
+# ---- devices that are not here ----
+
+
+def test_torchs_flash_kernel_takes_a_window():
+    """On tensors without data: names, types and a gradient, no numbers."""
+    x = torch.empty(10, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    out = attention._flash_kernel(x, x, x, cu_seqlens, cu_seqlens, 7, 7, 0.1, window=3)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (10, 2, 16)
+
+
+def test_cuda_gives_the_kernel_the_window(monkeypatch):
+    windows = []
+
+    def kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop, window=None):
+        windows.append(window)
+        return query * 1.0
+
+    attention.cuda_kernel.cache_clear()
+    monkeypatch.setattr(attention, "CUDA_KERNELS", {"stand-in": (kernel, True)})
+    layout = PackedLayout((40, 3))
+    x = torch.randn(43, 2, 4)
+    for seen in (layout, layout.within(8)):
+        attention.varlen_attention(x, x, x, seen, False, 0.0, None, SITE)
+    attention.cuda_kernel.cache_clear()
+    assert windows == [None, None, 8, 8]  # each a probe and a call
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
+def test_cuda_graphs_are_refused_with_the_reason(model_type):
+    class Model:
+        is_packed, module = True, packed_like(stock_model(model_type))
+
+    class Recording:
+        can_record = True
+
+    with pytest.raises(MachineError, match="lengths on the host"):
+        check_recordable(Model, None, Recording)
+
+
+def test_the_page_of_families_names_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    named = {name for row in re.findall(r"^\| (`[^|]+) \|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}
+    assert named - {"model_type"} == set(FAMILIES)
