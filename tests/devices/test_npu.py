@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from fused_checks import check_fused_semantics, fused_semantics
 from safetensors.numpy import load_file
-from simulated_runs import environment, run_all
+from simulated_runs import environment, needs_simulated_npu, run_all
 from tiny_run import REPOSITORY, arguments, bert_tensors, flags_of, make_label_sets, make_model
+
+pytestmark = needs_simulated_npu
 
 TND = "npu_fusion_attention.TND"
 PACKED, PADDED = "packed: npu_fusion_attention, TND", "padded inside attention only"

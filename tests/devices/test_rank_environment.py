@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from free_port import free_port
 from simulated_runs import environment as with_simulated_npu
+from simulated_runs import needs_simulated_npu
 from tiny_run import REPOSITORY, arguments, flags_of
 
 from bert_glue.devices.device import resolve_device
@@ -233,6 +234,7 @@ def test_srun(words: list[str], alone: dict, tmp_path: Path) -> None:
     check_two(results(tmp_path), alone)
 
 
+@needs_simulated_npu
 def test_one_visible_device_a_rank(words: list[str], alone: dict, tmp_path: Path) -> None:
     """As `srun --gpus-per-task=1` and many harnesses start ranks; on the simulated NPU."""
     words = [*words, "--device", "npu", "--output_dir", str(tmp_path)]

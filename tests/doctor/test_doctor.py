@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from simulated_runs import needs_simulated_npu
 
 from bert_glue.config.parser import parse
 from bert_glue.devices import npu_versions
@@ -102,6 +103,7 @@ def test_a_device_that_is_not_here(device: str, code: int, says: str) -> None:
     assert returned == code and not report["can_train"] and says in problems(report)
 
 
+@needs_simulated_npu
 def test_the_simulated_npu_trains_and_says_that_it_is_simulated() -> None:
     """Call signatures and flow only, as everything on the simulated device."""
     code, report = examined("--device", "npu", packages=(REPOSITORY / "tests/support/simulated_npu",))
@@ -113,6 +115,7 @@ def test_the_simulated_npu_trains_and_says_that_it_is_simulated() -> None:
     assert report["recipe"]["precision"] == "O2 fp16, loss scale 1024"
 
 
+@needs_simulated_npu
 def test_an_index_beyond_the_simulated_devices() -> None:
     code, report = examined("--device", "npu:7", packages=(REPOSITORY / "tests/support/simulated_npu",))
     assert code == 4 and "npu device 7 is not here, there are 2 => choose one below 2" in problems(report)

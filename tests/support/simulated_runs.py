@@ -16,8 +16,17 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+import torch
+from torch.utils import backend_registration
+
 REPOSITORY = Path(__file__).parents[2]
 SIMULATED = REPOSITORY / "tests" / "support" / "simulated_npu"
+# The simulated NPU is a backend in Python.
+needs_simulated_npu = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} cannot have a backend in Python, as the simulated NPU is one",
+)
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -44,7 +53,6 @@ def main(file: Path) -> None:
     """Run what the file lists."""
     sys.path.insert(0, str(REPOSITORY))
     import numpy as np
-    import torch
     import torch_npu.tensor
 
     import run_glue
