@@ -134,6 +134,11 @@ class LoadedModel:
             return None
 
     @property
+    def words_name(self) -> str:
+        """Name of a packed model's table of words in transformers."""
+        return f"{FAMILIES[self.config['model_type']].outside['words']}.weight"
+
+    @property
     def position_limit(self) -> int:
         """Longest sequence that the position table allows, in tokens."""
         if self.is_packed:

@@ -29,7 +29,7 @@ def whole_weights(state: TrainState) -> dict[str, torch.Tensor]:
     with learner.averaged():
         tensors = learner.model.tensors(learner.precision.named_masters())
         if learner.narrowed is not None:
-            table = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+            table = learner.model.words_name
             tensors[table] = learner.narrowed.expand(tensors[table])
     return tensors
 
