@@ -36,6 +36,8 @@ class RecordedLayout:
         longest: tokens of the longest sample of any batch, >= 1.
     """
 
+    window = None  # `check_recordable` refuses models whose attention has windows
+
     def __init__(self, layout: PackedLayout, device: torch.device, longest: int):
         self.lengths = layout.lengths
         # The bound is a number in the recording, so it must hold for every later batch: the longest sample, or the
@@ -46,6 +48,10 @@ class RecordedLayout:
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
         """The cumulative lengths, `[sequences + 1]` int32."""
         return self._place
+
+    def within(self, window: None) -> RecordedLayout:
+        """Itself: there is no window."""
+        return self
 
     def fill(self, layout: PackedLayout) -> None:
         """Copy the cumulative lengths of another batch into the buffer."""
