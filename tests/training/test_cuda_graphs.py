@@ -265,7 +265,7 @@ def test_other_devices_are_refused_with_exit_code_4(tmp_path, capsys):
 
 
 def test_padded_models_and_absent_kernels_are_refused(tmp_path, recordable, monkeypatch):
-    with pytest.raises(MachineError, match="packed models only .*use --torch_compile"):
+    with pytest.raises(MachineError, match="only with packed models .*use --torch_compile"):
         pipeline.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
     monkeypatch.setattr(attention, "CUDA_KERNELS", {})
     attention.cuda_kernel.cache_clear()
