@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -329,3 +330,12 @@ def test_the_page_of_families_names_every_family():
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     named = {name for row in re.findall(r"^\| (`[^|]+) \|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}
     assert named - {"model_type"} == set(FAMILIES)
+
+
+def test_the_page_of_families_has_the_measured_ratios():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "families.md").read_text(encoding="utf-8")
+    measured = json.loads((root / "benchmarks/results/families-cpu.json").read_text(encoding="utf-8"))
+    for name, tasks in measured["families"].items():
+        ratios = " | ".join(f"{tasks[task]['rate_vs_padded']:.2f}" for task in ("mrpc", "cola"))
+        assert f"| `{name}` | {ratios} |" in page
