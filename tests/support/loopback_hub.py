@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import yaml
@@ -96,7 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"datasets/{base}/resolve/"):
             self._file(path.removeprefix(f"datasets/{base}/resolve/"))
         elif path in (f"api/datasets/{base}", f"api/datasets/{base}/revision/{commit}"):
-            self._json({"id": base, "sha": commit, "private": False, "tags": [], "downloads": 0})
+            # datasets 3.0 looks through the list of files
+            files = [file.relative_to(self.root).as_posix() for file in sorted(self.root.rglob("*")) if file.is_file()]
+            known = {"id": base, "sha": commit, "private": False, "tags": [], "downloads": 0}
+            self._json({**known, "siblings": [{"rfilename": name} for name in files]})
         elif path.startswith(f"api/datasets/{base}/tree/{commit}"):
             self._tree(path.removeprefix(f"api/datasets/{base}/tree/{commit}").strip("/"))
         else:
@@ -208,7 +211,9 @@ def _etag(body: bytes) -> str:
 
 
 def _asked_paths(body: bytes) -> list[str]:
-    return json.loads(body)["paths"]
+    if body.startswith(b"{"):
+        return json.loads(body)["paths"]
+    return parse_qs(body.decode())["paths"]  # huggingface_hub 0.26 sends a form
 
 
 @contextmanager
