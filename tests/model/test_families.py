@@ -326,6 +326,27 @@ def test_cuda_graphs_are_refused_with_the_reason(model_type):
         check_recordable(Model, None, Recording)
 
 
+def test_the_configs_of_the_hub_run_packed():
+    """The keys of published models, in the form in which they lie there."""
+    sizes = {"vocab_size": 99, "num_hidden_layers": 4, "max_position_embeddings": 512, "hidden_size": 32}
+    sizes |= {"num_attention_heads": 4, "intermediate_size": 48}
+    modern = {
+        "model_type": "modernbert", "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+        "local_rope_theta": 10000.0, "local_attention": 128, "position_embedding_type": "sans_pos",
+        "reference_compile": True, "repad_logits_with_grad": False, "sparse_pred_ignore_index": -100,
+        "layer_norm_eps": 1e-5, "norm_eps": 1e-5, "hidden_activation": "gelu", "classifier_pooling": "mean",
+    }  # fmt: skip
+    deberta = {
+        "model_type": "deberta-v2", "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm",
+        "share_att_key": True, "pos_att_type": "p2c|c2p", "max_relative_positions": -1, "pooler_dropout": 0,
+        "position_biased_input": False, "pooler_hidden_act": "gelu", "pooler_hidden_size": 32, "type_vocab_size": 0,
+    }  # fmt: skip
+    for config in (sizes | modern, sizes | deberta):
+        assert why_not_packed(config) is None
+    shape = FAMILIES["modernbert"].shape(sizes | modern, 2)
+    assert shape.rotary == (160000.0, 10000.0, 10000.0, 160000.0) and shape.windows == (None, 64, 64, None)
+
+
 def test_the_page_of_families_names_every_family():
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     named = {name for row in re.findall(r"^\| (`[^|]+) \|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}

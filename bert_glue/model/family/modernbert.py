@@ -124,10 +124,13 @@ MODERNBERT = _ModernBert(
         """
     decoder_bias deterministic_flash_attn initializer_cutoff_factor reference_compile
     repad_logits_with_grad sparse_prediction sparse_pred_ignore_index layer_norm_eps
-    position_embedding_type
     """
     ),
-    only={"classifier_pooling": (tuple(_POOLING), "its pooling is not cls or mean: classifier_pooling")},
+    only={
+        "classifier_pooling": (tuple(_POOLING), "its pooling is not cls or mean: classifier_pooling"),
+        # Ettin and mmBERT carry the second; transformers' class reads neither.
+        "position_embedding_type": (("absolute", "sans_pos", None), "its positions are not rotary"),
+    },
     dropout_keys=("mlp_dropout", "attention_dropout"),
     activation_keys=("hidden_activation", "classifier_activation"),
 )
