@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bert_glue import onnx_variants
 from bert_glue.config.command_line import CommandParser
 from bert_glue.errors import MachineError, UserError, exit_code_of, print_lines, printable, run_program
 from bert_glue.launch.requirements import refuse_unusable
@@ -214,6 +213,7 @@ def export(name: str, path: Path, batch: int, variants: tuple[str, ...] = ()) ->
         MachineError: the folder has no classifier, a package is missing, or the graph's logits differ from torch's.
         CheckpointError: a file cannot be written.
     """
+    from bert_glue import onnx_variants
     from bert_glue.storage.files import plain_errors
 
     for package in ("onnx", *(["onnxruntime"] if variants else [])):
@@ -257,6 +257,8 @@ def _on_own_rows(name: str, model: LoadedModel, path: Path, variants: tuple[str,
     """The table of `onnx_variants.compare`, or the reason why there is none."""
     import torch
 
+    from bert_glue import onnx_variants
+
     try:
         task, split = onnx_variants.own_rows(Path(name), model, _ROWS)
     except UserError as error:
@@ -292,6 +294,8 @@ def main(argv: list[str]) -> int:
 
     def write() -> int:
         refuse_unusable()
+        from bert_glue import onnx_variants
+
         variants = [kind for kind in (onnx_variants.FP16, onnx_variants.INT8) if getattr(args, kind)]
         print_lines(*export(args.run, path, args.batch, tuple(variants)))
         return 0

@@ -158,14 +158,16 @@ def _session(path: Path, threads: int) -> Runner:
 
 
 def _batches(model: LoadedModel, split: TokenSplit, size: int, most: int | None = None) -> list[Batch]:
-    import torch
-
     from bert_glue.data.batching import Collator
 
     collate = Collator(
-        padding="longest", max_length=model.position_limit, pad_id=model.pad_id, device=torch.device("cpu"),
-        gives_types=model.tokenizer.gives_types, pads_left=model.tokenizer.pads_left,
-    )  # fmt: skip
+        padding="longest",
+        max_length=model.position_limit,
+        pad_id=model.pad_id,
+        device=next(model.module.parameters()).device,
+        gives_types=model.tokenizer.gives_types,
+        pads_left=model.tokenizer.pads_left,
+    )
     rows = np.arange(len(split) if most is None else min(most, len(split)))
     return [collate(split, rows[begin : begin + size]) for begin in range(0, len(rows), size)]
 
@@ -182,7 +184,7 @@ def _agreement(
     from bert_glue.evaluation.metrics import compute_metrics
 
     answers, others = predictions_of(task, logits), predictions_of(task, expected)
-    is_equal = np.abs(answers - others) < 0.01
+    is_equal = np.abs(answers - others) < 0.01 if task.is_regression else answers == others
     same = float(is_equal.all(axis=tuple(range(1, is_equal.ndim))).mean())
     score = compute_metrics(task, answers, labels)[task.headline]
     return float(np.abs(logits - expected).max()), same, score

@@ -64,7 +64,7 @@ def test_an_address_nobody_explained_is_refused(tmp_path, capsys):
 def test_a_broken_row_and_a_missing_statement(tmp_path, capsys):
     root = project(tmp_path, "| one | two |\n")
     assert main(["--root", str(root), "--check"]) == 3
-    assert f"{STATEMENT}:5: 2 columns instead of 5" in capsys.readouterr().err
+    assert f"{STATEMENT}:5: 2 columns where 5 are expected" in capsys.readouterr().err
     assert main(["--root", str(tmp_path / "none")]) == 3
     assert "run this in the root of a checkout" in capsys.readouterr().err
 

@@ -268,6 +268,7 @@ def submission(clone: Clone, command: str) -> None:
 def prediction(clone: Clone, command: str) -> None:
     clone.trained("output/mrpc")
     (clone.root / "new.csv").write_text('sentence1,sentence2\n"a, b",c\nd,e\n')
+    (clone.root / "labelled.csv").unlink(missing_ok=True)  # of another command of the pages
     clone.run(command)
     with (clone.root / "labelled.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -210,4 +210,4 @@ def test_models_of_other_answers_are_no_ensemble(runs: list[Path], tmp_path: Pat
     words = ["--input", str(source), "--output", str(tmp_path / "o.csv"), "--device", "cpu"]
     assert predict.main(["--model", str(runs[0]), str(other), *words]) == 2
     err = capsys.readouterr().err
-    assert "other answers bad, good, --model" in err and err.rstrip().endswith("no, yes")
+    assert "other predicts bad, good and --model" in err and "predicts no, yes;" in err

@@ -82,8 +82,10 @@ class Device:
     @property
     def name(self) -> str:
         """The name in result files: `model_name`, and for a CPU the number of torch's threads."""
-        threads = f", {torch.get_num_threads()} threads" if self.is_host else ""
-        return self.model_name + threads
+        if not self.is_host:
+            return self.model_name
+        threads = torch.get_num_threads()
+        return f"{self.model_name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
     @property
     def model_name(self) -> str:

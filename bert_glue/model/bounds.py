@@ -68,7 +68,7 @@ _RANGES: dict[str, _Range] = {
     ),
 }  # fmt: skip
 _TEXTS = (
-    "model_type", "hidden_act", "activation", "hidden_activation", "classifier_activation", "pooler_hidden_act",
+    "model_type", "hidden_act", "activation", "hidden_activation", "pooler_hidden_act",
     "position_embedding_type", "classifier_pooling", "norm_rel_ebd", "finetuning_task", "problem_type",
 )  # fmt: skip
 # Other keys that a description reads, and what their values are.
@@ -76,6 +76,8 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "rope_parameters": (dict, "an object with the keys of rotary positions"),
     "layer_types": (list, "a list with the kind of each layer"),
     "pos_att_type": ((str, list), "c2p, p2c, or a list of both"),
+    # MobileBERT says whether its pooler has an activation, ModernBERT which one.
+    "classifier_activation": ((str, bool), "a text, or true or false"),
     **dict.fromkeys(
         (
             "relative_attention", "share_att_key", "position_biased_input", "use_task_id", "attention_bias",

@@ -102,7 +102,7 @@ def test_test_splits_are_unlabelled_and_no_other_is():
 
 def test_every_official_task_has_a_sample_and_a_users_own_has_none():
     assert set(SAMPLE_TASKS) == set(TASKS)
-    with pytest.raises(UsageError, match="no sample"):
+    with pytest.raises(UsageError, match="--sample has no split"):
         sample_rows(own_task("reviews", ("text",), ("bad", "good")), "train")
     with pytest.raises(UsageError, match="'dev'"):
         sample_rows(TASKS["rte"], "dev")

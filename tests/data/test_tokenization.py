@@ -258,7 +258,7 @@ def test_a_choice_against_transformers_is_told(tmp_path, words, settings, is_tol
 
 def test_ids_and_types_beyond_the_model_s_tables_are_refused(tmp_path):
     folder = _write_bert(tmp_path, do_lower_case=True)
-    with pytest.raises(MachineError, match="gives token id .* the model has 9 rows"):
+    with pytest.raises(MachineError, match="gives token id .* the model has only 9 rows"):
         TextTokenizer(folder, word_rows=9).encode(SINGLE, 16)
     with pytest.raises(MachineError, match="gives token type 1, but the model has only 1 rows"):
         TextTokenizer(folder, type_rows=1).encode(PAIR, 16)

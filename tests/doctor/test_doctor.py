@@ -167,7 +167,7 @@ def test_a_device_that_hangs_is_given_up_and_leaves_no_process(tmp_path: Path) -
 def test_packages_that_are_missing_or_old(no_torch: Path, tmp_path: Path) -> None:
     old = package(tmp_path / "old", "transformers", "", version="4.18.0")
     _, report = examined(packages=(no_torch, old))
-    assert "transformers 4.18.0 is outside the tested range, 4.44 to 5.x" in problems(report)
+    assert "transformers 4.18.0 is outside the tested range 4.44 to 5.x" in problems(report)
     shown = next(row for row in report["stack"] if row["name"] == "transformers")
     assert shown == {"name": "transformers", "version": "4.18.0", "verdict": "outside the tested range, 4.44 to 5.x"}
 

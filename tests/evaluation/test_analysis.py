@@ -122,7 +122,7 @@ def test_diagnostic_categories(tmp_path):
     assert found["all"][1] == 4 and found["Logic"] == [1.0, 3] and found["Lexical Semantics"][1] == 2
     assert diagnostic(task, None, np.array([0])) is None
     assert diagnostic(task, str(tmp_path / "diagnostic"), np.array([0])) is None
-    with pytest.raises(DataError, match="4 rows, but 9 predictions"):
+    with pytest.raises(DataError, match="4 rows, but there are 9 predictions"):
         diagnostic(task, str(tmp_path), np.zeros(9, int))
 
 

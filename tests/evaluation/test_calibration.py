@@ -193,10 +193,9 @@ def test_a_graph_carries_it_in_its_metadata(tmp_path: Path) -> None:
     args = arguments(tmp_path, **make_data(tmp_path / "data", validation=30), do_eval=True, calibrate=True, max_steps=2)
     assert run(args) == 0
     lines = export(args.output_dir, tmp_path / "model.onnx", 1)
-    (entry,) = onnx.load(str(tmp_path / "model.onnx")).metadata_props
-    assert entry.key == "bert_glue.calibration"
-    assert json.loads(entry.value) == read_description(Path(args.output_dir))["calibration"]
-    assert "without the calibration of --calibrate" in lines[-1]
+    stored = {entry.key: entry.value for entry in onnx.load(str(tmp_path / "model.onnx")).metadata_props}
+    assert json.loads(stored["bert_glue.calibration"]) == read_description(Path(args.output_dir))["calibration"]
+    assert any("without the calibration of --calibrate" in line for line in lines)
 
 
 def test_what_cannot_be_calibrated_is_refused_before_training(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_one_log_a_rank_and_the_first_one_is_shown(repo: Path) -> None:
 
 
 def test_logs_of_ranks_are_not_written_through_links(repo: Path, tmp_path: Path) -> None:
-    folder, victims = repo / "test/output/mrpc/2p", tmp_path / "victims"
+    folder, victims = repo / "test/output/mrpc/bert-large-cased_2p_acc", tmp_path / "victims"
     folder.mkdir(parents=True)
     victims.mkdir()
     names = ["train_rank_0.log", "train_rank_1.log", "launcher_0.log"]

@@ -73,8 +73,8 @@ def test_labels_and_onnx_are_the_adapter_models_own(runs, tmp_path):
     np.testing.assert_allclose(labelled(runs[:1], tmp_path), expected.softmax(-1).numpy(), atol=1e-5)
     assert (logits(export.load(str(runs[0])).module.stock, runs[0], rows(12, 5)) - expected).abs().max() < 1e-5
     if find_spec("onnx"):
-        (line, _) = export.export(str(runs[0]), tmp_path / "x.onnx", 1)
-        assert find_spec("onnxruntime") is None or "logits equal torch's" in line
+        lines = export.export(str(runs[0]), tmp_path / "x.onnx", 1)
+        assert find_spec("onnxruntime") is None or "logits equal torch's" in lines[0]
 
 
 def test_their_soup_and_their_mean(runs, tmp_path):

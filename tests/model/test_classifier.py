@@ -58,7 +58,7 @@ def test_a_trusted_model_is_saved_with_its_code(folder, tmp_path):
     inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     with torch.no_grad():
         assert type(again).__name__ == "Doubled"
-        assert torch.equal(again(**inputs).logits, model.module(**inputs))
+        torch.testing.assert_close(again(**inputs).logits, model.module(**inputs))
 
 
 def test_code_that_is_not_trusted_is_neither_run_nor_kept(folder, tmp_path):

@@ -281,7 +281,7 @@ def test_what_does_not_go_together_is_refused(done, tmp_path, capsys):
     capsys.readouterr()
     assert main(["soup", str(out), str(single), "--output_dir", str(tmp_path / "soup")]) == 2
     assert "problem_type" in capsys.readouterr().err
-    with pytest.raises(MachineError, match="multi_label_classification, sst2 is single_label_classification"):
+    with pytest.raises(MachineError, match="multi_label_classification, but sst2 is single_label_classification"):
         run(
             arguments(
                 tmp_path, model_name_or_path=str(out), task_name="sst2", sample=True, do_train=False, do_eval=True

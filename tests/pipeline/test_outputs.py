@@ -233,7 +233,7 @@ def test_the_model_card_has_recipe_and_hashes(own, sample):
     assert "- `--learning_rate 0.005`" in card and "--output_dir" not in card and "--do_train" not in card
     assert f"- model.safetensors: `{run['weights_sha256']}`" in card
     assert f"- train: `{run['data']['sha256']['train']}`" in card
-    assert "This model reads sentence1 and sentence2 and answers one of: no, yes." in card
+    assert "This model reads sentence1 and sentence2 and predicts one of: no, yes." in card
     assert "Standard error of this run's score" in card and "![Loss, score" in card
     assert "this model is a demonstration" in sample.text("README.md")
 

@@ -90,7 +90,7 @@ def test_broken_data_is_exit_code_3_with_file_and_line(tmp_path, capsys):
 def test_an_absent_model_is_exit_code_4(tmp_path, capsys, flag):
     absent = str(tmp_path / "absent")
     code, errors = main(arguments(tmp_path, **{flag: absent}), capsys)
-    assert code == 4 and f"--{flag} {absent}: no such folder" in errors
+    assert code == 4 and f"--{flag} {absent}: there is no such folder" in errors
 
 
 def test_numbers_that_leave_the_finite_are_exit_code_5(tmp_path, capsys):

@@ -271,7 +271,7 @@ def test_columns_by_name(run, tmp_path, capsys):
     source.write_text("x,y\na dog runs,a dog waits\n")
     assert label(run, source, tmp_path / "out.csv", "--text_columns", "x", "y") == 0
     assert label(run, source, tmp_path / "out.csv", "--overwrite", "--text_columns", "x") == 2
-    assert "--text_column_names x: the model reads 2 a row: sentence1, sentence2" in capsys.readouterr().err
+    assert "--text_column_names x: the model reads 2 texts per row: sentence1, sentence2" in capsys.readouterr().err
 
 
 def test_what_a_kind_cannot_hold_is_refused(run, tmp_path, capsys):
@@ -301,7 +301,7 @@ def test_a_model_without_classifier_is_refused(run, tmp_path, capsys):
     model = make_model(tmp_path / "encoder")
     source = write_input(tmp_path / "in.csv", 3)
     assert label(model, source, tmp_path / "out.csv") == 4
-    assert "has no classifier; fine-tune it first" in capsys.readouterr().err
+    assert "has no fine-tuned classifier; train it first with run_glue.py" in capsys.readouterr().err
 
 
 def test_what_a_folder_leaves_open_is_told(run, tmp_path, capsys):
