@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.suggestions import suggested_flag, suggested_option
-from bert_glue.config.values import is_placeholder, shown
+from bert_glue.config.values import is_placeholder, placeholder_problem, shown
 from bert_glue.errors import UsageError, exit_code_of
 
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # a value, as argparse has it
@@ -84,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
         if (flag and (flag.many or flag.verbatim)) or not is_placeholder(text):
             return ""
         name = action.option_strings[0] if action.option_strings else action.metavar
-        return f"{name}: {shown(text)} is a placeholder of a template; replace it by: {action.help}"
+        return f"{name}: {placeholder_problem(shown(text), action.help)}"
 
 
 def _texts(action: argparse.Action, options: argparse.Namespace) -> list[str]:

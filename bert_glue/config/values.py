@@ -47,8 +47,7 @@ def flag_value(flag: Flag, text: str) -> Any:
     if is_name and any(len(part.encode(errors="surrogateescape")) > _LONGEST_NAME for part in text.split("/")):
         raise ValueError(f"{shown(text)} has a name of more than {_LONGEST_NAME} bytes, which no file system holds")
     if not flag.many and not flag.verbatim and is_placeholder(text):
-        value = "a value" if flag.secret else shown(text)
-        raise ValueError(f"{value} is a placeholder of a template; replace it by: {flag.text}")
+        raise ValueError(placeholder_problem("a value" if flag.secret else shown(text), flag.text))
     return _READERS[flag.kind](flag, text)
 
 
@@ -58,6 +57,16 @@ def is_placeholder(text: str) -> bool:
     is_example = ("path", "to") in zip(parts, parts[1:], strict=False)
     is_unfilled = is_example or _PLACEHOLDER_WITHIN.search(text) or any(map(_PLACEHOLDER.fullmatch, parts))
     return bool(is_unfilled) and not Path(text).exists()
+
+
+def placeholder_problem(value: str, meaning: str) -> str:
+    """What a user reads of a placeholder.
+
+    Args:
+        value: the placeholder as it is shown.
+        meaning: what belongs in its place.
+    """
+    return f"{value} is a placeholder of a template; replace it by: {meaning}"
 
 
 def read_bool(text: str) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from packed_reference import (
     GRADIENT_LIMIT,
     LENGTH_SETS,
@@ -18,6 +17,8 @@ from packed_reference import (
     _compare,
     _stock_gradients,
     _stock_logits,
+    assert_finite_differences,
+    with_dropout,
 )
 from tiny_models import SETTINGS, packed_like, random_batch, stock_model, takes_types, write_model
 
@@ -172,23 +173,13 @@ def test_activations(activation):
 # ---- dropout ----
 
 
-def _with_dropout(stock, **options) -> PackedClassifier:
-    from dataclasses import replace
-
-    plain = packed_like(stock)
-    rates = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "output_dropout": 0.1, "head_dropouts": (0.1, 0.2)}
-    module = PackedClassifier(replace(plain.shape, **rates), **options)
-    module.load_state_dict(plain.state_dict())
-    return module.train()
-
-
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_gradient_checkpointing_sees_the_same_masks(is_flat):
     stock = stock_model("bert")
     packed, _ = random_batch((30, 7, 12, 28))
     gradients = []
     for checkpointing in (False, True):
-        module = _with_dropout(stock, gradient_checkpointing=checkpointing)
+        module = with_dropout(stock, gradient_checkpointing=checkpointing)
         if is_flat:
             flatten(module)
         dropout_masks = DropoutMasks(seed=3)
@@ -200,7 +191,7 @@ def test_gradient_checkpointing_sees_the_same_masks(is_flat):
 
 
 def test_dropout_follows_the_step_and_is_off_without_noise():
-    module = _with_dropout(stock_model("bert"))
+    module = with_dropout(stock_model("bert"))
     packed, _ = random_batch((30, 7, 12))
     dropout_masks, outputs = DropoutMasks(seed=3), []
     for step in (0, 1, 0):
@@ -218,32 +209,14 @@ def test_every_dropout_has_an_address_of_its_own(monkeypatch):
         DropoutMasks, "keep", lambda self, s, d, mask_id: seen.append(mask_id) or keep(self, s, d, mask_id)
     )
     packed, _ = random_batch((30, 7, 12, 100))
-    module = _with_dropout(stock_model("bert"))
+    module = with_dropout(stock_model("bert"))
     module(**packed, dropout_masks=DropoutMasks(0))
     blocks = len(packed["layout"].blocks)
     assert blocks == 2 and len(seen) == len(set(seen)) == 3 + module.shape.layers * (2 + blocks)
 
 
 def test_gradients_with_dropout_match_finite_differences():
-    module = _with_dropout(stock_model("bert")).double()
-    packed, _ = random_batch((9, 3, 8))
-    dropout_masks = DropoutMasks(seed=1)
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(module(**packed, dropout_masks=dropout_masks), torch.tensor([0, 1, 2]))
-
-    loss().backward()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            above = loss()
-            parameter -= 2e-6 * direction
-            slope = (above - loss()) / 2e-6
-            parameter += 1e-6 * direction
-        expected = (parameter.grad * direction).sum()
-        assert abs(slope - expected) <= 1e-6 * max(1.0, abs(expected)), name
+    assert_finite_differences(with_dropout(stock_model("bert")).double(), (9, 3, 8), 1e-6)
 
 
 # ---- weights there and back ----

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_reference import LENGTH_SETS, _backward, _compare, _stock_logits
+from packed_reference import (
+    LENGTH_SETS,
+    _backward,
+    _compare,
+    _stock_logits,
+    assert_finite_differences,
+    with_dropout,
+)
 from tiny_models import SETTINGS, packed_like, random_batch, stock_model, takes_types
 
 from bert_glue.data.packing import PackedLayout
 from bert_glue.errors import MachineError
 from bert_glue.model import attention
 from bert_glue.model.attention import attend, block_attention, padded_attention
-from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, why_not_packed
 from bert_glue.model.kernels import relative
 from bert_glue.model.kernels.padded import sdpa_blocks
@@ -170,38 +175,10 @@ def test_blocks_drop_at_the_given_rate():
 
 # ---- dropout ----
 
-RATES = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "output_dropout": 0.1, "head_dropouts": (0.1, 0.2)}
-
-
-def _with_dropout(model_type: str, **options) -> PackedClassifier:
-    plain = packed_like(stock_model(model_type))
-    rates = RATES | ({"inner_dropout": 0.2, "embedding_dropout": 0.1} if model_type == "modernbert" else {})
-    module = PackedClassifier(replace(plain.shape, **rates), **options)
-    module.load_state_dict(plain.state_dict())
-    return module.train()
-
 
 @pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
 def test_gradients_with_dropout_match_finite_differences(model_type):
-    module = _with_dropout(model_type).double()
-    packed, _ = random_batch((9, 3, 28))
-    masks = DropoutMasks(seed=1)
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(module(**packed, dropout_masks=masks), torch.tensor([0, 1, 2]))
-
-    loss().backward()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            above = loss()
-            parameter -= 2e-6 * direction
-            slope = (above - loss()) / 2e-6
-            parameter += 1e-6 * direction
-        expected = (parameter.grad * direction).sum()
-        assert abs(slope - expected) <= 1e-5 * max(1.0, abs(expected)), name
+    assert_finite_differences(with_dropout(stock_model(model_type)).double(), (9, 3, 28), 1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "deberta-v2"])
@@ -212,7 +189,7 @@ def test_masks_follow_the_step_and_no_two_dropouts_share_one(model_type, monkeyp
     packed, _ = random_batch((30, 7, 12, 100, 80))
     outputs = []
     for checkpointing, step in ((False, 5), (False, 6), (True, 5)):
-        module, masks = _with_dropout(model_type, gradient_checkpointing=checkpointing), DropoutMasks(3)
+        module, masks = with_dropout(stock_model(model_type), gradient_checkpointing=checkpointing), DropoutMasks(3)
         masks.begin(step)
         outputs.append(module(**packed, dropout_masks=masks))
         assert len(seen) == len(set(seen))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from tiny_models import random_batch, takes_types
+from tiny_models import packed_like, random_batch, takes_types
 
+from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.families import FAMILIES, weight_names
+from bert_glue.model.layers import DropoutMasks
 
 LOGITS_LIMIT = 1e-5  # largest difference
 
@@ -55,3 +59,46 @@ def _compare(stock, module, lengths, tail=0, vocab=120) -> None:
     _backward(logits)
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     _assert_same_gradients(gradients, _stock_gradients(stock, module.shape))
+
+
+_RATES = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "output_dropout": 0.1, "head_dropouts": (0.1, 0.2)}
+
+
+def with_dropout(stock, **options) -> PackedClassifier:
+    """The packed encoder with the weights of `stock` and another rate at each place, in training.
+
+    Args:
+        options: of `PackedClassifier`.
+    """
+    plain = packed_like(stock)
+    inner = {"inner_dropout": 0.2, "embedding_dropout": 0.1} if stock.config.model_type == "modernbert" else {}
+    module = PackedClassifier(replace(plain.shape, **_RATES, **inner), **options)
+    module.load_state_dict(plain.state_dict())
+    return module.train()
+
+
+def assert_finite_differences(module: PackedClassifier, lengths: tuple[int, ...], limit: float) -> None:
+    """Check every gradient of a module in fp64, under its own dropout, along a random direction.
+
+    Args:
+        lengths: tokens of each of three rows.
+        limit: largest difference, relative where the slope exceeds 1.
+    """
+    packed, _ = random_batch(lengths)
+    masks = DropoutMasks(seed=1)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(module(**packed, dropout_masks=masks), torch.tensor([0, 1, 2]))
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            above = loss()
+            parameter -= 2e-6 * direction
+            slope = (above - loss()) / 2e-6
+            parameter += 1e-6 * direction
+        expected = (parameter.grad * direction).sum()
+        assert abs(slope - expected) <= limit * max(1.0, abs(expected)), name

@@ -11,10 +11,51 @@ import math
 import torch
 
 from bert_glue.data.packing import AttentionBlock, Cells, HeadRows, PackedLayout
-from bert_glue.model.layers import as_numbers
+from bert_glue.model.layers import DropoutMasks, as_numbers
 
 # Rows and width of the padded blocks that it computed so far, with gradients: each is a kernel of its own.
 BLOCK_SHAPES: set[tuple[int, int]] = set()
+
+
+def drop_probabilities(
+    probabilities: torch.Tensor, shape: tuple[int, ...], drop: float, dropout_masks: DropoutMasks | None, mask_id: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The mask of a block and its probabilities after dropout, both `[rows * heads, queries, keys]`.
+
+    Args:
+        shape: of the mask as it is drawn, with as many elements.
+        drop: in [0, 1); 0 gives no mask and the same probabilities.
+    """
+    if drop == 0.0:
+        return None, probabilities
+    # The mask is kept in bytes, a quarter of the size of the dropped probabilities in fp32. Backward computes those
+    # again in one pass.
+    keep = dropout_masks.keep(shape, drop, mask_id).view(probabilities.shape)
+    return keep, as_numbers(keep, probabilities.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+
+
+def scores_gradient(
+    g: torch.Tensor,
+    v: torch.Tensor,
+    probabilities: torch.Tensor,
+    keep: torch.Tensor | None,
+    drop: float,
+    dv: torch.Tensor,
+) -> torch.Tensor:
+    """The gradient of a block's scores, `[rows * heads, queries, keys]`; that of its values is written to `dv`.
+
+    Args:
+        g: gradient of the block's output, `[rows * heads, queries, dim]`.
+        keep: result of `drop_probabilities`.
+    """
+    dp = torch.bmm(g, v.transpose(1, 2))
+    dropped = probabilities
+    if keep is not None:
+        kept = as_numbers(keep, probabilities.dtype).mul_(1 / (1 - drop))
+        dropped = probabilities * kept
+        dp.mul_(kept)
+    torch.bmm(dropped.transpose(1, 2), g, out=dv)
+    return torch._softmax_backward_data(dp, probabilities, -1, probabilities.dtype)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -37,14 +78,9 @@ class BlockAttention(torch.autograd.Function):
             k = gathered(key, k_rows, number)
             v = gathered(value, k_rows, number)
             probabilities = _softmax_block(q, k, block, first_only, scale, biases[number] if biases else None)
-            keep, dropped = None, probabilities
-            if drop > 0.0:
-                shape = (len(block.tokens), heads, *probabilities.shape[1:])
-                keep = dropout_masks.keep(shape, drop, mask_id * 4096 + number).flatten(0, 1)
-                dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+            shape = (len(block.tokens), heads, *probabilities.shape[1:])
+            keep, dropped = drop_probabilities(probabilities, shape, drop, dropout_masks, mask_id * 4096 + number)
             torch.bmm(dropped, v, out=part_of(out, q_rows, number, q))
-            # The mask is kept in bytes, a quarter of the size of the dropped probabilities in fp32. Backward computes
-            # those again in one pass.
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(*saved)
         ctx.layout = layout
@@ -68,14 +104,7 @@ class BlockAttention(torch.autograd.Function):
             g = gathered(grad, q_rows, number)
             # Cells without a token repeat the first token's gradient, which would then count once for each cell.
             g.view(-1, dim).index_fill_(0, q_rows.empty(number), 0.0)
-            dp = torch.bmm(g, v.transpose(1, 2))
-            dropped = probabilities
-            if keep is not None:
-                kept = as_numbers(keep, q.dtype).mul_(1 / (1 - ctx.drop))
-                dropped = probabilities * kept
-                dp.mul_(kept)
-            torch.bmm(dropped.transpose(1, 2), g, out=part_of(dv, k_rows, number, k))
-            ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype)
+            ds = scores_gradient(g, v, probabilities, keep, ctx.drop, part_of(dv, k_rows, number, k))
             _scaled_product(part_of(dq, q_rows, number, q), ds, k, scale)
             _scaled_product(part_of(dk, k_rows, number, k), ds.transpose(1, 2), q, scale)
             if ctx.has_biases:

@@ -17,10 +17,18 @@ import torch
 from bert_glue.data.packing import Cells, PackedLayout
 from bert_glue.devices.device import has_slow_products
 from bert_glue.model.attention import PATHS_TAKEN
-from bert_glue.model.kernels.blocks import BLOCK_SHAPES, BlockAttention, block_buffer, gathered, part_of
+from bert_glue.model.kernels.blocks import (
+    BLOCK_SHAPES,
+    BlockAttention,
+    block_buffer,
+    drop_probabilities,
+    gathered,
+    part_of,
+    scores_gradient,
+)
 from bert_glue.model.kernels.padded import first_token_attention, sdpa_blocks
 from bert_glue.model.kernels.positions import MPNET_BUCKETS, deberta_rows, distances, mpnet_buckets
-from bert_glue.model.layers import DropoutMasks, as_numbers
+from bert_glue.model.layers import DropoutMasks
 from bert_glue.model.shape import EncoderShape
 
 
@@ -219,10 +227,8 @@ class DisentangledAttention(torch.autograd.Function):
                 by_head = scores.view(heads, -1, *scores.shape[1:])
                 by_head.masked_fill_(hidden[:, 0], torch.finfo(scores.dtype).min)
             probabilities = torch.softmax(scores, -1)
-            keep, dropped = None, probabilities
-            if drop > 0.0:
-                keep = dropout_masks.keep(tuple(scores.shape), drop, mask_id * 4096 + number)
-                dropped = as_numbers(keep, q.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+            mask = (tuple(scores.shape), drop, dropout_masks, mask_id * 4096 + number)
+            keep, dropped = drop_probabilities(probabilities, *mask)
             torch.bmm(dropped, v, out=part_of(out, head_rows, number, q))
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(c2p, p2c, *saved)
@@ -241,14 +247,7 @@ class DisentangledAttention(torch.autograd.Function):
             q, k, v, probabilities, keep = saved[5 * number : 5 * number + 5]
             g = gathered(grad, head_rows, number)
             g.view(-1, dim).index_fill_(0, head_rows.empty(number), 0.0)
-            dp = torch.bmm(g, v.transpose(1, 2))
-            dropped = probabilities
-            if keep is not None:
-                kept = as_numbers(keep, q.dtype).mul_(1 / (1 - ctx.drop))
-                dropped = probabilities * kept
-                dp.mul_(kept)
-            torch.bmm(dropped.transpose(1, 2), g, out=part_of(dv, head_rows, number, v))
-            ds = torch._softmax_backward_data(dp, probabilities, -1, q.dtype)
+            ds = scores_gradient(g, v, probabilities, keep, ctx.drop, part_of(dv, head_rows, number, v))
             of_q, of_k = (part_of(d, head_rows, number, q) for d in (dq, dk))
             torch.bmm(ds, k, out=of_q)
             torch.bmm(ds.transpose(1, 2), q, out=of_k)
