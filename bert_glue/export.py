@@ -37,11 +37,15 @@ _TOLERANCE = 1e-4  # of logits, fp32
 _LENGTHS = (32, 64, 96, 128)  # atc compiles the graph for each; its documentation advises three or four
 
 
-def load(name: str) -> LoadedModel:
+def load(name: str, problem_type: str | None = None) -> LoadedModel:
     """A fine-tuned classifier as transformers' own module, on the host, in fp32.
+
+    Args:
+        problem_type: `--problem_type`, for a model whose config.json has none.
 
     Raises:
         MachineError: the folder does not exist or has no fine-tuned classifier.
+        UsageError: config.json has another problem_type, or the number of outputs does not fit it.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -50,8 +54,8 @@ def load(name: str) -> LoadedModel:
     from bert_glue.model.loading import load_model
 
     disable_progress_bar()  # of reading one file
-    args = Arguments(model_name_or_path=name, padding="longest")
-    model = load_model(args, task_of_model(model_folder(name, args))[0])
+    args = Arguments(model_name_or_path=name, padding="longest", problem_type=problem_type)
+    model = load_model(args, task_of_model(model_folder(name, args), problem_type)[0])
     if model.fresh:
         raise MachineError(f"{name} has no classifier; fine-tune it first")
     # Eager attention is traced as plain matrix products, for which every runtime has kernels. transformers before 4.50
@@ -202,15 +206,19 @@ def atc_script(path: Path, names: list[str], batch: int) -> str:
     )
 
 
-def export(name: str, path: Path, batch: int, variants: tuple[str, ...] = ()) -> list[str]:
+def export(
+    name: str, path: Path, batch: int, variants: tuple[str, ...] = (), problem_type: str | None = None
+) -> list[str]:
     """Writes the graph, its variants and the script. Returns lines for the user.
 
     Args:
         batch: rows per batch in the OM model.
         variants: `onnx_variants.FP16`, `INT8`.
+        problem_type: `--problem_type`, for a model whose config.json has none.
 
     Raises:
         MachineError: the folder has no classifier, a package is missing, or the graph's logits differ from torch's.
+        UsageError: the model has another problem_type.
         CheckpointError: a file cannot be written.
     """
     from bert_glue import onnx_variants
@@ -221,7 +229,7 @@ def export(name: str, path: Path, batch: int, variants: tuple[str, ...] = ()) ->
             raise MachineError(
                 f"--onnx: the package {package} is not installed (pip install onnx onnxruntime onnxscript)"
             )
-    model = load(name)
+    model = load(name, problem_type)
     with plain_errors(path):
         # The file is created first, because torch gives no reason if it cannot write.
         with written_aside(path) as aside:
@@ -241,6 +249,7 @@ def export(name: str, path: Path, batch: int, variants: tuple[str, ...] = ()) ->
     lines = [f"wrote {path} ({how}; {checked})"]
     lines += [f"wrote {onnx_variants.variant_path(path, kind)}" for kind in variants]
     lines.append(f"wrote {script} (atc's command for an OM model; not run here)")
+    lines += [f"note: {note}" for note in model.notes]
     if find_spec("onnxruntime"):
         lines += _on_own_rows(name, model, path, variants)
     if model.config["problem_type"] == MULTI_LABEL:
@@ -283,6 +292,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--int8", action="store_true", help="also write model.int8.onnx: products quantised dynamically"
     )
+    parser.add_problem_type()
     args = parser.parse_args(argv)
     if args.onnx is None:
         parser.error("nothing to do: give --onnx")
@@ -297,7 +307,7 @@ def main(argv: list[str]) -> int:
         from bert_glue import onnx_variants
 
         variants = [kind for kind in (onnx_variants.FP16, onnx_variants.INT8) if getattr(args, kind)]
-        print_lines(*export(args.run, path, args.batch, tuple(variants)))
+        print_lines(*export(args.run, path, args.batch, tuple(variants), args.problem_type))
         return 0
 
     return exit_code_of(write)

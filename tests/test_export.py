@@ -72,6 +72,24 @@ def test_the_graph_has_labels_and_the_limits_of_the_tokenizer(tmp_path):
     assert found["bert_glue.padding_side"] == "right" and found["bert_glue.pad_token_id"] == "0"
 
 
+@needs_onnxruntime
+def test_a_config_without_problem_type_is_asked_about(tmp_path, capsys):
+    import onnx
+
+    folder, graph = tmp_path / "model", tmp_path / "x.onnx"
+    write_model(folder, labels=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "problem_type"}))
+    assert export.main([str(folder), "--onnx", str(graph)]) == 0
+    assert "note: config.json has no problem_type, so its 3 classes are read as one label" in capsys.readouterr().out
+    assert export.main([str(folder), "--onnx", str(graph), "--problem_type", "multi_label_classification"]) == 0
+    assert "the sigmoid of each logit is the probability of its class" in capsys.readouterr().out
+    stored = {one.key: one.value for one in onnx.load(str(graph)).metadata_props}
+    assert stored["bert_glue.problem_type"] == "multi_label_classification"
+    assert export.main([str(folder), "--onnx", str(graph), "--problem_type", "regression"]) == 2
+    assert "--problem_type regression" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of the sample, in few steps."""

@@ -31,6 +31,14 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
         self.same, self.passes_on = same or {}, passes_on
 
+    def add_problem_type(self) -> None:
+        """`--problem_type`, of the commands that read a finished model."""
+        self.add_argument(
+            "--problem_type",
+            choices=FLAGS["problem_type"].choices,
+            help="problem type of a model whose config.json has none; default: one label per row, or a score",
+        )
+
     def parse_args(self, args: list[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:  # type: ignore[override]
         """The options of `args`; all unknown flags are one error, and so are all placeholders of a template."""
         words = [self._respelt(word) for word in args]

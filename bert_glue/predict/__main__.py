@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_glue.config.arguments import FLAGS
 from bert_glue.config.command_line import CommandParser
 from bert_glue.data.streaming import STANDARD, STREAMED, stream_tables
 from bert_glue.errors import DataError, UsageError, exit_code_of, print_lines, run_program
@@ -216,11 +215,7 @@ def _parser() -> CommandParser:
     add("--text_column_names", "--text_columns", nargs="+", action="extend", type=_names, metavar="NAME",
         help="text columns of the input; default: the columns the model was trained on")  # fmt: skip
     add("--label_column_name", metavar="NAME", help="label column of the input, which is copied and not read")
-    add(
-        "--problem_type",
-        choices=FLAGS["problem_type"].choices,
-        help="problem type of a model whose config.json has none; default: one label per row, or a score",
-    )
+    parser.add_problem_type()
     add("--label_threshold", type=float, metavar="P",
         help="with several labels per row, predict those above this probability; default: the model's own")  # fmt: skip
     add("--label_delimiter", metavar="TEXT",
