@@ -20,8 +20,9 @@ from typing import Any
 
 from bert_glue.config.command_line import CommandParser
 from bert_glue.config.values import read_seconds
+from bert_glue.devices.host_memory import GIB
 from bert_glue.devices.npu_versions import installed_version
-from bert_glue.doctor.checks import GIB, REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
+from bert_glue.doctor.checks import REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
 from bert_glue.errors import MachineError, UsageError, printable, run_program
 from bert_glue.launch.ranks import kill_group
 

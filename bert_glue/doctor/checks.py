@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_glue.config.arguments import without_login
+from bert_glue.devices.host_memory import GIB, total_and_available
 from bert_glue.devices.npu_versions import cann_verdict, cann_version, installed_version, torch_verdict
 from bert_glue.errors import MachineError
 from bert_glue.launch import requirements
@@ -25,7 +26,6 @@ PACKAGES = (
     "numpy", "scipy", "scikit-learn", "apex", "flash_attn", "optuna", "peft", "modelscope",
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
-GIB = 1 << 30
 # bert-large: 335 million parameters as weights, fp32 master weights and two moments.
 _CHECKPOINT_BYTES = 335_000_000 * 16
 _LITTLE_MEMORY = 4 * GIB
@@ -85,33 +85,11 @@ def stack(found: dict[str, str | None]) -> list[dict[str, str]]:
 
 def memory(problems: list[Problem]) -> dict[str, int | None]:
     """Total and available memory of the host in bytes, within a container's limit."""
-    total, available = _physical_pages()
-    limit = _container_limit()
-    if limit is not None and total is not None:
-        total, available = min(total, limit), min(available or limit, limit)
+    total, available = total_and_available()
     if available is not None and available < _LITTLE_MEMORY:
         fix = "end other processes, or choose a smaller --per_device_train_batch_size or --gradient_checkpointing"
         problems.append(Problem(f"only {available / GIB:.1f} GiB of memory are available", fix))
     return {"total_bytes": total, "available_bytes": available}
-
-
-def _physical_pages() -> tuple[int | None, int | None]:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-        return kibibytes["MemTotal"] * 1024, kibibytes["MemAvailable"] * 1024
-    except (OSError, KeyError, ValueError):  # a sandbox without /proc
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _container_limit() -> int | None:
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(file).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # missing, or "max"
-            continue
-    return None
 
 
 def disk(problems: list[Problem]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from bert_glue.devices.npu import torch_npu_of
 from bert_glue.model.kernels.blocks import BLOCK_SHAPES, BlockAttention
 from bert_glue.model.kernels.padded import first_token_attention, sdpa_blocks
 from bert_glue.model.layers import DropoutMasks
+from bert_glue.model.shape import EncoderShape
 
 # The kernels that have computed attention in this process; fallbacks have names of their own.
 PATHS_TAKEN: set[str] = set()
@@ -48,6 +49,28 @@ def block_attention(query, key, value, layout, first_only, drop, dropout_masks, 
         # Three copies of `[tokens, hidden]` in fp32 cost less than torch's own 16-bit loops on such a CPU.
         query, key, value = query.float(), key.float(), value.float()
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id).to(dtype)
+
+
+def least_bytes(shape: EncoderShape, longest: int, element: int, is_checkpointed: bool) -> int:
+    """Memory on a CPU, in bytes, that training takes at least for the attention probabilities of one row.
+
+    Args:
+        longest: tokens of the row.
+        element: bytes of one probability.
+        is_checkpointed: `--gradient_checkpointing`, which keeps those of one layer at a time.
+    """
+    drops = shape.attention_dropout > 0
+    if not drops and not shape.has_relative_scores and longest > _FUSED_FROM:
+        return 0
+    # The last layer of a classifier has one query a row where the head reads first tokens alone. Layers with a window
+    # are left out: theirs grows with the length alone.
+    layers = shape.layers - (1 if shape.pooling == "first" else 0)
+    kept = sum(shape.window(layer) is None for layer in range(layers))
+    if kept == 0:
+        return 0
+    # One matrix of all pairs of tokens a head and layer, one byte more for its dropout mask, and the gradient of one.
+    pairs = shape.heads * longest * longest
+    return pairs * ((1 if is_checkpointed else kept) * (element + drops) + element)
 
 
 def _fused(query, key, value, layout, first_only, *_) -> torch.Tensor:

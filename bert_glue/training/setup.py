@@ -17,15 +17,17 @@ from bert_glue.config.arguments import Arguments
 from bert_glue.config.metric_checks import metric_for_best
 from bert_glue.config.resolve import samples_per_step, with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
-from bert_glue.devices import cpu
+from bert_glue.devices import cpu, host_memory
 from bert_glue.devices.device import Device, has_slow_products
 from bert_glue.devices.distributed import DistributedContext
+from bert_glue.devices.host_memory import GIB
 from bert_glue.devices.npu import moves_allocations
-from bert_glue.errors import CheckpointError, UsageError
+from bert_glue.errors import CheckpointError, MachineError, UsageError
 from bert_glue.evaluation.collapse import CollapseWatch, constant_loss
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
-from bert_glue.model.attention import BLOCK_SHAPES, PATHS_TAKEN
+from bert_glue.model.attention import BLOCK_SHAPES, PATHS_TAKEN, least_bytes
 from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.shape import EncoderShape
 from bert_glue.precision.native import InferencePrecision, NativePrecision
 from bert_glue.precision.plan import ModelPrecision, PrecisionPlan, TrainingPrecision
 from bert_glue.storage import checkpoint
@@ -115,6 +117,7 @@ def fine_tune(
         total_steps=args.max_steps if args.max_steps > 0 else steps, class_weights=class_weights,
     )  # fmt: skip
     args = with_step_counts(args, data.total_steps)
+    _refuse_too_long(args, model.shape, max(split.table.lengths), evaluator)
     learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks, class_weights)
     metric = metric_for_best(args, task)
     state = TrainState(
@@ -148,6 +151,35 @@ def fine_tune(
     if args.load_best_model_at_end:
         _load_best(state)
     return state
+
+
+def _refuse_too_long(args: Arguments, shape: EncoderShape | None, longest: int, evaluator: Evaluator) -> None:
+    """Refuses a run whose longest row cannot fit; the system would kill it without a word in the middle of an epoch.
+
+    Args:
+        shape: of a packed model; None for a padded one.
+
+    Raises:
+        MachineError: a CPU has less memory than attention over that row takes at least.
+    """
+    available, device = host_memory.total_and_available()[1], evaluator.ranks.device
+    if shape is None or available is None or not device.is_host:
+        return
+    dtype = evaluator.precision.plan.dtype
+    element = 4 if has_slow_products(device.kind, dtype) else dtype.itemsize
+    needs = [least_bytes(shape, longest, element, is_checkpointed) for is_checkpointed in (False, True)]
+    needed = needs[args.gradient_checkpointing]
+    if needed <= available:
+        return
+    ways = ["a smaller --max_seq_length"]
+    if needed > needs[1] and needs[1] <= available:
+        ways.append(f"--gradient_checkpointing ({needs[1] / GIB:.1f} GiB)")
+    if shape.attention_dropout and not shape.has_relative_scores:
+        ways.append("--attention_probs_dropout_prob 0, which keeps no probabilities of rows beyond 1,024 tokens")
+    raise MachineError(
+        f"--max_seq_length {args.max_seq_length}: the longest training row has {longest} tokens, and its attention "
+        f"takes at least {needed / GIB:.1f} GiB; {available / GIB:.1f} GiB are available. Give {', or '.join(ways)}"
+    )
 
 
 def build_learner(

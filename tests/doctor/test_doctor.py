@@ -22,7 +22,7 @@ import pytest
 from simulated_runs import needs_simulated_npu
 
 from bert_glue.config.parser import parse
-from bert_glue.devices import npu_versions
+from bert_glue.devices import host_memory, npu_versions
 from bert_glue.doctor import __main__ as doctor
 from bert_glue.doctor import checks, device_probe
 from bert_glue.errors import DivergedError
@@ -235,7 +235,7 @@ def test_master_port(no_torch: Path) -> None:
 
 def test_little_memory_and_disk(monkeypatch) -> None:
     found: list[doctor.Problem] = []
-    monkeypatch.setattr(checks, "_container_limit", lambda: 1 << 30)
+    monkeypatch.setattr(host_memory, "_container_limit", lambda: 1 << 30)
     assert checks.memory(found)["total_bytes"] == 1 << 30
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1 << 28))
     checks.disk(found)

@@ -1,4 +1,4 @@
-"""The memory of a long training on the host: what a thousand steps hold is what a hundred held."""
+"""The memory of a training on the host: it stays flat for a thousand steps, and what cannot fit is refused before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from packed_reference import with_dropout
+from tiny_models import random_batch, stock_model
+from tiny_run import arguments, fit
 from transformers import BertConfig, BertModel
 
 from benchmarks.common import resident_by_step
+from bert_glue.devices import host_memory
+from bert_glue.errors import MachineError
+from bert_glue.model.attention import least_bytes
+from bert_glue.model.layers import DropoutMasks
 
 STEPS, WINDOW = 1000, 50
 # name -> least and most words of a row: as mrpc's sentences, and as RTE's, with few long rows among short ones
@@ -57,3 +65,45 @@ def test_resident_memory_is_flat(tmp_path, rows, precision, threads):
     peaks = resident_by_step(command, threads, output_dir, WINDOW)
     early, late = peaks[100], max(peaks[window] for window in (STEPS - 2 * WINDOW, STEPS - WINDOW))
     assert late < 1.03 * early, {window: size >> 20 for window, size in peaks.items()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("bert", {"num_hidden_layers": 3}),
+        ("modernbert", {"num_hidden_layers": 4}),
+        ("modernbert", {"classifier_pooling": "mean"}),
+        ("mpnet", {}),
+        ("deberta-v2", {}),
+    ],
+    ids=str,
+)
+def test_the_least_memory_of_attention_is_what_backward_keeps(model_type, changes):
+    module, longest, kept = with_dropout(stock_model(model_type, **changes)), 200, 0
+    shape = module.shape
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        # One element a head and pair of tokens, or of the width of the block: probabilities, or their mask in bytes.
+        if shape.heads * longest**2 <= tensor.numel() < 1.25 * shape.heads * longest**2:
+            kept += tensor.nbytes
+        return tensor
+
+    packed, _ = random_batch((longest,), pairs=False)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(**packed, dropout_masks=DropoutMasks(0))
+    gradient = shape.heads * longest**2 * 4
+    least = least_bytes(shape, longest, 4, is_checkpointed=False) - gradient
+    assert 0 < least <= kept < 1.25 * least
+
+
+def test_rows_that_cannot_fit_are_refused_with_the_ways_out(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    fit(args)
+    monkeypatch.setattr(host_memory, "_physical", lambda: (1 << 34, 5_000))
+    with pytest.raises(
+        MachineError, match=r"the longest training row has \d+ tokens, and its attention takes at least"
+    ):
+        fit(args)
+    monkeypatch.setattr(host_memory, "_physical", lambda: (None, None))
+    fit(args)
