@@ -286,7 +286,9 @@ class PrecisionArguments:
         "if the device cannot train in the chosen precision, none: stop; fp32: train in fp32 and say so",
         choices=("none", "fp32"),
     )
-    tf32: bool | None = flag(None, "use TensorFloat-32 products; default: the device's setting")
+    tf32: bool | None = flag(
+        None, "fp32 products with fewer digits: TF32 on CUDA, bf16 on a CPU; default: the device's own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bert_glue.errors import MachineError
+
 # Multiply-adds of the largest product of a batch of full-length rows, below which one thread computes all: real rows
 # are shorter, so that this product takes a millisecond at most. Threads spin while they wait for each other, after
 # every operation; where another program holds one of their cores, each wait lasts as long as its time slice. The
@@ -48,6 +50,17 @@ def _threads_at_start() -> int:
 def has_bf16_products() -> bool:
     """True if the CPU multiplies matrices in bf16 natively, which is faster than fp32."""
     return bool(features() & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def use_bf16_products() -> None:
+    """Multiply fp32 matrices in bf16 and add in fp32, as TensorFloat-32 does with three more digits on a GPU.
+
+    Raises:
+        MachineError: this processor has no bf16 products.
+    """
+    if not has_bf16_products():
+        raise MachineError("--tf32: this processor has no products with fewer digits than fp32; leave the flag out")
+    torch.set_float32_matmul_precision("medium")  # read by oneDNN, for its own products and for torch.matmul
 
 
 def vendor() -> str:

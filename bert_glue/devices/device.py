@@ -114,14 +114,20 @@ class Device:
         """Make this the current device of the process, with the settings that train best on it.
 
         Args:
-            tf32: TensorFloat-32 products on or off; None leaves the device's default.
+            tf32: fp32 products with fewer digits on or off: TensorFloat-32 on CUDA, bf16 on a CPU. None leaves the
+                device's default.
+
+        Raises:
+            MachineError: `tf32` on a CPU without bf16 products.
         """
-        if tf32 is not None:
+        if tf32 is not None and not self.is_host:
             torch.backends.cuda.matmul.allow_tf32 = tf32
         if self.kind != "npu":
             # Libraries that search for torch_npu import it unguarded; a broken one must not end this run.
             sys.modules.setdefault("torch_npu", None)
         if self.is_host:
+            if tf32:
+                cpu.use_bf16_products()
             cpu.keep_freed_pages()
             return
         _module(self.kind).set_device(self.index)

@@ -256,6 +256,7 @@ def _training(report: dict[str, Any]) -> list[str]:
             continue
         losses = " -> ".join(f"{loss:.4f}" for loss in fact["losses"])
         rows.append(_row(precision, f"trains: {fact['plan']}, {fact['steps']} steps, loss {losses}"))
+        rows.append(_row("", f"matrix products at {fact['gemm_gflops_per_second']:,.0f} GFLOP/s"))
         rows += [_row("", f"attention {path}") for path in fact["attention"]]
     if report["recipe"]:
         note = f" ({report['recipe']['note']})" if report["recipe"].get("note") else ""

@@ -175,7 +175,18 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in state.progress.history],
         "seconds": time.perf_counter() - began,
         "attention": sorted(attention.PATHS_TAKEN),
+        "gemm_gflops_per_second": _product_rate(device, state.learner.precision.plan.dtype),
     }
+
+
+def _product_rate(device: Any, dtype: Any) -> float:
+    """Matrix products of the dtype that a run would use, 10^9 operations per second."""
+    import torch
+
+    from bert_glue.devices.device import has_slow_products
+    from bert_glue.training.throughput import gemm_rate
+
+    return gemm_rate(device, torch.float32 if has_slow_products(device.kind, dtype) else dtype) / 1e9
 
 
 def _tiny_run(args: Any) -> tuple[Any, Any]:

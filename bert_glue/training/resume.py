@@ -180,7 +180,7 @@ _SETTINGS = (
     "attention_probs_dropout_prob",
     "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps",
     "metric_name", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold",
-    "torch_compile_backend", "torch_compile_mode", "cuda_graph",
+    "torch_compile_backend", "torch_compile_mode", "cuda_graph", "tf32",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from bert_glue.devices import cpu
 from bert_glue.devices.device import Device, has_onednn_linear
+from bert_glue.errors import MachineError
 
 MINILM = nn.Sequential(nn.Embedding(2, 384), nn.Linear(384, 1536), nn.Linear(1536, 384))
 TINY = nn.Sequential(nn.Embedding(30000, 64), nn.Linear(64, 128))
@@ -94,3 +95,27 @@ def test_without_glibc_nothing_is_returned(monkeypatch):
     monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
     cpu.keep_freed_pages()
     cpu.return_freed_pages()
+
+
+@pytest.fixture
+def precision_of_products():
+    """How torch multiplies fp32 matrices; it is put back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_with_fewer_digits_where_the_processor_has_them(monkeypatch, precision_of_products):
+    monkeypatch.setattr(cpu, "has_bf16_products", lambda: True)
+    Device("cpu").activate()
+    Device("cpu").activate(tf32=False)
+    assert precision_of_products() == "highest"
+    Device("cpu").activate(tf32=True)
+    assert precision_of_products() == "medium"
+
+
+def test_products_with_fewer_digits_are_refused_elsewhere(monkeypatch, precision_of_products):
+    monkeypatch.setattr(cpu, "has_bf16_products", lambda: False)
+    with pytest.raises(MachineError, match="--tf32: this processor has no products with fewer digits"):
+        Device("cpu").activate(tf32=True)
+    assert precision_of_products() == "highest"
