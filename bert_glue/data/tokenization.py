@@ -34,6 +34,7 @@ from bert_glue.data.sources import Split
 from bert_glue.data.tables import pieces
 from bert_glue.errors import DataError, MachineError, UsageError
 from bert_glue.storage.files import cache_folder, file_hash, is_inside, json_object, write_json
+from bert_glue.storage.lock import one_at_a_time
 
 _FORMAT = "3"
 # Classes of transformers that read any tokenizer.json; its version 4 has other names for them.
@@ -315,17 +316,24 @@ def tokenize(
         The table (memory-mapped if it comes from the cache), and its origin: "cached", "made", or
         "made (not cached: reason)".
     """
-    folder = cache_folder() / "tokens" / _key(tokenizer, split, max_length, windows)
-    if not refresh and (table := _read(folder)) is not None:
+    key = _key(tokenizer, split, max_length, windows)
+    folder = cache_folder() / "tokens" / key
+    table = None if refresh else _read(folder)
+    if table is not None:
         return tokenizer.checked(table), "cached"
-    if threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(threads)
-    table = tokenizer.encode(split, max_length, windows)
-    try:
-        _write(folder, table)
-    except OSError as error:
-        return table, f"made (not cached: {error.strerror or error})"
-    return table, "made"
+    # The seeds of a sweep start together and want the same tokens: one makes them, the others wait and read.
+    with one_at_a_time(cache_folder() / "locks" / key[:2]):
+        table = None if refresh else _read(folder)
+        if table is not None:
+            return tokenizer.checked(table), "cached"
+        if threads is not None:
+            os.environ["RAYON_NUM_THREADS"] = str(threads)
+        table = tokenizer.encode(split, max_length, windows)
+        try:
+            _write(folder, table)
+        except OSError as error:
+            return table, f"made (not cached: {error.strerror or error})"
+        return table, "made"
 
 
 def _key(tokenizer: TextTokenizer, split: Split, max_length: int, windows: Windows | None) -> str:

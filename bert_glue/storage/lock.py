@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""One run at a time in an output folder, and one process at a time at a piece of work that all would do alike."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,6 +63,26 @@ class FolderLock:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+@contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """A context that waits until no other process is in it with the same `file`, an empty file that stays.
+
+    Where the folder cannot be written or has no locks, all processes are in it at once.
+    """
+    held = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = open_own(file)
+        fcntl.flock(held, fcntl.LOCK_EX)
+    except OSError:  # what the lock spares is time alone
+        pass
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
 
 
 def wait_until_free(folders: list[Path], seconds: float) -> None:

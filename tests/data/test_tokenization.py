@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +324,28 @@ def test_a_damaged_table_is_made_again(cache, bert_uncased, name, damage):
     again, how = tokenize(tokenizer, PAIR, 16)
     assert how == "made" and _same(made, again)
     assert tokenize(tokenizer, PAIR, 16)[1] == "cached"
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_jobs_that_start_together_tokenize_once(cache, bert_uncased, monkeypatch, has_locks):
+    """The others wait for the first and read its table; without locks each makes its own."""
+    if not has_locks:
+        cache.mkdir()
+        (cache / "locks").write_text("a file where the folder should be")
+    tokenizer, made = TextTokenizer(bert_uncased), []
+    encode = TextTokenizer.encode
+
+    def slow(self, *given):
+        made.append(given)
+        time.sleep(0.5)
+        return encode(self, *given)
+
+    monkeypatch.setattr(TextTokenizer, "encode", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = [job.result() for job in [pool.submit(tokenize, tokenizer, PAIR, 16) for _ in range(3)]]
+    assert len(made) == (1 if has_locks else 3)
+    assert sorted(how for _, how in found) == (["cached", "cached", "made"] if has_locks else ["made"] * 3)
+    assert all(_same(table, found[0][0]) for table, _ in found)
 
 
 def test_an_unwritable_cache_is_said_and_survived(cache, bert_uncased):
