@@ -1,10 +1,11 @@
-"""Code that several benchmarks share: models with random weights, child processes, and files of measured rows.
+"""Code that several benchmarks share: random models and tokens, child processes, and files of measured rows.
 
 A file of rows has one JSON object per line. An interrupted measurement continues with the missing rows.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +78,28 @@ def write_family(folder: Path, model_type: str, vocab: Path) -> str:
     AutoModel.from_config(config).save_pretrained(folder)
     BertTokenizerFast(str(vocab), do_lower_case="uncased" in vocab.name).save_pretrained(folder)
     return str(folder)
+
+
+def random_split(rows: int, low: int, high: int, words: int = 8000):
+    """A `TokenSplit` of `rows` pairs of random words below `words`, of `low` to `high` tokens, with labels 0 and 1."""
+    import numpy as np
+
+    from bert_glue.data.batching import TokenSplit
+    from bert_glue.data.tokenization import TokenTable
+
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(low, high + 1, rows)
+    ids = draw.integers(5, words, lengths.sum()).astype(np.int32)
+    types = np.concatenate([np.arange(length) >= length // 2 for length in lengths]).astype(np.int8)
+    return TokenSplit("train", TokenTable(ids, np.concatenate([[0], np.cumsum(lengths)]), types), np.arange(rows) % 2)
+
+
+def free_memory() -> None:
+    """Return the memory of deleted models to the device."""
+    import torch
+
+    gc.collect()
+    getattr(torch.get_device_module(), "empty_cache", lambda: None)()  # a CPU has no such cache
 
 
 def finish(asked: list[str], threads: int) -> None:
@@ -139,6 +164,50 @@ def append(file: Path, row: dict) -> None:
     with file.open("a", encoding="utf-8") as rows:
         rows.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
+
+
+class StageRows:
+    """The rows of one stage of a measurement, each in a file as soon as it is known.
+
+    Args:
+        file: rows of all stages.
+        seconds: after which this stage shall begin nothing more.
+        is_tiny: the flow alone matters, with shapes for seconds on a CPU.
+    """
+
+    def __init__(self, file: Path, stage: str, seconds: float = math.inf, is_tiny: bool = False):
+        self.file, self.stage, self.is_tiny = file, stage, is_tiny
+        self._began, self._seconds = time.monotonic(), seconds
+
+    @contextmanager
+    def row(self, name: str, **known: object) -> Iterator[dict]:
+        """A row: `known` and what the block puts into the dict. A failure is a row as well, and the stage goes on.
+
+        `ok` tells whether the row is sound; the block may set it, and True is its default.
+        """
+        found: dict = {}
+        try:
+            yield found
+        except Exception as error:  # one broken kernel must not cost the rows after it
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            found |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:600]}"}
+            found |= {"where": f"{Path(where.filename).name}:{where.lineno}"}
+            traceback.print_exc()  # in the stage's log
+        self._append({"name": name, **known, "ok": True, **found})
+
+    def skip(self, name: str, reason: str, **known: object) -> None:
+        """A row that is not measured, with the reason."""
+        self._append({"name": name, **known, "ok": None, "reason": reason})
+
+    def has_time(self, seconds: float, name: str, **known: object) -> bool:
+        """True if the stage has `seconds` left; else the row says that there was no time for it."""
+        if self._seconds - (time.monotonic() - self._began) >= seconds:
+            return True
+        self.skip(name, "no time was left", **known)
+        return False
+
+    def _append(self, row: dict) -> None:
+        append(self.file, {"stage": self.stage, "at_seconds": round(time.monotonic() - self._began, 1), **row})
 
 
 def measure_missing(

@@ -5,15 +5,15 @@
 
 The tokens are random, so no data is needed. A round runs every way over the same batches: forward, backward, clip,
 update. Ratios are formed inside a round, and their medians are printed; on a busy machine those of CPU seconds vary
-least. Compiling and recording are timed separately. On CUDA each attention kernel is a separate way, without and with
-attention dropout, beside the automatic choice.
+least. On a device, whose memory eleven models would fill, one way is alive at a time and runs all its rounds. Compiling
+and recording are timed separately. On CUDA each attention kernel is a separate way, without and with attention dropout,
+beside the automatic choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -25,9 +25,10 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import write_model  # noqa: E402
+from benchmarks.common import free_memory, random_split, write_model  # noqa: E402
 
 _WARM = 4  # passes of each batch before the clock runs: one more than a recording waits for
+Key = tuple[float, str, str]  # dropout, how, attention kernel
 _LONGEST = 128
 
 
@@ -116,23 +117,8 @@ class Way:
         return 1.0 - sum(b.real_tokens for b in self.batches) / sum(b.computed_tokens for b in self.batches)
 
 
-def random_split(args: argparse.Namespace):
-    """Rows of random tokens with the given lengths."""
-    import numpy as np
-
-    from bert_glue.data.batching import TokenSplit
-    from bert_glue.data.tokenization import TokenTable
-
-    low, high = map(int, args.lengths.split(":"))
-    draw = random.Random(0)
-    lengths = np.array([draw.randint(low, high) for _ in range(args.rows * args.batches)])
-    words = np.random.default_rng(0).integers(5, 8000, lengths.sum()).astype(np.int32)
-    table = TokenTable(words, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(words), np.int8))
-    return TokenSplit("train", table, np.arange(len(lengths)) % 2)
-
-
-def ways(args: argparse.Namespace) -> list[tuple[float, str, str]]:
-    """(dropout, how, attention kernel) of each way that this device has."""
+def ways(args: argparse.Namespace) -> list[Key]:
+    """The ways that this device has."""
     import torch
 
     from bert_glue.model import attention
@@ -152,26 +138,41 @@ def ways(args: argparse.Namespace) -> list[tuple[float, str, str]]:
     return found
 
 
+def timed(args: argparse.Namespace, split) -> tuple[dict[Key, list[tuple[float, float]]], dict[Key, dict]]:
+    """`Way.seconds` of each way in each round, and what is known of a way without a clock."""
+    seen: dict[Key, list[tuple[float, float]]] = {}
+    about: dict[Key, dict] = {}
+    found = ways(args)
+    # On a host all ways take turns, because the load of a shared machine changes. A device is alone, and its memory
+    # holds one model with its optimizer, activations and recordings, not eleven.
+    for keys in [found] if args.device.is_host else [[key] for key in found]:
+        running = {}
+        for key in keys:
+            running[key] = Way(args, split, *key)
+            about[key] = {"filler": running[key].filler(), "seconds_before": running[key].first_seconds}
+            print(f"{key[1]} {key[2]} dropout {key[0]:g}: ready", file=sys.stderr, flush=True)
+        for _ in range(args.rounds):
+            for key, way in running.items():
+                seen.setdefault(key, []).append(way.seconds())
+        del running, way
+        free_memory()
+    return seen, about
+
+
 def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Figures of each way; ratios to the eager run of the same dropout, medians over rounds."""
-    split = random_split(args)
-    running, seen = {}, {}
-    for drop, how, kernel in ways(args):
-        running[drop, how, kernel] = Way(args, split, drop, how, kernel)
-        print(f"{how} {kernel} dropout {drop:g}: ready", file=sys.stderr, flush=True)
-    for _ in range(args.rounds):
-        for key, way in running.items():
-            seen.setdefault(key, []).append(way.seconds())
+    low, high = map(int, args.lengths.split(":"))
+    split = random_split(args.rows * args.batches, low, high)
+    seen, about = timed(args, split)
     figures = {}
     tokens = int(split.table.offsets[-1])
-    for (drop, how, kernel), way in running.items():
-        pairs = list(zip(seen[drop, "eager", ""], seen[drop, how, kernel], strict=True))
+    for (drop, how, kernel), seconds in seen.items():
+        pairs = list(zip(seen[drop, "eager", ""], seconds, strict=True))
         figures[f"{how}{', ' + kernel if kernel else ''}, dropout {drop:g}"] = {
             "vs_eager": statistics.median(eager[0] / own[0] for eager, own in pairs),
             "vs_eager_cpu_seconds": statistics.median(eager[1] / own[1] for eager, own in pairs),
-            "real_tokens_per_second": tokens / statistics.median(own[0] for _, own in pairs),
-            "filler": way.filler(),
-            "seconds_before": way.first_seconds,
+            "real_tokens_per_second": tokens / statistics.median(own[0] for own in seconds),
+            **about[drop, how, kernel],
         }
     return figures
 

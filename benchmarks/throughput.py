@@ -9,9 +9,10 @@
 A round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`
 (padded to each batch's longest, similar lengths together) one after the other, each in its own process,
 on `--rows` random training rows. The load of a machine changes, so ratios are formed only inside one round, and their
-median is printed. Rates are real tokens per second after the first steps. hf_default computes 128 tokens for every
-row, so `--default_steps` steps of it are enough. `sst2-like` replaces SST-2 where it is missing: single sentences
-(hypotheses of MNLI) with 14 tokens on average.
+median is printed. Rates are real tokens per second after the first steps. On a GPU a step is recorded, and layers are
+compiled, at the first batches of each shape, so the first 60 of at least 120 steps are left out there. hf_default
+computes 128 tokens for every row, so `--default_steps` steps of it are enough. `sst2-like` replaces SST-2 where it is
+missing: single sentences (hypotheses of MNLI) with 14 tokens on average.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from benchmarks.common import FAMILY_SHAPES, write_family, write_model  # noqa: 
 from bert_glue import result_keys as keys  # noqa: E402
 from bert_glue.storage.files import read_results  # noqa: E402
 
-SKIP = 2
 RUNS = ("ours", "hf_default", "hf_best")
 SENTENCES_LIKE = {"sst2-like": ("sst2", "mnli")}  # name -> (task it is run as, task whose second texts it takes)
 _LEAST_WORDS = 4  # shorter hypotheses left out, the rest have 14 tokens on average
+# Training rows, steps that are left out at the start, and steps of hf_default: on a CPU, and on a device.
+_ON_HOST, _ON_DEVICE = (512, 2, 6), (3840, 60, 120)
 FIGURES = ("real_tokens_per_second", "seconds_to_first_step", "seconds_to_end", "peak_bytes", "eval_tokens_per_second")
 
 
@@ -77,13 +79,13 @@ def command(run: str, args: argparse.Namespace, task: str, data: Path, out: Path
             sys.executable, str(ROOT / "run_glue.py"), "--model_name_or_path", args.model, "--task_name", task,
             *shared, "--do_train", "--num_train_epochs", "1", "--per_device_train_batch_size", "32",
             "--per_device_eval_batch_size", "32", "--output_dir", str(out), "--save_strategy", "no",
-            "--skip_steps", str(SKIP), *(["--do_eval"] if scores else []), *args.extra,
+            "--skip_steps", str(args.skip_steps), *(["--do_eval"] if scores else []), *args.extra,
         ]  # fmt: skip
     steps = ["--train_steps", str(args.default_steps)] if run == "hf_default" else ["--epochs", "1"]
     return [
         sys.executable, str(ROOT / "benchmarks" / "hf_recipe.py"), "--model", args.model, "--task", task, *shared,
         "--padding", "max_length" if run == "hf_default" else "grouped", *steps, "--batch_size", "32",
-        "--skip_steps", str(SKIP), "--json", str(out / "hf.json"), *(["--eval"] if scores else []),
+        "--skip_steps", str(args.skip_steps), "--json", str(out / "hf.json"), *(["--eval"] if scores else []),
         *(["--precision", "bf16"] if "--bf16" in args.extra else []),
     ]  # fmt: skip
 
@@ -198,9 +200,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", default="cola,sst2-like,stsb,mrpc,qnli")
     parser.add_argument("--eval_tasks", default="mrpc", help="those whose evaluation is timed too")
     parser.add_argument("--runs", default=",".join(RUNS), help="ours and any of the others")
-    parser.add_argument("--rows", type=int, default=512, help="training rows")
+    parser.add_argument("--rows", type=int, help="training rows; default: 512, on a device 3840")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--default_steps", type=int, default=6, help="steps of hf_default")
+    parser.add_argument("--skip_steps", type=int, help="first steps that no rate counts; default: 2, on a device 60")
+    parser.add_argument("--default_steps", type=int, help="steps of hf_default; default: 6, on a device 120")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print the table of --json and end")
@@ -209,6 +212,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     is_random = bool((args.shape or args.families) and args.vocab)
     if not args.table and not (args.data_path and (args.model or is_random)):
         parser.error("give --data_path, and --model, or --shape or --families with --vocab; or --table")
+    return args if args.table else _with_steps(args)
+
+
+def _with_steps(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings with the rows and steps that the device of this machine needs, where none are given."""
+    from bert_glue.devices.device import resolve_device
+
+    is_host = resolve_device("auto").is_host
+    for name, number in zip(("rows", "skip_steps", "default_steps"), _ON_HOST if is_host else _ON_DEVICE, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, number)
     return args
 
 

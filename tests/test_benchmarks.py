@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -14,7 +16,7 @@ from scipy import stats
 from tiny_models import write_model
 from tiny_run import make_data
 
-from benchmarks import adapters, combine, common, hf_recipe, processor, quality, recipe_quality, steps, throughput
+from benchmarks import adapters, combine, common, gpu, hf_recipe, processor, quality, recipe_quality, steps, throughput
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import load_task_data
 from bert_glue.devices import cpu, device
@@ -223,3 +225,52 @@ def test_memory_over_a_run_is_read_by_step(tmp_path):
     assert set(peaks) <= {0, 100, 200} and all(peak > 100 << 20 for peak in peaks.values()) and peaks
     with pytest.raises(SystemExit, match=r"ended with 2"):
         common.resident_by_step([*asked, "--no_such_flag"], 1, out, 100)
+
+
+# Python's own start-up file: hides packages from imports, and refuses every address but this host's.
+_BARE = """
+import socket
+import sys
+
+class Hidden:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in ("datasets", "evaluate", "pytest")
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+def connect(self, address):
+    assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"a connection to {address}"
+    return plain(self, address)
+
+sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
+plain, socket.socket.connect = socket.socket.connect, connect
+"""
+
+
+def test_the_gpu_benchmark_runs_as_a_whole_without_network_and_optional_packages(tmp_path):
+    """Tiny shapes on a CPU: that each stage runs and ends, not what a GPU would give."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(_BARE)
+    path = os.pathsep.join(filter(None, (str(tmp_path / "bare"), os.environ.get("PYTHONPATH"))))
+    asked = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "out"), "--tiny"]
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(asked, cwd=common.ROOT, env=environment, capture_output=True, text=True)
+    logs = "".join(log.read_text()[-2000:] for log in (tmp_path / "out").glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    (file,) = (tmp_path / "out").glob("tiny-cpu*.json")
+    content = json.loads(file.read_text())
+    assert (
+        content["is_tiny"] and not content["wrong"] and content["rows"] == common.read_rows(file.parent / "gpu.jsonl")
+    )
+    ended = {row["stage"]: row["exit_code"] for row in content["rows"] if row["name"] == "stage"}
+    stages = {name for name, stage in gpu.STAGES.items() if stage.is_in_tiny}
+    assert ended == dict.fromkeys(stages, 0) and set(gpu.STAGES) - stages == {"large"}  # bert-base's code
+    sound = {row["stage"] for row in content["rows"] if row["ok"] and row["name"] != "stage"}
+    assert sound == stages - {"recorded"}  # a CPU records nothing, and the row says so
+    assert {row["name"] for row in content["rows"] if row.get("samples_per_second")} == {"ours", "stock Trainer"}
+    assert "every task, bert-base, batch 32, against the stock Trainer, its best" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import combine, common, quality, recipe_quality, scaling, throughput
+from benchmarks import combine, common, estimates, quality, recipe_quality, scaling, throughput
 from bert_glue.__main__ import ALIASES, COMMANDS
 from bert_glue.config.arguments import FLAGS
 from bert_glue.launch.requirements import STACK
@@ -30,9 +30,11 @@ def test_measurements_are_what_the_files_hold(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == make_measurements.PAGES[name]()
 
 
-def test_the_tables_of_scaling_are_what_was_measured():
+def test_the_tables_of_scaling_are_what_was_measured_and_estimated():
     found = json.loads((ROOT / "benchmarks" / "results" / "scaling-cpu-2-cores.json").read_text(encoding="utf-8"))
-    assert scaling.page(found) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert scaling.page(found) in page
+    assert estimates.page() in page
 
 
 def test_the_tables_of_recipes_and_techniques_are_what_the_rows_hold():

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import common, quality, throughput  # noqa: E402
+from benchmarks import common, estimates, gpu, quality, throughput  # noqa: E402
 
 MEASURED = ROOT / "benchmarks" / "results"
 # Results file (`processor.file_name`) -> heading of its column. A column without a file is shown as not measured.
@@ -115,9 +115,11 @@ tables show the median over rounds.
 
 `benchmarks/throughput.py` compares ours with the stock Hugging Face Trainer. "HF default" pads to 128 tokens. "HF
 best" pads to the longest sequence of each batch and groups similar lengths. "Share of GEMM" is the rate of operations
-on real tokens, relative to the rate of a plain matrix product on the same machine. We had no NPU or GPU to measure
-on. On a GPU, flags after `--` go to ours, such as `-- --bf16 --fp16_opt_level O2 --cuda_graph`; `--bf16` goes to the
-stock Trainer too.
+on real tokens, relative to the rate of a plain matrix product on the same machine. We had no NPU to measure on. On a
+GPU, flags after `--` go to ours, such as `-- --bf16 --fp16_opt_level O2 --cuda_graph`; `--bf16` goes to the stock
+Trainer too.
+
+{_gpus()}
 
 {"".join(f"{part}" + chr(10) for part in parts).rstrip()}
 
@@ -160,11 +162,35 @@ thread.
 
 `benchmarks/steps.py` runs one training step in several ways, in turn, over the same batches. On a CPU, compiling
 gains nothing: products are most of the work, and compiling adds the filler of the buckets and one more pass over the
-gradients. Compiling and `--cuda_graph` are meant for GPUs, where the script also times each attention kernel. Nothing
-has run on a GPU yet. To measure there, run `python benchmarks/steps.py --shape bert-base --bf16 --json out.json`.
+gradients. Compiling and `--cuda_graph` are meant for GPUs, where the script also times each attention kernel:
+`python benchmarks/steps.py --shape bert-base --bf16 --json out.json`.
 
 {_steps()}
 """
+
+
+def _gpus() -> str:
+    """The section on GPUs: every results file of `benchmarks/gpu.py`, or the command, the estimate and the targets."""
+    found = estimates.gpu_results()
+    parts = [
+        f"### {content['device']}\n\n`benchmarks/results/{name}`, {content['date']}, torch "
+        f"{content['packages']['torch']}, transformers {content['packages']['transformers']}. {gpu.table(content)}\n"
+        for name, content in found.items()
+    ]
+    unmeasured = f"""Nothing has run on a GPU yet. With a results file in `benchmarks/results/`, this page shows what
+was measured. Until then the first table is an estimate, and the second one has the targets.
+
+{estimates.step_table()}
+
+{gpu.target_table()}
+"""
+    return f"""## On a GPU
+
+`python benchmarks/gpu.py --out DIR` checks a GPU and measures it within nine minutes. It needs no data and no network:
+weights and tokens are random, with rows of 25 to 85 tokens. It compares bf16 O2 with the stock Trainer in bf16 at its
+default (padded to 128) and at its best (batches of similar lengths, fused AdamW, sdpa).
+
+{chr(10).join(parts) or unmeasured}""".rstrip()
 
 
 def _processors() -> str:

@@ -256,6 +256,36 @@ def test_the_devices_own_rate_is_a_rate():
     assert time.perf_counter() - began < 10
 
 
+class Accelerator(Device):
+    """The CPU as a device whose clock is a queue of events: each product takes as long as the rate says."""
+
+    is_host, rate, now = False, 1e15, 0.0
+
+    def mark(self) -> float:
+        return Accelerator.now
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Device, Accelerator])
+def test_a_device_multiplies_larger_matrices_and_its_own_events_time_them(monkeypatch, kind):
+    """The host's clock would add its launches to each product, and a small product measures little else."""
+    sides = []
+
+    def product(a, b):
+        sides.append(len(a))
+        Accelerator.now += 2 * len(a) ** 3 / Accelerator.rate
+
+    monkeypatch.setattr(throughput.torch, "matmul", product)
+    monkeypatch.setattr(throughput, "multiply", product)
+    monkeypatch.setattr(throughput, "_square", lambda device, dtype, size: range(size))
+    found = gemm_rate(kind("cpu"), torch.float32, 0.2)
+    assert sorted(set(sides)) == [256 * 2**n for n in range(4 if kind is Device else 6)]
+    if kind is Accelerator:
+        assert found == pytest.approx(Accelerator.rate)
+
+
 def test_a_share_is_of_the_products_that_are_computed(monkeypatch):
     """A CPU without 16-bit products computes them in fp32: no share of an emulation a hundred times as slow."""
     asked = []
