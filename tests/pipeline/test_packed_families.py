@@ -62,6 +62,7 @@ def settings(model: Path, folder: Path, **changes) -> Arguments:
     files |= {"validation_file": str(write_rows(folder / "validation.csv", 12, 100))}
     return arguments(
         folder, **files, model_name_or_path=str(model), max_steps=6, per_device_train_batch_size=8, do_eval=True,
+        max_seq_length=120,
         **changes,
     )  # fmt: skip
 
