@@ -145,6 +145,12 @@ class Device:
         """True if work on the device can be recorded and replayed."""
         return self.kind == "cuda"
 
+    @property
+    def is_shared_by_itself(self) -> bool:
+        """True if a sweep puts several runs on one device unasked. On a CPU one run fills the cores; on an NPU nobody
+        has tried it."""
+        return self.kind == "cuda"
+
     def synchronize(self) -> None:
         """Wait until the device has finished all work; a clock read before that is wrong."""
         if not self.is_host:

@@ -261,17 +261,18 @@ def _tiny_split() -> Any:
 
 
 def _best_devices() -> dict[str, Any]:
-    """Names of all devices of the best kind on this machine."""
+    """Names of all devices of the best kind on this machine, and the free bytes of those that runs may share."""
     from bert_glue.devices.device import KINDS, devices
 
     found = next(filter(None, map(devices, KINDS)))
-    return {"devices": [str(device.torch_device) for device in found]}
+    free = {str(device.torch_device): device.memory()[0] for device in found if device.is_shared_by_itself}
+    return {"devices": [str(device.torch_device) for device in found], "free_bytes": free}
 
 
 def main(argv: list[str]) -> int:
     """Write all facts about the devices; `argv[0]` is the requested device. Returns 0 unless torch cannot be imported.
 
-    With `--list`, write only one line with the names of the devices of the best kind.
+    With `--list`, write only one line about the devices of the best kind.
     """
     facts, requested = _Facts(), argv[0]
     if requested == "--list":

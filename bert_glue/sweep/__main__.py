@@ -26,7 +26,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ from bert_glue.storage.lock import FolderLock, wait_until_free
 from bert_glue.sweep.own_data import DATA_FLAGS, add_flags, check_flags, data_flags, read_own_data
 from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
 from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_line
+from bert_glue.sweep.side_by_side import AUTO, read_jobs, settle
 from bert_glue.sweep.summary import best_mean, lines, summarise, write
 from bert_glue.tasks import OWN, GlueTask
 
@@ -104,7 +107,14 @@ def _parser() -> CommandParser:
         metavar="LIST",
         help="such as npu:0,npu:1; auto (default): all of the best kind",
     )
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once per device, which share its threads; default 1")
+    add(
+        "--jobs",
+        "--runs_per_device",
+        type=read_jobs,
+        metavar="N",
+        help="runs at once per device, which share its threads; auto: on a GPU as many as fit, up to 4, elsewhere 1; "
+        "default: auto with --devices auto, else 1",
+    )
     add("--grace", type=read_seconds, default=300.0, metavar="SECONDS", help="time to save after a signal; default 300")
     add("--keep_checkpoints", action="store_true", help="keep checkpoints of finished runs; default: only their models")
     add("--expect", nargs="+", default=[], metavar="BOUND", help="bounds for means over seeds, such as 'mrpc.f1>=0.88'")
@@ -143,7 +153,10 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
             print(f"{args.search} trials per task within {source.space}")
         print_lines(*map(_state, runs))
         return 0
-    slots = _slots(args.devices, args.jobs)
+    listed = cache(_listed)
+    jobs, why = settle(args.jobs, args.devices, listed, suite.run(tasks[0], seeds[0], {}))
+    print_lines(*filter(None, [why]))
+    slots = _slots(args.devices, jobs, listed)
     with FolderLock(suite.output_dir):
         if args.search is not None:
             source.open()
@@ -179,7 +192,7 @@ def _check_search_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for a number below 1, and for flags that need or exclude `--search`."""
     for name in ("jobs", "search"):
         number = getattr(args, name)
-        if number is not None and number < 1:
+        if isinstance(number, int) and number < 1:
             raise UsageError(f"--{name} {number} is below the minimum of 1")
     if args.search is not None and args.learning_rates:
         raise UsageError("--learning_rates and --search exclude each other; --space sets the rates of a search")
@@ -267,14 +280,14 @@ def _state(run: SweepRun) -> str:
     return f"{state}: {run.name}: run_glue.py {shlex.join(run.flags)}"
 
 
-def _slots(devices: str, jobs: int) -> list[Slot]:
+def _slots(devices: str, jobs: int, listed: Callable[[], dict[str, Any]] | None = None) -> list[Slot]:
     """One slot per device and job, with its share of the host's threads.
 
     Raises:
         UsageError: a device name is unknown or given twice.
         MachineError: the devices of "auto" cannot be listed.
     """
-    names = _devices_here() if devices == "auto" else [name.strip() for name in devices.split(",")]
+    names = (listed or _listed)()["devices"] if devices == AUTO else [name.strip() for name in devices.split(",")]
     for name in names:
         try:
             flag_value(FLAGS["device"], name)
@@ -290,7 +303,8 @@ def _slots(devices: str, jobs: int) -> list[Slot]:
 _LIST_SECONDS = 120  # a driver that hangs must not block the sweep
 
 
-def _devices_here() -> list[str]:
+def _listed() -> dict[str, Any]:
+    """The devices of the best kind here, and the free memory of those that runs may share."""
     # A separate process lists them, so that no driver state is forked into the runs.
     command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
     root = str(Path(__file__).resolve().parents[2])
@@ -304,7 +318,7 @@ def _devices_here() -> list[str]:
         ) from None
     try:
         fact = json.loads(done.stdout)
-        return fact["devices"]
+        return {name: fact[name] for name in ("devices", "free_bytes")}
     except (ValueError, KeyError) as error:
         reason = re.sub(r"\s+", " ", (done.stderr or done.stdout).strip())[-300:]
         raise MachineError(f"--devices auto: {reason}; python -m bert_glue.doctor shows more") from error
