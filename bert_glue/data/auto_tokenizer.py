@@ -32,13 +32,9 @@ def load_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool) -
     # Without a vocabulary file transformers 5 returns a tokenizer that only knows its special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise MachineError(f"the tokenizer in {folder} cannot be used: {_NO_VOCABULARY}")
-    # By default transformers lower-cases, which turns the names in a cased vocabulary into unknown words.
     with library_errors(folder):
-        is_stated = _states_lower_case(folder)
-    if _lower_cases(tokenizer) and not is_stated and _is_cased(tokenizer):
-        chosen = {"do_lower_case": False}
-        return _auto_tokenizer(folder, config, trust_remote_code, chosen), chosen
-    return tokenizer, {}
+        chosen = _chosen_case(folder, tokenizer)
+    return (_auto_tokenizer(folder, config, trust_remote_code, chosen) if chosen else tokenizer), chosen
 
 
 def _auto_tokenizer(folder: Path, config: dict | None, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
@@ -83,17 +79,21 @@ def _cause(folder: Path, error: BaseException) -> str:
     return first_line(error)
 
 
-def _lower_cases(tokenizer: Any) -> bool:
-    """True for a BERT tokenizer that lower-cases words."""
-    return tokenizer.is_fast and bool(getattr(tokenizer.backend_tokenizer.normalizer, "lowercase", False))
+def _chosen_case(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """`do_lower_case` for a BERT tokenizer where no file of the folder says it: the vocabulary decides.
 
-
-def _states_lower_case(folder: Path) -> bool:
-    """True if tokenizer_config.json sets `do_lower_case` either way, or tokenizer.json lower-cases words."""
+    The default of transformers does not know the vocabulary. It lower-cases, so that the names of a cased vocabulary
+    become unknown words. In version 5.0.0 it does not, so that with an uncased one every word with a capital does.
+    """
+    lowers = getattr(tokenizer.backend_tokenizer.normalizer, "lowercase", None) if tokenizer.is_fast else None
     paths = (folder / "tokenizer_config.json", folder / "tokenizer.json")
     settings, whole = (json_object(path) if path.is_file() else {} for path in paths)
-    normalizer = whole.get("normalizer") or {}
-    return "do_lower_case" in settings or bool(normalizer.get("lowercase"))
+    stored = (whole.get("normalizer") or {}).get("lowercase")
+    # A stored False is no statement where the class lower-cases in spite of it, as transformers 4 does.
+    if lowers is None or "do_lower_case" in settings or stored or (stored is False and not lowers):
+        return {}
+    is_cased = _is_cased(tokenizer)
+    return {"do_lower_case": not is_cased} if is_cased or not lowers else {}
 
 
 def _is_cased(tokenizer: Any) -> bool:

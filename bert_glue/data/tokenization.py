@@ -150,7 +150,7 @@ class TextTokenizer:
         from transformers import __version__
 
         hashes = [file_hash(self.folder / name) for name in self._files()]
-        return f"{rules}{type(self.stock).__name__}|{__version__}|{hashes}|{sorted(self._chosen)}"
+        return f"{rules}{type(self.stock).__name__}|{__version__}|{hashes}|{sorted(self._chosen.items())}"
 
     @property
     def pad_id(self) -> int | None:
@@ -162,9 +162,10 @@ class TextTokenizer:
         """Lines for the log: what was chosen otherwise than transformers would choose."""
         if not self._chosen:
             return []
+        seen = "no capitals: words are made lower-case" if self._chosen["do_lower_case"] else "capitals: they are kept"
         return [
-            f"{self.folder}: no file says whether words are made lower-case, and the vocabulary has capitals: they are "
-            'kept, where transformers would lower-case; "do_lower_case" in tokenizer_config.json decides'
+            f"{self.folder}: no file says whether words are made lower-case, and versions of transformers differ. The "
+            f'vocabulary has {seen}. "do_lower_case" in tokenizer_config.json decides'
         ]
 
     @cached_property

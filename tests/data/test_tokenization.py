@@ -254,7 +254,7 @@ def test_a_choice_against_transformers_is_told(tmp_path, words, settings, is_tol
     with (folder / "vocab.txt").open("a", encoding="utf-8") as file:
         file.write("\n".join(words) + "\n")
     notes = TextTokenizer(folder).notes
-    assert any("lower-case" in note for note in notes) is is_told
+    assert any("vocabulary has capitals: they are kept" in note for note in notes) is is_told
 
 
 def test_ids_and_types_beyond_the_model_s_tables_are_refused(tmp_path):
