@@ -332,7 +332,8 @@ def test_jobs_that_start_together_tokenize_once(cache, bert_uncased, monkeypatch
     if not has_locks:
         cache.mkdir()
         (cache / "locks").write_text("a file where the folder should be")
-    tokenizer, made = TextTokenizer(bert_uncased), []
+    # One a job, as processes have: threads that share one make its Rust part panic.
+    tokenizers, made = [TextTokenizer(bert_uncased) for _ in range(3)], []
     encode = TextTokenizer.encode
 
     def slow(self, *given):
@@ -342,7 +343,7 @@ def test_jobs_that_start_together_tokenize_once(cache, bert_uncased, monkeypatch
 
     monkeypatch.setattr(TextTokenizer, "encode", slow)
     with ThreadPoolExecutor(3) as pool:
-        found = [job.result() for job in [pool.submit(tokenize, tokenizer, PAIR, 16) for _ in range(3)]]
+        found = [job.result() for job in [pool.submit(tokenize, one, PAIR, 16) for one in tokenizers]]
     assert len(made) == (1 if has_locks else 3)
     assert sorted(how for _, how in found) == (["cached", "cached", "made"] if has_locks else ["made"] * 3)
     assert all(_same(table, found[0][0]) for table, _ in found)
