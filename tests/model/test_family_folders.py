@@ -29,6 +29,8 @@ def needs_transformers(model_type: str) -> None:
     here = tuple(map(int, version("transformers").split(".")[:2]))
     if here < SINCE.get(model_type, here):
         pytest.skip(f"transformers {version('transformers')} cannot make {model_type}")
+    if model_type == "camembert" and here == (5, 0):
+        pytest.skip("transformers 5.0 cannot read CamemBERT's sentencepiece vocabulary")
 
 
 def slow_canine(model_type: str) -> Any:
@@ -80,8 +82,6 @@ def test_a_vocabulary_file_alone_is_enough(model_type, tmp_path):
     """No tokenizer.json, no tokenizer_config.json: transformers decides the tokens, before and after saving."""
     from transformers import AutoTokenizer
 
-    if model_type == "camembert" and version("transformers").startswith("5.0."):
-        pytest.skip("transformers 5.0 cannot read CamemBERT's sentencepiece vocabulary alone")
     write_folder(model_type, tmp_path / "model", bare=True)
     _, labeller = _answers(tmp_path / "model", [(text,) for text in TEXTS[:2]], 2)
     labeller.model.save(tmp_path / "saved")
