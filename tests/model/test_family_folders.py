@@ -82,6 +82,7 @@ def test_a_vocabulary_file_alone_is_enough(model_type, tmp_path):
     """No tokenizer.json, no tokenizer_config.json: transformers decides the tokens, before and after saving."""
     from transformers import AutoTokenizer
 
+    needs_transformers(model_type)
     write_folder(model_type, tmp_path / "model", bare=True)
     _, labeller = _answers(tmp_path / "model", [(text,) for text in TEXTS[:2]], 2)
     labeller.model.save(tmp_path / "saved")
