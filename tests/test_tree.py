@@ -29,6 +29,7 @@ OPTIONAL_PACKAGES = {
     "onnx", "onnxruntime",  # export
     "peft", "modelscope",  # --lora_rank, --hub
     "tensorboard", "tensorboardX", "wandb", "mlflow", "swanlab", "trackio", "optuna",  # trackers, search
+    "ray", "submitit",  # sweep --executor
 }  # fmt: skip
 DISTRIBUTIONS = {"google": "protobuf", "sklearn": "scikit-learn", "yaml": "PyYAML", "jinja2": "Jinja2"}
 

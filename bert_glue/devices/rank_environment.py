@@ -9,6 +9,21 @@ from typing import NamedTuple
 from bert_glue.errors import UsageError
 
 
+class ClusterResources(NamedTuple):
+    """What schedulers of clusters call devices.
+
+    Args:
+        by_kind: the kind of a device -> its name as a resource of Ray, the best kind first.
+        gpu: the resource that Ray has an option of its own for.
+    """
+
+    by_kind: dict[str, str]
+    gpu: str
+
+
+CLUSTER_RESOURCES = ClusterResources({"npu": "NPU", "cuda": "GPU", "cpu": "CPU"}, "GPU")
+
+
 class RankEnvironment(NamedTuple):
     """The place of this process in a run: `rank` of `world_size`, and `local_rank` on its host.
 

@@ -18,29 +18,22 @@ share one, and else 1.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import shlex
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bert_glue.config.arguments import FLAGS
 from bert_glue.config.command_line import CommandParser
 from bert_glue.config.expectations import Expectation, missed, read_expectations
 from bert_glue.config.metric_checks import metric_names
-from bert_glue.config.values import flag_value, read_seconds
+from bert_glue.config.values import read_seconds
 from bert_glue.errors import (
     CheckpointError,
     ExpectationError,
-    MachineError,
     UsageError,
     UserError,
     exit_code_of,
@@ -50,10 +43,12 @@ from bert_glue.errors import (
     run_program,
 )
 from bert_glue.storage.lock import FolderLock, wait_until_free
+from bert_glue.sweep.executors import choice
+from bert_glue.sweep.executors.interface import Event, EventKind, Job
 from bert_glue.sweep.own_data import DATA_FLAGS, add_flags, check_flags, data_flags, read_own_data
 from bert_glue.sweep.plan import Suite, SweepRun, plan, seeds_of, tasks_of
-from bert_glue.sweep.scheduler import Attempt, Event, EventKind, Queue, Slot, last_line
-from bert_glue.sweep.side_by_side import AUTO, read_jobs, settle
+from bert_glue.sweep.scheduler import Queue, last_line
+from bert_glue.sweep.side_by_side import read_jobs
 from bert_glue.sweep.summary import best_mean, lines, summarise, write
 from bert_glue.tasks import OWN, GlueTask
 
@@ -75,7 +70,9 @@ class Listed:
 def main(argv: list[str]) -> int:
     """Runs a sweep and returns its exit code."""
     end = argv.index("--") if "--" in argv else len(argv)
-    args = _parser().parse_args(argv[:end])
+    own, settings = choice.without_slurm_settings(argv[:end])
+    args = _parser().parse_args(own)
+    args.slurm_settings = settings
     epochs = (f"--num_train_epochs={args.train_epochs}",) if args.train_epochs else ()
     extra = (*epochs, *argv[end + 1 :])
     return exit_code_of(lambda: _sweep(args, extra))
@@ -124,12 +121,14 @@ def _parser() -> CommandParser:
     add("--storage_timeout", type=read_seconds, metavar="SECONDS", help="time for an answer of --storage; default 60")
     add("--space", nargs="+", default=[], metavar="FLAG=LOW:HIGH", help="ranges of the search; also FLAG=A,B,C")
     add_flags(parser)
+    choice.add_flags(parser)
     return parser
 
 
 def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
     args.tasks = args.tasks or (OWN if any(getattr(args, name) for name in DATA_FLAGS) else "all")
     check_flags(args, extra)
+    choice.check_flags(args)
     suite = _suite(args, extra)
     tasks, seeds = tasks_of(args.tasks), seeds_of(args.seeds)
     rates = [rate.strip() for rate in args.learning_rates.split(",")] if args.learning_rates else []
@@ -153,23 +152,23 @@ def _sweep(args: argparse.Namespace, extra: tuple[str, ...]) -> int:
             print(f"{args.search} trials per task within {source.space}")
         print_lines(*map(_state, runs))
         return 0
-    listed = cache(_listed)
-    jobs, why = settle(args.jobs, args.devices, listed, suite.run(tasks[0], seeds[0], {}))
+    executor, why = choice.executor_of(args, suite.run(tasks[0], seeds[0], {}))
     print_lines(*filter(None, [why]))
-    slots = _slots(args.devices, jobs, listed)
-    with FolderLock(suite.output_dir):
+    with FolderLock(suite.output_dir), closing(executor):
+        executor.open(suite.output_dir)
         if args.search is not None:
             source.open()
-        # After a sweep is killed, its runs may still be saving their checkpoints.
-        wait_until_free([run.folder for run in runs], args.grace)
+        if not executor.outlives_driver:  # after a sweep is killed, its runs may still be saving their checkpoints
+            wait_until_free([run.folder for run in runs], args.grace)
         waiting = [run for run in runs if run.results() is None]
         found = len(runs) - len(waiting)
         rest = f"{len(waiting)} to do"
         if args.search is not None:
             rest = f"{args.search} trials per task within {source.space}"
-        print(f"{found} runs are already done; {rest}; on {', '.join(slot.device for slot in slots)}")
+        print(f"{found} runs are already done; {rest}; on {executor.where}")
         table = SweepTable(None if args.search is not None else len(runs), found)
-        queue = Queue(source if args.search is not None else Listed(waiting), slots, args.grace, table.tell, table.show)
+        supply = source if args.search is not None else Listed(waiting)
+        queue = Queue(supply, executor, args.grace, table.tell, table.show)
         try:
             queue.run()
         finally:
@@ -280,50 +279,6 @@ def _state(run: SweepRun) -> str:
     return f"{state}: {run.name}: run_glue.py {shlex.join(run.flags)}"
 
 
-def _slots(devices: str, jobs: int, listed: Callable[[], dict[str, Any]] | None = None) -> list[Slot]:
-    """One slot per device and job, with its share of the host's threads.
-
-    Raises:
-        UsageError: a device name is unknown or given twice.
-        MachineError: the devices of "auto" cannot be listed.
-    """
-    names = (listed or _listed)()["devices"] if devices == AUTO else [name.strip() for name in devices.split(",")]
-    for name in names:
-        try:
-            flag_value(FLAGS["device"], name)
-        except ValueError as error:
-            raise UsageError(f"--devices: {error}") from None
-    if len(set(names)) < len(names):
-        raise UsageError(f"--devices {devices}: a device is given twice; --jobs N lets N runs share each device")
-    names = names * jobs
-    threads = 0 if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // len(names))
-    return [Slot(name, threads) for name in names]
-
-
-_LIST_SECONDS = 120  # a driver that hangs must not block the sweep
-
-
-def _listed() -> dict[str, Any]:
-    """The devices of the best kind here, and the free memory of those that runs may share."""
-    # A separate process lists them, so that no driver state is forked into the runs.
-    command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIST_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise MachineError(
-            f"--devices auto: no answer within {_LIST_SECONDS} s; name the devices, or run python -m bert_glue.doctor"
-        ) from None
-    try:
-        fact = json.loads(done.stdout)
-        return {name: fact[name] for name in ("devices", "free_bytes")}
-    except (ValueError, KeyError) as error:
-        reason = re.sub(r"\s+", " ", (done.stderr or done.stdout).strip())[-300:]
-        raise MachineError(f"--devices auto: {reason}; python -m bert_glue.doctor shows more") from error
-
-
 def _drop_checkpoints(runs: list[SweepRun]) -> None:
     """Deletes the checkpoints of finished runs, which only serve to resume a run."""
     folders = [folder for run in runs if run.results() is not None for folder in run.folder.glob("checkpoint-*")]
@@ -369,7 +324,7 @@ class SweepTable:
         else:
             self._live.console.print(printable(f"{of_all}{event.text}"), markup=False, highlight=False)
 
-    def show(self, running: list[Attempt]) -> None:
+    def show(self, running: list[Job]) -> None:
         """Redraws the table, at most once per second."""
         if self._live is None or time.monotonic() - self._shown < _REFRESH_SECONDS:
             return
@@ -378,9 +333,10 @@ class SweepTable:
         self._shown = time.monotonic()
         of_all = "" if self.total is None else f" of {self.total}"
         table = Table("device", "run", "seconds", "last line", title=f"{self.done}{of_all} done, {self.failed} failed")
-        for attempt in running:
-            name = attempt.run.name if attempt.number == 1 else f"{attempt.run.name} (again)"
-            table.add_row(attempt.slot.device, name, f"{attempt.seconds:.0f}", last_line(attempt.run)[:70])
+        for job in running:
+            name = job.run.name if job.number == 1 else f"{job.run.name} (again)"
+            line = last_line(job.run)[:70] if job.place else ""
+            table.add_row(job.place or "waiting", name, f"{job.seconds:.0f}", line)
         self._live.update(table, refresh=True)
 
     def close(self) -> None:

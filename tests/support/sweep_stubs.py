@@ -6,6 +6,7 @@ code 128 + signal when asked to stop, and it goes on from that checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 
-# STUB holds {"<task>-<seed>": {...}}: steps, exit (a list, one an attempt; -9 kills), hang, results, stop.
+# BERT_GLUE_STUB holds {"<task>-<seed>": {...}}: steps, exit (a list, one an attempt; -9 kills), hang, results, stop.
 STUB_RUN_GLUE = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
@@ -28,7 +29,7 @@ try:
 except OSError:
     sys.exit("error: another run is writing there")
 task, seed = flags.get("task_name", "own"), int(flags["seed"])
-plan = json.loads(os.environ.get("STUB", "{}")).get(f"{task}-{seed}", {})
+plan = json.loads(os.environ.get("BERT_GLUE_STUB", "{}")).get(f"{task}-{seed}", {})
 attempts = folder / "attempts"
 with attempts.open("a") as file:
     about = {"argv": sys.argv[1:], "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
@@ -36,7 +37,7 @@ with attempts.open("a") as file:
     file.write(json.dumps(about) + "\\n")
 tries = len(attempts.read_text().splitlines())
 asked = []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: None if plan.get("hang") else asked.append(number))
 checkpoint, done = folder / "checkpoint-stub", 0
 if flags.get("resume_from_checkpoint") == "auto" and checkpoint.exists():
@@ -88,14 +89,14 @@ class Sweep:
         return [sys.executable, "-m", "bert_glue.sweep", *own, *flags]
 
     def environment(self, **settings: str) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "STUB")}
+        kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "BERT_GLUE_STUB")}
         path = os.pathsep.join(filter(None, (str(self.root), os.environ.get("PYTHONPATH"))))
-        return {**kept, "PYTHONPATH": path, "STUB": json.dumps(self.stub), **settings}
+        return {**kept, "PYTHONPATH": path, "BERT_GLUE_STUB": json.dumps(self.stub), **settings}
 
     def run(self, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             self.command(*flags), env=self.environment(**settings), cwd=self.root, capture_output=True, text=True,
-            timeout=60,
+            timeout=180,
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -120,6 +121,23 @@ class Sweep:
 
     def group(self, task: str) -> dict:
         return next(group for group in self.summary()["groups"] if group["task"] == task)
+
+
+def real_command(output: Path, *flags: str) -> list[str]:
+    """A sweep over the sample on CPUs, with the run_glue.py of this repository."""
+    own = ["--sample", "--output_dir", str(output), *flags]
+    return [sys.executable, "-m", "bert_glue.sweep", *own]
+
+
+def outcome(output: Path) -> dict[str, tuple]:
+    """What each run of a sweep computed, without times: its weights, its scores and its predictions."""
+    found = {}
+    for file in sorted(output.glob("*/seed*/all_results.json")):
+        scores = {k: v for k, v in json.loads(file.read_text()).items() if k.startswith("eval_")}
+        scores = {k: v for k, v in scores.items() if not k.endswith(("_runtime", "_per_second"))}
+        weights = hashlib.sha256((file.parent / "model.safetensors").read_bytes()).hexdigest()
+        found[str(file.parent.relative_to(output))] = (weights, scores)
+    return found
 
 
 def is_alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ from sweep_stubs import REPOSITORY, Sweep, is_alive, wait_until
 
 from bert_glue.errors import UsageError
 from bert_glue.evaluation.analysis import standard_errors
-from bert_glue.sweep.__main__ import _slots
+from bert_glue.sweep.executors.local import slots_of
 from bert_glue.sweep.plan import Suite, plan, seeds_of, tasks_of
 from bert_glue.sweep.summary import lines, summarise, write
 from bert_glue.tasks import TASKS, TRAINABLE
@@ -87,9 +87,9 @@ def test_threads_are_divided_and_the_users_own_kept(sweep: Sweep) -> None:
 
 def test_auto_is_every_device_of_the_best_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests/support/simulated_npu"))
-    assert [slot.device for slot in _slots("auto", 2)] == ["npu:0", "npu:1", "npu:0", "npu:1"]
+    assert [slot.device for slot in slots_of("auto", 2)] == ["npu:0", "npu:1", "npu:0", "npu:1"]
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests/nowhere"))
-    assert "npu:0" not in [slot.device for slot in _slots("auto", 1)]
+    assert "npu:0" not in [slot.device for slot in slots_of("auto", 1)]
 
 
 def test_jobs_run_at_the_same_time(sweep: Sweep) -> None:
