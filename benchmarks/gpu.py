@@ -82,12 +82,13 @@ def run_stages(names: list[str], out: Path, until: float, is_tiny: bool) -> None
     Args:
         until: when all must be over, by `time.monotonic`.
     """
-    at_once = max(1, (os.cpu_count() or 1) // _CORES_A_CHECK) if not is_tiny else os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    at_once = cores if is_tiny else max(1, cores // _CORES_A_CHECK)
     running: dict[str, tuple[subprocess.Popen, float, float]] = {}
     for name in names:
         # A tiny run times nothing, so that nothing has to be alone but the first row, which names the device.
         is_alone = STAGES[name].is_alone and (not is_tiny or name == names[0])
-        while len(running) >= (1 if is_alone else at_once) or any(STAGES[n].is_alone and not is_tiny for n in running):
+        while len(running) >= (1 if is_alone else at_once):
             _end_finished(running, out)
         limit = min(STAGES[name].seconds * (_TINY_PATIENCE if is_tiny else 1), until - time.monotonic())
         if limit < 2 * _KILLED_AFTER:
@@ -125,7 +126,8 @@ def _end_finished(running: dict[str, tuple[subprocess.Popen, float, float]], out
         kill_group(process.pid)
         code = process.wait()
         row = {"stage": name, "name": "stage", "ok": code == 0, "exit_code": code, "seconds": round(took, 1)}
-        append(out / ROWS_FILE, row | ({"error": f"killed after {limit:.0f} s"} if is_late else {}))
+        why = f"killed after {limit:.0f} s" if is_late else f"ended with code {code}; {name}.log has its last words"
+        append(out / ROWS_FILE, row | ({"error": why} if code else {}))
         del running[name]
 
 
@@ -268,9 +270,7 @@ def _line_of_target(target: dict) -> str:
     measured, unit = target["measured"], target["unit"]
     shown, outcome = "-", "not measured"
     if measured is not None:
-        shown = _shown(round(measured, 0 if unit == PER_SECOND else 2), unit) + (
-            f", {target['by']}" if target["by"] else ""
-        )
+        shown = ", ".join(filter(None, (_shown(measured, unit), target["by"])))
         missed = 100 * (1 - measured / target["target"])
         outcome = "reached" if target["reached"] else f"missed by {missed:.1f} %"
     return f"| {target['what']} | {_shown(target['target'], unit)} | {shown} | {outcome} |"

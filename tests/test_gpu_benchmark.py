@@ -68,6 +68,7 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_one_that_crashes_is_
     gpu._end_finished(running, tmp_path)
     found = {row["stage"]: row for row in common.read_rows(tmp_path / gpu.ROWS_FILE)}
     assert not running and found["hangs"]["error"] == "killed after 5 s"
+    assert found["crashes"]["error"] == "ended with code -11; crashes.log has its last words"
     assert [found[name]["ok"] for name in ("hangs", "crashes")] == [False, False]
     assert (found["hangs"]["exit_code"], found["crashes"]["exit_code"]) == (-9, -11)
     with pytest.raises(ProcessLookupError):  # no process of its group is left
