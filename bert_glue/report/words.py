@@ -11,6 +11,10 @@ from bert_glue.tasks import MULTI_LABEL_METRICS, GlueTask
 
 # key -> (English, Chinese); {name} is filled in.
 WORDS: dict[str, tuple[str, str]] = {
+    # Between parts of a sentence
+    "comma": (", ", "，"),
+    "semicolon": ("; ", "；"),
+    "full_stop": (".", "。"),
     # Header and score
     "sample": ("sample data, not GLUE", "生成的样例数据，不是 GLUE"),
     "data": ("Data", "数据"),
