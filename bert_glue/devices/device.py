@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from bert_glue.devices import cpu
 from bert_glue.devices.npu import import_torch_npu
-from bert_glue.errors import MachineError, UsageError, did_you_mean
+from bert_glue.errors import MachineError, UsageError, did_you_mean, first_line
 
 KINDS = ("npu", "cuda", "cpu")
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -206,6 +206,14 @@ class Device:
             return None
         free, total = _module(self.kind).mem_get_info(self.index)
         return int(free), int(total)
+
+    @contextmanager
+    def plain_memory_errors(self, fix: str) -> Iterator[None]:
+        """A context in which an allocation that the device refuses is a MachineError, one line with `fix`."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"{self.name} has no memory left: {first_line(error)[:160].rstrip('.')}", fix) from error
 
     def random_state(self) -> torch.Tensor | None:
         """State of the device's own generator, `[bytes]` uint8 on the host; None on a CPU."""

@@ -47,6 +47,12 @@ if TYPE_CHECKING:
     from bert_glue.training.compile import Compiled
 
 
+_LESS_MEMORY = (
+    "lower --per_device_train_batch_size (with --global_batch_size the result stays the same), or give "
+    "--gradient_checkpointing"
+)
+
+
 def run(args: Arguments) -> int:
     """All steps of one process of a run.
 
@@ -72,7 +78,8 @@ def run(args: Arguments) -> int:
             for note in filter(None, (lock.note, *trackers.notes, *stack_warnings())):
                 log.line(f"note: {note}")
             failures = Failures(is_alone=ranks.world_size == 1, passes=(EvaluationStopped,))
-            results = _steps(args, ranks, log, trackers, signals, failures=failures)
+            with ranks.device.plain_memory_errors(_LESS_MEMORY):
+                results = _steps(args, ranks, log, trackers, signals, failures=failures)
         if args.log_level == "debug":
             for line in outputs.figures(results):
                 log.line(line)

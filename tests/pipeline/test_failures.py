@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import arguments, results_of
 
 from bert_glue.errors import CheckpointError, DivergedError, FollowUpError, exit_code_of
@@ -76,3 +77,14 @@ def test_a_class_name_that_no_prediction_file_holds_is_refused_before_training(t
     args = arguments(tmp_path, train_file=str(data), test_file=str(data), do_predict=True)
     assert exit_code_of(lambda: run.run(args)) == 3
     assert not (Path(args.output_dir) / "model.safetensors").exists()
+
+
+def test_a_device_without_memory_is_one_line_with_the_flags_that_need_less(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total capacity")
+
+    monkeypatch.setattr(run, "fine_tune", fail)
+    assert exit_code_of(lambda: run.run(arguments(tmp_path))) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no memory left: CUDA out of memory. Tried to allocate 20.00 GiB; lower --per_device" in line
+    assert "--global_batch_size" in line and "--gradient_checkpointing" in line
