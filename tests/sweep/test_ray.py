@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweep_stubs import REPOSITORY, Sweep, outcome, real_command, wait_until
@@ -17,20 +19,40 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 RAY = ("--devices", "cpu", "--executor", "ray")
-# Like every child of these tests, without usage statistics.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# For the nodes that the tests start: no usage statistics, and no niceness, which would starve runs beside other tests.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
-@pytest.fixture
-def cluster() -> Iterator:
+@contextmanager
+def two_nodes() -> Iterator[Any]:
     """A head with one core and a second node with one core."""
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 80 << 20}
     found = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    found.second = found.add_node(**small)
-    yield found
-    found.shutdown()
+    try:
+        found.second = found.add_node(**small)
+        yield found
+    finally:
+        found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes that live through all tests that take them."""
+    with two_nodes() as found:
+        yield found
+
+
+# A sweep that is told that the nodes share nothing, although they are on one machine.
+APART = """
+import sys
+from bert_glue.sweep import __main__ as sweep
+from bert_glue.sweep.executors.ray import RayExecutor
+look = RayExecutor._look_around
+RayExecutor._look_around = lambda *given: [False for _ in look(*given)]
+sys.exit(sweep.main(sys.argv[1:]))
+"""
 
 
 def test_ray_is_started_here_and_ended(sweep: Sweep) -> None:
@@ -99,18 +121,9 @@ def test_an_address_that_does_not_answer_is_bounded(sweep: Sweep) -> None:
 
 
 def test_outputs_are_copied_from_nodes_that_share_no_folder(sweep: Sweep, cluster) -> None:
-    """Both nodes are on this machine, so the driver is told that they share nothing."""
     sweep.stub = {"mrpc-1": {"steps": 60}}
-    wrapper = sweep.root / "apart.py"
-    wrapper.write_text(
-        "import sys\nfrom bert_glue.sweep import __main__ as sweep\n"
-        "from bert_glue.sweep.executors.ray import RayExecutor\n"
-        "look = RayExecutor._look_around\n"
-        "RayExecutor._look_around = lambda *given: [False for _ in look(*given)]\n"
-        "sys.exit(sweep.main(sys.argv[1:]))\n"
-    )
     command = sweep.command("--tasks=mrpc", "--seeds=1-3", *RAY, "--ray_address", cluster.address)
-    command[1:3] = [str(wrapper)]
+    command[1:3] = ["-c", APART]
     done = subprocess.run(command, env=sweep.environment(), cwd=sweep.root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "outputs are copied here, up to 4096 MiB a run" in done.stdout
@@ -120,7 +133,26 @@ def test_outputs_are_copied_from_nodes_that_share_no_folder(sweep: Sweep, cluste
     assert "$ " in (sweep.folder("mrpc", 1) / "run.log").read_text()
 
 
-def test_eighteen_runs_with_a_node_that_dies_equal_those_of_the_local_queue(tmp_path: Path, cluster) -> None:
+def test_a_copied_checkpoint_continues_a_run_on_another_node(tmp_path: Path, cluster) -> None:
+    """A real run. The driver is killed, so that the node's own folder is lost."""
+    command = real_command(
+        tmp_path, *RAY, "--ray_address", cluster.address, "--tasks", "wnli", "--seeds", "1",
+        "--", "--num_train_epochs", "12", "--max_train_samples", "400", "--logging_steps", "1",
+    )  # fmt: skip
+    command[1:3] = ["-c", APART]
+    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings)
+    wait_until(lambda: list(tmp_path.glob("wnli/seed1/checkpoint-*/manifest.json")), 240)
+    child.kill()
+    child.wait()
+    done = subprocess.run(command, capture_output=True, timeout=600, **settings)
+    log = (tmp_path / "wnli/seed1/run.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step" in log and "epoch=12" in log
+    assert not list(tmp_path.glob("wnli/seed1/.incoming")) and (tmp_path / "wnli/seed1/model.safetensors").is_file()
+
+
+def test_eighteen_runs_with_a_node_that_dies_equal_those_of_the_local_queue(tmp_path: Path) -> None:
     more = ("--tasks", "wnli,rte,mrpc", "--seeds", "1-6", "--", "--num_train_epochs", "3", "--max_train_samples", "96",
             "--logging_steps", "1")  # fmt: skip
     settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
@@ -128,15 +160,16 @@ def test_eighteen_runs_with_a_node_that_dies_equal_those_of_the_local_queue(tmp_
     subprocess.run(
         real_command(here, "--devices", "cpu", "--jobs", "2", *more), check=True, capture_output=True, **settings
     )
-    child = subprocess.Popen(
-        real_command(there, *RAY, "--ray_address", cluster.address, *more),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
-    )  # fmt: skip
-    wait_until(lambda: len(list(there.glob("*/*/all_results.json"))) >= 3, 600)
-    logs = [file for file in there.glob("*/*/run.log") if not file.with_name("all_results.json").exists()]
-    wait_until(lambda: any("epoch=1." in log.read_text() for log in logs), 240)
-    cluster.remove_node(cluster.second, allow_graceful=False)
-    out, err = child.communicate(timeout=1800)
+    with two_nodes() as cluster:
+        child = subprocess.Popen(
+            real_command(there, *RAY, "--ray_address", cluster.address, *more),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+        )  # fmt: skip
+        wait_until(lambda: len(list(there.glob("*/*/all_results.json"))) >= 3, 600)
+        logs = [file for file in there.glob("*/*/run.log") if not file.with_name("all_results.json").exists()]
+        wait_until(lambda: any("epoch=1." in log.read_text() for log in logs), 240)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        out, err = child.communicate(timeout=1800)
     assert child.returncode == 0, out + err
     assert "; it will be continued" in out and out.count("done ") == 18
     assert len(outcome(here)) == 18 and outcome(there) == outcome(here)

@@ -85,6 +85,20 @@ def test_a_signal_leaves_the_jobs(sweep: Sweep) -> None:
     assert done.returncode == 0 and "1 runs are already done; 0 to do" in done.stdout
 
 
+def test_a_killed_search_goes_on_with_its_jobs(sweep: Sweep) -> None:
+    pytest.importorskip("optuna")
+    sweep.stub = {"mrpc-1": {"steps": 60}}
+    flags = ("--tasks=mrpc", "--seeds=1", "--search", "3", *JOBS, "--max_runs", "2")
+    child = sweep.start(*flags)
+    wait_until(lambda: len(list(sweep.output.glob("mrpc/*/seed1/step"))) == 2, 90)
+    child.kill()
+    child.wait()
+    done = sweep.run(*flags)
+    assert done.returncode == 0 and "best of 3 trials, mrpc" in done.stdout, done.stdout + done.stderr
+    attempts = [file.read_text().splitlines() for file in sweep.output.glob("mrpc/*/seed1/attempts")]
+    assert [len(lines) for lines in attempts] == [1, 1, 1]
+
+
 def test_a_failed_job_is_retried_once(sweep: Sweep) -> None:
     sweep.stub = {"mrpc-1": {"exit": [5]}, "mrpc-2": {"exit": [3, 3]}}
     done = sweep.run("--tasks=mrpc", "--seeds=1,2", *JOBS)

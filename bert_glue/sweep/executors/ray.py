@@ -47,6 +47,12 @@ _STORE_BYTES = 256 << 20  # of Ray's object store, where Ray is started here; on
 _LOOK_SECONDS, _COUNT_SECONDS = 0.5, 2.0
 _KILLED_SECONDS = 10.0
 _INCOMING = ".incoming"
+_RAYS_SETTINGS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns that its default will change
+    # Where Ray is started here: if the sweep is killed, its runs get SIGTERM and save. Ray would kill them.
+    "RAY_kill_child_processes_on_worker_exit": "false",
+    "RAY_worker_niceness": "0",  # 15 by default, which starves runs where other programs compute
+}
 # Settings of the user that a run must have wherever it runs.
 _PASSED_ON = ("HF_", "BERT_GLUE_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "XDG_CACHE_HOME")
 
@@ -152,10 +158,7 @@ class RayExecutor:
         self, *, address: str | None, seconds: float, device: str, jobs_per_device: int, cores: int | None,
         most: int | None, grace: float, collected_bytes: int,
     ):  # fmt: skip
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of it
-        # Where Ray is started here: if the sweep is killed, its runs get SIGTERM and save. Ray would kill them.
-        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "false")
+        os.environ.update({**_RAYS_SETTINGS, **os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
         try:
             import ray
         except ImportError as error:
