@@ -19,8 +19,8 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 RAY = ("--devices", "cpu", "--executor", "ray")
-# For the nodes that the tests start: no usage statistics, and no niceness, which would starve runs beside other tests.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# For the Ray that the tests start: no usage statistics; and no niceness and time to start, for a machine that is busy.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120"}
 
 
 @contextmanager
