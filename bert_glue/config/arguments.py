@@ -231,7 +231,9 @@ class TrainingArguments:
         "mode of backend inductor; implies --torch_compile",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     )
-    cuda_graph: bool = flag(False, "record an optimizer step per token count, then replay it; CUDA, 16 bits")
+    cuda_graph: bool | None = flag(
+        None, "record an optimizer step per token count, then replay it; default: on CUDA, where the run allows it"
+    )
     strict_optim: bool = flag(False, "stop instead of using the nearest optimizer")
     train_sampling_strategy: str = flag("random", "order of samples", choices=("random", "group_by_length"))
     dataloader_drop_last: bool = flag(False, "drop the last, incomplete training batch of an epoch")
@@ -272,7 +274,7 @@ class PrecisionArguments:
     """Precision"""
 
     fp16: bool = flag(False, "train in fp16 as set by --fp16_opt_level")
-    bf16: bool = flag(False, "train in bf16 as set by --fp16_opt_level")
+    bf16: bool = flag(False, "train in bf16 as set by --fp16_opt_level; on CUDA without that flag at O2")
     fp16_opt_level: str = flag(
         "O1",
         "O0: fp32; O1: autocast; O2: low-precision model, fp32 master weights; O3: all low precision",

@@ -157,23 +157,27 @@ def compiled_problems(args: Arguments) -> Iterator[Problem]:
                 yield Problem((name, "amp_backend"), f"--{name} works only with --amp_backend native")
 
 
+def recording_conflicts(args: Arguments) -> dict[str, str]:
+    """The flags in use that a recorded step cannot have, with the reason."""
+    reasons = {
+        "gradient_checkpointing": "it reads the generator's state on the host during a pass",
+        "fgm_epsilon": "it needs lengths on the host during a pass",
+    }
+    found = {name: reason for name, reason in reasons.items() if getattr(args, name)}
+    if args.doc_stride is not None and args.doc_stride >= 0:
+        found["doc_stride"] = "each batch has another number of windows"
+    if args.amp_backend == "apex":
+        found["amp_backend"] = "only the native levels are recorded"
+    return found
+
+
 def recorded_problems(args: Arguments) -> Iterator[Problem]:
     """Flags that cannot be combined with `--cuda_graph`."""
     if not args.cuda_graph:
         return
-    reasons = {
-        **dict.fromkeys(_COMPILE, "recording a compiled graph has not been tested"),
-        "gradient_checkpointing": "it reads the generator's state on the host during a pass",
-        "fgm_epsilon": "it needs lengths on the host during a pass",
-    }
-    for name, reason in reasons.items():
-        if getattr(args, name):
-            yield Problem((name, "cuda_graph"), f"--cuda_graph with --{name}: {reason}; give only one")
-    if args.doc_stride is not None and args.doc_stride >= 0:
-        text = f"--cuda_graph with --doc_stride {args.doc_stride}: each batch has another number of windows; give one"
-        yield Problem(("doc_stride", "cuda_graph"), text)
-    if args.amp_backend == "apex":
-        yield Problem(("cuda_graph", "amp_backend"), "--cuda_graph works only with --amp_backend native")
+    for name, reason in recording_conflicts(args).items():
+        given = f"--{name}" if getattr(args, name) is True else f"--{name} {getattr(args, name)}"
+        yield Problem((name, "cuda_graph"), f"--cuda_graph with {given}: {reason}; give only one")
 
 
 # Each is off at its default.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bert_glue.data.packing import PackedLayout, bucket, width_bucket
+from bert_glue.data.packing import COARSE_COUNTS, COUNTS, PackedLayout, bucket, width_bucket
 from bert_glue.data.tokenization import TokenTable
 
 # Megabatches of group_by_length, in optimizer steps; as in transformers' LengthGroupedSampler.
@@ -99,6 +99,8 @@ class Collator:
         depends_on_padding: padding changes the model's answers, so that it is scored on batches without any.
         is_rounded: token counts of packed batches, and widths of padded ones, are rounded up to a bucket. A packed
             batch then always ends with filler, so that there is one sequence more than there are samples.
+        is_coarse: fewer buckets, for recorded steps.
+        is_pinned: a batch goes to the device in one copy from pinned memory.
         device: where the tensors go.
         renumber: `[vocabulary]` int32, token id -> row of a narrowed embedding table, or None.
         shapes: token counts of the batches so far.
@@ -112,8 +114,15 @@ class Collator:
     pads_left: bool = False
     depends_on_padding: bool = False
     is_rounded: bool = False
+    is_coarse: bool = False
+    is_pinned: bool = False
     row_of_token: np.ndarray | None = None
     shapes: set[int] = field(default_factory=set)
+
+    @property
+    def counts(self) -> int:
+        """Buckets of token counts between one power of two and the next."""
+        return COARSE_COUNTS if self.is_coarse else COUNTS
 
     def __call__(self, split: TokenSplit, rows: np.ndarray) -> Batch:
         """The batch of `rows` (`[samples]` int64), in that order."""
@@ -125,28 +134,47 @@ class Collator:
             windows = tuple(counts.tolist()) if (counts > 1).any() else None
         begins, ends = table.offsets[sequences], table.offsets[sequences + 1]
         tokens = [slice(*border) for border in zip(begins.tolist(), ends.tolist(), strict=True)]
-        labels = None if split.labels is None else self.move(torch.from_numpy(split.labels[rows]))
         build = self._packed if self.padding == "packed" else self._padded
-        inputs, computed = build([table.ids[one] for one in tokens], [table.types[one] for one in tokens])
+        arrays, layout = build([table.ids[one] for one in tokens], [table.types[one] for one in tokens])
+        computed = arrays["input_ids"].size
         self.shapes.add(computed)
+        if split.labels is not None:
+            arrays["labels"] = split.labels[rows]
+        inputs = self._on_device(arrays, layout)
+        labels = inputs.pop("labels", None)
         return Batch(inputs, labels, tuple((ends - begins).tolist()), computed, windows=windows)
 
-    def _packed(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
+    def _on_device(self, arrays: dict[str, np.ndarray], layout: PackedLayout | None) -> dict:
+        """Arrays as tensors on the device, and the layout."""
+        if not self.is_pinned:
+            tensors = {name: self.move(torch.from_numpy(array)) for name, array in arrays.items()}
+            return tensors if layout is None else {**tensors, "layout": layout}
+        if layout is None:
+            return _in_one_copy(arrays, self.device)
+        tensors = _in_one_copy({**arrays, "cu_seqlens": np.array(layout.cu_seq_lens, np.int32)}, self.device)
+        layout.keep_cu_seqlens(tensors.pop("cu_seqlens"))
+        return {**tensors, "layout": layout}
+
+    def _packed(
+        self, ids: list[np.ndarray], types: list[np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], PackedLayout | None]:
         lengths = tuple(len(i) for i in ids)
-        layout = PackedLayout(lengths, bucket(sum(lengths) + 1) - sum(lengths) if self.is_rounded else 0)
+        tail = bucket(sum(lengths) + 1, self.counts) - sum(lengths) if self.is_rounded else 0
+        layout = PackedLayout(lengths, tail)
         filler = np.full(layout.tail, self.pad_id, np.int32)
         flat = np.concatenate([*ids, filler])
         if self.row_of_token is not None:
             flat = self.row_of_token[flat]
-        tensors = {
+        arrays = {
             "input_ids": flat.astype(np.int64),
             "token_type_ids": np.concatenate([*types, np.zeros(layout.tail, np.int8)]).astype(np.int64),
             "position_ids": layout.positions,
         }
-        inputs = {name: self.move(torch.from_numpy(array)[None]) for name, array in tensors.items()}
-        return {**inputs, "layout": layout}, layout.tokens
+        return {name: array[None] for name, array in arrays.items()}, layout
 
-    def _padded(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[dict, int]:
+    def _padded(
+        self, ids: list[np.ndarray], types: list[np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], PackedLayout | None]:
         lengths = np.array([len(i) for i in ids])
         width = self.max_length if self.padding == "max_length" else int(lengths.max())
         if self.is_rounded:
@@ -159,11 +187,39 @@ class Collator:
         if self.gives_types:
             arrays["token_type_ids"] = np.zeros_like(block)
             arrays["token_type_ids"][mask] = np.concatenate(types)
-        return {name: self.move(torch.from_numpy(a)) for name, a in arrays.items()}, block.size
+        return arrays, None
 
     def move(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, copied to the device of the batch."""
         return tensor.to(self.device, non_blocking=True)
+
+
+_ALIGNED = 16  # bytes; every array begins at a multiple
+
+
+def _pinned_block(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _in_one_copy(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Arrays as tensors on a device, as parts of one block that was copied there from pinned memory.
+
+    Five copies from pageable memory are five stagings by the driver; this is one transfer, for which nobody waits.
+    """
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    begins, size = [], 0
+    for tensor in tensors.values():
+        begins.append(size)
+        size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+    host = _pinned_block(size)
+    for begin, tensor in zip(begins, tensors.values(), strict=True):
+        host[begin : begin + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
+    # torch keeps the block from being used again before the copy is over.
+    block = host.to(device, non_blocking=True)
+    return {
+        name: block[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for begin, (name, tensor) in zip(begins, tensors.items(), strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,13 @@ class Device:
         return cpu.product_library() if self.is_host else None
 
     @property
+    def fp32_products(self) -> str | None:
+        """How fp32 numbers are multiplied (`--tf32`): TF32 or fp32 on a GPU, bf16 on a CPU; None where it is fp32."""
+        if self.kind == "cuda":
+            return "TF32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        return "bf16" if self.is_host and torch.get_float32_matmul_precision() == "medium" else None
+
+    @property
     def is_simulated(self) -> bool:
         """True on the simulated NPU of the tests, which checks calls and control flow, but no kernels and no speed."""
         return self.kind == "npu" and bool(getattr(import_torch_npu(), "is_simulated", False))
@@ -150,6 +157,20 @@ class Device:
         """True if a sweep puts several runs on one device unasked. On a CPU one run fills the cores; on an NPU nobody
         has tried it."""
         return self.kind == "cuda"
+
+    @property
+    def prefers_low_precision_model(self) -> bool:
+        """True if `--bf16` alone means O2, where no step casts the weights again, as autocast does (O1)."""
+        return self.kind == "cuda"
+
+    @property
+    def copies_pinned_memory(self) -> bool:
+        """True if a copy from pinned memory lets the host go on, and one from pageable memory stages it first."""
+        return self.kind == "cuda"
+
+    def barrier_options(self, backend: str) -> dict[str, list[int]]:
+        """Arguments of torch.distributed.barrier: nccl guesses the device of a rank and warns if it is not given."""
+        return {"device_ids": [self.index]} if backend == _BACKENDS["cuda"] else {}
 
     def synchronize(self) -> None:
         """Wait until the device has finished all work; a clock read before that is wrong."""
@@ -224,6 +245,16 @@ class Device:
         if not self.is_host:
             _module(self.kind).set_rng_state(state)
 
+    def renew_generator(self) -> None:
+        """Make the generator usable after a recording that failed, with the numbers that it would have drawn next.
+
+        torch leaves it waiting for the end of the recording, and dropout then fails ("Offset increment outside graph
+        capture encountered unexpectedly"); a clone of its state does not wait. Never tried on a GPU.
+        """
+        if not self.is_host:
+            generator = _module(self.kind).default_generators[self.index]
+            generator.graphsafe_set_state(generator.clone_state())
+
     def supports(self, dtype: torch.dtype) -> bool:
         """True if the device computes natively in `dtype`, so that training in it makes sense."""
         if dtype == torch.float32:
@@ -232,7 +263,9 @@ class Device:
             # oneDNN computes bf16 everywhere, in fp32 registers if the CPU has nothing better.
             return dtype == torch.bfloat16 or cpu.has_fp16_products()
         if dtype == torch.bfloat16:
-            return bool(_module(self.kind).is_bf16_supported())
+            # torch.cuda counts chips before Ampere too, which convert each bf16 number to fp32 and back.
+            natively = {"including_emulation": False} if self.kind == "cuda" else {}
+            return bool(_module(self.kind).is_bf16_supported(**natively))
         return True
 
 
@@ -291,6 +324,15 @@ def _index_of_rank(kind: str, local_rank: int, count: int) -> int:
     With two ranks on one device that both can find, the collective's library refuses to start.
     """
     return 0 if count == 1 and os.environ.get(_VISIBLE[kind]) else local_rank
+
+
+def has_slow_scatter(kind: str) -> bool:
+    """True if sums of rows by index are slow on a device, so that gradients of embeddings are better products.
+
+    On CUDA torch's kernel for up to 4,096 tokens has 24 blocks for a width of 768, and a race in which it rarely reads
+    the next tokens too early (pytorch pull request 187687, found by reading; nothing was measured on a GPU).
+    """
+    return kind == "cuda"
 
 
 def has_slow_products(kind: str, dtype: torch.dtype) -> bool:

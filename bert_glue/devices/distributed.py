@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class DistributedContext:
         self.device.activate(args.tf32)
         self.rank, self.world_size = 0, 1
         self.timeout, self._is_lost = args.ddp_timeout, False
+        self._backend = args.ddp_backend or self.device.collective_backend
         if world > 1:
             self.rank, self.world_size = place.rank, world
             os.environ.update(place.variables())  # accelerate and torch read them; srun sets others
@@ -62,7 +64,7 @@ class DistributedContext:
 
         PartialState(
             cpu=self.device.is_host,
-            backend=args.ddp_backend or self.device.collective_backend,
+            backend=self._backend,
             timeout=timedelta(seconds=args.ddp_timeout),
         )
 
@@ -126,7 +128,8 @@ class DistributedContext:
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
         if self.world_size > 1:
-            self._together("waiting", torch.distributed.barrier)
+            barrier = partial(torch.distributed.barrier, **self.device.barrier_options(self._backend))
+            self._together("waiting", barrier)
 
     def close(self) -> None:
         """End the process group, if there is one and all ranks are still in it."""

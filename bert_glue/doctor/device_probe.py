@@ -155,6 +155,7 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
     from bert_glue.model import attention
 
     attention.PATHS_TAKEN.clear()
+    attention.REFUSALS.clear()
     began = time.perf_counter()
     state, device = _tiny_run(_arguments(requested, precision))
     before = [master.clone() for master in state.learner.precision.masters]
@@ -174,7 +175,10 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
         "steps": state.progress.step,
         "losses": [entry["loss"] for entry in state.progress.history],
         "seconds": time.perf_counter() - began,
-        "attention": sorted(attention.PATHS_TAKEN),
+        "attention": [
+            *sorted(attention.PATHS_TAKEN),
+            *(f"{name} does not run here: {reason}" for name, reason in attention.REFUSALS.items()),
+        ],
         "gemm_gflops_per_second": _product_rate(device, state.learner.precision.plan.dtype),
     }
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from bert_glue.data.packing import PackedLayout, width_bucket
 from bert_glue.devices.device import has_slow_products
 from bert_glue.devices.npu import torch_npu_of
+from bert_glue.errors import first_line
 from bert_glue.model.kernels.blocks import BLOCK_SHAPES, BlockAttention
 from bert_glue.model.kernels.padded import first_token_attention, sdpa_blocks
 from bert_glue.model.layers import DropoutMasks
@@ -129,17 +130,18 @@ def padded_attention(query, key, value, layout, first_only, drop, dropout_masks,
     return out.flatten(0, 1)[cells.to(device, non_blocking=True)]
 
 
+def _flash_kernel(*given, window=None):
+    # varlen_attn calls this operator too, but is itself one in Python: it costs the host 0.5 ms more a call, and has no
+    # dropout (torch 2.13, torch/nn/attention/varlen.py).
+    sides = {} if window is None else {"window_size_left": window, "window_size_right": window}
+    return torch.ops.aten._flash_attention_forward(*given, False, False, **sides)[0]
+
+
 def _varlen_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop, window=None):
     from torch.nn.attention.varlen import varlen_attn
 
     sides = {} if window is None else {"window_size": (window, window)}
     return varlen_attn(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, **sides)
-
-
-def _flash_kernel(*given, window=None):
-    # varlen_attn calls this operator with dropout 0 (torch 2.13, torch/nn/attention/varlen.py); here it has dropout.
-    sides = {} if window is None else {"window_size_left": window, "window_size_right": window}
-    return torch.ops.aten._flash_attention_forward(*given, False, False, **sides)[0]
 
 
 def _flash_attn_kernel(*given, window=None):
@@ -148,20 +150,41 @@ def _flash_attn_kernel(*given, window=None):
     return flash_attn_varlen_func(*given, **({} if window is None else {"window_size": (window, window)}))
 
 
+def _efficient_kernel(query, key, value, q_cu_seqlens, k_cu_seqlens, q_longest, k_longest, drop, window=None):
+    # Flash computes in 16 bits and on Ampere or later. This one takes fp32 and older chips, and has no window.
+    if window is not None:
+        raise ValueError("it has no window to both sides")
+    # Its backward refuses a bound above the number of rows, and the bound of a recording can be above it.
+    longest = min(q_longest, len(query)), min(k_longest, len(key))
+    batches = query[None], key[None], value[None]
+    given = (*batches, None, q_cu_seqlens, k_cu_seqlens, *longest, drop, 0, True)  # no bias, no mask, for a backward
+    return torch.ops.aten._efficient_attention_forward(*given)[0].squeeze(0)
+
+
 # name -> (function of query, key, value, both cu_seqlens `[sequences + 1]` int32, both longest, dropout and the tokens
 # seen to both sides; has dropout).
 # The first one that runs is used. Their speeds have not been compared on a GPU yet.
 CUDA_KERNELS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
+    "torch's flash kernel": (_flash_kernel, True),
     "torch's varlen kernel": (_varlen_kernel, False),
-    "torch's flash kernel with dropout": (_flash_kernel, True),
     "flash_attn's varlen kernel": (_flash_attn_kernel, True),
+    "torch's efficient kernel": (_efficient_kernel, True),
 }
+# Why each kernel does not run, where none does; lines for the log.
+REFUSALS: dict[str, str] = {}
 
 
 def runs_here(
     name: str, device: torch.device, dtype: torch.dtype, dim: int, drop: float, window: int | None = None
 ) -> bool:
-    """True if a kernel of `CUDA_KERNELS` runs here; a forward and backward pass over two sequences decides.
+    """True if a kernel of `CUDA_KERNELS` runs here; the arguments are those of `why_not`."""
+    return why_not(name, device, dtype, dim, drop, window) is None
+
+
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, dim: int, drop: float, window: int | None = None
+) -> str | None:
+    """Why a kernel of `CUDA_KERNELS` does not run here; None if it does. A pass over two sequences decides.
 
     Args:
         dim: elements of one head.
@@ -170,7 +193,7 @@ def runs_here(
     """
     function, has_dropout = CUDA_KERNELS[name]
     if drop > 0.0 and not has_dropout:
-        return False
+        return f"it has no dropout ({drop:g})"
     cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
     try:
         # The probe draws no number from the generators of the run, or a resumed run would drop other elements.
@@ -179,9 +202,9 @@ def runs_here(
             with torch.enable_grad():
                 function(probe, probe, probe, cu_seqlens, cu_seqlens, 2, 2, drop, **_sides(window)).sum().backward()
             probe.grad.sum().item()  # the host waits here, because a device reports a failure no earlier
-    except Exception:  # a missing package, a chip, a dtype and a size fail in different ways
-        return False
-    return True
+    except Exception as error:  # a missing package, a chip, a dtype and a size fail in different ways
+        return f"{type(error).__name__}: {first_line(error)[:200]}"
+    return None
 
 
 def _sides(window: int | None) -> dict[str, int]:
@@ -192,13 +215,22 @@ def _sides(window: int | None) -> dict[str, int]:
 def cuda_kernel(
     device: torch.device, dtype: torch.dtype, dim: int, drop: float, window: int | None = None
 ) -> str | None:
-    """Name of the kernel that this device uses for heads of `dim` elements; None if no kernel runs."""
-    sides = _sides(window)
-    return next((name for name in CUDA_KERNELS if runs_here(name, device, dtype, dim, drop, **sides)), None)
+    """Name of the kernel that this device uses for heads of `dim` elements; None if no kernel runs.
+
+    `REFUSALS` then has the reason of each.
+    """
+    reasons = {}
+    for name in CUDA_KERNELS:
+        reason = why_not(name, device, dtype, dim, drop, window)
+        if reason is None:
+            return name
+        reasons[name] = reason
+    REFUSALS.update(reasons)
+    return None
 
 
 def varlen_attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id) -> torch.Tensor:
-    """CUDA: the first kernel of `CUDA_KERNELS` that runs; they take cu_seqlens, and half precision only."""
+    """CUDA: the first kernel of `CUDA_KERNELS` that runs; they take cu_seqlens."""
     rate = drop if dropout_masks is not None else 0.0
     name = cuda_kernel(query.device, query.dtype, query.shape[-1], rate, **_sides(layout.window))
     if name is None:

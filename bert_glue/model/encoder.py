@@ -16,7 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_glue.data.packing import PackedLayout
+from bert_glue.devices.device import has_slow_scatter
 from bert_glue.model.attention import attend
+from bert_glue.model.embedding import Embedding
 from bert_glue.model.kernels.positions import Rotary, mean_of_sequences, rotate
 from bert_glue.model.kernels.relative import RelativeTable, attend_relative, read_table
 from bert_glue.model.layers import DropoutMasks, Linear, dropout
@@ -92,7 +94,7 @@ class PackedLayer(nn.Module):
         else:
             seen = layout.within(shape.window(self.number))
             context = attend(query, key, value, seen, first_only, drop, dropout_masks, mask_id)
-        residual = x if cls_positions is None else x[cls_positions]
+        residual = x if cls_positions is None else _first_tokens(x, cls_positions)
         return self._after_attention(context.flatten(1), residual, dropout_masks, mask_id)
 
     def _after_attention(
@@ -127,7 +129,7 @@ class PackedLayer(nn.Module):
         # The head reads first tokens alone, so that the last layer needs no other queries. With n tokens a sequence,
         # 1/n of the query, output and feed-forward products remains. Keys and values are needed for all tokens.
         # The query has the first mask id of the next layer, which does not exist.
-        query = self.qkv.rows(x[cls_positions], slice(0, hidden), dropout_masks, mask_id + 4)
+        query = self.qkv.rows(_first_tokens(x, cls_positions), slice(0, hidden), dropout_masks, mask_id + 4)
         key_value = self.qkv.rows(x, slice(hidden, None), dropout_masks, mask_id + 3).view(len(x), 2, heads, -1)
         return query.view(len(cls_positions), heads, -1), *key_value.unbind(1)
 
@@ -153,6 +155,12 @@ class PackedLayer(nn.Module):
         return table.with_products(found)
 
 
+def _first_tokens(x: torch.Tensor, cls_positions: torch.Tensor) -> torch.Tensor:
+    # On CUDA the backward of x[..] sorts the positions in a dozen launches. That of index_select adds each row once,
+    # because positions are distinct, so that its atomic sums have one order.
+    return x.index_select(0, cls_positions) if has_slow_scatter(x.device.type) else x[cls_positions]
+
+
 def _linear(shape: EncoderShape, part: str, inputs: int, outputs: int) -> Linear:
     return Linear(inputs, outputs, shape.has_bias(part))
 
@@ -174,10 +182,10 @@ class PackedClassifier(nn.Module):
         self.shape = shape
         self.gradient_checkpointing = gradient_checkpointing
         width = shape.embedding
-        self.words = nn.Embedding(shape.vocab, width)
-        self.positions = nn.Embedding(shape.positions, width) if shape.has_position_table else None
-        self.types = nn.Embedding(shape.types, width) if shape.types else None
-        self.task_types = nn.Embedding(shape.task_types, width) if shape.task_types else None
+        self.words = Embedding(shape.vocab, width)
+        self.positions = Embedding(shape.positions, width) if shape.has_position_table else None
+        self.types = Embedding(shape.types, width) if shape.types else None
+        self.task_types = Embedding(shape.task_types, width) if shape.task_types else None
         self.embedding_norm = _norm(shape, width) if shape.has_embedding_norm else None
         self.projection = Linear(width, shape.hidden) if shape.has_projection else None
         self.relative_positions = _relative_positions(shape)

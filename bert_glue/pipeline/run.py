@@ -37,6 +37,7 @@ from bert_glue.storage.files import make_own_folder
 from bert_glue.storage.lock import FolderLock
 from bert_glue.tasks import GlueTask
 from bert_glue.training.console import ConsoleLog, StopSignals, Trackers
+from bert_glue.training.cuda_graphs import settle_recording
 from bert_glue.training.embedding_rows import NarrowedEmbedding, narrow
 from bert_glue.training.resume import save_checkpoint, say_if_gone, whole_weights
 from bert_glue.training.setup import build_collator, fine_tune, make_precision
@@ -115,7 +116,8 @@ def _steps(
     if args.do_train and ranks.is_first:
         model.description = describe(args, data, model.tokenizer, model.row_limit(args.max_seq_length), record)
     plan = plan_precision(args, ranks.device)
-    _log_choices(args, model, plan, log)
+    _log_choices(args, model, plan, ranks, log)
+    args = settle_recording(args, model, plan, ranks.device, log.line)
     if log.is_shown and "train" in splits:
         outputs.show_example(data, splits["train"], model, log)
     evaluator, narrowed = _on_device(args, model, splits, plan, ranks, signals)
@@ -182,10 +184,6 @@ def _on_device(
     signals: StopSignals,
 ) -> tuple[Evaluator, NarrowedEmbedding | None]:
     """The model on its device in the plan's precision, ready to evaluate and to train."""
-    if args.cuda_graph:
-        from bert_glue.training.cuda_graphs import check_recordable
-
-        check_recordable(model, plan, ranks.device)
     narrowed = narrow(args, model, splits)
     model.module.to(ranks.device.torch_device)
     precision = make_precision(args, plan, model.module, ranks)
@@ -269,9 +267,17 @@ def _save_unfinished(state: TrainState) -> None:
             save_checkpoint(state)
 
 
-def _log_choices(args: Arguments, model: LoadedModel, plan, log: ConsoleLog) -> None:
+def _log_choices(
+    args: Arguments, model: LoadedModel, plan: PrecisionPlan, ranks: DistributedContext, log: ConsoleLog
+) -> None:
     path = "packed: real tokens only" if model.is_packed else f"padded, {model.why_padded}"
-    log.line(f"precision: {plan.name}; batches: {path}")
+    products = f", {ranks.device.fp32_products} products" if ranks.device.fp32_products else ""
+    log.line(f"precision: {plan.name}{products}; batches: {path}")
+    if plan.level not in ("O0", args.fp16_opt_level):
+        log.line(
+            f"note: --bf16 alone means {plan.level} on this device, with fp32 master weights; "
+            f"--fp16_opt_level {args.fp16_opt_level} gives autocast"
+        )
     if model.frozen:
         log.line(f"trained: {model.trained}")
     for line in (*model.notes, plan.note):

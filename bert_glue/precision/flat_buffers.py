@@ -103,6 +103,7 @@ class GradientBuffers:
         device: device of the slots where `like` is empty and the slots are all there is.
 
     Attributes:
+        allocations: the memory of gradients and slots; each is one all_reduce.
         gradients: `[elements]` each, in the order of `like`.
         overflow: number of ranks with an overflow that the gradients do not show, 0-d.
         stop_votes: number of ranks that a signal asks to stop, `[1]`.
@@ -112,12 +113,12 @@ class GradientBuffers:
 
     def __init__(self, like: list[torch.Tensor], is_joint: bool = True, device: torch.device | None = None):
         if is_joint and like:
-            self.gradients, self._allocations = self._joint(like)
-            slots = self._allocations[-1][-self._SLOTS :]
+            self.gradients, self.allocations = self._joint(like)
+            slots = self.allocations[-1][-self._SLOTS :]
         else:
             self.gradients = [torch.zeros_like(buffer) for buffer in like]
             slots = torch.zeros(self._SLOTS, device=like[0].device if like else device)
-            self._allocations = [*self.gradients, slots]
+            self.allocations = [*self.gradients, slots]
         # Both are views into what is summed: a number written here is on all ranks after the step's own all_reduce.
         self.overflow = slots[0]
         self.stop_votes = slots[1:]
@@ -141,23 +142,23 @@ class GradientBuffers:
     @property
     def dtypes(self) -> list[torch.dtype]:
         """Dtypes of the allocations; each allocation is one all_reduce."""
-        return [allocation.dtype for allocation in self._allocations]
+        return [allocation.dtype for allocation in self.allocations]
 
     @property
     def bytes(self) -> int:
         """Bytes that one rank sums with the others in a step."""
-        return sum(allocation.numel() * allocation.element_size() for allocation in self._allocations)
+        return sum(allocation.numel() * allocation.element_size() for allocation in self.allocations)
 
     def zero(self) -> None:
         """Clear gradients and slots, in place."""
         # NPU fused optimizers keep the addresses of the views, so that no gradient may become None or a new tensor.
         # This costs one write of the whole buffer a step.
-        for allocation in self._allocations:
+        for allocation in self.allocations:
             allocation.zero_()
 
     def all_reduce(self, ranks: DistributedContext) -> None:
         """Add gradients and slots over all ranks, in place."""
-        ranks.all_reduce(self._allocations)
+        ranks.all_reduce(self.allocations)
 
 
 def l2_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

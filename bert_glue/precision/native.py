@@ -124,6 +124,18 @@ class NativePrecision:
             found.append((parameters, group.is_decayed))
         return found
 
+    def gradient_memory(self) -> list[torch.Tensor]:
+        """Everything that `backward` and `gather_gradients` change, slots and flags included."""
+        buffers = [self._of_model] if self._of_masters is self._of_model else [self._of_model, self._of_masters]
+        flags = [self.norm, self._is_bad]
+        return [*(allocation for one in buffers for allocation in one.allocations), *flags]
+
+    def weight_memory(self) -> list[torch.Tensor]:
+        """Everything that `update` changes, apart from the optimizer's state."""
+        # The gradients too: torch's fused AdamW writes them back after it has divided them by the scale.
+        models = [g.data for g, master in zip(self.groups, self.masters, strict=True) if g.data is not master]
+        return [*self.masters, *models, *self.gradients, self.has_diverged]
+
     def attach(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
         """Return the optimizer unchanged: native levels need not know it."""
         return optimizer

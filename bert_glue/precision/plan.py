@@ -144,7 +144,7 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
             request apex and it cannot do what they need.
         UsageError: `--adam_epsilon` is 0 in the precision of the update.
     """
-    level = args.fp16_opt_level
+    level = chosen_level(args, device)
     fp32 = torch.float32
     if not (args.fp16 or args.bf16):
         return PrecisionPlan("O0", fp32, 1.0)
@@ -172,6 +172,13 @@ def plan_precision(args: Arguments, device: Device) -> PrecisionPlan:
         _check_epsilon(args)
     # bf16 has the exponent range of fp32, so that no gradient underflows that a scale would save.
     return PrecisionPlan(level, dtype, 1.0 if args.bf16 else _scale(args), backend=backend)
+
+
+def chosen_level(args: Arguments, device: Device) -> str:
+    """`--fp16_opt_level`; without it, `--bf16` means O2 on devices that prefer a 16-bit model to autocast."""
+    if args.bf16 and args.is_default("fp16_opt_level") and device.prefers_low_precision_model:
+        return "O2"
+    return args.fp16_opt_level
 
 
 _LARGEST_FP16_ZERO = 2.0**-25  # up to here, fp16 rounds to 0

@@ -32,6 +32,8 @@ from bert_glue.model.layers import DropoutMasks
 from bert_glue.training.console import ConsoleLog
 
 _NEEDS_COMPILER = "inductor"
+# Modes of inductor that record CUDA graphs themselves (torch 2.13, torch/_inductor/__init__.py).
+_RECORDING_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -84,7 +86,7 @@ def compile_model(
     backend = args.torch_compile_backend
     if args.fgm_epsilon and not model.is_packed:
         raise UsageError("--fgm_epsilon with --torch_compile: packed models only, it reaches into the model by hooks")
-    _check(backend, evaluator.ranks.device)
+    _check(backend, args.torch_compile_mode, evaluator.ranks.device)
     began = time.perf_counter()
     torch.compiler.reset()
     counters.clear()
@@ -104,7 +106,7 @@ def compile_model(
     seconds = time.perf_counter() - began
     log.line(
         f"torch_compile: {backend} made {compiled.graphs} graph(s) in {seconds:.1f} s, which are in no rate; "
-        "token counts are rounded up to buckets, 32 from one power of two to the next"
+        f"token counts are rounded up to buckets, {evaluator.collate.counts} from one power of two to the next"
     )
     return compiled
 
@@ -122,12 +124,18 @@ def compile_layers(module: PackedClassifier, options: dict) -> None:
         layer._after_attention = MethodType(run, layer)
 
 
-def _check(backend: str, device: Device) -> None:
+def _check(backend: str, mode: str | None, device: Device) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise UsageError(f"--torch_compile_backend: {did_you_mean('backend', backend, known)}")
     if not device.can_compile:
         raise MachineError(f"--torch_compile: not on this kind of device ({device.name}); leave it out")
+    if device.can_record and mode in _RECORDING_MODES:
+        # inductor would record one graph a layer and length, whose inputs it copies: the layers share one function.
+        raise MachineError(
+            f"--torch_compile_mode {mode} records graphs of its own, which has not been tried here on {device.kind}; "
+            "use default or max-autotune-no-cudagraphs, with --cuda_graph"
+        )
     compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
     if backend == _NEEDS_COMPILER and shutil.which(compiler) is None:
         raise MachineError(

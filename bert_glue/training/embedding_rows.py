@@ -14,6 +14,7 @@ from torch import nn
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.batching import TokenSplit
 from bert_glue.model.classifier import LoadedModel
+from bert_glue.model.embedding import Embedding
 from bert_glue.training.optim import is_elementwise
 
 
@@ -48,7 +49,7 @@ class NarrowedEmbedding:
         self.row_of_token = (np.cumsum(used) - 1).astype(np.int32)
         self.full = table
         self.decay, self.rate = 1.0, 1.0
-        module.words = nn.Embedding.from_pretrained(table[self.rows], freeze=False)
+        module.words = Embedding.from_pretrained(table[self.rows], freeze=False)
 
     def count_decay(self, learning_rate: float, weight_decay: float) -> None:
         """Count one optimizer step's decoupled weight decay for the rows that are left out."""

@@ -146,7 +146,7 @@ def _adamw_torch(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
 def _adamw_torch_fused(args: Arguments, params: list[dict]) -> torch.optim.Optimizer:
     device = params[0]["params"][0].device
     try:
-        optimizer = torch.optim.AdamW(params, fused=True, capturable=args.cuda_graph, **_adam_options(args))
+        optimizer = torch.optim.AdamW(params, fused=True, capturable=bool(args.cuda_graph), **_adam_options(args))
     except RuntimeError as error:
         raise _Absent(f"torch has no fused AdamW for {device.type}") from error
     # A recorded update reads the rate from device memory: a Python number would be fixed at the first step's value.
@@ -162,6 +162,11 @@ def set_rate(group: dict, rate: float) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors of an optimizer's state, such as moments and counts of steps."""
+    return [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
 
 def runs_without_host(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from bert_glue.devices.npu import moves_allocations
 from bert_glue.errors import CheckpointError, MachineError, UsageError
 from bert_glue.evaluation.collapse import CollapseWatch, constant_loss
 from bert_glue.evaluation.evaluator import Evaluator, evaluate
-from bert_glue.model.attention import BLOCK_SHAPES, PATHS_TAKEN, least_bytes
+from bert_glue.model.attention import BLOCK_SHAPES, PATHS_TAKEN, REFUSALS, least_bytes
 from bert_glue.model.classifier import LoadedModel
 from bert_glue.model.shape import EncoderShape
 from bert_glue.precision.native import InferencePrecision, NativePrecision
@@ -60,7 +60,9 @@ def build_collator(
         pads_left=model.tokenizer.pads_left,
         depends_on_padding=model.depends_on_padding,
         device=ranks.device.torch_device,
-        is_rounded=model.is_packed or args.torch_compile or args.cuda_graph,
+        is_rounded=model.is_packed or args.torch_compile or bool(args.cuda_graph),
+        is_coarse=bool(args.cuda_graph),
+        is_pinned=ranks.device.copies_pinned_memory,
         row_of_token=narrowed.row_of_token if narrowed else None,
     )
 
@@ -121,7 +123,8 @@ def fine_tune(
     learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks, class_weights)
     metric = metric_for_best(args, task)
     state = TrainState(
-        args=args, task=task, ranks=ranks, data=data, learner=learner, step=build_step(args, learner, data, ranks),
+        args=args, task=task, ranks=ranks, data=data, learner=learner,
+        step=build_step(args, learner, data, ranks, log.line),
         validation=Validation(
             evaluate=lambda: evaluate(evaluator, task, splits), best_key=keys.evaluation_key(metric)
         ),
@@ -205,7 +208,13 @@ def build_learner(
     )
 
 
-def build_step(args: Arguments, learner: Learner, data: TrainData, ranks: DistributedContext) -> OptimizerStep:
+def build_step(
+    args: Arguments,
+    learner: Learner,
+    data: TrainData,
+    ranks: DistributedContext,
+    say: Callable[[str], None] = lambda line: None,
+) -> OptimizerStep:
     """Eager optimizer steps, or recorded ones with `--cuda_graph`."""
     eager = EagerStep(learner, args.max_grad_norm)
     if not args.cuda_graph:
@@ -219,6 +228,7 @@ def build_step(args: Arguments, learner: Learner, data: TrainData, ranks: Distri
         precision=learner.precision,
         optimizer=learner.optimizer,
         max_norm=args.max_grad_norm,
+        say=say,
     )
 
 
@@ -299,6 +309,8 @@ def _train(state: TrainState) -> None:
             log.line(summary)
         if PATHS_TAKEN:
             log.line(f"attention: {'; '.join(sorted(PATHS_TAKEN))}")
+        for name, reason in REFUSALS.items():
+            log.line(f"note: attention: {name} does not run here: {reason}")
         # Each is a kernel of its own to libraries that make one for a shape, and a graph to a compiler.
         log.line(f"shapes: {len(state.data.collate.shapes)} token count(s), {len(BLOCK_SHAPES)} block(s) of attention")
         with state.observers.phases("save"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from token_splits import _assembler, _split
 
+from bert_glue.data import batching
 from bert_glue.data.batching import TrainingSampler, bucket, evaluation_batches, prefetch, rank_share
 
 
@@ -208,3 +209,43 @@ def test_ahead_ends_its_thread_when_it_is_left_early(source):
     running.close()
     assert time.monotonic() - begin < 2
     assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+@pytest.mark.parametrize(
+    "labels", [None, [1, 0, 1], np.array([0.5, 2.0, 1.0], np.float32)], ids=["none", "int", "float"]
+)
+@pytest.mark.parametrize("padding", ["packed", "longest"])
+def test_one_copy_holds_the_batch(monkeypatch, padding, labels):
+    """From pinned memory, which a machine without a device does not have: the block is ordinary memory here."""
+    blocks = []
+
+    def block(size):
+        blocks.append(torch.empty(size, dtype=torch.uint8))
+        return blocks[-1]
+
+    monkeypatch.setattr(batching, "_pinned_block", block)
+    split = _split([range(1, 5), range(7, 9), range(3, 8)], labels=labels)
+    rows = np.array([2, 0])
+    plain, ours = (_assembler(padding, is_rounded=True, is_pinned=one)(split, rows) for one in (False, True))
+    assert len(blocks) == 1 and blocks[0].numel() % 16 == 0
+    layouts = [batch.inputs.pop("layout", None) for batch in (plain, ours)]
+    assert layouts[0] == layouts[1]
+    assert plain.inputs.keys() == ours.inputs.keys()
+    for name, expected in plain.inputs.items():
+        found = ours.inputs[name]
+        assert torch.equal(found, expected) and found.dtype == expected.dtype and found.is_contiguous()
+        assert found.data_ptr() % 16 == blocks[0].data_ptr() % 16
+    assert (ours.labels is None) == (labels is None)
+    if labels is not None:
+        assert torch.equal(ours.labels, plain.labels) and ours.labels.dtype == plain.labels.dtype
+    if padding == "packed":
+        borders = ours.inputs["input_ids"].device
+        assert torch.equal(layouts[1].cu_seqlens(borders), layouts[0].cu_seqlens(borders))
+        assert layouts[1].cu_seqlens(borders).untyped_storage().data_ptr() == blocks[0].data_ptr()
+
+
+def test_recorded_steps_have_half_as_many_token_counts():
+    fine, coarse = (_assembler("packed", is_coarse=is_coarse).counts for is_coarse in (False, True))
+    counts = [{bucket(n, one) for n in range(1025, 2049)} for one in (fine, coarse)]
+    assert [len(found) for found in counts] == [fine, coarse] == [32, 16] and counts[1] < counts[0]
+    assert all(n <= bucket(n, coarse) <= 1.0625 * n + 16 for n in range(1, 5000))

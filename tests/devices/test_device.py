@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -168,3 +169,49 @@ def test_the_host():
 def test_fp16_on_a_host_needs_instructions(monkeypatch, flags, expected):
     monkeypatch.setattr(cpu, "features", lambda: frozenset(flags))
     assert Device("cpu").supports(torch.float16) is expected
+
+
+# ---- what differs on CUDA ----
+
+
+def test_emulated_bf16_is_not_native(monkeypatch):
+    """torch.cuda counts chips before Ampere, which convert every number: V100 and T4."""
+    asked = []
+
+    def is_bf16_supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation
+
+    fake = types.SimpleNamespace(is_bf16_supported=is_bf16_supported)
+    monkeypatch.setattr(device, "_module", lambda kind: fake)
+    assert not Device("cuda").supports(torch.bfloat16) and asked == [False]
+    assert Device("cuda").supports(torch.float16)
+    assert "including_emulation" in inspect.signature(torch.cuda.is_bf16_supported).parameters
+
+
+def test_the_barrier_of_nccl_names_its_device():
+    assert Device("cuda", 3).barrier_options("nccl") == {"device_ids": [3]}
+    assert Device("cuda", 3).barrier_options("gloo") == Device("npu", 3).barrier_options("hccl") == {}
+    assert "device_ids" in inspect.signature(torch.distributed.barrier).parameters
+
+
+def test_a_generator_goes_on_after_a_recording_that_failed(monkeypatch):
+    """With a clone of its state, which draws the same numbers and waits for no recording."""
+    calls = []
+    generator = types.SimpleNamespace(clone_state=lambda: "clone", graphsafe_set_state=calls.append)
+    monkeypatch.setattr(device, "_module", lambda kind: types.SimpleNamespace(default_generators=["other", generator]))
+    Device("cuda", 1).renew_generator()
+    Device("cpu").renew_generator()
+    assert calls == ["clone"]
+
+
+def test_a_device_says_how_it_multiplies_fp32():
+    """--tf32 is said in the run's line: its results differ in the fourth digit."""
+    kept, found = torch.get_float32_matmul_precision(), {}
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found[precision] = (Device("cuda").fp32_products, Device("cpu").fp32_products, Device("npu").fp32_products)
+    finally:
+        torch.set_float32_matmul_precision(kept)
+    assert found == {"highest": ("fp32", None, None), "high": ("TF32", None, None), "medium": ("TF32", "bf16", None)}

@@ -6,6 +6,7 @@ import math
 import sys
 import types
 
+import efficient_attention
 import pytest
 import torch
 from loop_kernel import _loop_kernel
@@ -280,6 +281,59 @@ def test_cuda_pads_inside_attention_where_no_kernel_runs(kernels):
     torch.testing.assert_close(
         varlen_attention(*inputs, layout, False, 0.0, None, SITE), _naive(*inputs, layout, False)
     )
+
+
+@pytest.fixture
+def efficient(kernels):
+    """Only torch's efficient kernel runs, computed on the CPU."""
+    library = efficient_attention.register()
+    kernels(**{"torch's efficient kernel": attention.CUDA_KERNELS["torch's efficient kernel"]})
+    yield
+    library._destroy()
+
+
+@both_queries
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_efficient_kernel_takes_borders_in_fp32(efficient, layout, first_only, dtype):
+    inputs = _inputs(layout, first_only, dtype=dtype)
+    attention.PATHS_TAKEN.clear()
+    ours = varlen_attention(*inputs, layout, first_only, 0.3, None, SITE)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, first_only), inputs, layout, first_only)
+    assert {"packed: torch's efficient kernel"} == attention.PATHS_TAKEN
+
+
+def test_a_recordings_bound_may_be_above_the_tokens(efficient):
+    """The bound of a recording is that of all later batches; the kernel's backward refuses it above the tokens."""
+    layout = PackedLayout((4, 2))
+    inputs = _inputs(layout, False)
+    borders = layout.cu_seqlens(torch.device("cpu"))
+    ours = attention._efficient_kernel(*inputs, borders, borders, 128, 128, 0.0)
+    _assert_equal_with_gradients(ours, _naive(*inputs, layout, False), inputs, layout, False)
+
+
+def test_the_efficient_kernel_has_no_window(efficient):
+    found = attention.why_not("torch's efficient kernel", torch.device("cpu"), torch.float32, 4, 0.1, window=8)
+    assert found == "ValueError: it has no window to both sides"
+
+
+def test_the_kernels_are_tried_in_this_order():
+    """The operator first: torch's own function over it costs the host more and has no dropout. fp32 comes last."""
+    assert list(attention.CUDA_KERNELS) == [
+        "torch's flash kernel", "torch's varlen kernel", "flash_attn's varlen kernel", "torch's efficient kernel",
+    ]  # fmt: skip
+
+
+def test_why_no_kernel_runs_is_kept(kernels):
+    kernels(refuses=(_refuses, True), plain=(_loop_kernel([]), False))
+    attention.REFUSALS.clear()
+    assert attention.cuda_kernel(torch.device("cpu"), torch.float32, 4, 0.5) is None
+    assert attention.REFUSALS == {
+        "refuses": "RuntimeError: FlashAttention only supports Ampere GPUs or newer.",
+        "plain": "it has no dropout (0.5)",
+    }
+    attention.REFUSALS.clear()
+    assert attention.cuda_kernel(torch.device("cpu"), torch.float32, 4, 0.0) == "plain" and not attention.REFUSALS
 
 
 def test_torchs_flash_kernel_takes_our_call():

@@ -12,12 +12,14 @@ from tiny_run import arguments, fit, losses, results_of
 from torch import nn
 
 from bert_glue.config.arguments import Arguments
+from bert_glue.config.parser import parse
 from bert_glue.devices import cpu
 from bert_glue.devices.device import Device
 from bert_glue.errors import DivergedError, MachineError
+from bert_glue.pipeline import run as pipeline
 from bert_glue.precision import flat_buffers, native
 from bert_glue.precision.native import NativePrecision
-from bert_glue.precision.plan import PrecisionPlan, plan_precision
+from bert_glue.precision.plan import PrecisionPlan, chosen_level, plan_precision
 from bert_glue.training import throughput
 from bert_glue.training.optim import build_optimizer, is_elementwise
 
@@ -565,3 +567,33 @@ def test_the_norm_of_335_million_elements(draw):
     """bert-large has 335 M parameters: one sum is 5 % low."""
     gradient = draw(335_000_000)
     assert flat_buffers.l2_norm([gradient]).item() == pytest.approx(exact_norm([gradient]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [
+        ("--bf16", "cuda", "O2"),
+        ("--bf16 --fp16_opt_level O1", "cuda", "O1"),
+        ("--fp16", "cuda", "O1"),
+        ("--bf16", "npu", "O1"),
+        ("--bf16", "cpu", "O1"),
+    ],
+)
+def test_bf16_alone_means_o2_on_cuda(words, kind, expected):
+    args = parse(
+        [*["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"], *words.split()]
+    )
+    assert chosen_level(args, Device(kind)) == expected
+
+
+def test_the_run_says_that_bf16_means_o2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Device, "prefers_low_precision_model", True)
+    monkeypatch.setattr(Device, "fp32_products", "TF32")
+    args = replace(arguments(tmp_path, bf16=True, max_steps=1), given=frozenset({"bf16"}))
+    assert pipeline.run(args) == 0
+    out = capsys.readouterr().out
+    assert "precision: O2 bf16, TF32 products; batches: packed" in out
+    assert (
+        "note: --bf16 alone means O2 on this device, with fp32 master weights; --fp16_opt_level O1 gives autocast"
+        in out
+    )

@@ -42,6 +42,14 @@ class Tape:
         torch.set_rng_state(generator)
         return lambda: (tape.replay(), result)[1]
 
+    def random_state(self) -> torch.Tensor:
+        """Of the host."""
+        return torch.get_rng_state()
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Of the host."""
+        torch.set_rng_state(state)
+
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Make the CPU attend as CUDA does, by borders on the device, and record on tapes."""
@@ -71,6 +79,11 @@ class _Operators(TorchDispatchMode):
         self.taken: list[tuple] = []
         self.before: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
         self._own: set[int] = set()  # memory of the recording itself
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True: compiled code runs here too, operator by operator; torch would refuse to run it below a mode."""
+        return True
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}

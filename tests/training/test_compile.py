@@ -257,3 +257,12 @@ def test_a_device_without_a_tried_compiler_is_refused(tmp_path, monkeypatch):
 def test_hooks_into_a_padded_model_are_refused(tmp_path):
     with pytest.raises(UsageError, match="packed models only"):
         fit(arguments(tmp_path, fgm_epsilon=0.1, padding="longest", **FAST))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_that_record_are_refused_on_cuda(monkeypatch, mode):
+    monkeypatch.setattr(Device, "can_record", True)
+    with pytest.raises(MachineError, match=f"--torch_compile_mode {mode} records graphs of its own.*with --cuda_graph"):
+        compile._check("inductor", mode, Device("cpu"))
+    monkeypatch.undo()
+    compile._check("eager", mode, Device("cpu"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from bert_glue.pipeline import run as pipeline
 from bert_glue.precision import native
 from bert_glue.precision.plan import PrecisionPlan
 from bert_glue.training import cuda_graphs
+from bert_glue.training.console import ConsoleLog
 
 BASE = ["--model_name_or_path", "m", "--task_name", "mrpc", "--output_dir", "o", "--do_train"]
 
@@ -78,6 +80,7 @@ def update_replays(run) -> int:
         {"bf16": True, "fp16_opt_level": "O3", "ema_decay": 0.9},
         {"rdrop_alpha": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 5.0},
         {"layerwise_lr_decay": 0.7, "weight_decay": 0.2},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
@@ -170,6 +173,12 @@ class Notes:
     def __init__(self):
         self.asked = []
 
+    def random_state(self):
+        return None
+
+    def set_random_state(self, state):
+        return None
+
     def beside(self, work):
         self.asked.append("eager")
         return work()
@@ -186,7 +195,7 @@ def _batch(lengths: tuple[int, ...], first: int = 0):
     return _assembler("packed", is_rounded=True)(split, np.arange(len(lengths)))
 
 
-def steps():
+def steps(say=print):
     """A recorder's notes, and what each pass read of its batch."""
 
     def run_pass(batch, samples):
@@ -197,21 +206,25 @@ def steps():
 
     found, notes = [], Notes()
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    return (
-        cuda_graphs.RecordedStep(notes, run_pass, longest=9, precision=None, optimizer=sgd, max_norm=0.0),
-        notes.asked,
-        found,
+    precision = SimpleNamespace(gradient_memory=lambda: [])
+    step = cuda_graphs.RecordedStep(
+        notes, run_pass, longest=9, precision=precision, optimizer=sgd, max_norm=0.0, say=say
     )
+    return step, notes.asked, found
 
 
-def test_a_shape_is_recorded_when_it_is_no_longer_rare():
+def test_a_shape_is_recorded_when_it_comes_again():
     step, asked, _ = steps()
     for _ in range(5):
         step.run_pass(_batch((5, 4)), 2)
+    checked = ["eager", "record", "replay"]  # the first replay is compared with the eager work
+    assert asked == ["eager"] * 3 + checked + ["replay"]
+    asked.clear()
     step.run_pass(_batch((5, 12)), 2)  # the next bucket
+    step.run_pass(_batch((5, 12)), 2)
     step.run_pass(_batch((5, 4)), 4)  # the last step of an epoch has fewer samples
-    assert asked == ["eager"] * 3 + ["record", "replay", "replay"] + ["eager"] * 2
-    assert sum(work.replays for _, work in step.passes.values()) == 2
+    assert asked == ["eager", "record", "replay", "eager"]
+    assert sum(work.replays for _, work in step.passes.values()) == 3
 
 
 def test_another_batch_of_the_shape_is_copied_to_the_recording():
@@ -225,8 +238,131 @@ def test_another_batch_of_the_shape_is_copied_to_the_recording():
 
 def test_the_run_says_how_much_was_replayed(tmp_path, recordable, capsys):
     assert pipeline.run(arguments(tmp_path, num_train_epochs=6.0, cuda_graph=True)) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda_graph: ")]
+    line = _lines(capsys)[-1]
     assert re.fullmatch(r"cuda_graph: [1-9] recording\(s\), \d+ of 24 passes replayed; 21 of 24 updates", line)
+
+
+# ---- without the flag, and where a recording fails ----
+
+
+def _lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if "cuda_graph: " in line]
+
+
+def test_steps_are_recorded_without_the_flag(tmp_path, recordable, capsys):
+    assert pipeline.run(arguments(tmp_path, num_train_epochs=6.0)) == 0
+    lines = _lines(capsys)
+    kinds = ("sums of gradients", "updates", "passes")
+    expected = [f"cuda_graph: the first replay of {kind} equals the eager work bit for bit" for kind in kinds]
+    assert lines[:3] == expected and len(lines) == 4 and re.search(r"[1-9]\d* of 24 passes replayed", lines[3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"cuda_graph": False}, []),
+        ({"do_train": False, "do_eval": True}, []),
+        (
+            {"gradient_checkpointing": True},
+            ["note: cuda_graph: steps stay eager: --gradient_checkpointing: it reads the generator's state"],
+        ),
+        ({"padding": "longest"}, ["note: cuda_graph: steps stay eager: only packed models are recorded (--padding"]),
+    ],
+    ids=str,
+)
+def test_steps_stay_eager(tmp_path, recordable, capsys, settings, expected):
+    assert pipeline.run(arguments(tmp_path, max_steps=6, **settings)) == 0
+    lines = _lines(capsys)
+    assert len(lines) == len(expected) and all(map(str.startswith, lines, expected))
+
+
+def test_a_cpu_does_not_mention_recordings(tmp_path, capsys):
+    assert pipeline.run(arguments(tmp_path, max_steps=2)) == 0 and _lines(capsys) == []
+
+
+def broken_at(monkeypatch, number: int, breaks) -> None:
+    """The recording of this number (from 1) becomes `breaks(replay)`."""
+    record, count = cuda_graphs.Recorder.record, iter(range(1, 10**6))
+
+    def broken(self, work):
+        replay = record(self, work)
+        return breaks(replay) if next(count) == number else replay
+
+    monkeypatch.setattr(cuda_graphs.Recorder, "record", broken)
+
+
+def _refuses(replay):
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize(("number", "kind"), [(1, "sums of gradients"), (2, "updates"), (3, "passes")])
+@pytest.mark.parametrize(
+    ("breaks", "expected"),
+    [
+        (_refuses, "the device could not record them (RuntimeError: operation not permitted when stream is capturing)"),
+        (lambda replay: lambda: replay() * 1.1, "the first replay differs from the eager work by 0.1 (at most 0.02)"),
+        (lambda replay: lambda: replay() * torch.nan, "the first replay differs from the eager work by inf ("),
+    ],
+    ids=["refused", "differs", "NaN"],
+)
+def test_a_run_goes_on_eagerly_and_says_so(tmp_path, recordable, monkeypatch, capsys, number, kind, breaks, expected):
+    settings = {"num_train_epochs": 6.0, "adam_epsilon": 1e-4}
+    plain = fit(arguments(tmp_path, **settings, cuda_graph=True))
+    broken_at(monkeypatch, number, breaks)
+    log = ConsoleLog(True, False)
+    run = fit(arguments(tmp_path, **settings, cuda_graph=True), log)
+    notes = [line for line in _lines(capsys) if line.startswith("note")]
+    assert len(notes) == 1 and notes[0].startswith(f"note: cuda_graph: {kind} stay eager from here on: {expected}")
+    assert losses(run) == losses(plain)
+    assert_close(weights(run), weights(plain), 0.0)
+
+
+def test_a_run_without_memory_for_the_comparison_stays_eager(recordable):
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said = []
+    step, asked, _ = steps(said.append)
+    step.precision.gradient_memory = lambda: [SimpleNamespace(clone=no_memory)]
+    for _ in range(6):
+        step.run_pass(_batch((5, 4)), 2)
+    assert asked == ["eager"] * 6 and len(said) == 1 and "there is no memory for the copies" in said[0]
+
+
+def test_an_overflow_is_no_comparison(tmp_path, recordable, monkeypatch):
+    """A dynamic scale begins with overflows: a step whose numbers are not finite is not the first replay."""
+    step, asked, found = steps()
+    step.precision.gradient_memory = lambda: [torch.tensor(torch.inf)] if len(found) < 7 else []
+    for _ in range(8):
+        step.run_pass(_batch((5, 4)), 2)
+    assert asked == ["eager"] * 8 + ["record", "replay"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True, "fp16_opt_level": "O1"}, {"rdrop_alpha": 0.5}], ids=str)
+def test_no_node_of_autograd_outlives_its_pass(tmp_path, monkeypatch, settings):
+    """A node that adds gradients keeps the stream of its pass; a recording on another stream then fails."""
+    run = fit(arguments(tmp_path, max_steps=1, **settings))
+    assert survivors(run, monkeypatch, keeps_loss=False) == 0
+    assert survivors(run, monkeypatch, keeps_loss=True) > 0  # what the count is able to see
+
+
+def survivors(run, monkeypatch, keeps_loss: bool) -> int:
+    """Parameters whose node lives on after a pass."""
+    edge, kept = torch.autograd.graph.get_gradient_edge, []
+    parameters = [p for group in run.learner.precision.groups for p in group.parameters]
+    backward = native.NativePrecision.backward
+
+    def marked(self, loss, is_last=True):
+        for parameter in parameters:
+            edge(parameter).node.metadata["of this pass"] = True
+        backward(self, loss, is_last)
+        kept.append(loss if keeps_loss else None)
+
+    monkeypatch.setattr(native.NativePrecision, "backward", marked)
+    run.learner.precision.zero_gradients()
+    run.step.run_pass(run.data.collate(run.data.split, np.arange(4)), 4)
+    monkeypatch.setattr(native.NativePrecision, "backward", backward)
+    return sum("of this pass" in edge(parameter).node.metadata for parameter in parameters)
 
 
 def test_torch_has_what_the_recorder_asks_for():
@@ -236,6 +372,7 @@ def test_torch_has_what_the_recorder_asks_for():
     assert hasattr(torch.cuda.CUDAGraph, "replay") and callable(torch.cuda.graph_pool_handle)
     assert "capturable" in inspect.signature(torch.optim.AdamW).parameters
     assert torch.get_device_module(torch.device("cuda", 0)) is torch.cuda
+    assert callable(torch.Generator.clone_state) and callable(torch.Generator.graphsafe_set_state)
 
 
 # ---- where it cannot be ----
@@ -244,10 +381,9 @@ def test_torch_has_what_the_recorder_asks_for():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--torch_compile", "--cuda_graph with --torch_compile"),
         ("--gradient_checkpointing", "--cuda_graph with --gradient_checkpointing"),
         ("--fgm_epsilon 0.1", "--cuda_graph with --fgm_epsilon"),
-        ("--fp16 --amp_backend apex", "--cuda_graph works only with --amp_backend native"),
+        ("--fp16 --amp_backend apex", "--cuda_graph with --amp_backend apex: only the native levels are recorded"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(words, expected):
@@ -265,9 +401,18 @@ def test_other_devices_are_refused_with_exit_code_4(tmp_path, capsys):
 
 
 def test_padded_models_and_absent_kernels_are_refused(tmp_path, recordable, monkeypatch):
-    with pytest.raises(MachineError, match="only with packed models .*use --torch_compile"):
+    with pytest.raises(MachineError, match="only packed models are recorded .*use --torch_compile"):
         pipeline.run(arguments(tmp_path, cuda_graph=True, padding="longest"))
-    monkeypatch.setattr(attention, "CUDA_KERNELS", {})
+    monkeypatch.setattr(attention, "CUDA_KERNELS", {"flash": (_only_ampere, True)})
+    monkeypatch.setattr(attention, "REFUSALS", refusals := {})
+    monkeypatch.setattr(cuda_graphs, "REFUSALS", refusals)
     attention.cuda_kernel.cache_clear()
-    with pytest.raises(MachineError, match="no attention kernel supports O0 fp32 with dropout 0 here; use --bf16"):
+    expected = (
+        r"no attention kernel supports O0 fp32 with dropout 0 here \(flash: RuntimeError: only Ampere\); use another"
+    )
+    with pytest.raises(MachineError, match=expected):
         pipeline.run(arguments(tmp_path, cuda_graph=True))
+
+
+def _only_ampere(*given):
+    raise RuntimeError("only Ampere")
