@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 import torch
 from family_folders import WORDS, write_folder
 from safetensors.torch import load_file
-from tiny_run import REPOSITORY, arguments, fit, flags_of, losses, results_of
+from tiny_run import arguments, fit, losses, results_of, run_on_two_ranks
 
 from bert_glue import export
 from bert_glue.__main__ import main
@@ -120,12 +117,7 @@ def test_two_ranks_give_the_same_as_one(model: Path, tmp_path: Path) -> None:
     args = settings(undropped(model, tmp_path / "model"), tmp_path)
     expected = losses(fit(args))
     two = replace(args, per_device_train_batch_size=4, output_dir=str(tmp_path / "two"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node=2", str(REPOSITORY / "run_glue.py"), *flags_of(two)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(two)
     assert results_of(two)["train_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 

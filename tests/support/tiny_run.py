@@ -212,6 +212,16 @@ def start(args: Arguments, *more: str, **environment: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def run_on_two_ranks(args: Arguments, seconds: float = 240.0) -> None:
+    """The run on two gloo ranks of this host, by torchrun; it must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node=2", str(REPOSITORY / "run_glue.py"), *flags_of(args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=seconds, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def changed(args: Arguments, **changes) -> Arguments:
     """`args` with other values."""
     return replace(args, **changes)

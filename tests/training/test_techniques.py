@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import LAYERS, REPOSITORY, arguments, fit, flags_of, losses, make_model, results_of
+from tiny_run import LAYERS, arguments, fit, losses, make_model, results_of, run_on_two_ranks
 
 from bert_glue.config.parser import parse
 from bert_glue.errors import UsageError
@@ -273,12 +270,7 @@ def test_two_ranks_give_the_same_as_one(tmp_path: Path, name: str) -> None:
     args = arguments(tmp_path, **TECHNIQUES[name], per_device_train_batch_size=8)
     one = fit(args)
     two = replace(args, per_device_train_batch_size=4, output_dir=str(tmp_path / "two"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node=2", str(REPOSITORY / "run_glue.py"), *flags_of(two)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_on_two_ranks(two)
     assert results_of(two)["train_loss"] == pytest.approx(sum(losses(one)) / len(losses(one)), rel=1e-4)
 
 
