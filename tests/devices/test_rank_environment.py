@@ -214,6 +214,7 @@ def test_torchrun(words: list[str], alone: dict, tmp_path: Path) -> None:
     check_two(results(tmp_path), alone)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(words: list[str], alone: dict, tmp_path: Path) -> None:
     """With --multi_gpu, as accelerate names several processes; each takes the CPU by --use_cpu."""
     launcher = [

@@ -74,7 +74,8 @@ def settings_of(argv: list[str]) -> Arguments:
 @pytest.mark.parametrize(
     ("launcher", "source"),
     [
-        *((launcher, source) for launcher in BEFORE_RECIPES for source in ([], ["--sample"])),
+        *((launcher, []) for launcher in BEFORE_RECIPES),
+        *(pytest.param(launcher, ["--sample"], marks=pytest.mark.slow) for launcher in BEFORE_RECIPES),
         ("train_full_1p.sh", ["--sample", "--model=m"]),
         ("train_full_1p.sh", ["--sample", "--train_epochs=2"]),
     ],

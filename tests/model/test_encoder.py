@@ -48,6 +48,7 @@ def test_equals_the_padded_run(model_type, lengths):
     _compare(stock, packed_like(stock), lengths)
 
 
+@pytest.mark.slow
 def test_every_length_of_the_position_table_equals_the_padded_run():
     """1 to 512 tokens, each once, in batches of 32 lengths."""
     stock = stock_model("bert", num_hidden_layers=1)

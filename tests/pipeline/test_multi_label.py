@@ -236,6 +236,7 @@ def test_ranks_give_what_one_process_gives(tmp_path):
         assert rank["scores"] == alone["scores"] and len(rank["scores"]) == 2
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_two_ranks_gives_what_one_process_gives(tmp_path):
     """Windows, weights of classes and the calibration among it."""
     arguments(tmp_path / "parts")

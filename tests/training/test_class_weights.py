@@ -96,6 +96,7 @@ def test_gradients_are_those_of_one_pass(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     arguments(tmp_path / "parts")
     weights_file(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -182,8 +183,14 @@ def test_a_tracker_gets_all_numbers_and_no_secret(tmp_path):
     assert {entry[2] for entry in told} == {"tracker wandb"}  # one thread, which some packages need
 
 
-@pytest.mark.parametrize("where", ["start", "log", "finish"])
-@pytest.mark.parametrize("how", ["hang", "raise", "exit"])
+# Each place and each way once; all pairs are slow.
+QUICK = {("hang", "finish"), ("raise", "start"), ("exit", "log")}
+WAYS = list(itertools.product(("hang", "raise", "exit"), ("start", "log", "finish")))
+
+
+@pytest.mark.parametrize(
+    ("how", "where"), [pytest.param(*way, marks=() if way in QUICK else pytest.mark.slow) for way in WAYS]
+)
 def test_a_tracker_that_hangs_or_fails_costs_a_line(tmp_path, where, how):
     done, seconds, _ = _run_with_fake(tmp_path, f"{where}:{how}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
