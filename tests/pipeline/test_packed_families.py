@@ -125,7 +125,8 @@ def test_two_ranks_give_the_same_as_one(model: Path, tmp_path: Path) -> None:
 def test_compiled_layers_give_the_same_losses(model: Path, tmp_path: Path) -> None:
     args = settings(undropped(model, tmp_path / "model"), tmp_path)
     expected = losses(fit(args))
-    assert losses(fit(replace(args, torch_compile=True, torch_compile_backend="inductor"))) == pytest.approx(expected, rel=1e-4)
+    compiled = replace(args, torch_compile=True, torch_compile_backend="inductor")
+    assert losses(fit(compiled)) == pytest.approx(expected, rel=1e-4)
 
 
 def answers(models: list[Path], source: Path, target: Path) -> np.ndarray:
