@@ -86,11 +86,13 @@ def _chosen_case(folder: Path, tokenizer: Any) -> dict[str, Any]:
     become unknown words. In version 5.0.0 it does not, so that with an uncased one every word with a capital does.
     """
     lowers = getattr(tokenizer.backend_tokenizer.normalizer, "lowercase", None) if tokenizer.is_fast else None
+    if lowers is None:
+        return {}
     paths = (folder / "tokenizer_config.json", folder / "tokenizer.json")
     settings, whole = (json_object(path) if path.is_file() else {} for path in paths)
     stored = (whole.get("normalizer") or {}).get("lowercase")
     # A stored False is no statement where the class lower-cases in spite of it, as transformers 4 does.
-    if lowers is None or "do_lower_case" in settings or stored or (stored is False and not lowers):
+    if "do_lower_case" in settings or stored or (stored is False and not lowers):
         return {}
     is_cased = _is_cased(tokenizer)
     return {"do_lower_case": not is_cased} if is_cased or not lowers else {}

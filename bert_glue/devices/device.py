@@ -346,6 +346,11 @@ def has_slow_products(kind: str, dtype: torch.dtype) -> bool:
     return not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
 
 
+def product_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which matrices of `dtype` are multiplied here: fp32 where `has_slow_products`."""
+    return torch.float32 if has_slow_products(kind, dtype) else dtype
+
+
 def has_onednn_linear(kind: str, is_transposed: bool = False) -> bool:
     """True if oneDNN multiplies here by a matrix, or by its transpose: on CPUs, if torch is built with oneDNN.
 

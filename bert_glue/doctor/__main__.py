@@ -22,9 +22,9 @@ from bert_glue.config.command_line import CommandParser
 from bert_glue.config.values import read_seconds
 from bert_glue.devices.host_memory import GIB
 from bert_glue.devices.npu_versions import installed_version
-from bert_glue.doctor.checks import REPOSITORY, HubCheck, Problem, disk, memory, ports, stack, versions
+from bert_glue.doctor.checks import HubCheck, Problem, disk, memory, ports, stack, versions
 from bert_glue.errors import MachineError, UsageError, printable, run_program
-from bert_glue.launch.ranks import kill_group
+from bert_glue.launch.ranks import kill_group, python_path
 
 _NO_FIX = "python -m bert_glue.doctor --device auto lists the devices"
 _RANK_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -129,10 +129,9 @@ def _reinstall() -> str:
 
 def _run_probe(requested: str, time_limit: float, problems: list[Problem]) -> dict[str, list[dict[str, Any]]]:
     environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     child = subprocess.Popen(
         [sys.executable, "-m", "bert_glue.doctor.device_probe", requested],
-        env={**environment, "PYTHONPATH": path},
+        env={**environment, "PYTHONPATH": python_path()},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

@@ -185,12 +185,10 @@ def _training(requested: str, precision: dict[str, Any]) -> dict[str, Any]:
 
 def _product_rate(device: Any, dtype: Any) -> float:
     """Matrix products of the dtype that a run would use, 10^9 operations per second."""
-    import torch
-
-    from bert_glue.devices.device import has_slow_products
+    from bert_glue.devices.device import product_dtype
     from bert_glue.training.throughput import gemm_rate
 
-    return gemm_rate(device, torch.float32 if has_slow_products(device.kind, dtype) else dtype) / 1e9
+    return gemm_rate(device, product_dtype(device.kind, dtype)) / 1e9
 
 
 def _tiny_run(args: Any) -> tuple[Any, Any]:

@@ -144,6 +144,12 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
+def python_path() -> str:
+    """PYTHONPATH of a child process that imports this package from any folder: ours, then the user's."""
+    root = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+
+
 def _described(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"

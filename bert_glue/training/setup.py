@@ -18,7 +18,7 @@ from bert_glue.config.metric_checks import metric_for_best
 from bert_glue.config.resolve import samples_per_step, with_step_counts
 from bert_glue.data.batching import Collator, TokenSplit, TrainingSampler
 from bert_glue.devices import cpu, host_memory
-from bert_glue.devices.device import Device, has_slow_products
+from bert_glue.devices.device import Device, has_slow_products, product_dtype
 from bert_glue.devices.distributed import DistributedContext
 from bert_glue.devices.host_memory import GIB
 from bert_glue.devices.npu import moves_allocations
@@ -119,7 +119,7 @@ def fine_tune(
         total_steps=args.max_steps if args.max_steps > 0 else steps, class_weights=class_weights,
     )  # fmt: skip
     args = with_step_counts(args, data.total_steps)
-    _refuse_too_long(args, model.shape, max(split.table.lengths), evaluator)
+    _refuse_too_long(args, model.shape, int(split.table.lengths.max()), evaluator)
     learner = build_learner(args, task, model, evaluator.precision, narrowed, ranks, class_weights)
     metric = metric_for_best(args, task)
     state = TrainState(
@@ -168,8 +168,7 @@ def _refuse_too_long(args: Arguments, shape: EncoderShape | None, longest: int, 
     available, device = host_memory.total_and_available()[1], evaluator.ranks.device
     if shape is None or available is None or not device.is_host:
         return
-    dtype = evaluator.precision.plan.dtype
-    element = 4 if has_slow_products(device.kind, dtype) else dtype.itemsize
+    element = product_dtype(device.kind, evaluator.precision.plan.dtype).itemsize
     needs = [least_bytes(shape, longest, element, is_checkpointed) for is_checkpointed in (False, True)]
     needed = needs[args.gradient_checkpointing]
     if needed <= available:

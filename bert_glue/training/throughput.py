@@ -20,7 +20,7 @@ import torch
 
 from bert_glue import result_keys as keys
 from bert_glue.data.batching import Batch
-from bert_glue.devices.device import Device, has_slow_products
+from bert_glue.devices.device import Device, product_dtype
 from bert_glue.model.layers import multiply
 from bert_glue.model.shape import EncoderShape
 
@@ -245,8 +245,7 @@ class Meter:
             reason = "this encoder's operations are not counted, only those of the families that can be packed"
             return rates | {keys.TRAIN_SHARE_OF_GEMM: None, keys.reason_key(keys.TRAIN_SHARE_OF_GEMM): reason}
         # Where 16-bit products are computed in fp32 and rounded, torch's own emulation would flatter the share.
-        dtype = torch.float32 if has_slow_products(self.device.kind, dtype) else dtype
-        reference = gemm_rate(self.device, dtype)
+        reference = gemm_rate(self.device, product_dtype(self.device.kind, dtype))
         rates[keys.TRAIN_MODEL_TFLOPS_PER_SECOND] = totals["flops"] / self.seconds / 1e12
         rates["device_gemm_tflops_per_second"] = reference / 1e12
         rates[keys.TRAIN_SHARE_OF_GEMM] = self.flops / self.seconds / reference

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from family_folders import FOLDERS, LABELS, WORDS, write_folder
+from family_folders import FOLDERS, LABELS, WORDS, pipeline_answers, write_folder
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.data.sources import Split
@@ -47,31 +47,19 @@ def _answers(folder: Path, texts: list[tuple[str, ...]], batch: int) -> tuple[np
     return labeller.answers(Table("rows", values, range(1, len(texts) + 1))), labeller
 
 
-def _pipeline_answers(folder: Path, texts: list[tuple[str, ...]]) -> np.ndarray:
-    from transformers import pipeline
-
-    ask = pipeline("text-classification", str(folder), top_k=None)
-    rows = []
-    for text in texts:
-        given: Any = dict(zip(("text", "text_pair"), text, strict=False))
-        answer = ask(given, truncation=True, max_length=48)
-        rows.append([next(one["score"] for one in answer if one["label"] == label) for label in LABELS])
-    return np.array(rows)
-
-
 @pytest.mark.parametrize("kind", ["single", "pair"])
 @pytest.mark.parametrize("model_type", [slow_canine(name) for name in FOLDERS])
 def test_answers_are_those_of_the_pipeline(model_type, kind, tmp_path):
     needs_transformers(model_type)
     write_folder(model_type, tmp_path / "model")
     texts = [*zip(TEXTS, SECONDS, strict=True)] if kind == "pair" else [(text,) for text in TEXTS]
-    expected = _pipeline_answers(tmp_path / "model", texts)
+    expected = pipeline_answers(tmp_path / "model", texts, truncation=True, max_length=48)
     assert np.ptp(expected, axis=0).max() > 1e-4  # the texts matter
     for batch in (1, 7, 64):
         answers, labeller = _answers(tmp_path / "model", texts, batch)
         assert np.abs(answers - expected).max() < 1e-5, batch
     labeller.model.save(tmp_path / "saved")
-    assert np.abs(_pipeline_answers(tmp_path / "saved", texts) - expected).max() < 1e-5
+    assert np.abs(pipeline_answers(tmp_path / "saved", texts, truncation=True, max_length=48) - expected).max() < 1e-5
 
 
 BARE = ["albert", "camembert", "canine", "deberta", "deberta-v2", "fnet", "mpnet", "rembert", "xlm-roberta", "xlnet"]

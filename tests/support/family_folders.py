@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 WORDS = ["river", "stone", "cloud", "green", "seven", "paper", "night", "walks", "under", "sings", "cold", "lamp"]
@@ -139,6 +140,24 @@ FOLDERS: dict[str, tuple[dict[str, Any], Maker]] = {
     ),
     "xmod": ({**_ROBERTA, "default_language": "en_XX", "languages": ["en_XX"]}, _XLM_R),
 }
+
+
+def pipeline_answers(folder: Path, texts: Sequence[tuple[str, ...]], **options: Any) -> np.ndarray:
+    """Probabilities of `LABELS` by transformers.pipeline, `[rows, labels]`.
+
+    Args:
+        texts: of each row, one or two.
+        options: of the tokenizer.
+    """
+    from transformers import pipeline
+
+    ask = pipeline("text-classification", str(folder), top_k=None)
+    rows = []
+    for text in texts:
+        given: Any = dict(zip(("text", "text_pair"), text, strict=False))
+        answer = ask(given, **options)
+        rows.append([next(one["score"] for one in answer if one["label"] == label) for label in LABELS])
+    return np.array(rows)
 
 
 def write_folder(model_type: str, folder: Path, bare: bool = False) -> None:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bert_glue.data.batching import Batch
 from bert_glue.data.packing import PackedLayout
+from bert_glue.devices import device
 from bert_glue.devices.device import Device
 from bert_glue.model.encoder import PackedClassifier
 from bert_glue.model.shape import EncoderShape
@@ -291,7 +292,7 @@ def test_a_share_is_of_the_products_that_are_computed(monkeypatch):
     asked = []
     monkeypatch.setattr(throughput, "gemm_rate", lambda device, dtype: asked.append(dtype) or 1e9)
     for slow in (True, False):
-        monkeypatch.setattr(throughput, "has_slow_products", lambda *_, slow=slow: slow)
+        monkeypatch.setattr(device, "has_slow_products", lambda *_, slow=slow: slow)
         meter = Meter(Device("cpu"), 0, shape())
         meter.start()
         meter.count(batch(2))

@@ -15,14 +15,13 @@ from typing import Any
 
 from bert_glue.config.arguments import FLAGS
 from bert_glue.config.values import flag_value
-from bert_glue.errors import MachineError, UsageError
-from bert_glue.launch.ranks import kill_group
+from bert_glue.errors import CheckpointError, MachineError, UsageError
+from bert_glue.launch.ranks import kill_group, python_path
 from bert_glue.sweep.executors.child import Order, prepare, start
 from bert_glue.sweep.executors.interface import EventKind, Job
 from bert_glue.sweep.side_by_side import AUTO
 
 _KILLED_SECONDS = 10.0
-_NOT_WRITTEN = 6
 _LIST_SECONDS = 120  # a driver that hangs must not block the sweep
 
 
@@ -80,7 +79,7 @@ class LocalExecutor:
                 prepare(job.run)
                 job.handle = _Process(slot, start(order))
             except OSError as error:
-                job.ends(_NOT_WRITTEN, f"the process cannot be started: {error}")
+                job.ends(CheckpointError.exit_code, f"the process cannot be started: {error}")
                 continue
             self._busy.append(slot)
             job.starts(slot.device)
@@ -158,9 +157,7 @@ def devices_here() -> dict[str, Any]:
     """
     # A separate process lists them, so that no driver state is forked into the runs.
     command = [sys.executable, "-m", "bert_glue.doctor.device_probe", "--list"]
-    root = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIST_SECONDS)
     except subprocess.TimeoutExpired:

@@ -22,7 +22,7 @@ from typing import Any
 
 from bert_glue import __version__
 from bert_glue.devices.rank_environment import CLUSTER_RESOURCES
-from bert_glue.errors import MachineError, UsageError, first_line
+from bert_glue.errors import CheckpointError, MachineError, UsageError, first_line
 from bert_glue.storage.checkpoint import list_checkpoints, remove, step_of
 from bert_glue.storage.files import open_own
 from bert_glue.sweep.executors.child import LOG_FILE, missing, order_of, prepare
@@ -42,7 +42,6 @@ from bert_glue.sweep.side_by_side import AUTO
 
 _HERE = "local"
 _CORES = "CPU"
-_NOT_WRITTEN = 6
 _STORE_BYTES = 256 << 20  # of Ray's object store, where Ray is started here; only signals and notes travel then
 _LOOK_SECONDS, _COUNT_SECONDS = 0.5, 2.0
 _KILLED_SECONDS = 10.0
@@ -274,7 +273,7 @@ class RayExecutor:
                 prepare(job.run)
                 sent = None if self._is_shared else self._send_checkpoints(job.run.folder)
             except OSError as error:
-                job.ends(_NOT_WRITTEN, f"the run cannot be submitted: {error}")
+                job.ends(CheckpointError.exit_code, f"the run cannot be submitted: {error}")
                 continue
             key = uuid.uuid4().hex
             order = order_of(job.run, self._share.kind, threads, job.is_resumed)

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bert_glue import __version__
+from bert_glue.errors import CheckpointError
 from bert_glue.storage.checkpoint import MANIFEST, list_checkpoints, step_of
 from bert_glue.storage.lock import wait_until_free
 from bert_glue.sweep.executors.child import LOG_FILE, Order, end, start, wait
@@ -30,7 +31,6 @@ _PENDING_BYTES = 64 << 20  # in the mailbox, before nodes have to wait
 _EXCHANGE_SECONDS = 0.5
 _SYNC_SECONDS = 5.0  # between looks for new checkpoints
 _ANSWER_SECONDS = 60.0
-_TOO_LARGE = 6  # the exit code where something cannot be written
 
 
 class Kind(Enum):
@@ -223,7 +223,7 @@ class Mirror:
         if (size := _size(files)) > self._most:
             what = f"the results have {size >> 20} MiB and are not copied"
             self._post.send(Kind.NOTE, text=f"{what}; give a larger --ray_collect_mib")
-            return _TOO_LARGE
+            return CheckpointError.exit_code
         self._send_files(files)
         return code
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bert_glue.errors import MachineError, UsageError, first_line
-from bert_glue.launch.ranks import kill_group
+from bert_glue.errors import CheckpointError, MachineError, UsageError, first_line
+from bert_glue.launch.ranks import kill_group, python_path
 from bert_glue.storage.files import json_object, write_json
 from bert_glue.sweep.executors.child import Order, end, missing, order_of, prepare, start, wait
 from bert_glue.sweep.executors.interface import EventKind, Job
@@ -37,7 +37,6 @@ _MINUTES, _SAVING_SECONDS = 240, 120
 _POLL_SECONDS = {"slurm": 2.0, _LOCAL: 0.2}
 _LAG_SECONDS = {"slurm": 60.0, _LOCAL: 2.0}  # until other hosts see a file that was written
 _ANSWER_SECONDS = 60.0  # of Slurm's commands
-_NOT_WRITTEN = 6
 _ENDED_BY_HOST = ("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED")
 _KILL_WAIT_SECONDS = 60.0  # longer than Slurm's KillWait, 30 s by default
 # Settings of submitit itself; all others are options of sbatch. NAME -> how its text is read.
@@ -157,8 +156,7 @@ class SlurmExecutor:
 
     def open(self, folder: Path) -> None:
         """Finds Slurm's commands, and lets its jobs find this package."""
-        root = str(Path(__file__).resolve().parents[3])
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        os.environ["PYTHONPATH"] = python_path()
         self._folder = Path.cwd() / folder / _FOLDER
         make = self._submitit.LocalExecutor if self._cluster == _LOCAL else self._submitit.SlurmExecutor
         try:
@@ -187,7 +185,7 @@ class SlurmExecutor:
                 try:
                     prepare(job.run)
                 except OSError as error:
-                    job.ends(_NOT_WRITTEN, f"the job cannot be submitted: {error}")
+                    job.ends(CheckpointError.exit_code, f"the job cannot be submitted: {error}")
                     continue
                 new.append(job)
         if not new:
