@@ -3,7 +3,7 @@
     python benchmarks/throughput.py --model FOLDER --data_path GLUE --json out.json
     python benchmarks/throughput.py --shape bert-base --vocab vocab.txt --data_path GLUE --json out.json
     python benchmarks/throughput.py --families modernbert,mpnet,deberta-v2 --vocab vocab.txt --data_path GLUE \
-        --tasks mrpc,cola --runs ours,hf_best --json benchmarks/results/families-cpu.json
+        --tasks mrpc,cola --runs ours,hf_best --json benchmarks/results/families-runs-cpu.json
     python benchmarks/throughput.py --json out.json --table
 
 A round runs `ours`, `hf_default` (padded to 128, the default of Hugging Face's run_glue.py) and `hf_best`

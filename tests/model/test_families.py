@@ -335,3 +335,35 @@ def test_the_page_of_families_has_the_measured_ratios():
     for name, tasks in measured["families"].items():
         ratios = " | ".join(f"{tasks[task]['rate_vs_padded']:.2f}" for task in ("mrpc", "cola"))
         assert f"| `{name}` | {ratios} |" in page
+
+
+def test_the_page_of_families_has_the_measured_ratios_of_whole_runs():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "families.md").read_text(encoding="utf-8")
+    measured = json.loads((root / "benchmarks/results/families-runs-cpu.json").read_text(encoding="utf-8"))
+    for name, tasks in measured["families"].items():
+        for task, found in tasks.items():
+            rates = [r["ours"]["real_tokens_per_second"] / r["hf_best"]["real_tokens_per_second"] for r in found["rounds"]]
+            median, memory = found["real_tokens_per_second_vs_hf_best"], found["peak_bytes_vs_hf_best"]
+            row = f"| `{name}` | {task} | {median:.2f} | {min(rates):.2f} to {max(rates):.2f} | {memory:.2f} |"
+            assert row in page
+
+
+# How the READMEs call each packed family; those left out are variants of one that is named.
+_IN_README = {
+    "bert": "BERT", "roberta": "RoBERTa", "xlm-roberta": "XLM-R", "camembert": "CamemBERT", "electra": "ELECTRA",
+    "distilbert": "DistilBERT", "albert": "ALBERT", "rembert": "RemBERT", "modernbert": "ModernBERT",
+    "deberta-v2": "DeBERTa v2", "mpnet": "MPNet", "ernie": "ERNIE", "data2vec-text": "data2vec",
+}  # fmt: skip
+_VARIANTS = {"roberta-prelayernorm", "xlm-roberta-xl"}
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "end"),
+    [("README.md", "docs/families.md)): ", ". Other"), ("README.zh-CN.md", "docs/families.md)）：", "。其他")],
+)
+def test_the_line_of_families_in_the_readme_names_those_that_run_packed(page, begin, end):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8").replace("\n", " ")
+    line = text.partition(begin)[2].partition(end)[0]
+    assert set(re.split(r",\s*|、\s*", re.sub(r" and v3| 和 v3", "", line))) == set(_IN_README.values())
+    assert _IN_README.keys() | _VARIANTS == set(FAMILIES)
