@@ -34,6 +34,7 @@ attempts = folder / "attempts"
 with attempts.open("a") as file:
     about = {"argv": sys.argv[1:], "threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
     about["world"] = os.environ.get("WORLD_SIZE")
+    about["raylet"] = os.environ.get("RAY_RAYLET_PID")
     file.write(json.dumps(about) + "\\n")
 tries = len(attempts.read_text().splitlines())
 asked = []

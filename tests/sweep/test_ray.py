@@ -120,6 +120,17 @@ def test_an_address_that_does_not_answer_is_bounded(sweep: Sweep) -> None:
     assert done.returncode == 2 and "give HOST:PORT" in done.stderr
 
 
+def test_a_node_whose_devices_fail_gets_no_more_runs(sweep: Sweep, cluster) -> None:
+    sweep.stub = {"mrpc-1": {"exit": [4]}, "mrpc-2": {"steps": 60}}
+    done = sweep.run("--tasks=mrpc", "--seeds=1-4", *RAY, "--ray_address", cluster.address)
+    assert done.returncode == 0 and done.stdout.count("done mrpc") == 4, done.stdout + done.stderr
+    assert done.stdout.count("no more runs on ") == 1
+    bad, good = (attempt["raylet"] for attempt in sweep.attempts("mrpc", 1))
+    assert None not in (bad, good) and bad != good
+    later = [attempt["raylet"] for seed in (2, 3, 4) for attempt in sweep.attempts("mrpc", seed)]
+    assert later == [good] * 3
+
+
 def test_outputs_are_copied_from_nodes_that_share_no_folder(sweep: Sweep, cluster) -> None:
     sweep.stub = {"mrpc-1": {"steps": 60}}
     command = sweep.command("--tasks=mrpc", "--seeds=1-3", *RAY, "--ray_address", cluster.address)
@@ -150,6 +161,27 @@ def test_a_copied_checkpoint_continues_a_run_on_another_node(tmp_path: Path, clu
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after step" in log and "epoch=12" in log
     assert not list(tmp_path.glob("wnli/seed1/.incoming")) and (tmp_path / "wnli/seed1/model.safetensors").is_file()
+
+
+def test_a_node_that_dies_where_outputs_are_copied_costs_only_steps(tmp_path: Path) -> None:
+    """Two real runs, one a node. The checkpoint of the lost node has come to the driver, from where it is sent on."""
+    with two_nodes() as cluster:
+        command = real_command(
+            tmp_path, *RAY, "--ray_address", cluster.address, "--tasks", "wnli", "--seeds", "1,2",
+            "--", "--num_train_epochs", "12", "--max_train_samples", "400", "--logging_steps", "1",
+        )  # fmt: skip
+        command[1:3] = ["-c", APART]
+        settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+        folders = [tmp_path / f"wnli/seed{seed}" for seed in (1, 2)]
+        wait_until(lambda: all(list(folder.glob("checkpoint-*/manifest.json")) for folder in folders), 300)
+        assert not list(tmp_path.glob("wnli/seed*/all_results.json"))
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        out, err = child.communicate(timeout=900)
+    assert child.returncode == 0, out + err
+    assert out.count("; it will be continued") == 1 and out.count("done wnli") == 2
+    logs = [(folder / "run.log").read_text() for folder in folders]
+    assert sum("resumed after step" in log for log in logs) == 1 and all("epoch=12" in log for log in logs)
 
 
 def test_eighteen_runs_with_a_node_that_dies_equal_those_of_the_local_queue(tmp_path: Path) -> None:
