@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -114,28 +115,31 @@ def finish(asked: list[str], threads: int) -> None:
         raise SystemExit(f"{' '.join(asked)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def resident_by_step(asked: list[str], threads: int, output_dir: Path, window: int) -> dict[int, int]:
+def resident_by_step(asked: list[str], threads: int, window: int) -> dict[int, int]:
     """Runs run_glue.py to its end; its highest resident memory in each window of steps, bytes by the first step.
 
     Args:
-        asked: the command; its --logging_steps must be smaller than `window`: the file of losses tells the step.
-        output_dir: its --output_dir.
+        asked: the command; its --logging_steps must be smaller than `window`: the lines of its log tell the step.
         window: optimizer steps.
 
     Raises:
         SystemExit: it failed; its words are shown.
     """
-    losses, peaks = output_dir / "train_loss.tsv", {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile("w+") as words:
-        run = subprocess.Popen(asked, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=words, text=True)
-        while run.poll() is None:
-            last = losses.read_text().splitlines()[-1].split("\t")[0] if losses.exists() else ""
-            resident = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            if last.isdigit() and resident:  # 0 once the process has ended
-                first = int(last) // window * window
-                peaks[first] = max(peaks.get(first, 0), resident)
-            time.sleep(0.05)
+    peaks: dict[int, int] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.NamedTemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as words:
+        run = subprocess.Popen(asked, cwd=ROOT, env=environment, stdout=log, stderr=words, text=True)
+        # Opened again: through the same descriptor, reading would move the place where the run writes.
+        with open(log.name, encoding="utf-8") as lines:
+            step = None
+            while run.poll() is None:
+                told = re.findall(r"^step=(\d+)", lines.read(), re.M)
+                step = int(told[-1]) if told else step
+                resident = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                if step is not None and resident:  # 0 once the process has ended
+                    first = step // window * window
+                    peaks[first] = max(peaks.get(first, 0), resident)
+                time.sleep(0.05)
         if run.returncode:
             words.seek(0)
             raise SystemExit(f"{' '.join(asked)} ended with {run.returncode}:\n{words.read()[-2000:]}")

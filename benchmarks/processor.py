@@ -79,7 +79,7 @@ def measure_memory(args: argparse.Namespace, flags: tuple[str, ...]) -> dict[str
             "32", "--max_steps", str(args.memory_steps), "--logging_steps", "10", "--save_strategy", "no",
             "--output_dir", str(out), *flags,
         ]  # fmt: skip
-        peaks = resident_by_step(asked, args.threads, out, _WINDOW)
+        peaks = resident_by_step(asked, args.threads, _WINDOW)
     return {str(first): peak for first, peak in peaks.items()}
 
 

@@ -62,7 +62,7 @@ def test_resident_memory_is_flat(tmp_path, rows, precision, threads):
         "--max_seq_length", "256", "--per_device_train_batch_size", "32", "--max_steps", str(STEPS), "--logging_steps",
         "10", "--save_strategy", "no", "--output_dir", str(output_dir), "--use_cpu", *precision,
     ]  # fmt: skip
-    peaks = resident_by_step(command, threads, output_dir, WINDOW)
+    peaks = resident_by_step(command, threads, WINDOW)
     early, late = peaks[100], max(peaks[window] for window in (STEPS - 2 * WINDOW, STEPS - WINDOW))
     assert late < 1.03 * early, {window: size >> 20 for window, size in peaks.items()}
 
