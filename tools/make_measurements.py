@@ -126,7 +126,7 @@ Trainer too.
 ## Processors side by side
 
 Real tokens per second, relative to the Trainer at its best setting in the same precision. `benchmarks/processor.py`
-measures one processor in about 15 minutes and writes its file.
+measures one processor and writes its file, in about 15 minutes with AVX-512 and in more than an hour with AVX2.
 
 {_processors()}
 
@@ -142,8 +142,10 @@ share of GEMM refers to the faster of the two libraries. With one thread on mrpc
 as fast as in the version before, which used MKL's products. Limited to AVX2, where both libraries reach about 110
 GFLOP/s, it runs 1.02 times as fast. So on a CPU without AVX-512, or one that MKL uses fully, expect the ratios of
 that version. On an AVX2 machine they were 13.4x, 9.7x, 6.1x, 4.0x and 3.6x HF default for MiniLM, and 2.75x for the
-evaluation of mrpc. Measured again on another AVX2 machine, on cores that other programs used at times, the lead over
-HF best was 1.2x to 1.5x (the table above).
+evaluation of mrpc. Measured again on another AVX2 machine, the lead over HF best was 1.2x to 1.6x (the table above).
+There products take 60 % (cola) to 75 % (mrpc) of a step, at 127 of the 145 GFLOP/s that two cores reach with either
+library, and HF best computes a third more of them. Without any other work mrpc would reach 1.9x and cola 2.3x: the
+2.13x and 1.96x of AVX-512 are out of reach there.
 
 One aim is missed by a fifth of a point: the bert-base shape on mrpc was to reach 65 % of GEMM and reaches 64.8 %.
 Products take three quarters of its step. They run at 200 of 240 GFLOP/s, because a weight gradient needs one factor
