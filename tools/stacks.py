@@ -87,7 +87,7 @@ AREAS = {
 }  # fmt: skip
 _EQUAL = 1e-5  # for losses near 0.7: another torch sums in another order
 # The areas for the gate, which must end within minutes.
-_QUICK = ("resume", "saved folder", "tokenizers", "two ranks", "simulated NPU")
+_QUICK = ("resume", "saved folder", "tokenizers", "two ranks")
 _TRAINING = (
     "run_glue.py", "--sample", "--task_name", "mrpc", "--do_train", "--max_steps", "6", "--logging_steps", "1",
     "--device", "cpu", "--report_to", "none",

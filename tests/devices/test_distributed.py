@@ -73,7 +73,8 @@ def test_a_step_has_one_collective(runs: dict[int, list[dict]]) -> None:
     assert runs[1][0]["collectives"] == [0] * 7
 
 
-@pytest.mark.parametrize("part", ["lora", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["lora", "frozen"])
 def test_adapters_or_the_head_alone_are_the_same_run(parts: Path, part: str) -> None:
     """The adapters' random start is the same on all ranks."""
     pytest.importorskip("peft")
@@ -83,7 +84,7 @@ def test_adapters_or_the_head_alone_are_the_same_run(parts: Path, part: str) -> 
     assert {tuple(rank["collectives"]) for rank in two} == {(1, 1, 1, 2, 1, 1, 1)}
 
 
-@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_evaluation_has_each_row_once_in_its_place(parts: Path, world: int) -> None:
     ranks = on_ranks(world, "evaluations", parts / f"evaluation{world}")
     for at, size in enumerate(SIZES):

@@ -265,6 +265,7 @@ def two_ranks(words: list[str], **more: str) -> list[str]:
     return logs
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(runs: dict[str, dict], folder: Path, tmp_path: Path) -> None:
     """hccl between npu:0 and npu:1; half the batch each."""
     name = "two ranks"

@@ -186,6 +186,7 @@ def test_an_ensemble_takes_the_mean_of_the_thresholds_of_one_class() -> None:
     assert ensemble_threshold(["x", "y"], [TWO, TWO], None) == (None, [])
 
 
+@pytest.mark.slow
 def test_a_graph_carries_it_in_its_metadata(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     from bert_glue.export import export

@@ -156,8 +156,10 @@ def ranks_that(repo: Path, actions: dict[int, str], nproc: int = 3) -> tuple[sub
         ({1: "crash"}, 7, "rank 1 ended with exit code 1"),
         ({2: "kill", 0: "hang", 1: "hang"}, 7, "rank 2 was killed by SIGKILL"),
         ({0: "exit 6"}, 6, "rank 0 ended with exit code 6"),
-        ({0: "exit 7", 1: "crash", 2: "exit 7"}, 7, "rank 1 ended with exit code 1"),
-        ({1: "exit 5", 0: "done"}, 5, "rank 1 ended with exit code 5"),
+        pytest.param(
+            {0: "exit 7", 1: "crash", 2: "exit 7"}, 7, "rank 1 ended with exit code 1", marks=pytest.mark.slow
+        ),
+        pytest.param({1: "exit 5", 0: "done"}, 5, "rank 1 ended with exit code 5", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -220,6 +220,7 @@ def test_a_checkpoint_of_another_stride_is_refused(tmp_path):
         fit(other)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     (alone,), pair = (on_ranks(world, "windowed_run", tmp_path / str(world)) for world in (1, 2))
     assert pair[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)

@@ -227,6 +227,7 @@ def test_every_way_of_training_runs_and_equal_ones_agree(folder, tmp_path, chang
         assert found == pytest.approx(losses(fit(replace(args, rdrop_alpha=0.5))), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_give_what_one_process_gives(tmp_path):
     arguments(tmp_path / "parts")
     alone = on_ranks(1, "several", tmp_path / "one")[0]
@@ -290,6 +291,7 @@ def test_what_does_not_go_together_is_refused(done, tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_an_exported_graph_gives_the_same_logits(done, tmp_path):
     pytest.importorskip("onnxruntime")
     from bert_glue.export import export

@@ -95,7 +95,8 @@ def test_masks_and_values_are_those_of_the_eager_module(dtype):
     assert compile.graphs_made() == 2  # with gradients and without, for all layers and lengths
 
 
-@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", [False, True])
 def test_inductor_and_filler_change_nothing(tmp_path, monkeypatch, trains):
     """Logits and gradients of a batch with filler, compiled, against the eager one without."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -119,9 +120,9 @@ def test_inductor_and_filler_change_nothing(tmp_path, monkeypatch, trains):
     [
         ({"gradient_accumulation_steps": 3}, 1),
         ({"bf16": True, "fp16_opt_level": "O2", "gradient_accumulation_steps": 2}, 1),
-        ({"bf16": True, "fp16_opt_level": "O1", "eval_strategy": "epoch"}, 2),
-        ({"gradient_checkpointing": True, "rdrop_alpha": 0.5}, 1),
-        ({"fgm_epsilon": 0.3, "per_device_train_batch_size": 4}, 1),
+        pytest.param({"bf16": True, "fp16_opt_level": "O1", "eval_strategy": "epoch"}, 2, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True, "rdrop_alpha": 0.5}, 1, marks=pytest.mark.slow),
+        pytest.param({"fgm_epsilon": 0.3, "per_device_train_batch_size": 4}, 1, marks=pytest.mark.slow),
         ({"freeze_encoder": True}, 1),
         pytest.param({"padding": "longest", "eval_strategy": "epoch"}, 2, marks=pytest.mark.slow),
     ],

@@ -80,7 +80,7 @@ def update_replays(run) -> int:
         {"bf16": True, "fp16_opt_level": "O3", "ema_decay": 0.9},
         {"rdrop_alpha": 0.5, "lr_scheduler_type": "cosine", "warmup_steps": 5.0},
         {"layerwise_lr_decay": 0.7, "weight_decay": 0.2},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
 )
@@ -159,6 +159,7 @@ def test_a_number_baked_in_would_be_seen(tmp_path, recordable):
     assert losses(replayed) != losses(eager)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path):
     """The sum over ranks runs between two recordings."""
     (alone,), pair = (on_ranks(world, "recorded_run", tmp_path / str(world)) for world in (1, 2))

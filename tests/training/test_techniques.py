@@ -265,7 +265,8 @@ def test_accumulation_gives_the_same_as_one_batch(tmp_path: Path, name: str) -> 
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["all", pytest.param("rdrop_alpha", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "rdrop_alpha"])
 def test_two_ranks_give_the_same_as_one(tmp_path: Path, name: str) -> None:
     args = arguments(tmp_path, **TECHNIQUES[name], per_device_train_batch_size=8)
     one = fit(args)
