@@ -53,6 +53,23 @@ look = RayExecutor._look_around
 RayExecutor._look_around = lambda *given: [False for _ in look(*given)]
 sys.exit(sweep.main(sys.argv[1:]))
 """
+# How processes of real sweeps are started; each run takes one thread.
+REAL = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
+
+
+def apart(command: list[str]) -> list[str]:
+    """The same sweep, told that the nodes share nothing."""
+    return [command[0], "-c", APART, *command[3:]]
+
+
+def long_runs(output: Path, address: str, seeds: str) -> list[str]:
+    """A sweep of runs that are long enough to die between two checkpoints, on nodes that share nothing."""
+    return apart(
+        real_command(
+            output, *RAY, "--ray_address", address, "--tasks", "wnli", "--seeds", seeds,
+            "--", "--num_train_epochs", "12", "--max_train_samples", "400", "--logging_steps", "1",
+        )
+    )  # fmt: skip
 
 
 def test_ray_is_started_here_and_ended(sweep: Sweep) -> None:
@@ -133,8 +150,7 @@ def test_a_node_whose_devices_fail_gets_no_more_runs(sweep: Sweep, cluster) -> N
 
 def test_outputs_are_copied_from_nodes_that_share_no_folder(sweep: Sweep, cluster) -> None:
     sweep.stub = {"mrpc-1": {"steps": 60}}
-    command = sweep.command("--tasks=mrpc", "--seeds=1-3", *RAY, "--ray_address", cluster.address)
-    command[1:3] = ["-c", APART]
+    command = apart(sweep.command("--tasks=mrpc", "--seeds=1-3", *RAY, "--ray_address", cluster.address))
     done = subprocess.run(command, env=sweep.environment(), cwd=sweep.root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "outputs are copied here, up to 4096 MiB a run" in done.stdout
@@ -146,17 +162,12 @@ def test_outputs_are_copied_from_nodes_that_share_no_folder(sweep: Sweep, cluste
 
 def test_a_copied_checkpoint_continues_a_run_on_another_node(tmp_path: Path, cluster) -> None:
     """A real run. The driver is killed, so that the node's own folder is lost."""
-    command = real_command(
-        tmp_path, *RAY, "--ray_address", cluster.address, "--tasks", "wnli", "--seeds", "1",
-        "--", "--num_train_epochs", "12", "--max_train_samples", "400", "--logging_steps", "1",
-    )  # fmt: skip
-    command[1:3] = ["-c", APART]
-    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings)
+    command = long_runs(tmp_path, cluster.address, "1")
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **REAL)
     wait_until(lambda: list(tmp_path.glob("wnli/seed1/checkpoint-*/manifest.json")), 240)
     child.kill()
     child.wait()
-    done = subprocess.run(command, capture_output=True, timeout=600, **settings)
+    done = subprocess.run(command, capture_output=True, timeout=600, **REAL)
     log = (tmp_path / "wnli/seed1/run.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after step" in log and "epoch=12" in log
@@ -166,13 +177,8 @@ def test_a_copied_checkpoint_continues_a_run_on_another_node(tmp_path: Path, clu
 def test_a_node_that_dies_where_outputs_are_copied_costs_only_steps(tmp_path: Path) -> None:
     """Two real runs, one a node. The checkpoint of the lost node has come to the driver, from where it is sent on."""
     with two_nodes() as cluster:
-        command = real_command(
-            tmp_path, *RAY, "--ray_address", cluster.address, "--tasks", "wnli", "--seeds", "1,2",
-            "--", "--num_train_epochs", "12", "--max_train_samples", "400", "--logging_steps", "1",
-        )  # fmt: skip
-        command[1:3] = ["-c", APART]
-        settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+        command = long_runs(tmp_path, cluster.address, "1,2")
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **REAL)
         folders = [tmp_path / f"wnli/seed{seed}" for seed in (1, 2)]
         wait_until(lambda: all(list(folder.glob("checkpoint-*/manifest.json")) for folder in folders), 300)
         assert not list(tmp_path.glob("wnli/seed*/all_results.json"))
@@ -187,15 +193,14 @@ def test_a_node_that_dies_where_outputs_are_copied_costs_only_steps(tmp_path: Pa
 def test_eighteen_runs_with_a_node_that_dies_equal_those_of_the_local_queue(tmp_path: Path) -> None:
     more = ("--tasks", "wnli,rte,mrpc", "--seeds", "1-6", "--", "--num_train_epochs", "3", "--max_train_samples", "96",
             "--logging_steps", "1")  # fmt: skip
-    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": REPOSITORY, "text": True}
     here, there = tmp_path / "here", tmp_path / "there"
     subprocess.run(
-        real_command(here, "--devices", "cpu", "--jobs", "2", *more), check=True, capture_output=True, **settings
+        real_command(here, "--devices", "cpu", "--jobs", "2", *more), check=True, capture_output=True, **REAL
     )
     with two_nodes() as cluster:
         child = subprocess.Popen(
             real_command(there, *RAY, "--ray_address", cluster.address, *more),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **REAL,
         )  # fmt: skip
         wait_until(lambda: len(list(there.glob("*/*/all_results.json"))) >= 3, 600)
         logs = [file for file in there.glob("*/*/run.log") if not file.with_name("all_results.json").exists()]
