@@ -32,9 +32,13 @@ _SHORTEST_IN_BLOCK = 0.75
 _SHARED_WIDTH, _SLOTS = 32, 8
 
 
+def _step(size: int, sizes: int, least_step: int) -> int:
+    return max(least_step, (1 << (size - 1).bit_length()) // (2 * sizes))
+
+
 def _rounded_up(size: int, sizes: int, least_step: int) -> int:
     """`size` (> 0) to the next of `sizes` steps between one power of two and the next."""
-    step = max(least_step, (1 << (size - 1).bit_length()) // (2 * sizes))
+    step = _step(size, sizes, least_step)
     return -(-size // step) * step
 
 
@@ -51,6 +55,11 @@ def width_bucket(longest: int) -> int:
 def _chunk_width(window: int) -> int:
     """Queries in a row of a long sequence, tokens: no key lies in more than two rows, and half of the keys are read."""
     return -(-2 * window // _WIDTH_STEP) * _WIDTH_STEP
+
+
+def _shortest_in_block(width: int) -> float:
+    # All that no smaller width holds: a block of width 48 takes 33 tokens too, which are less than that share.
+    return min(_SHORTEST_IN_BLOCK * width, width - _step(width, _SIZES, _WIDTH_STEP) + 1)
 
 
 def _row_count(rows: int) -> int:
@@ -218,7 +227,7 @@ class PackedLayout:
             blocks += [self._chunks(order[:begin])] if begin else []
         while begin < len(order) and (longest := self.lengths[order[begin]]) > _SHARED_WIDTH:
             width = width_bucket(longest)
-            similar = sum(self.lengths[i] >= _SHORTEST_IN_BLOCK * width for i in order[begin:])
+            similar = sum(self.lengths[i] >= _shortest_in_block(width) for i in order[begin:])
             # Rows that round up the count hold the next shorter sequences, which costs no more than filler there.
             rows = _row_count(max(similar, 1))
             blocks.append(self._block([[i] for i in order[begin : begin + rows]], rows, width, 1))

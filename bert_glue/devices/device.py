@@ -135,6 +135,7 @@ class Device:
         if self.is_host:
             if tf32:
                 cpu.use_bf16_products()
+            cpu.limit_kernels()
             cpu.keep_freed_pages()
             return
         _module(self.kind).set_device(self.index)

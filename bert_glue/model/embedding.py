@@ -1,4 +1,9 @@
-"""Embeddings whose gradients are matrix products on devices that are slow to add rows by index."""
+"""Embeddings whose gradients cost what the tokens of a batch cost, and not what the whole table costs.
+
+torch's gradient of a table is a new tensor of the table's size, which autograd then adds to `.grad`: 4 ms a step for
+the 13,000 words of MRPC at a width of 384. On a CPU the rows of a batch are added to `.grad` instead, in 0.2 ms. On
+devices that are slow to add rows by index, matrix products compute the gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +23,40 @@ _MOST_TOKENS = 4096
 class Embedding(nn.Embedding):
     """`[tokens] -> [tokens, width]`, as `nn.Embedding`."""
 
+    adds_into_grad = False  # `flatten` sets it: `.grad` must be a view that stays where it is
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of `ids`, int64."""
+        if self._adds_into_grad():
+            return _RowsIntoGrad.apply(self.weight, ids)
         if torch.is_grad_enabled() and has_slow_scatter(ids.device.type):
             return _Rows.apply(self.weight, ids)
         return super().forward(ids)
+
+    def _adds_into_grad(self) -> bool:
+        return (
+            self.adds_into_grad
+            and self.weight.is_cpu
+            and self.weight.grad is not None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+
+class _RowsIntoGrad(torch.autograd.Function):
+    """The rows of a table on a CPU; backward adds to the table's `.grad`."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.leaf = weight
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # torch sorts the ids and gives each row to one thread, so that a row's sum has one order.
+        ctx.leaf.grad.index_add_(0, ctx.saved_tensors[0], grad)
+        return None, None
 
 
 class _Rows(torch.autograd.Function):

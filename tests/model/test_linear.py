@@ -9,10 +9,17 @@ from packed_reference import LENGTH_SETS, _compare
 from resume_checks import check_resume
 from tiny_models import packed_like, random_batch, stock_model
 
+from bert_glue.devices import cpu
 from bert_glue.model import layers
 from bert_glue.model.layers import DropoutMasks, Linear
 from bert_glue.precision.flat_buffers import flatten
 from bert_glue.training import compile
+
+
+@pytest.fixture(autouse=True)
+def _onednn_processor(monkeypatch):
+    # The rules of a processor on which oneDNN is the faster library, also where the tests run on Intel's.
+    monkeypatch.setattr(cpu, "product_library", lambda: "oneDNN")
 
 
 @pytest.fixture

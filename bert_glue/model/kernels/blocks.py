@@ -20,7 +20,9 @@ BLOCK_SHAPES: set[tuple[int, int]] = set()
 def drop_probabilities(
     probabilities: torch.Tensor, shape: tuple[int, ...], drop: float, dropout_masks: DropoutMasks | None, mask_id: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The mask of a block and its probabilities after dropout, both `[rows * heads, queries, keys]`.
+    """The mask of a block and the probabilities that it keeps, both `[rows * heads, queries, keys]`.
+
+    Those are not scaled: `kept_scale` is a factor of the products that read them, which costs no pass.
 
     Args:
         shape: of the mask as it is drawn, with as many elements.
@@ -31,7 +33,12 @@ def drop_probabilities(
     # The mask is kept in bytes, a quarter of the size of the dropped probabilities in fp32. Backward computes those
     # again in one pass.
     keep = dropout_masks.keep(shape, drop, mask_id).view(probabilities.shape)
-    return keep, as_numbers(keep, probabilities.dtype).mul_(probabilities).mul_(1 / (1 - drop))
+    return keep, as_numbers(keep, probabilities.dtype).mul_(probabilities)
+
+
+def kept_scale(drop: float) -> float:
+    """Factor of the probabilities that a dropout of `drop`, in [0, 1), keeps."""
+    return 1.0 / (1.0 - drop)
 
 
 def scores_gradient(
@@ -48,13 +55,13 @@ def scores_gradient(
         g: gradient of the block's output, `[rows * heads, queries, dim]`.
         keep: result of `drop_probabilities`.
     """
-    dp = torch.bmm(g, v.transpose(1, 2))
+    dp = scaled_product(torch.empty_like(probabilities), g, v.transpose(1, 2), kept_scale(drop))
     dropped = probabilities
     if keep is not None:
-        kept = as_numbers(keep, probabilities.dtype).mul_(1 / (1 - drop))
-        dropped = probabilities * kept
+        kept = as_numbers(keep, probabilities.dtype)
         dp.mul_(kept)
-    torch.bmm(dropped.transpose(1, 2), g, out=dv)
+        dropped = kept.mul_(probabilities)
+    scaled_product(dv, dropped.transpose(1, 2), g, kept_scale(drop))
     return torch._softmax_backward_data(dp, probabilities, -1, probabilities.dtype)
 
 
@@ -80,7 +87,7 @@ class BlockAttention(torch.autograd.Function):
             probabilities = _softmax_block(q, k, block, first_only, scale, biases[number] if biases else None)
             shape = (len(block.tokens), heads, *probabilities.shape[1:])
             keep, dropped = drop_probabilities(probabilities, shape, drop, dropout_masks, mask_id * 4096 + number)
-            torch.bmm(dropped, v, out=part_of(out, q_rows, number, q))
+            scaled_product(part_of(out, q_rows, number, q), dropped, v, kept_scale(drop))
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(*saved)
         ctx.layout = layout
@@ -105,8 +112,8 @@ class BlockAttention(torch.autograd.Function):
             # Cells without a token repeat the first token's gradient, which would then count once for each cell.
             g.view(-1, dim).index_fill_(0, q_rows.empty(number), 0.0)
             ds = scores_gradient(g, v, probabilities, keep, ctx.drop, part_of(dv, k_rows, number, k))
-            _scaled_product(part_of(dq, q_rows, number, q), ds, k, scale)
-            _scaled_product(part_of(dk, k_rows, number, k), ds.transpose(1, 2), q, scale)
+            scaled_product(part_of(dq, q_rows, number, q), ds, k, scale)
+            scaled_product(part_of(dk, k_rows, number, k), ds.transpose(1, 2), q, scale)
             if ctx.has_biases:
                 of_biases.append(ds.view(-1, heads, *ds.shape[1:]).sum(0))
         pairs = ((dq, q_rows), (dk, k_rows), (dv, k_rows))
@@ -146,7 +153,8 @@ def part_of(rows: torch.Tensor, head_rows: HeadRows, number: int, like: torch.Te
     return rows[slice(*head_rows.bounds[number])].view(like.shape)
 
 
-def _scaled_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """`out = scale * a @ b`, a product for each of the first dimension."""
     return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
 
@@ -158,7 +166,7 @@ def _softmax_block(
     scale: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    scores = _scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
+    scores = scaled_product(q.new_empty(len(q), q.shape[1], k.shape[1]), q, k.transpose(1, 2), scale)
     if bias is not None:
         scores.view(-1, *bias.shape).add_(bias)
     hidden = block.hidden_keys(first_only)

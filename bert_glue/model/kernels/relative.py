@@ -23,7 +23,9 @@ from bert_glue.model.kernels.blocks import (
     block_buffer,
     drop_probabilities,
     gathered,
+    kept_scale,
     part_of,
+    scaled_product,
     scores_gradient,
 )
 from bert_glue.model.kernels.padded import first_token_attention, sdpa_blocks
@@ -229,7 +231,7 @@ class DisentangledAttention(torch.autograd.Function):
             probabilities = torch.softmax(scores, -1)
             mask = (tuple(scores.shape), drop, dropout_masks, mask_id * 4096 + number)
             keep, dropped = drop_probabilities(probabilities, *mask)
-            torch.bmm(dropped, v, out=part_of(out, head_rows, number, q))
+            scaled_product(part_of(out, head_rows, number, q), dropped, v, kept_scale(drop))
             saved += [q, k, v, probabilities, keep]
         ctx.save_for_backward(c2p, p2c, *saved)
         ctx.layout, ctx.scale, ctx.drop = layout, scale, drop
