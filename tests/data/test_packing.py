@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bert_glue.data.batching import bucket
-from bert_glue.data.packing import Cells, PackedLayout
+from bert_glue.data.packing import COARSE_COUNTS, COUNTS, Cells, PackedLayout, width_bucket
 from bert_glue.training.cuda_graphs import RecordedLayout
 
 
@@ -96,6 +96,24 @@ def test_shapes_recur_and_filler_is_little(mean, spread, most_filler):
         counts.add(layout.tokens)
         blocks |= {block.shape for block in layout.blocks}
     assert len(counts) + len(blocks) <= 64
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "most_filler", "share"), [(53, 0.25, 0.03, 0.7), (11, 0.35, 0.06, 1.0)], ids=["mrpc", "cola"]
+)
+def test_coarse_counts_are_fewer_and_filler_stays_little(mean, spread, most_filler, share):
+    """At 11 tokens a row the least step decides, which is the same for both."""
+    totals = _lengths_like(mean, spread, 300 * 32).reshape(300, 32).sum(1)
+    coarse, fine = ([bucket(int(total) + 1, counts) for total in totals] for counts in (COARSE_COUNTS, COUNTS))
+    assert sum(coarse) - totals.sum() <= most_filler * totals.sum()
+    assert len(set(coarse)) <= share * len(set(fine))
+
+
+@pytest.mark.parametrize("length", [33, 35, 129, 160])
+def test_what_no_smaller_width_holds_shares_a_block(length):
+    """33 and 35 of 48 tokens are less than the share that longer rows need, and were a block each."""
+    (block,) = PackedLayout((width_bucket(length), length, length, length)).blocks
+    assert block.shape == (4, width_bucket(length))
 
 
 def test_runs_are_neighbours_of_equal_length_without_filler():

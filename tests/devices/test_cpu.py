@@ -70,6 +70,13 @@ def test_features_are_the_kernels_names():
     assert cpu.features() and all(name == name.lower() for name in cpu.features())
 
 
+def test_few_kernels_are_kept_unless_the_environment_says_how_many(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "999")
+    cpu.limit_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256" and os.environ["LRU_CACHE_CAPACITY"] == "999"
+
+
 _FRAGMENTED = """
 import torch
 from bert_glue.devices import cpu

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from bert_glue.model import embedding
 from bert_glue.model.embedding import Embedding, row_sums
+from bert_glue.precision.flat_buffers import flatten
 
 
 def expected(grad, ids, rows):
@@ -52,3 +53,30 @@ def test_the_layer_is_torchs_embedding_with_that_gradient(monkeypatch):
 
 def test_other_devices_keep_torchs_gradient():
     assert type(Embedding(5, 4)(torch.tensor([1])).grad_fn).__name__ == "EmbeddingBackward0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 900])
+def test_rows_are_added_to_a_flat_gradient(dtype, tokens):
+    """Over two passes, with a frequent word, as torch adds its own gradients; and every time the same bits."""
+    draw, found = torch.Generator().manual_seed(0), []
+    weight = torch.randn(50, 8, generator=draw).to(dtype)
+    passes = [(torch.randint(50, (tokens,), generator=draw), torch.randn(tokens, 8, generator=draw).to(dtype))] * 2
+    passes[0][0][: tokens // 3] = 7
+    exact = sum(expected(grad.double(), ids, 50) for ids, grad in passes)
+    for _ in range(2):
+        table = Embedding.from_pretrained(weight.clone(), freeze=False)
+        flatten(table)
+        place = table.weight.grad.data_ptr()
+        for ids, grad in passes:
+            table(ids).backward(grad)
+        assert table.weight.grad.data_ptr() == place
+        found.append(table.weight.grad.clone())
+    assert torch.equal(*found)
+    loose = {"rtol": 0.05, "atol": 2.0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(found[0].double(), exact, **loose)
+
+
+def test_a_frozen_table_gets_no_gradient():
+    table = Embedding.from_pretrained(torch.ones(4, 2), freeze=True)
+    assert not table(torch.tensor([1, 1])).requires_grad
