@@ -44,9 +44,7 @@ def block_attention(query, key, value, layout, first_only, drop, dropout_masks, 
     is_long = max(layout.lengths) > _FUSED_FROM
     fused = not drops and layout.window is None and (is_long or not torch.is_grad_enabled())
     attention = _fused if fused else BlockAttention.apply
-    # The few queries of a last layer gain nothing in 16 bits, and oneDNN would make six kernels more for each block.
-    is_small = first_only and query.element_size() == 2 and attention is not _fused
-    if not (is_small or has_slow_products(kind, dtype)):
+    if not has_slow_products(kind, dtype):
         return attention(query, key, value, layout, first_only, drop, dropout_masks, mask_id)
     with torch.autocast(kind, enabled=False):
         # Three copies of `[tokens, hidden]` in fp32 cost less than torch's own 16-bit loops on such a CPU.
