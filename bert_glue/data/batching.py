@@ -99,7 +99,7 @@ class Collator:
         depends_on_padding: padding changes the model's answers, so that it is scored on batches without any.
         is_rounded: token counts of packed batches, and widths of padded ones, are rounded up to a bucket. A packed
             batch then always ends with filler, so that there is one sequence more than there are samples.
-        is_coarse: fewer buckets, for recorded steps.
+        is_coarse: fewer buckets, for recorded steps and for bf16 on a CPU.
         is_pinned: a batch goes to the device in one copy from pinned memory.
         device: where the tensors go.
         renumber: `[vocabulary]` int32, token id -> row of a narrowed embedding table, or None.

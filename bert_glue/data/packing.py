@@ -227,7 +227,8 @@ class PackedLayout:
             blocks += [self._chunks(order[:begin])] if begin else []
         while begin < len(order) and (longest := self.lengths[order[begin]]) > _SHARED_WIDTH:
             width = width_bucket(longest)
-            similar = sum(self.lengths[i] >= _shortest_in_block(width) for i in order[begin:])
+            least = _shortest_in_block(width)
+            similar = sum(self.lengths[i] >= least for i in order[begin:])
             # Rows that round up the count hold the next shorter sequences, which costs no more than filler there.
             rows = _row_count(max(similar, 1))
             blocks.append(self._block([[i] for i in order[begin : begin + rows]], rows, width, 1))
