@@ -124,8 +124,8 @@ def limit_kernels() -> None:
     """Let oneDNN, and ideep above it, keep 256 kernels each instead of 1,024; a number in the environment stays.
 
     A kernel of a bf16 product with AMX holds 0.6 MB, and rare shapes arrive for hours: 550 MB after 50 steps became 690
-    after 1,000. Rare shapes are made again: a tiny model in bf16 trained 15 % slower on rows like MRPC's. Both libraries
-    read the variables at their first product.
+    after 1,000. Rare shapes are made again: a tiny model in bf16 trained 15 % slower on rows like MRPC's. Both
+    libraries read the variables at their first product.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_MOST_KERNELS))
