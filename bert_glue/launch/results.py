@@ -23,6 +23,7 @@ from bert_glue import result_keys as keys
 from bert_glue.config.files import recipe_file
 from bert_glue.errors import CheckpointError, MachineError, exit_code_of, print_lines
 from bert_glue.results.perf import compare, perf_of, read_baseline
+from bert_glue.results.records import is_list, is_object
 from bert_glue.storage.files import STATE_FILE, json_text, read_json_object, read_results, write_whole
 from bert_glue.tasks import SAMPLE_NOTE, base_epochs
 
@@ -84,11 +85,17 @@ def case_log(results: dict[str, Any], case: str) -> dict[str, str]:
 
 
 def losses(output_dir: Path) -> list[float]:
-    """The training losses that the run logged, in order; each is the mean since the one before it."""
+    """The training losses that the run logged, in order; each is the mean since the one before it.
+
+    Raises:
+        MachineError: trainer_state.json is damaged.
+    """
     file = output_dir / STATE_FILE
     if not file.exists():
         return []
     entries = read_json_object(file).get("log_history", [])
+    if not is_list(entries, is_object):
+        raise MachineError(f"{file}: log_history is not a list of objects")
     return [entry["loss"] for entry in entries if isinstance(entry.get("loss"), float)]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.parser import parse
-from bert_glue.data.own.classes import LabelFlags, classes_of, labelled_rows
+from bert_glue.data.own.classes import LabelFlags, as_number, classes_of, labelled_rows
 from bert_glue.data.own.columns import ColumnFlags, check_quoting, choose_columns
 from bert_glue.data.own.vocabulary import ClassVocabulary
 from bert_glue.data.sources import load_task_data
@@ -179,6 +179,11 @@ def test_a_finished_model_says_what_the_classes_are(tmp_path):
     unlabelled = write(tmp_path / "b.csv", [["text", "label"], *((text, "?") for text in TEXTS)])
     data = load_task_data(Arguments(test_file=unlabelled), frozenset({"test"}), model)
     assert data.splits["test"].labels is None and data.task.labels == model.labels
+
+
+@pytest.mark.parametrize("space", ["\x1c", "\x1f", "\x85", "\u3000", "\t"])
+def test_a_number_between_any_spaces_is_a_number(space):
+    assert as_number(f"{space}-2.5{space}") == -2.5
 
 
 def test_scores_of_a_finished_regression_are_whole_numbers_too(tmp_path):

@@ -25,6 +25,7 @@ from launch_stubs import (
 from bert_glue import tasks
 from bert_glue.config.arguments import Arguments
 from bert_glue.config.parser import parse
+from bert_glue.errors import MachineError
 from bert_glue.launch import results as launch_results
 from bert_glue.tasks import TASKS, TRAINABLE
 
@@ -431,6 +432,13 @@ def test_logged_losses_are_a_file(repo: Path) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
     assert launch(repo, "--TASK=mrpc").returncode == 0
     assert (folder / "train_Bert_bert-stub_mrpc_bs32_1p_acc_loss.txt").read_text() == "0.500000\n0.250000\n"
+
+
+@pytest.mark.parametrize("history", [None, [None], {"loss": 0.5}, "lost"], ids=str)
+def test_a_damaged_list_of_losses_is_named(tmp_path: Path, history: object) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    with pytest.raises(MachineError, match="trainer_state.json: log_history is not a list of objects"):
+        launch_results.losses(tmp_path)
 
 
 # Signals

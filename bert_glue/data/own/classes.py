@@ -195,7 +195,8 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, str) and not _NUMBER.fullmatch(value):
         return None
     try:
-        return float(value)
+        # Stripped first: a separator such as \x1f counts as space for `\s` and for strip, but not for float.
+        return float(value.strip() if isinstance(value, str) else value)
     except OverflowError:
         return None
 
