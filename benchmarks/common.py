@@ -115,8 +115,8 @@ def finish(asked: list[str], threads: int) -> None:
         raise SystemExit(f"{' '.join(asked)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def resident_by_step(asked: list[str], threads: int, window: int) -> dict[int, int]:
-    """Runs run_glue.py to its end; its highest resident memory in each window of steps, bytes by the first step.
+def resident_by_step(asked: list[str], threads: int, window: int) -> dict[int, list[int]]:
+    """Runs run_glue.py to its end; its resident memory 20 times a second, bytes, by the first step of each window.
 
     Args:
         asked: the command; its --logging_steps must be smaller than `window`: the lines of its log tell the step.
@@ -125,7 +125,7 @@ def resident_by_step(asked: list[str], threads: int, window: int) -> dict[int, i
     Raises:
         SystemExit: it failed; its words are shown.
     """
-    peaks: dict[int, int] = {}
+    found: dict[int, list[int]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.NamedTemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as words:
         run = subprocess.Popen(asked, cwd=ROOT, env=environment, stdout=log, stderr=words, text=True)
@@ -137,13 +137,12 @@ def resident_by_step(asked: list[str], threads: int, window: int) -> dict[int, i
                 step = int(told[-1]) if told else step
                 resident = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
                 if step is not None and resident:  # 0 once the process has ended
-                    first = step // window * window
-                    peaks[first] = max(peaks.get(first, 0), resident)
+                    found.setdefault(step // window * window, []).append(resident)
                 time.sleep(0.05)
         if run.returncode:
             words.seek(0)
             raise SystemExit(f"{' '.join(asked)} ended with {run.returncode}:\n{words.read()[-2000:]}")
-    return peaks
+    return found
 
 
 def scores(task: str, run: str, out: Path) -> dict[str, float | None]:

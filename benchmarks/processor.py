@@ -79,8 +79,8 @@ def measure_memory(args: argparse.Namespace, flags: tuple[str, ...]) -> dict[str
             "32", "--max_steps", str(args.memory_steps), "--logging_steps", "10", "--save_strategy", "no",
             "--output_dir", str(out), *flags,
         ]  # fmt: skip
-        peaks = resident_by_step(asked, args.threads, _WINDOW)
-    return {str(first): peak for first, peak in peaks.items()}
+        found = resident_by_step(asked, args.threads, _WINDOW)
+    return {str(first): max(sizes) for first, sizes in found.items()}
 
 
 def _report(stage: Stage, args: argparse.Namespace) -> dict:

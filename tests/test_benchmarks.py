@@ -177,7 +177,7 @@ def few_stages(monkeypatch, tmp_path):
         return {"tasks": {"mrpc": {"rounds": rounds}}, "settings": {"rows": args.rows, "extra": args.extra}}
 
     monkeypatch.setattr(throughput, "measure_model", measured)
-    monkeypatch.setattr(processor, "resident_by_step", lambda asked, *given: {0: 10, 2: 12})
+    monkeypatch.setattr(processor, "resident_by_step", lambda asked, *given: {0: [9, 10], 2: [12]})
     return reports
 
 
@@ -221,8 +221,8 @@ def test_memory_over_a_run_is_read_by_step(tmp_path):
         data["train_file"], "--max_steps", "200", "--logging_steps", "10", "--save_strategy", "no", "--output_dir",
         str(out), "--use_cpu", "--max_seq_length", "16",
     ]  # fmt: skip
-    peaks = common.resident_by_step(asked, 1, 50)
-    assert {50, 100, 150} <= set(peaks) <= {0, 50, 100, 150, 200} and all(peak > 100 << 20 for peak in peaks.values())
+    found = common.resident_by_step(asked, 1, 50)
+    assert {50, 100, 150} <= set(found) <= {0, 50, 100, 150, 200} and min(map(min, found.values())) > 100 << 20
     with pytest.raises(SystemExit, match=r"ended with 2"):
         common.resident_by_step([*asked, "--no_such_flag"], 1, 50)
 

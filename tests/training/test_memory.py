@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -62,9 +63,11 @@ def test_resident_memory_is_flat(tmp_path, rows, precision, threads):
         "--max_seq_length", "256", "--per_device_train_batch_size", "32", "--max_steps", str(STEPS), "--logging_steps",
         "10", "--save_strategy", "no", "--output_dir", str(output_dir), "--use_cpu", *precision,
     ]  # fmt: skip
-    peaks = resident_by_step(command, threads, WINDOW)
-    early, late = peaks[100], max(peaks[window] for window in (STEPS - 2 * WINDOW, STEPS - WINDOW))
-    assert late < 1.03 * early, {window: size >> 20 for window, size in peaks.items()}
+    found = resident_by_step(command, threads, WINDOW)
+    # The middle of a window, because the highest point depends on which long rows happened to meet in it.
+    sizes = {window: median(samples) for window, samples in found.items()}
+    early, late = sizes[100], max(sizes[STEPS - 2 * WINDOW], sizes[STEPS - WINDOW])
+    assert late < 1.03 * early, {window: int(size) >> 20 for window, size in sizes.items()}
 
 
 @pytest.mark.parametrize(
