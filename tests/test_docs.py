@@ -70,11 +70,15 @@ def test_the_speeds_of_both_languages_are_those_of_the_reports():
     for name in ("results.md", "results.zh-CN.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
         assert not [line for line in lines if line not in text]
+    intel = json.loads((ROOT / "benchmarks/results/cpu-intel-avx512-amx.json").read_text(encoding="utf-8"))
     for name, word, unit in (("README.md", "x to", "x"), ("README.zh-CN.md", " 到", " 倍")):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert measured["date"] in text and "AMD EPYC" in text
-        for low, high in throughput.spans(measured["reports"][0]):
-            assert f"| {low:.2f}{word} {high:.2f}{unit} |" in text
+        for content, processor in ((measured, "AMD EPYC"), (intel, "Intel Xeon")):
+            assert content["date"] in text and processor in text
+        spans = zip(*(throughput.spans(content["reports"][0]) for content in (measured, intel)), strict=True)
+        for both in spans:
+            cells = " | ".join(f"{low:.2f}{word} {high:.2f}{unit}" for low, high in both)
+            assert f"| {cells} |" in text
 
 
 def test_the_stacks_of_both_readmes_are_the_tested_ranges():
