@@ -126,7 +126,8 @@ Trainer too.
 ## Processors side by side
 
 Real tokens per second, relative to the Trainer at its best setting in the same precision. `benchmarks/processor.py`
-measures one processor and writes its file, in about 15 minutes with AVX-512 and in more than an hour with AVX2.
+measures one processor and writes its file, in about 45 minutes with AVX-512 and AMX and in more than
+an hour with AVX2. The bert-base shape has random weights.
 
 {_processors()}
 
@@ -154,19 +155,20 @@ over neighbouring sequences of equal length without a copy (1.05x to 1.11x). Att
 take 79 %.
 
 On Intel with AMX most aims are missed. The lead over HF best was to be 1.6x in fp32 and is 1.18x to 1.49x with
-MiniLM; the bert-base shape reaches 1.60x. In bf16 it was to be 2.2x and is 1.24x to 1.44x. bf16 was to train mrpc at
-2x (MiniLM) and 3x (bert-base shape) the rate of our own fp32 and reaches 1.6x and 1.95x. The bert-base shape reaches
-61 % of GEMM in fp32 (aim: 65 %) and 20 to 22 % in bf16 (aim: 40 %). The evaluation of mrpc was to run at 1.5x HF
-best: MiniLM reaches 1.31x in fp32 and 1.52x in bf16, the bert-base shape 1.55x and 1.59x. The time to the first step
-was to be 0.4x HF default and is 0.45x to 0.59x.
+MiniLM; the bert-base shape reaches 1.60x, but there HF best pads 38 %, for 160 rows have few similar lengths. In bf16
+it was to be 2.2x and is 1.24x to 1.44x. bf16 was to train mrpc at 2x (MiniLM) and 3x (bert-base shape) the rate of
+our own fp32 and reaches 1.6x and 1.95x. The bert-base shape reaches 61 % of GEMM in fp32 (aim: 65 %) and 20 to 22 %
+in bf16 (aim: 40 %). The evaluation of mrpc was to run at 1.5x HF best: MiniLM reaches 1.31x in fp32 and 1.52x in
+bf16, the bert-base shape 1.55x and 1.59x. The time to the first step was to be 0.4x HF default and is 0.45x to 0.59x.
 
-On this processor the stock products are as fast as ours, so that only the padding is left to save, and HF best has
-little of it. In a step of MiniLM on rows like mrpc's in bf16, products take 29 % (they run at 850 to 2,850 GFLOP/s),
-attention 27 %, dropout masks and their use 19 %, the update 14 % (with the whole table of words) and GELU 6 %. No
-part stands out. With the 350 tokens of a batch of cola, the update weighs more, and so do the kernels that oneDNN
-makes for new shapes: over 2,560 rows instead of 640, cola in bf16 had a lead of 1.46x (one round). Tried without
-gain: `--torch_compile` (0.94x), products without oneDNN, weights packed once a step, attention of the last layer in
-fp32, and an update with its copies in pieces that fit into the cache (0.9x of their time, 1 % of a step).
+On this processor the stock products are as fast as ours. Padding is left to save, which is 12 to 26 % of the tokens
+of HF best with MiniLM, and what is not products. In a step of MiniLM on rows like mrpc's in bf16, products take 29 %
+(they run at 850 to 2,850 GFLOP/s), attention 27 %, dropout masks and their use 19 %, the update 14 % (with the whole
+table of words) and GELU 6 %. No part stands out. With the 350 tokens of a batch of cola, the update weighs more, and
+so do the kernels that oneDNN makes for new shapes: over 2,560 rows instead of 640, cola in bf16 had a lead of 1.46x
+(one round). Tried without gain: `--torch_compile` (0.94x), products without oneDNN, weights packed once a step,
+attention of the last layer in fp32, and an update with its copies in pieces that fit into the cache (0.9x of their
+time, 1 % of a step).
 
 ## LoRA and the frozen encoder
 

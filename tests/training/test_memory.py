@@ -26,6 +26,9 @@ from bert_glue.model.layers import DropoutMasks
 STEPS, WINDOW = 1000, 50
 # name -> least and most words of a row: as mrpc's sentences, and as RTE's, with few long rows among short ones
 LENGTHS = {"like mrpc": (20, 80), "like rte": (20, 250)}
+# What stands for a window of steps. The highest point of rows like RTE's depends on which long ones met in a batch: of
+# neighbouring windows it was 690 and 649 MiB.
+OF_WINDOW = {"like mrpc": max, "like rte": median}
 
 
 def _model(folder: Path) -> Path:
@@ -64,8 +67,7 @@ def test_resident_memory_is_flat(tmp_path, rows, precision, threads):
         "10", "--save_strategy", "no", "--output_dir", str(output_dir), "--use_cpu", *precision,
     ]  # fmt: skip
     found = resident_by_step(command, threads, WINDOW)
-    # The middle of a window, because the highest point depends on which long rows happened to meet in it.
-    sizes = {window: median(samples) for window, samples in found.items()}
+    sizes = {window: OF_WINDOW[rows](samples) for window, samples in found.items()}
     early, late = sizes[100], max(sizes[STEPS - 2 * WINDOW], sizes[STEPS - WINDOW])
     assert late < 1.03 * early, {window: int(size) >> 20 for window, size in sizes.items()}
 
